@@ -1,0 +1,116 @@
+"""Mixed precision for JAX as pure functions: policies, loss scaling inside Optax, exact skips.
+
+A drop-in for jmp: ``import jmp_lite as jmp``.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+# Policies: which dtype parameters, computation and outputs have.
+from jmp_lite._dtypes import dtype_to_names as dtype_to_names
+from jmp_lite._dtypes import half_dtype as half_dtype
+from jmp_lite._dtypes import name_to_dtype as name_to_dtype
+from jmp_lite._dtypes import parse_dtype as parse_dtype
+
+# Errors and warnings.
+from jmp_lite._errors import AmbiguousLossScaleError as AmbiguousLossScaleError
+from jmp_lite._errors import AmbiguousPolicyError as AmbiguousPolicyError
+from jmp_lite._errors import InvalidLossScaleError as InvalidLossScaleError
+from jmp_lite._errors import InvalidPolicyError as InvalidPolicyError
+from jmp_lite._errors import JmpLiteError as JmpLiteError
+from jmp_lite._errors import LossDtypeError as LossDtypeError
+from jmp_lite._errors import LossScaleNotFoundError as LossScaleNotFoundError
+from jmp_lite._errors import LossScaleStalledError as LossScaleStalledError
+from jmp_lite._errors import NonScalarPredicateError as NonScalarPredicateError
+from jmp_lite._errors import PolicyMismatchError as PolicyMismatchError
+from jmp_lite._errors import SlowDtypeWarning as SlowDtypeWarning
+from jmp_lite._errors import TracedStaticScaleError as TracedStaticScaleError
+from jmp_lite._errors import UnknownDtypeError as UnknownDtypeError
+from jmp_lite._errors import UnselectableLeafError as UnselectableLeafError
+
+# Loss scaling: the automata, and gradients of a scaled loss.
+from jmp_lite._grad import scaled_value_and_grad as scaled_value_and_grad
+from jmp_lite._loss_scale import DynamicLossScale as DynamicLossScale
+from jmp_lite._loss_scale import LossScale as LossScale
+from jmp_lite._loss_scale import NoOpLossScale as NoOpLossScale
+from jmp_lite._loss_scale import StaticLossScale as StaticLossScale
+from jmp_lite._policy import Policy as Policy
+from jmp_lite._policy import PolicyMap as PolicyMap
+from jmp_lite._policy import get_policy as get_policy
+from jmp_lite._policy import with_policy as with_policy
+from jmp_lite._tree import all_finite as all_finite
+from jmp_lite._tree import cast_to_full as cast_to_full
+from jmp_lite._tree import cast_to_half as cast_to_half
+from jmp_lite._tree import select_tree as select_tree
+
+if TYPE_CHECKING:
+    from jmp_lite import checkpoint as checkpoint
+    from jmp_lite import linen as linen
+    from jmp_lite import nnx as nnx
+    from jmp_lite import optim as optim
+    from jmp_lite.optim import LossScaledState as LossScaledState
+    from jmp_lite.optim import apply_gradients as apply_gradients
+    from jmp_lite.optim import check_loss_scale as check_loss_scale
+    from jmp_lite.optim import loss_scaled as loss_scaled
+    from jmp_lite.optim import metrics as metrics
+
+__version__ = "0.1.0"
+
+# Loaded on first use (PEP 562), so that ``import jmp_lite`` needs neither Optax nor Flax nor Orbax.
+_CHAPTERS = frozenset({"checkpoint", "linen", "nnx", "optim"})
+_FROM_OPTIM = frozenset({"LossScaledState", "apply_gradients", "check_loss_scale", "loss_scaled", "metrics"})
+
+__all__ = [
+    "AmbiguousLossScaleError",
+    "AmbiguousPolicyError",
+    "DynamicLossScale",
+    "InvalidLossScaleError",
+    "InvalidPolicyError",
+    "JmpLiteError",
+    "LossDtypeError",
+    "LossScale",
+    "LossScaleNotFoundError",
+    "LossScaleStalledError",
+    "LossScaledState",
+    "NoOpLossScale",
+    "NonScalarPredicateError",
+    "Policy",
+    "PolicyMap",
+    "PolicyMismatchError",
+    "SlowDtypeWarning",
+    "StaticLossScale",
+    "TracedStaticScaleError",
+    "UnknownDtypeError",
+    "UnselectableLeafError",
+    "all_finite",
+    "apply_gradients",
+    "cast_to_full",
+    "cast_to_half",
+    "check_loss_scale",
+    "checkpoint",
+    "dtype_to_names",
+    "get_policy",
+    "half_dtype",
+    "linen",
+    "loss_scaled",
+    "metrics",
+    "name_to_dtype",
+    "nnx",
+    "optim",
+    "parse_dtype",
+    "scaled_value_and_grad",
+    "select_tree",
+    "with_policy",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _CHAPTERS:
+        return importlib.import_module(f"jmp_lite.{name}")
+    if name in _FROM_OPTIM:
+        return getattr(importlib.import_module("jmp_lite.optim"), name)
+    raise AttributeError(f"module 'jmp_lite' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

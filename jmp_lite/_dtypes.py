@@ -1,0 +1,137 @@
+"""Floating-point formats: their names, and which of them an accelerator runs fast."""
+
+import functools
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jmp_lite._errors import SlowDtypeWarning, UnknownDtypeError
+
+DType = np.dtype[Any]
+
+#: Scalar type -> its names, the one that ``str(policy)`` prints first. Keys and leading names are those of jmp.
+dtype_to_names: dict[Any, tuple[str, ...]] = {
+    jnp.bfloat16: ("bf16", "bfloat16"),
+    jnp.float16: ("f16", "float16", "fp16"),
+    jnp.float32: ("full", "f32", "float32", "fp32"),
+    jnp.float64: ("f64", "float64", "fp64"),
+    jnp.float8_e4m3fn: ("f8_e4m3fn", "float8_e4m3fn", "f8e4m3fn", "e4m3"),
+    jnp.float8_e5m2: ("f8_e5m2", "float8_e5m2", "f8e5m2", "e5m2"),
+}
+
+#: Name -> scalar type: the inverse of ``dtype_to_names``.
+name_to_dtype: dict[str, Any] = {name: dtype for dtype, names in dtype_to_names.items() for name in names}
+
+ACCEPTED_NAMES = ", ".join(["half", *name_to_dtype])
+
+FLOAT32 = np.dtype(np.float32)
+#: The formats that a policy casts even when it does not name them.
+STANDARD_FORMATS = frozenset({np.dtype(jnp.bfloat16), np.dtype(np.float16), FLOAT32})
+
+
+def half_dtype() -> DType:
+    """Returns the 16-bit dtype of the current backend: bfloat16 on TPU, float16 elsewhere (as in jmp).
+
+    Returns:
+        ``np.dtype`` of ``bfloat16`` or ``float16``, decided by the first local device.
+
+    Example:
+        >>> jmp.half_dtype().itemsize
+        2
+    """
+    on_tpu = jax.local_devices()[0].platform == "tpu"
+    half: DType = np.dtype(jnp.bfloat16 if on_tpu else jnp.float16)
+    return half
+
+
+def parse_dtype(value: str) -> DType:
+    """Returns the dtype with the given name; case and surrounding spaces do not matter.
+
+    Args:
+        value: ``"half"`` (see ``half_dtype``) or a name from ``dtype_to_names``, such as ``"bf16"`` or ``"float32"``.
+
+    Returns:
+        The ``np.dtype`` of that format.
+
+    Raises:
+        UnknownDtypeError: If nothing has that name.
+
+    Example:
+        >>> jmp.parse_dtype("bf16")
+        dtype(bfloat16)
+        >>> jmp.parse_dtype(" Float32 ")
+        dtype('float32')
+    """
+    name = value.strip().lower()
+    if name == "half":
+        return half_dtype()
+    if name not in name_to_dtype:
+        raise UnknownDtypeError(f"Unknown dtype {value!r}. Accepted: {ACCEPTED_NAMES}.")
+    return np.dtype(name_to_dtype[name])
+
+
+def dtype_name(dtype: DType) -> str:
+    """Returns the short name of a dtype ("bf16"), or NumPy's own where we have none."""
+    names = dtype_to_names.get(dtype.type)
+    return names[0] if names else dtype.name
+
+
+def canonical(dtype: DType) -> DType:
+    """Returns the dtype JAX gives to such an array: float64 counts as float32 unless x64 is enabled."""
+    return np.dtype(jax.dtypes.canonicalize_dtype(dtype))
+
+
+def at_least_float32(dtype: DType) -> DType:
+    """Returns the dtype in which a scaled loss or an unscaled gradient of the given dtype is kept."""
+    dtype = canonical(dtype)
+    wide = jnp.issubdtype(dtype, jnp.complexfloating) or dtype.itemsize > FLOAT32.itemsize
+    return dtype if wide else FLOAT32
+
+
+def faster_dtype(dtype: DType, platform: str, compute_capability: str | None = None) -> str | None:
+    """Names the format to use instead of one that the hardware has no fast units for.
+
+    Args:
+        dtype: The compute dtype.
+        platform: ``"cpu"``, ``"gpu"``, ``"cuda"`` or ``"tpu"``.
+        compute_capability: Of an NVIDIA GPU, such as ``"8.0"``; anything else (other vendors) is not judged.
+
+    Returns:
+        The name of a better choice, or None where the format is fine or nothing is known.
+
+    References:
+        NVIDIA CUDA C++ Programming Guide, compute capabilities: bfloat16 matrix units from 8.0 (Ampere), float8 from
+        8.9 (Ada) and 9.0 (Hopper). TPU matrix units multiply bfloat16 and have no float16 mode.
+    """
+    if platform == "tpu":
+        return "bfloat16" if dtype == np.float16 else None
+    major, _, minor = (compute_capability or "").partition(".")
+    if platform not in ("gpu", "cuda") or not (major.isdigit() and minor.isdigit()):
+        return None
+    capability = (int(major), int(minor))
+    if dtype == jnp.bfloat16 and capability < (8, 0):
+        return "float16"
+    if dtype.itemsize == 1 and capability < (8, 9):
+        return "bfloat16" if capability >= (8, 0) else "float16"
+    return None
+
+
+@functools.cache
+def warn_if_slow(dtype: DType) -> None:
+    """Warns, once per dtype, if the first local device cannot run it fast.
+
+    Warns:
+        SlowDtypeWarning: Naming the better format.
+    """
+    device = jax.local_devices()[0]
+    better = faster_dtype(dtype, device.platform, getattr(device, "compute_capability", None))
+    if better is not None:
+        warnings.warn(
+            f"{device.device_kind} has no fast units for compute dtype {dtype.name}; use {better} instead, for example "
+            f"jmp_lite.get_policy('mixed_{better}').",
+            SlowDtypeWarning,
+            stacklevel=3,
+        )

@@ -1,0 +1,176 @@
+"""Every exception and warning of the library.
+
+::
+
+    JmpLiteError
+    ├── UnknownDtypeError         ValueError      a dtype or policy string nobody can parse
+    ├── InvalidPolicyError        TypeError       a policy built from something that is no floating dtype
+    ├── AmbiguousPolicyError      ValueError      two patterns of a PolicyMap claim the same path
+    ├── InvalidLossScaleError     ValueError      a loss scale or one of its settings is out of range
+    ├── TracedStaticScaleError    TypeError       a traced value where a Python number is needed
+    ├── NonScalarPredicateError   ValueError      a verdict that is not one boolean
+    ├── UnselectableLeafError     TypeError       two unlike leaves that are not arrays
+    ├── LossDtypeError            TypeError       a loss function that does not return a real number
+    ├── LossScaleNotFoundError    ValueError      no loss scale in the state
+    ├── AmbiguousLossScaleError   ValueError      more than one, and no name to tell them apart
+    ├── LossScaleStalledError     RuntimeError    nothing but skipped steps at the lowest scale
+    └── PolicyMismatchError       ValueError      a checkpoint written under another policy
+    SlowDtypeWarning              UserWarning     a format that this accelerator cannot run fast
+
+Rule for a new one: ``<what is wrong>Error``, a builtin that users already catch as second base, a docstring with code
+that fails and code that works, and a message that quotes the input and says what to do.
+"""
+
+
+class JmpLiteError(Exception):
+    """Base of every exception raised by jmp_lite.
+
+    Example:
+        >>> issubclass(jmp.AmbiguousPolicyError, jmp.JmpLiteError)
+        True
+    """
+
+
+class UnknownDtypeError(JmpLiteError, ValueError):
+    """A dtype name or policy string that cannot be parsed.
+
+    Example:
+        >>> jmp.get_policy("compute_float16")
+        Traceback (most recent call last):
+        jmp_lite._errors.UnknownDtypeError: Unknown dtype 'compute_float16' in policy 'compute_float16'...
+        >>> str(jmp.get_policy("compute=float16"))
+        'p=full,c=f16,o=f16'
+    """
+
+
+class InvalidPolicyError(JmpLiteError, TypeError):
+    """A policy built from something that is not a floating-point dtype.
+
+    Example:
+        >>> jmp.Policy(jnp.int32, jnp.float16, jnp.float32)
+        Traceback (most recent call last):
+        jmp_lite._errors.InvalidPolicyError: param_dtype must be a floating-point dtype, got int32...
+        >>> str(jmp.Policy(jnp.float32, jnp.float16, jnp.float32))
+        'p=full,c=f16,o=full'
+    """
+
+
+class AmbiguousPolicyError(JmpLiteError, ValueError):
+    """Two patterns of a ``PolicyMap`` match one path and ask for different policies.
+
+    Example:
+        >>> policies = jmp.PolicyMap({"layer_.*": "bf16", ".*_norm": "f32"}, default="mixed_bfloat16")
+        >>> policies.policy_for("layer_norm")
+        Traceback (most recent call last):
+        jmp_lite._errors.AmbiguousPolicyError: Path 'layer_norm' matches '.*_norm' (p=full,c=full,o=full) and ...
+    """
+
+
+class InvalidLossScaleError(JmpLiteError, ValueError):
+    """A loss scale, or one of its settings, is out of range.
+
+    Example:
+        >>> jmp.DynamicLossScale(0.0)
+        Traceback (most recent call last):
+        jmp_lite._errors.InvalidLossScaleError: loss_scale must be positive and finite, got 0.0...
+    """
+
+
+class TracedStaticScaleError(JmpLiteError, TypeError):
+    """A value known only at run time was given where a Python number is needed.
+
+    Example:
+        >>> jax.jit(lambda scale: jmp.StaticLossScale(scale).scale(1.0))(8.0)
+        Traceback (most recent call last):
+        jmp_lite._errors.TracedStaticScaleError: StaticLossScale needs a Python number, got a traced value...
+    """
+
+
+class NonScalarPredicateError(JmpLiteError, ValueError, AssertionError):
+    """A verdict such as ``grads_finite`` is not a single boolean.
+
+    Example:
+        >>> jmp.select_tree(jnp.array([True, False]), 1.0, 2.0)
+        Traceback (most recent call last):
+        jmp_lite._errors.NonScalarPredicateError: expected boolean scalar, got bool[2]...
+    """
+
+
+class UnselectableLeafError(JmpLiteError, TypeError):
+    """Two trees differ in a leaf that is not an array, so no array operation can choose between them.
+
+    Example:
+        >>> jmp.select_tree(True, {"name": "a"}, {"name": "b"})
+        Traceback (most recent call last):
+        jmp_lite._errors.UnselectableLeafError: Leaf 'name' is 'a' in one tree and 'b' in the other...
+    """
+
+
+class LossDtypeError(JmpLiteError, TypeError):
+    """A loss function returned something other than one real floating-point number.
+
+    Example:
+        >>> jmp.scaled_value_and_grad(lambda w: 3)(1.0, state=jmp.NoOpLossScale())
+        Traceback (most recent call last):
+        jmp_lite._errors.LossDtypeError: The loss must be a real floating-point scalar, got int32[]...
+    """
+
+
+class LossScaleNotFoundError(JmpLiteError, ValueError):
+    """A state that should hold a loss scale holds none.
+
+    Example:
+        >>> jmp.metrics(optax.adam(1e-3).init({"w": jnp.ones(2)}))
+        Traceback (most recent call last):
+        jmp_lite._errors.LossScaleNotFoundError: No loss scale in the state...
+    """
+
+
+class AmbiguousLossScaleError(JmpLiteError, ValueError):
+    """A state holds several loss scales and none was asked for by name.
+
+    Example:
+        >>> state = {"a": jmp.DynamicLossScale(), "b": jmp.DynamicLossScale()}
+        >>> jmp.scaled_value_and_grad(jnp.sum)(jnp.ones(2), state=state)
+        Traceback (most recent call last):
+        jmp_lite._errors.AmbiguousLossScaleError: 2 loss scales in the state: 'a', 'b'...
+        >>> loss, grads = jmp.scaled_value_and_grad(jnp.sum, name="a")(jnp.ones(2), state=state)
+        >>> print(loss)
+        2.0
+    """
+
+
+class LossScaleStalledError(JmpLiteError, RuntimeError):
+    """Step after step is skipped and the loss scale cannot go lower.
+
+    Example:
+        >>> tx = jmp.loss_scaled(optax.sgd(0.1), jmp.DynamicLossScale(1.0))
+        >>> params = {"w": jnp.ones(2)}
+        >>> state = tx.init(params)
+        >>> for _ in range(3):
+        ...     _, state = tx.update({"w": jnp.array([1.0, jnp.nan])}, state, params)
+        >>> jmp.check_loss_scale(state, max_skips=3)
+        Traceback (most recent call last):
+        jmp_lite._errors.LossScaleStalledError: 3 steps in a row were skipped...
+    """
+
+
+class PolicyMismatchError(JmpLiteError, ValueError):
+    """A checkpoint was written under a policy other than the one it is restored with.
+
+    Example:
+        >>> from jmp_lite import checkpoint
+        >>> data = checkpoint.to_bytes({"w": jnp.ones(2)}, policy="mixed_float16")
+        >>> checkpoint.from_bytes({"w": jnp.ones(2)}, data, policy="mixed_bfloat16")
+        Traceback (most recent call last):
+        jmp_lite._errors.PolicyMismatchError: The checkpoint was written under policy 'p=full,c=f16,o=full'...
+    """
+
+
+class SlowDtypeWarning(UserWarning):
+    """The accelerator in use cannot run the compute dtype fast; the message names the better choice.
+
+    Example:
+        >>> issubclass(jmp.SlowDtypeWarning, UserWarning)
+        True
+    """

@@ -1,0 +1,176 @@
+"""Gradients of a scaled loss."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jmp_lite._errors import InvalidLossScaleError, LossDtypeError
+from jmp_lite._loss_scale import (
+    DynamicLossScale,
+    LossScale,
+    find_loss_scale,
+    replace_loss_scale,
+)
+from jmp_lite._tree import all_finite, cast_to_at_least_float32, is_inexact
+
+_Gradient = tuple[jax.Array, Any, list[Any]]
+
+
+def _checked_loss(output: Any, has_aux: bool) -> tuple[jax.Array, Any]:
+    """Splits what the loss function returned into a float32 loss and the auxiliary output."""
+    if has_aux and not (isinstance(output, (tuple, list)) and len(output) == 2):
+        raise LossDtypeError(
+            f"With has_aux=True the function must return (loss, aux), got {type(output).__name__}. "
+            "Return a pair, or drop has_aux."
+        )
+    loss, aux = output if has_aux else (output, None)
+    dtype, shape = jnp.result_type(loss), np.shape(loss)
+    if shape != () or not jnp.issubdtype(dtype, jnp.floating):
+        raise LossDtypeError(
+            f"The loss must be a real floating-point scalar, got {dtype}{list(shape)}. Reduce it, for example with "
+            "jnp.mean, or return further values with has_aux=True."
+        )
+    return cast_to_at_least_float32(loss), aux
+
+
+def _float0_zeros(leaf: Any) -> Any:
+    """The gradient JAX gives to what cannot be differentiated: integers, booleans, keys."""
+    return np.zeros(np.shape(leaf), jax.dtypes.float0)
+
+
+def _differentiate(
+    fun: Callable[..., Any], has_aux: bool, args: tuple[Any, ...], argnums: tuple[int, ...]
+) -> tuple[Callable[[LossScale], _Gradient], Callable[[list[Any]], tuple[Any, ...]]]:
+    """Prepares the derivative of the scaled loss with respect to the inexact leaves of some arguments.
+
+    Returns:
+        A function from a loss scale to ``(loss, aux, gradients)``, the gradients a flat list; and a function that puts
+        such a list back into the structure of the arguments, with ``float0`` for all other leaves.
+    """
+    leaves, treedef = jax.tree.flatten(tuple(args[i] for i in argnums))
+    inexact = [i for i, leaf in enumerate(leaves) if is_inexact(leaf)]
+
+    def call(values: list[Any], loss_scale: LossScale) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+        merged = list(leaves)
+        for i, value in zip(inexact, values, strict=True):
+            merged[i] = value
+        new_args = list(args)
+        for argnum, value in zip(argnums, jax.tree.unflatten(treedef, merged), strict=True):
+            new_args[argnum] = value
+        loss, aux = _checked_loss(fun(*new_args), has_aux)
+        return loss_scale.scale(loss), (loss, aux)
+
+    def gradient(loss_scale: LossScale) -> _Gradient:
+        values = [leaves[i] for i in inexact]
+        grads, (loss, aux) = jax.grad(call, has_aux=True)(values, loss_scale)
+        return loss, aux, grads
+
+    def assemble(grads: list[Any]) -> tuple[Any, ...]:
+        merged = [_float0_zeros(leaf) for leaf in leaves]
+        for i, grad in zip(inexact, grads, strict=True):
+            merged[i] = grad
+        trees: tuple[Any, ...] = jax.tree.unflatten(treedef, merged)
+        return trees
+
+    return gradient, assemble
+
+
+def _retry(
+    gradient: Callable[[LossScale], _Gradient],
+    loss_scale: LossScale,
+    max_retries: int,
+    axis_name: Any,
+) -> tuple[LossScale, _Gradient]:
+    """Recomputes at ever lower scales, inside one ``lax.while_loop``, until the gradients are finite."""
+    if not isinstance(loss_scale, DynamicLossScale):
+        raise InvalidLossScaleError(
+            f"max_retries={max_retries} needs a DynamicLossScale, which can be lowered; the state holds {loss_scale!r}."
+        )
+
+    def attempt(scale: DynamicLossScale) -> tuple[DynamicLossScale, jax.Array, _Gradient]:
+        result = gradient(scale)
+        return scale, all_finite(scale.unscale(result[2]), axis_name=axis_name), result
+
+    def again(carry: tuple[int, Any]) -> Any:
+        tries, (_, finite, _) = carry
+        return (tries < max_retries) & ~finite
+
+    def body(carry: tuple[int, Any]) -> Any:
+        tries, (scale, _, _) = carry
+        return tries + 1, attempt(scale.back_off())
+
+    _, (scale, _, result) = jax.lax.while_loop(again, body, (0, attempt(loss_scale)))
+    return scale, result
+
+
+def scaled_value_and_grad(
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    *,
+    max_retries: int = 0,
+    axis_name: Any = None,
+    name: str | None = None,
+) -> Callable[..., Any]:
+    """Like ``jax.value_and_grad``, for the loss times the current loss scale.
+
+    The value is the true loss: unscaled, float32, correct also on a step whose gradients overflow. The gradients are
+    still scaled; ``loss_scaled`` and ``apply_gradients`` unscale them with the same scale. Integers, booleans and PRNG
+    keys among the arguments need no special care: their gradient is ``float0``.
+
+    Args:
+        fun: Returns a real floating-point scalar, or ``(scalar, aux)`` with ``has_aux``.
+        argnums: Which positional arguments to differentiate.
+        has_aux: Whether ``fun`` returns auxiliary output.
+        max_retries: How often to recompute at a halved scale, within the step, while gradients are not finite. Needs a
+            ``DynamicLossScale``. The lowered scale is returned in a third result.
+        axis_name: Mapped axes whose replicas must retry together; only used with ``max_retries``.
+        name: Segment of the path of the loss scale wanted, if the state holds several.
+
+    Returns:
+        A function of ``(*args, state, **kwargs)``, where ``state`` (keyword only) is a loss scale, an Optax state that
+        holds one, or any pytree around it. It returns ``(loss, grads)`` or ``((loss, aux), grads)``; with
+        ``max_retries`` the new state comes third. ``loss`` is ``float32[]`` (``float64[]`` if ``fun`` returns that).
+
+    Raises:
+        LossDtypeError: If ``fun`` does not return what it should.
+        LossScaleNotFoundError: If the state holds no loss scale.
+        AmbiguousLossScaleError: If it holds several and no name is given.
+        InvalidLossScaleError: If ``max_retries`` is asked of a scale that cannot be lowered.
+
+    Example:
+        >>> def loss_fn(params, x):
+        ...     return jnp.sum((x * params["w"]) ** 2).astype(jnp.float16)
+        >>> loss, grads = jmp.scaled_value_and_grad(loss_fn)(
+        ...     {"w": jnp.ones(2)}, 3.0, state=jmp.DynamicLossScale(1024.0)
+        ... )
+        >>> print(loss, grads["w"] / 1024)
+        18.0 [18. 18.]
+
+    References:
+        Micikevicius et al., "Mixed Precision Training", arXiv:1710.03740, section 3.2.
+    """
+    positions = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+
+    @functools.wraps(fun)
+    def wrapped(*args: Any, state: Any, **kwargs: Any) -> Any:
+        at, loss_scale = find_loss_scale(state, name)
+        if not all(-len(args) <= i < len(args) for i in positions):
+            raise TypeError(f"argnums={argnums} does not fit a call with {len(args)} positional arguments.")
+        gradient, assemble = _differentiate(functools.partial(fun, **kwargs), has_aux, args, positions)
+        if max_retries > 0:
+            loss_scale, (loss, aux, flat) = _retry(gradient, loss_scale, max_retries, axis_name)
+        else:
+            loss, aux, flat = gradient(loss_scale)
+        trees = assemble(flat)
+        grads = trees[0] if isinstance(argnums, int) else trees
+        value = (loss, aux) if has_aux else loss
+        if max_retries > 0:
+            return value, grads, replace_loss_scale(state, at, loss_scale)
+        return value, grads
+
+    return wrapped

@@ -1,0 +1,441 @@
+"""Loss scales: pure automata that multiply a loss, divide gradients and react to one verdict per step.
+
+Every scale is an immutable pytree with ``scale``, ``unscale`` and ``adjust(grads_finite)``. ``DynamicLossScale`` keeps
+a strong float32, in ``[max(min_loss_scale, 2**-126), max_loss_scale]``: it can become neither zero nor infinite.
+"""
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jmp_lite._compat import register_flax_serialization
+from jmp_lite._errors import (
+    AmbiguousLossScaleError,
+    InvalidLossScaleError,
+    LossScaleNotFoundError,
+    TracedStaticScaleError,
+)
+from jmp_lite._tree import (
+    Opaque,
+    cast_to_at_least_float32,
+    is_array,
+    is_inexact,
+    path_string,
+    scalar_predicate,
+)
+
+T = TypeVar("T")
+
+#: Between these bounds a float32 scale and its reciprocal are both normal numbers: XLA flushes subnormals to zero.
+SMALLEST_SCALE = 2.0**-126
+LARGEST_SCALE = 2.0**126
+
+
+def _multiply(tree: T, factor: Any) -> T:
+    """Multiplies the inexact leaves of a tree by a float32 scalar, in float32 or wider."""
+
+    def leaf_product(leaf: Any) -> Any:
+        if not is_inexact(leaf):
+            return leaf
+        wide = cast_to_at_least_float32(leaf)
+        return wide * jnp.asarray(factor, wide.dtype)
+
+    product: T = jax.tree.map(leaf_product, tree)
+    return product
+
+
+@dataclasses.dataclass(frozen=True)
+class NoOpLossScale(Opaque):
+    """The loss scale 1 that leaves trees alone, so that float32 and bfloat16 runs use the same code.
+
+    Example:
+        >>> grads = {"w": jnp.ones(2)}
+        >>> jmp.NoOpLossScale().unscale(grads) is grads
+        True
+    """
+
+    def __post_init__(self) -> None:
+        register_flax_serialization(NoOpLossScale, _state_dict, _from_state_dict)
+
+    @property
+    def loss_scale(self) -> int:
+        """Always 1."""
+        return 1
+
+    def scale(self, tree: T) -> T:
+        """Returns the tree itself."""
+        return tree
+
+    def unscale(self, tree: T) -> T:
+        """Returns the tree itself."""
+        return tree
+
+    def adjust(self, grads_finite: Any) -> "NoOpLossScale":
+        """Returns the same scale, whatever the verdict."""
+        del grads_finite
+        return self
+
+
+@dataclasses.dataclass(frozen=True)
+class StaticLossScale(Opaque):
+    """A constant loss scale. It has no leaves: its value is part of the tree structure, so a new value is a new trace.
+
+    For a constant that is data rather than structure, use ``DynamicLossScale(value, factor=1)``, which never moves.
+
+    Args:
+        loss_scale: A Python number, or a concrete scalar array. Powers of two scale exactly.
+
+    Raises:
+        TracedStaticScaleError: If the value is traced.
+
+    Example:
+        >>> scale = jmp.StaticLossScale(2.0**10)
+        >>> print(scale.unscale(scale.scale(jnp.float16(3.0))))
+        3.0
+    """
+
+    loss_scale: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "loss_scale", _python_number("StaticLossScale", self.loss_scale))
+        register_flax_serialization(StaticLossScale, _state_dict, _from_state_dict)
+
+    def _checked(self) -> float:
+        if not (math.isfinite(self.loss_scale) and self.loss_scale > 0):
+            raise InvalidLossScaleError(
+                f"loss_scale must be positive and finite, got {self.loss_scale}. Try StaticLossScale(2.0**15)."
+            )
+        return self.loss_scale
+
+    def scale(self, tree: T) -> T:
+        """Multiplies the inexact leaves, in float32 or wider; other leaves pass through."""
+        return _multiply(tree, self._checked())
+
+    def unscale(self, tree: T) -> T:
+        """Divides the inexact leaves, in float32 or wider; other leaves pass through."""
+        return _multiply(tree, 1 / self._checked())
+
+    def adjust(self, grads_finite: Any) -> "StaticLossScale":
+        """Returns the same scale, whatever the verdict."""
+        del grads_finite
+        return self
+
+
+def _python_number(owner: str, value: Any) -> float:
+    if isinstance(value, jax.core.Tracer):
+        raise TracedStaticScaleError(
+            f"{owner} needs a Python number, got a traced value {value}. Build it outside jit, or use "
+            "DynamicLossScale(value, factor=1), whose value is data."
+        )
+    return float(value)
+
+
+def _warn_if_not_floating(name: str, value: Any) -> None:
+    if is_array(value) and not jnp.issubdtype(value.dtype, jnp.floating):
+        warnings.warn(f"Expected floating type for {name}, got {value.dtype}", stacklevel=4)
+
+
+def _strong_scalar(value: Any, dtype: Any) -> Any:
+    """Converts a number to a strongly typed array; placeholders (specs, shapes) pass through."""
+    if isinstance(value, jax.Array):
+        if value.dtype == dtype and not jax.typeof(value).weak_type:
+            return value
+        return jax.lax.convert_element_type(value, dtype)
+    return np.asarray(value, dtype) if isinstance(value, (int, float, np.generic, np.ndarray)) else value
+
+
+@dataclasses.dataclass(frozen=True)
+class DynamicLossScale(Opaque):
+    """A loss scale that grows while gradients stay finite and backs off when they do not.
+
+    Each call of ``adjust`` is one step of the automaton: after ``period`` finite steps in a row the scale is multiplied
+    by ``factor`` (unless that would exceed ``max_loss_scale``), after a non-finite step by ``backoff_factor`` (but not
+    below ``min_loss_scale``). The growth happens on exactly the ``period``-th finite step.
+
+    Args:
+        loss_scale: Initial scale, ``float32[]``; a number or array of any real dtype is converted. A power of two
+            scales exactly.
+        counter: Finite steps since the last change, ``int32[]``.
+        period: Finite steps between growths.
+        factor: Growth factor, at least 1; with 1 the scale is constant.
+        min_loss_scale: Lowest scale; may be below 1. ``0`` stands for ``2**-126``.
+        backoff_factor: Multiplier after a non-finite step, in (0, 1]; ``None`` stands for ``1 / factor``.
+        max_loss_scale: Highest scale that growth may reach, at most ``2**126``.
+        hysteresis: Non-finite steps tolerated per growth period, the last of which backs off (Megatron, DeepSpeed).
+        consecutive_hysteresis: Whether one finite step restores the tolerance, rather than only the next growth.
+        grace_steps: Finite steps after a non-finite one (and at the start, through ``counter``) that do not count
+            towards growth. DeepSpeed has one.
+        hysteresis_left: Non-finite steps left before backing off, ``int32[]``; filled in when ``hysteresis > 1``.
+
+    Raises:
+        InvalidLossScaleError: If a setting is out of range.
+
+    Example:
+        >>> scale = jmp.DynamicLossScale(2.0**15, period=2)
+        >>> for finite in [True, True, False]:
+        ...     scale = scale.adjust(finite)
+        ...     print(scale.loss_scale, scale.counter)
+        32768.0 1
+        65536.0 0
+        32768.0 0
+
+    References:
+        Micikevicius et al., "Mixed Precision Training", arXiv:1710.03740; the interface is that of jmp.
+    """
+
+    loss_scale: Any = 2.0**15
+    counter: Any = 0
+    period: int = 2000
+    factor: float = 2
+    min_loss_scale: float = 1.0
+    _: dataclasses.KW_ONLY
+    backoff_factor: float | None = None
+    max_loss_scale: float = 2.0**24
+    hysteresis: int = 1
+    consecutive_hysteresis: bool = False
+    grace_steps: int = 0
+    hysteresis_left: Any = None
+
+    def __post_init__(self) -> None:
+        _warn_if_not_floating("loss_scale", self.loss_scale)
+        _warn_if_not_floating("min_loss_scale", self.min_loss_scale)
+        left = self.hysteresis if self.hysteresis_left is None and self.hysteresis > 1 else self.hysteresis_left
+        converted = {
+            "loss_scale": _strong_scalar(self.loss_scale, np.float32),
+            "counter": _strong_scalar(self.counter, np.int32),
+            "hysteresis_left": _strong_scalar(left, np.int32),
+            "min_loss_scale": _python_number("min_loss_scale", self.min_loss_scale),
+        }
+        for name, value in converted.items():
+            object.__setattr__(self, name, value)
+        _check_settings(self)
+        register_flax_serialization(DynamicLossScale, _state_dict, _from_state_dict)
+
+    @classmethod
+    def like(cls, system: str, **overrides: Any) -> "DynamicLossScale":
+        """Returns a scale with the trajectory of another system's scaler, within our bounds.
+
+        Their defects are not kept: the scale stays within ``[2**-126, 2**126]`` where theirs becomes 0 or infinite.
+
+        Args:
+            system: ``"torch"``, ``"flax"``, ``"keras"``, ``"megatron"``, ``"deepspeed"`` or ``"jmp"``.
+            **overrides: Any fields of this class. Flax grows one step late, so its ``growth_interval`` is ``period -
+            1``.
+
+        Returns:
+            The scale with that system's defaults.
+
+        Raises:
+            InvalidLossScaleError: If the system is not known.
+
+        Example:
+            >>> jmp.DynamicLossScale.like("megatron", period=500).hysteresis
+            2
+
+        References:
+            torch.amp.GradScaler 2.13, flax.training.dynamic_scale 0.12, keras LossScaleOptimizer 3.15, Megatron-LM
+            DynamicGradScaler, DeepSpeed DynamicLossScaler, jmp 0.0.4.
+        """
+        if system not in _SYSTEMS:
+            raise InvalidLossScaleError(f"Unknown system {system!r}. Accepted: {', '.join(_SYSTEMS)}.")
+        return cls(**{**_SYSTEMS[system], **overrides})
+
+    def scale(self, tree: T) -> T:
+        """Multiplies the inexact leaves, in float32 or wider; other leaves pass through."""
+        return _multiply(tree, self.loss_scale)
+
+    def unscale(self, tree: T) -> T:
+        """Divides the inexact leaves, in float32 or wider; other leaves pass through."""
+        return _multiply(tree, 1 / jnp.asarray(self.loss_scale))
+
+    def adjust(self, grads_finite: Any) -> "DynamicLossScale":
+        """Returns the scale of the next step.
+
+        Args:
+            grads_finite: ``bool[]``, the verdict of this step. It must be the same on every replica.
+
+        Raises:
+            NonScalarPredicateError: If the verdict is not one boolean.
+        """
+        finite = scalar_predicate(grads_finite)
+        grow = finite & (self.counter >= self.period - 1)
+        grown = self.loss_scale * np.float32(self.factor)
+        raised = jnp.where(grow & (grown <= np.float32(self.max_loss_scale)), grown, self.loss_scale)
+        left, exhausted = self._next_hysteresis(finite, grow)
+        lowered = jnp.where(exhausted, self._lowered_scale(), self.loss_scale)
+        restart = np.int32(-self.grace_steps)
+        counter = jnp.where(finite, jnp.where(grow, np.int32(0), self.counter + np.int32(1)), restart)
+        return dataclasses.replace(
+            self, loss_scale=jnp.where(finite, raised, lowered), counter=counter, hysteresis_left=left
+        )
+
+    def _next_hysteresis(self, finite: jax.Array, grow: jax.Array) -> tuple[Any, Any]:
+        """Returns the tolerance left after this step, and whether it was used up before."""
+        if self.hysteresis_left is None:
+            return None, True
+        full = np.int32(self.hysteresis)
+        refill = finite if self.consecutive_hysteresis else grow
+        used = jnp.maximum(self.hysteresis_left - np.int32(1), np.int32(1))
+        left = jnp.where(refill, full, jnp.where(finite, self.hysteresis_left, used))
+        return left, self.hysteresis_left <= 1
+
+    def _lowered_scale(self) -> jax.Array:
+        if self.backoff_factor is None:
+            lowered = self.loss_scale / np.float32(self.factor)
+        else:
+            lowered = self.loss_scale * np.float32(self.backoff_factor)
+        lowest = np.float32(max(self.min_loss_scale, SMALLEST_SCALE))
+        return jnp.clip(lowered, lowest, np.float32(self.max_loss_scale))
+
+    def back_off(self) -> "DynamicLossScale":
+        """Returns the scale lowered once, whatever the hysteresis, with its counter restarted."""
+        return dataclasses.replace(
+            self, loss_scale=self._lowered_scale(), counter=jnp.full((), -self.grace_steps, jnp.int32)
+        )
+
+
+def _check_settings(scale: DynamicLossScale) -> None:
+    """Raises ``InvalidLossScaleError`` for the first setting that is out of range."""
+    lowest, highest, backoff = scale.min_loss_scale, scale.max_loss_scale, scale.backoff_factor
+    initial = scale.loss_scale
+    concrete = isinstance(initial, np.ndarray) or (is_array(initial) and not isinstance(initial, jax.core.Tracer))
+    rules = [
+        (
+            "loss_scale",
+            initial,
+            "positive and finite",
+            not concrete or bool(np.all(np.isfinite(initial) & (initial > 0))),
+        ),
+        ("period", scale.period, "at least 1", scale.period >= 1),
+        ("factor", scale.factor, "at least 1 and finite", 1 <= scale.factor < math.inf),
+        ("backoff_factor", backoff, "in (0, 1]", backoff is None or 0 < backoff <= 1),
+        ("min_loss_scale", lowest, "at least 0 and finite", 0 <= lowest < math.inf),
+        ("max_loss_scale", highest, f"in [min_loss_scale={lowest}, 2**126]", lowest <= highest <= LARGEST_SCALE),
+        ("hysteresis", scale.hysteresis, "at least 1", scale.hysteresis >= 1),
+        ("grace_steps", scale.grace_steps, "at least 0", scale.grace_steps >= 0),
+    ]
+    for name, value, requirement, holds in rules:
+        if not holds:
+            raise InvalidLossScaleError(f"{name} must be {requirement}, got {value}.")
+
+
+_UNBOUNDED = {"min_loss_scale": 0.0, "max_loss_scale": LARGEST_SCALE}
+_SYSTEMS: Mapping[str, Mapping[str, Any]] = {
+    "torch": {"loss_scale": 2.0**16, **_UNBOUNDED},
+    "flax": {"loss_scale": 2.0**16, "period": 2001, **_UNBOUNDED},
+    "keras": {"loss_scale": 2.0**15, **_UNBOUNDED},
+    "jmp": {"loss_scale": 2.0**15, "max_loss_scale": LARGEST_SCALE},
+    "megatron": {"loss_scale": 2.0**32, "period": 1000, "hysteresis": 2, "max_loss_scale": LARGEST_SCALE},
+    "deepspeed": {
+        "loss_scale": 2.0**16,
+        "counter": -1,
+        "period": 1000,
+        "hysteresis": 2,
+        "grace_steps": 1,
+        "max_loss_scale": LARGEST_SCALE,
+    },
+}
+
+LossScale = NoOpLossScale | StaticLossScale | DynamicLossScale
+
+
+# --- Pytree registration: every field is either data or structure, none can be forgotten ---
+
+_DATA = ("loss_scale", "counter", "hysteresis_left")
+_SETTINGS = tuple(field.name for field in dataclasses.fields(DynamicLossScale) if field.name not in _DATA)
+
+
+def _flatten(scale: DynamicLossScale) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    return tuple(getattr(scale, name) for name in _DATA), tuple(getattr(scale, name) for name in _SETTINGS)
+
+
+def _flatten_with_keys(scale: DynamicLossScale) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    data, settings = _flatten(scale)
+    return tuple((jax.tree_util.GetAttrKey(name), value) for name, value in zip(_DATA, data, strict=True)), settings
+
+
+def _unflatten(settings: tuple[Any, ...], data: Iterable[Any]) -> DynamicLossScale:
+    """Rebuilds without ``__init__``: JAX and its users also fill trees with placeholders."""
+    scale = object.__new__(DynamicLossScale)
+    for name, value in zip(_DATA + _SETTINGS, (*data, *settings), strict=True):
+        object.__setattr__(scale, name, value)
+    return scale
+
+
+jax.tree_util.register_static(NoOpLossScale)
+jax.tree_util.register_static(StaticLossScale)
+jax.tree_util.register_pytree_with_keys(DynamicLossScale, _flatten_with_keys, _unflatten, _flatten)
+
+
+# --- Serialisation with Flax: the data only; settings come from the program, as with every optimiser ---
+
+
+def _state_dict(scale: LossScale) -> dict[str, Any]:
+    if not isinstance(scale, DynamicLossScale):
+        return {}
+    return {name: getattr(scale, name) for name in _DATA if getattr(scale, name) is not None}
+
+
+def _from_state_dict(scale: Any, state: dict[str, Any]) -> Any:
+    expected = _state_dict(scale)
+    if set(state) != set(expected):
+        raise InvalidLossScaleError(
+            f"The saved loss scale has the fields {sorted(state)}, but {type(scale).__name__} here has "
+            f"{sorted(expected)}. Restore with the kind of loss scale it was saved with."
+        )
+    return dataclasses.replace(scale, **state) if state else scale
+
+
+# --- Finding the scale in an optimiser state ---
+
+
+def is_loss_scale(node: Any) -> bool:
+    """Whether a pytree node is one of the three loss scales."""
+    return isinstance(node, (NoOpLossScale, StaticLossScale, DynamicLossScale))
+
+
+def find_loss_scale(state: Any, name: str | None = None) -> tuple[str, LossScale]:
+    """Finds the one loss scale in a state, however deeply transforms are nested around it.
+
+    Args:
+        state: A loss scale, an Optax state, a train state: any pytree.
+        name: A segment of the path to the scale wanted, needed if there are several.
+
+    Returns:
+        Its path (``inner_states/a/loss_scale``; empty if ``state`` is the scale itself) and the scale.
+
+    Raises:
+        LossScaleNotFoundError: If there is none (of that name).
+        AmbiguousLossScaleError: If there are several; the message gives their paths.
+    """
+    nodes = jax.tree_util.tree_leaves_with_path(state, is_leaf=is_loss_scale)
+    scales = [(path_string(path), node) for path, node in nodes if is_loss_scale(node)]
+    found = [(path, scale) for path, scale in scales if name is None or name in path.split("/")]
+    if len(found) == 1:
+        return found[0]
+    paths = ", ".join(repr(path) for path, _ in found or scales)
+    if found:
+        raise AmbiguousLossScaleError(
+            f"{len(found)} loss scales in the state: {paths}. Pass name= with a segment that only one path has."
+        )
+    named = f" named {name!r} (there are: {paths})" if scales else ""
+    raise LossScaleNotFoundError(
+        f"No loss scale in the state{named}, a {type(state).__name__}. Pass a loss scale, or the state of an optimiser "
+        "wrapped in jmp_lite.loss_scaled."
+    )
+
+
+def replace_loss_scale(state: T, at: str, loss_scale: LossScale) -> T:
+    """Returns the state with the loss scale at a path replaced."""
+
+    def replace(path: Any, node: Any) -> Any:
+        return loss_scale if is_loss_scale(node) and path_string(path) == at else node
+
+    replaced: T = jax.tree_util.tree_map_with_path(replace, state, is_leaf=is_loss_scale)
+    return replaced

@@ -1,0 +1,365 @@
+"""Precision policies: which dtype parameters, computation and outputs have.
+
+A ``Policy`` is a triple of dtypes with three pure casts. A ``PolicyMap`` gives each module its own. Both answer
+``policy_for(path)``, which is all that the rest of the library asks of them.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jmp_lite._dtypes import (
+    ACCEPTED_NAMES,
+    FLOAT32,
+    DType,
+    canonical,
+    dtype_name,
+    parse_dtype,
+    warn_if_slow,
+)
+from jmp_lite._errors import AmbiguousPolicyError, InvalidPolicyError, UnknownDtypeError
+from jmp_lite._tree import Path, cast_floating, cast_leaf, map_leaves, path_string
+
+T = TypeVar("T")
+
+
+def _floating(field: str, value: Any) -> DType:
+    """Converts what the user gave for a dtype field, or raises ``InvalidPolicyError``."""
+    try:
+        dtype = parse_dtype(value) if isinstance(value, str) else np.dtype(value)
+    except TypeError:
+        raise InvalidPolicyError(
+            f"{field} must be a floating-point dtype, got {value!r}. Accepted names: {ACCEPTED_NAMES}."
+        ) from None
+    if value is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise InvalidPolicyError(
+            f"{field} must be a floating-point dtype, got {value if value is None else dtype}. "
+            f"Accepted names: {ACCEPTED_NAMES}."
+        )
+    return dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """Dtypes of parameters, of computation and of outputs, with the casts between them.
+
+    The casts touch arrays of float16, bfloat16, float32 and of any dtype named by the policy. Integers, booleans,
+    complex numbers, PRNG keys, ``float0``, ``None``, Python scalars, strings and loss scales pass through untouched; so
+    do float8 and (with x64 enabled) float64 arrays unless the policy names them.
+
+    Args:
+        param_dtype: Dtype in which parameters are stored and updated. Dtypes may be given as anything NumPy takes or as
+            a name such as ``"bf16"``.
+        compute_dtype: Dtype of the arithmetic.
+        output_dtype: Dtype of what the wrapped function returns.
+        reduce_dtype: Dtype of gradient reductions between devices; ``None`` stands for float32.
+
+    Raises:
+        InvalidPolicyError: If a dtype is not floating-point.
+        UnknownDtypeError: If a name is not known.
+
+    Example:
+        >>> policy = jmp.Policy("float32", jnp.bfloat16, np.float32)
+        >>> print(policy)
+        p=full,c=bf16,o=full
+        >>> policy.cast_to_compute({"w": jnp.ones(2), "step": jnp.int32(1)})["w"].dtype
+        dtype(bfloat16)
+
+    References:
+        The triple is that of jmp (github.com/google-deepmind/jmp). Micikevicius et al., "Mixed Precision Training",
+        arXiv:1710.03740.
+    """
+
+    param_dtype: DType
+    compute_dtype: DType
+    output_dtype: DType
+    reduce_dtype: DType | None = dataclasses.field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        for field in ("param_dtype", "compute_dtype", "output_dtype"):
+            object.__setattr__(self, field, _floating(field, getattr(self, field)))
+        if self.reduce_dtype is not None:
+            object.__setattr__(self, "reduce_dtype", _floating("reduce_dtype", self.reduce_dtype))
+
+    @property
+    def named_dtypes(self) -> frozenset[DType]:
+        """The dtypes of the three casts: arrays of these are cast even if the format is not a standard one."""
+        return frozenset(map(canonical, (self.param_dtype, self.compute_dtype, self.output_dtype)))
+
+    def cast_to_param(self, tree: T) -> T:
+        """Casts the floating arrays of a tree to ``param_dtype``."""
+        return cast_floating(tree, self.param_dtype, self.named_dtypes)
+
+    def cast_to_compute(self, tree: T) -> T:
+        """Casts the floating arrays of a tree to ``compute_dtype``.
+
+        Warns:
+            SlowDtypeWarning: Once, if the device has no fast units for that dtype.
+        """
+        if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(tree)):
+            warn_if_slow(self.compute_dtype)
+        return cast_floating(tree, self.compute_dtype, self.named_dtypes)
+
+    def cast_to_output(self, tree: T) -> T:
+        """Casts the floating arrays of a tree to ``output_dtype``."""
+        return cast_floating(tree, self.output_dtype, self.named_dtypes)
+
+    def with_output_dtype(self, output_dtype: Any) -> "Policy":
+        """Returns the same policy with another output dtype."""
+        return dataclasses.replace(self, output_dtype=output_dtype)
+
+    def policy_for(self, path: str) -> "Policy":
+        """Returns the policy of the module or parameter at a path: this one, for all of them."""
+        del path
+        return self
+
+    def __str__(self) -> str:
+        fields = [("p", self.param_dtype), ("c", self.compute_dtype), ("o", self.output_dtype)]
+        if self.reduce_dtype is not None:
+            fields.append(("r", self.reduce_dtype))
+        return ",".join(f"{key}={dtype_name(dtype)}" for key, dtype in fields)
+
+
+_KEYS = {"p": "param", "params": "param", "param": "param"}
+_KEYS |= {"c": "compute", "compute": "compute", "o": "output", "output": "output"}
+_KEYS |= {"r": "reduce", "reduce": "reduce"}
+
+
+def _mixed(half: Any) -> Policy:
+    return Policy(FLOAT32, half, FLOAT32)
+
+
+def _uniform(dtype: Any) -> Policy:
+    return Policy(dtype, dtype, dtype)
+
+
+#: Names from other systems: Keras, Lightning, Apex (whose O1 and O2 store float32 and compute in float16).
+ALIASES: Mapping[str, Policy] = {
+    "mixed_float16": _mixed(jnp.float16),
+    "mixed_bfloat16": _mixed(jnp.bfloat16),
+    "16-mixed": _mixed(jnp.float16),
+    "bf16-mixed": _mixed(jnp.bfloat16),
+    "16-true": _uniform(jnp.float16),
+    "bf16-true": _uniform(jnp.bfloat16),
+    "32-true": _uniform(jnp.float32),
+    "64-true": _uniform(np.float64),
+    "o0": _uniform(jnp.float32),
+    "o1": _mixed(jnp.float16),
+    "o2": _mixed(jnp.float16),
+    "o3": _uniform(jnp.float16),
+}
+
+
+def _dtype_in(spec: str, name: str) -> DType:
+    try:
+        return parse_dtype(name)
+    except UnknownDtypeError:
+        raise UnknownDtypeError(
+            f"Unknown dtype {name.strip()!r} in policy {spec!r}. Accepted dtypes: {ACCEPTED_NAMES}; accepted policies: "
+            f"{', '.join(ALIASES)}, one dtype for everything, or 'p=...,c=...,o=...,r=...' with any of the parts."
+        ) from None
+
+
+def _parse_parts(spec: str) -> Policy:
+    """Parses ``"p=f32,c=bf16"``: params default to float32, compute to params, output to compute."""
+    dtypes: dict[str, DType] = {}
+    for part in spec.split(","):
+        key, equals, name = part.partition("=")
+        field = _KEYS.get(key.strip().lower())
+        if field is None or not equals or "=" in name:
+            raise UnknownDtypeError(
+                f"Unknown key {key.strip()!r} in part {part.strip()!r} of policy {spec!r}. Write 'key=dtype' with the "
+                "keys params (p), compute (c), output (o), reduce (r), separated by single commas."
+            )
+        if field in dtypes:
+            raise UnknownDtypeError(f"Key {key.strip()!r} is given twice in policy {spec!r}. Keep one of them.")
+        dtypes[field] = _dtype_in(spec, name)
+    param = dtypes.get("param", FLOAT32)
+    compute = dtypes.get("compute", param)
+    return Policy(param, compute, dtypes.get("output", compute), reduce_dtype=dtypes.get("reduce"))
+
+
+@overload
+def get_policy(spec: "str | Policy") -> Policy: ...
+@overload
+def get_policy(spec: "PolicyMap") -> "PolicyMap": ...
+@overload
+def get_policy(spec: "PolicyLike") -> "Policy | PolicyMap": ...
+def get_policy(spec: "PolicyLike") -> "Policy | PolicyMap":
+    """Returns the policy that a string stands for.
+
+    Case and spaces do not matter. Accepted are
+
+    - jmp's grammar, ``"params=float32,compute=bfloat16,output=float32"`` or ``"p=f32,c=bf16"``: parameters default to
+      float32, compute to the parameters' dtype, output to compute's; ``reduce=`` (``r=``) is new;
+    - one dtype for everything: ``"bf16"``, ``"float32"``, ``"half"``, ``"full"``;
+    - ``"mixed_float16"``, ``"mixed_bfloat16"`` (Keras), ``"16-mixed"``, ``"bf16-mixed"``, ``"16-true"``,
+      ``"bf16-true"``, ``"32-true"``, ``"64-true"`` (Lightning), ``"O0"`` to ``"O3"`` (Apex). The mixed ones keep
+      parameters and outputs in float32.
+
+    Args:
+        spec: Such a string, or a policy, which is returned as it is.
+
+    Returns:
+        A ``Policy`` (the ``PolicyMap`` itself if that was given). ``get_policy(str(policy)) == policy``.
+
+    Raises:
+        UnknownDtypeError: If the string cannot be parsed; a ``ValueError``.
+        InvalidPolicyError: If ``spec`` is neither a string nor a policy; a ``TypeError``.
+
+    Example:
+        >>> print(jmp.get_policy("mixed_bfloat16"))
+        p=full,c=bf16,o=full
+        >>> print(jmp.get_policy("c=f16"))
+        p=full,c=f16,o=f16
+    """
+    if isinstance(spec, (Policy, PolicyMap)):
+        return spec
+    if not isinstance(spec, str):
+        raise InvalidPolicyError(
+            f"A policy must be a string, a Policy or a PolicyMap, got {spec!r}. "
+            "Write for example get_policy('mixed_bfloat16')."
+        )
+    if "=" in spec:
+        return _parse_parts(spec)
+    alias = ALIASES.get(spec.strip().lower())
+    return alias or _uniform(_dtype_in(spec, spec))
+
+
+def _prefixes(path: str) -> Iterator[str]:
+    """Yields a path and its ancestors, deepest first: ``a/b/c``, ``a/b``, ``a``."""
+    segments = path.split("/")
+    for stop in range(len(segments), 0, -1):
+        yield "/".join(segments[:stop])
+
+
+@dataclasses.dataclass(frozen=True, init=False, repr=False)
+class PolicyMap:
+    r"""A policy per module, chosen by path; used wherever a ``Policy`` is.
+
+    A key is a regular expression over whole path segments. It applies to the module or parameter it names, wherever in
+    the path that is, and to everything inside. A key that equals the path, or its deepest ancestor, beats every
+    pattern. Two patterns that both match with different policies are an error.
+
+    Args:
+        policies: Maps patterns to policies or policy strings.
+        default: Policy, or policy string, of everything that no pattern matches, and of the model's own inputs and
+            outputs.
+
+    Raises:
+        AmbiguousPolicyError: On look-up, if patterns contradict each other.
+        UnknownDtypeError: If a policy string or a pattern cannot be parsed.
+
+    Example:
+        >>> policies = jmp.PolicyMap({r"norm_\d+": "full", "head": "p=f32,c=bf16,o=f32"}, default="mixed_float16")
+        >>> print(policies.policy_for("decoder/norm_3/scale"))
+        p=full,c=full,o=full
+        >>> policies.cast_to_compute({"head": {"kernel": jnp.ones(2)}})["head"]["kernel"].dtype
+        dtype(bfloat16)
+
+    References:
+        The rules for exact keys and for contradictions are those of Keras' ``DTypePolicyMap``.
+    """
+
+    policies: tuple[tuple[str, Policy], ...]
+    default: Policy
+
+    def __init__(self, policies: Mapping[str, str | Policy], default: str | Policy) -> None:
+        object.__setattr__(self, "policies", tuple((key, get_policy(p)) for key, p in policies.items()))
+        object.__setattr__(self, "default", get_policy(default))
+        for key, _ in self.policies:
+            try:
+                re.compile(key)
+            except re.error as error:
+                raise UnknownDtypeError(
+                    f"Pattern {key!r} of the PolicyMap is no regular expression: {error}."
+                ) from None
+
+    def policy_for(self, path: str) -> Policy:
+        """Returns the policy of the module or parameter at a path such as ``decoder/layers_3/kernel``."""
+        literal = dict(self.policies)
+        for prefix in _prefixes(path):
+            if prefix in literal:
+                return literal[prefix]
+        matches = [(key, policy) for key, policy in self.policies if re.search(rf"(?:^|/)(?:{key})(?:/|$)", path)]
+        if len({policy for _, policy in matches}) > 1:
+            listed = " and ".join(f"{key!r} ({policy})" for key, policy in sorted(matches, key=lambda match: match[0]))
+            raise AmbiguousPolicyError(
+                f"Path {path!r} matches {listed}. Make the patterns exclusive, or name the path itself."
+            )
+        return matches[0][1] if matches else self.default
+
+    def _cast(self, tree: T, cast: Callable[[Policy, Any], Any]) -> T:
+        def by_path(path: Path, leaf: Any) -> Any:
+            return cast(self.policy_for(path_string(path)), leaf)
+
+        return map_leaves(by_path, tree)
+
+    def cast_to_param(self, tree: T) -> T:
+        """Casts each floating array to the ``param_dtype`` of the policy at its path."""
+        return self._cast(tree, lambda policy, leaf: cast_leaf(leaf, policy.param_dtype, policy.named_dtypes))
+
+    def cast_to_compute(self, tree: T) -> T:
+        """Casts each floating array to the ``compute_dtype`` of the policy at its path."""
+        return self._cast(tree, lambda policy, leaf: cast_leaf(leaf, policy.compute_dtype, policy.named_dtypes))
+
+    def cast_to_output(self, tree: T) -> T:
+        """Casts the model's outputs, which have no module path, by the default policy."""
+        return self.default.cast_to_output(tree)
+
+    def with_output_dtype(self, output_dtype: Any) -> "PolicyMap":
+        """Returns the same map with another output dtype of the default policy."""
+        return PolicyMap(dict(self.policies), self.default.with_output_dtype(output_dtype))
+
+    def __str__(self) -> str:
+        return "; ".join([*(f"{key}: {policy}" for key, policy in self.policies), f"default: {self.default}"])
+
+    def __repr__(self) -> str:
+        policies = {key: str(policy) for key, policy in self.policies}
+        return f"PolicyMap({policies!r}, default={str(self.default)!r})"
+
+
+PolicyLike = str | Policy | PolicyMap
+
+
+def with_policy(fun: Callable[..., Any], policy: PolicyLike) -> Callable[..., Any]:
+    """Wraps a function: arguments are cast to the compute dtype, results to the output dtype.
+
+    Gradients taken through the wrapper have the dtype of the arguments, so float32 parameters get float32 gradients.
+    For Flax models use ``jmp_lite.linen.with_policy`` and ``jmp_lite.nnx.with_policy``, which also keep statistics in
+    float32.
+
+    Args:
+        fun: Any function of pytrees. With a ``PolicyMap`` the paths are those inside each argument.
+        policy: A policy or policy string.
+
+    Returns:
+        A function with the signature of ``fun``.
+
+    Raises:
+        UnknownDtypeError: If the policy string cannot be parsed.
+
+    Example:
+        >>> def apply(params, x):
+        ...     return x @ params["w"]
+        >>> half_apply = jmp.with_policy(apply, "p=f32,c=bf16,o=f32")
+        >>> jax.make_jaxpr(half_apply)({"w": jnp.ones((2, 2))}, jnp.ones((1, 2))).eqns[2].outvars[0].aval.dtype
+        dtype(bfloat16)
+        >>> half_apply({"w": jnp.ones((2, 2))}, jnp.ones((1, 2))).dtype
+        dtype('float32')
+    """
+    resolved = get_policy(policy)
+
+    @functools.wraps(fun)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        args = tuple(resolved.cast_to_compute(arg) for arg in args)
+        kwargs = {key: resolved.cast_to_compute(arg) for key, arg in kwargs.items()}
+        return resolved.cast_to_output(fun(*args, **kwargs))
+
+    return wrapped

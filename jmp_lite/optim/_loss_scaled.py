@@ -1,0 +1,136 @@
+"""Loss scaling as an Optax transformation around an inner one."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jmp_lite._loss_scale import DynamicLossScale, LossScale
+from jmp_lite.optim._verdict import judge, step_or_skip, unscale
+
+
+class LossScaledState(NamedTuple):
+    """State of ``loss_scaled``, with the counters of ``optax.apply_if_finite`` (``optax.tree.get`` finds them).
+
+    Attributes:
+        inner_state: State of the wrapped transformation; frozen on a skipped step.
+        loss_scale: The scale for the next step.
+        last_finite: ``bool[]``, whether the last step was taken.
+        notfinite_count: ``int32[]``, steps skipped in a row up to now.
+        total_notfinite: ``int32[]``, steps skipped since ``init``.
+
+    Example:
+        >>> state = jmp.loss_scaled(optax.sgd(0.1)).init({"w": jnp.ones(2)})
+        >>> print(optax.tree.get(state, "notfinite_count"))
+        0
+    """
+
+    inner_state: Any
+    loss_scale: LossScale
+    last_finite: jax.Array
+    notfinite_count: jax.Array
+    total_notfinite: jax.Array
+
+
+def _like_old(new: Any, old: Any) -> Any:
+    """Keeps the dtype that a state leaf had, so that a step never changes the type of the state."""
+    dtype = getattr(old, "dtype", None)
+    return new if dtype is None or new.dtype == dtype else new.astype(dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class LossScaledUpdate:
+    """The ``update`` of ``loss_scaled``: a function, whose parts ``apply_gradients`` uses to fuse the step."""
+
+    inner: optax.GradientTransformationExtraArgs
+    axis_name: Any
+
+    def verdict(self, grads: Any, state: LossScaledState) -> jax.Array:
+        """Returns ``bool[]``: whether these scaled gradients may be applied."""
+        return judge(grads, state.loss_scale, self.axis_name)
+
+    def inner_update(self, grads: Any, state: LossScaledState, params: Any, extra_args: Any) -> tuple[Any, Any]:
+        """Returns the inner transformation's updates and state for scaled gradients, whatever the verdict."""
+        unscaled = unscale(grads, state.loss_scale)
+        updates, inner_state = self.inner.update(unscaled, state.inner_state, params, **extra_args)
+        return updates, jax.tree.map(_like_old, inner_state, state.inner_state)
+
+    def next_state(self, state: LossScaledState, inner_state: Any, finite: jax.Array) -> LossScaledState:
+        """Returns the state after a step with this verdict."""
+        skipped = (~finite).astype(jnp.int32)
+        return LossScaledState(
+            inner_state=inner_state,
+            loss_scale=state.loss_scale.adjust(finite),
+            last_finite=finite,
+            notfinite_count=(state.notfinite_count + skipped) * skipped,
+            total_notfinite=state.total_notfinite + skipped,
+        )
+
+    def __call__(
+        self, updates: Any, state: LossScaledState, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, LossScaledState]:
+        """Unscales, checks, updates or skips, adjusts; the signature is Optax's."""
+
+        def step() -> tuple[Any, Any]:
+            return self.inner_update(updates, state, params, extra_args)
+
+        def skip() -> tuple[Any, Any]:
+            shapes, _ = jax.eval_shape(step)
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), state.inner_state
+
+        finite = self.verdict(updates, state)
+        new_updates, inner_state = step_or_skip(finite, step, skip)
+        return new_updates, self.next_state(state, inner_state, finite)
+
+
+def loss_scaled(
+    inner: optax.GradientTransformation,
+    loss_scale: LossScale = DynamicLossScale(),  # noqa: B008 (an immutable pytree of NumPy scalars)
+    *,
+    axis_name: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Wraps an optimiser so that it takes the gradients of a scaled loss, and skips steps that are not finite.
+
+    One ``update`` unscales the gradients to float32 with the scale that produced them, decides once whether they are
+    finite, then runs ``inner`` or freezes all of its state (step counts and schedules too) and returns zero updates,
+    and adjusts the scale. Clipping belongs inside, where gradients are unscaled. A norm that overflows float32 counts
+    as not finite.
+
+    Args:
+        inner: Any Optax transformation; extra arguments of ``update`` reach it.
+        loss_scale: Initial scale: ``DynamicLossScale``, ``StaticLossScale`` or ``NoOpLossScale``.
+        axis_name: Name, or tuple of names, of the mapped axes (``pmap``, ``shard_map``) over which replicas must agree.
+            Needed when replicas see different gradients, such as shards; harmless after ``lax.pmean``. Under ``jit``
+            with sharded arrays the verdict is global without it.
+
+    Returns:
+        A transformation whose state is a ``LossScaledState``. It composes with ``optax.chain``, ``masked``,
+        ``multi_transform``, ``inject_hyperparams``, and ``MultiSteps`` inside or outside.
+
+    Example:
+        >>> params = {"w": jnp.array([1.0, 2.0])}
+        >>> tx = jmp.loss_scaled(optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.5)), jmp.DynamicLossScale(8.0))
+        >>> state = tx.init(params)
+        >>> updates, state = tx.update({"w": jnp.array([8.0, jnp.inf])}, state, params)
+        >>> print(updates["w"], state.loss_scale.loss_scale, state.total_notfinite)
+        [0. 0.] 4.0 1
+
+    References:
+        Micikevicius et al., "Mixed Precision Training", arXiv:1710.03740; ``optax.apply_if_finite``;
+        torch.amp.GradScaler.
+    """
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params: Any) -> LossScaledState:
+        return LossScaledState(
+            inner_state=inner.init(params),
+            loss_scale=jax.tree.map(jnp.asarray, loss_scale),
+            last_finite=jnp.array(True),
+            notfinite_count=jnp.zeros((), np.int32),
+            total_notfinite=jnp.zeros((), np.int32),
+        )
+
+    return optax.GradientTransformationExtraArgs(init, LossScaledUpdate(inner, axis_name))
