@@ -2,6 +2,7 @@
 
 import os
 import random
+from collections.abc import Iterator
 
 # On the CPU unless asked otherwise: `-n auto` would have many workers fight for one accelerator.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -59,3 +60,13 @@ def _names_in_doctests(doctest_namespace: dict[str, object]) -> None:
     import jmp_lite as jmp
 
     doctest_namespace.update(jax=jax, jnp=jnp, np=np, optax=optax, jmp=jmp)
+
+
+@pytest.fixture(autouse=True)
+def _promotion_of_doctests(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Doctests run as at the reader's prompt; strict promotion also forbids optax.adam."""
+    if isinstance(request.node, pytest.DoctestItem):
+        with jax.numpy_dtype_promotion("standard"):
+            yield
+    else:
+        yield
