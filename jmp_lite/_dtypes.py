@@ -20,6 +20,12 @@ dtype_to_names: dict[Any, tuple[str, ...]] = {
     jnp.float64: ("f64", "float64", "fp64"),
     jnp.float8_e4m3fn: ("f8_e4m3fn", "float8_e4m3fn", "f8e4m3fn", "e4m3"),
     jnp.float8_e5m2: ("f8_e5m2", "float8_e5m2", "f8e5m2", "e5m2"),
+    jnp.float8_e3m4: ("float8_e3m4",),
+    jnp.float8_e4m3: ("float8_e4m3",),
+    jnp.float8_e4m3b11fnuz: ("float8_e4m3b11fnuz",),
+    jnp.float8_e4m3fnuz: ("float8_e4m3fnuz",),
+    jnp.float8_e5m2fnuz: ("float8_e5m2fnuz",),
+    jnp.float4_e2m1fn: ("float4_e2m1fn",),
 }
 
 #: Name -> scalar type: the inverse of ``dtype_to_names``.
@@ -65,23 +71,24 @@ def parse_dtype(value: str) -> DType:
         >>> jmp.parse_dtype(" Float32 ")
         dtype('float32')
     """
-    name = value.strip().lower()
+    name = value.strip().lower() if isinstance(value, str) else ""
     if name == "half":
         return half_dtype()
     if name not in name_to_dtype:
         raise UnknownDtypeError(f"Unknown dtype {value!r}. Accepted: {ACCEPTED_NAMES}.")
-    return np.dtype(name_to_dtype[name])
+    dtype: DType = np.dtype(name_to_dtype[name])
+    return dtype
 
 
 def dtype_name(dtype: DType) -> str:
-    """Returns the short name of a dtype ("bf16"), or NumPy's own where we have none."""
-    names = dtype_to_names.get(dtype.type)
-    return names[0] if names else dtype.name
+    """Returns the name of a floating dtype that comes first in ``dtype_to_names``, such as "bf16"."""
+    return dtype_to_names[dtype.type][0]
 
 
 def canonical(dtype: DType) -> DType:
-    """Returns the dtype JAX gives to such an array: float64 counts as float32 unless x64 is enabled."""
-    return np.dtype(jax.dtypes.canonicalize_dtype(dtype))
+    """Returns the dtype JAX gives to such an array: native, and float32 for float64 unless x64 is enabled."""
+    seen: DType = np.dtype(jax.dtypes.canonicalize_dtype(dtype.newbyteorder("=")))
+    return seen
 
 
 def at_least_float32(dtype: DType) -> DType:

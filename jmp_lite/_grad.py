@@ -161,6 +161,8 @@ def scaled_value_and_grad(
         at, loss_scale = find_loss_scale(state, name)
         if not all(-len(args) <= i < len(args) for i in positions):
             raise TypeError(f"argnums={argnums} does not fit a call with {len(args)} positional arguments.")
+        if len({i % len(args) for i in positions}) < len(positions):
+            raise TypeError(f"argnums={argnums} names an argument twice.")
         gradient, assemble = _differentiate(functools.partial(fun, **kwargs), has_aux, args, positions)
         if max_retries > 0:
             loss_scale, (loss, aux, flat) = _retry(gradient, loss_scale, max_retries, axis_name)

@@ -103,13 +103,13 @@ class StaticLossScale(Opaque):
     loss_scale: float
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "loss_scale", _python_number("StaticLossScale", self.loss_scale))
+        object.__setattr__(self, "loss_scale", float(_python_number("StaticLossScale", self.loss_scale)))
         register_flax_serialization(StaticLossScale, _state_dict, _from_state_dict)
 
     def _checked(self) -> float:
-        if not (math.isfinite(self.loss_scale) and self.loss_scale > 0):
+        if not SMALLEST_SCALE <= self.loss_scale <= LARGEST_SCALE:
             raise InvalidLossScaleError(
-                f"loss_scale must be positive and finite, got {self.loss_scale}. Try StaticLossScale(2.0**15)."
+                f"loss_scale must be in [2**-126, 2**126], got {self.loss_scale}. Try StaticLossScale(2.0**15)."
             )
         return self.loss_scale
 
@@ -127,13 +127,13 @@ class StaticLossScale(Opaque):
         return self
 
 
-def _python_number(owner: str, value: Any) -> float:
+def _python_number(owner: str, value: Any) -> Any:
     if isinstance(value, jax.core.Tracer):
         raise TracedStaticScaleError(
             f"{owner} needs a Python number, got a traced value {value}. Build it outside jit, or use "
             "DynamicLossScale(value, factor=1), whose value is data."
         )
-    return float(value)
+    return value.item() if is_array(value) else value
 
 
 def _warn_if_not_floating(name: str, value: Any) -> None:
@@ -163,7 +163,7 @@ class DynamicLossScale(Opaque):
             scales exactly.
         counter: Finite steps since the last change, ``int32[]``.
         period: Finite steps between growths.
-        factor: Growth factor, at least 1; with 1 the scale is constant.
+        factor: Growth factor, at least 1; with 1 the scale never moves, unless ``backoff_factor`` lowers it.
         min_loss_scale: Lowest scale; may be below 1. ``0`` stands for ``2**-126``.
         backoff_factor: Multiplier after a non-finite step, in (0, 1]; ``None`` stands for ``1 / factor``.
         max_loss_scale: Highest scale that growth may reach, at most ``2**126``.
@@ -206,11 +206,12 @@ class DynamicLossScale(Opaque):
         _warn_if_not_floating("loss_scale", self.loss_scale)
         _warn_if_not_floating("min_loss_scale", self.min_loss_scale)
         left = self.hysteresis if self.hysteresis_left is None and self.hysteresis > 1 else self.hysteresis_left
-        converted = {
+        converted = {name: _python_number(name, getattr(self, name)) for name in _SETTINGS}
+        converted |= {
+            "min_loss_scale": float(converted["min_loss_scale"]),
             "loss_scale": _strong_scalar(self.loss_scale, np.float32),
             "counter": _strong_scalar(self.counter, np.int32),
             "hysteresis_left": _strong_scalar(left, np.int32),
-            "min_loss_scale": _python_number("min_loss_scale", self.min_loss_scale),
         }
         for name, value in converted.items():
             object.__setattr__(self, name, value)
@@ -225,8 +226,8 @@ class DynamicLossScale(Opaque):
 
         Args:
             system: ``"torch"``, ``"flax"``, ``"keras"``, ``"megatron"``, ``"deepspeed"`` or ``"jmp"``.
-            **overrides: Any fields of this class. Flax grows one step late, so its ``growth_interval`` is ``period -
-            1``.
+            **overrides: Any fields of this class. Flax grows one step late: its ``growth_interval`` is one less
+                than ``period``.
 
         Returns:
             The scale with that system's defaults.
@@ -285,13 +286,15 @@ class DynamicLossScale(Opaque):
         left = jnp.where(refill, full, jnp.where(finite, self.hysteresis_left, used))
         return left, self.hysteresis_left <= 1
 
-    def _lowered_scale(self) -> jax.Array:
-        if self.backoff_factor is None:
-            lowered = self.loss_scale / np.float32(self.factor)
-        else:
-            lowered = self.loss_scale * np.float32(self.backoff_factor)
+    def _lowered_scale(self) -> Any:
+        if not can_shrink(self):
+            return self.loss_scale
+        backoff = 1 / self.factor if self.backoff_factor is None else self.backoff_factor
+        # A product, also for 1 / factor: XLA turns division by a constant into one, and eager must give the same bits.
+        lowered = self.loss_scale * np.float32(backoff)
         lowest = np.float32(max(self.min_loss_scale, SMALLEST_SCALE))
-        return jnp.clip(lowered, lowest, np.float32(self.max_loss_scale))
+        # fmax, so that a scale that was made NaN from outside recovers as well.
+        return jnp.fmin(jnp.fmax(lowered, lowest), np.float32(self.max_loss_scale))
 
     def back_off(self) -> "DynamicLossScale":
         """Returns the scale lowered once, whatever the hysteresis, with its counter restarted."""
@@ -300,18 +303,20 @@ class DynamicLossScale(Opaque):
         )
 
 
+def can_shrink(scale: DynamicLossScale) -> bool:
+    """Whether the scale backs off at all; one with ``factor=1`` is a constant."""
+    return scale.factor > 1 if scale.backoff_factor is None else scale.backoff_factor < 1
+
+
 def _check_settings(scale: DynamicLossScale) -> None:
     """Raises ``InvalidLossScaleError`` for the first setting that is out of range."""
     lowest, highest, backoff = scale.min_loss_scale, scale.max_loss_scale, scale.backoff_factor
     initial = scale.loss_scale
-    concrete = isinstance(initial, np.ndarray) or (is_array(initial) and not isinstance(initial, jax.core.Tracer))
+    known = np.asarray(initial if is_array(initial) and not isinstance(initial, jax.core.Tracer) else 1.0)
     rules = [
-        (
-            "loss_scale",
-            initial,
-            "positive and finite",
-            not concrete or bool(np.all(np.isfinite(initial) & (initial > 0))),
-        ),
+        ("loss_scale", initial, "positive and finite", bool(np.all(np.isfinite(known) & (known > 0)))),
+        ("loss_scale", initial, "at least 2**-126", np.min(known) >= SMALLEST_SCALE),
+        ("loss_scale", initial, "at most 2**126", np.max(known) <= LARGEST_SCALE),
         ("period", scale.period, "at least 1", scale.period >= 1),
         ("factor", scale.factor, "at least 1 and finite", 1 <= scale.factor < math.inf),
         ("backoff_factor", backoff, "in (0, 1]", backoff is None or 0 < backoff <= 1),

@@ -4,6 +4,7 @@ A ``Policy`` is a triple of dtypes with three pure casts. A ``PolicyMap`` gives 
 ``policy_for(path)``, which is all that the rest of the library asks of them.
 """
 
+import contextlib
 import dataclasses
 import functools
 import re
@@ -20,29 +21,39 @@ from jmp_lite._dtypes import (
     DType,
     canonical,
     dtype_name,
+    dtype_to_names,
     parse_dtype,
     warn_if_slow,
 )
 from jmp_lite._errors import AmbiguousPolicyError, InvalidPolicyError, UnknownDtypeError
-from jmp_lite._tree import Path, cast_floating, cast_leaf, map_leaves, path_string
+from jmp_lite._tree import Path, cast_floating, cast_leaf, is_array, map_leaves, path_string
 
 T = TypeVar("T")
 
 
 def _floating(field: str, value: Any) -> DType:
-    """Converts what the user gave for a dtype field, or raises ``InvalidPolicyError``."""
-    try:
-        dtype = parse_dtype(value) if isinstance(value, str) else np.dtype(value)
-    except TypeError:
+    """Converts what the user gave for a dtype field, or says why it is none."""
+    if isinstance(value, str):
+        try:
+            return parse_dtype(value)
+        except UnknownDtypeError:
+            raise UnknownDtypeError(f"Unknown dtype {value!r} for {field}. Accepted: {ACCEPTED_NAMES}.") from None
+    is_dtype = value is not None and not is_array(value)  # NumPy reads None as float64 and an array as its dtype
+    dtype: DType | None = None
+    with contextlib.suppress(TypeError, ValueError):
+        dtype = np.dtype(value).newbyteorder("=") if is_dtype else None
+    if dtype is None or dtype.type not in dtype_to_names:
+        described = (
+            repr(value) if dtype is None or dtype.kind == "O" else dtype
+        )  # any class at all is "object" to NumPy
         raise InvalidPolicyError(
-            f"{field} must be a floating-point dtype, got {value!r}. Accepted names: {ACCEPTED_NAMES}."
-        ) from None
-    if value is None or not jnp.issubdtype(dtype, jnp.floating):
-        raise InvalidPolicyError(
-            f"{field} must be a floating-point dtype, got {value if value is None else dtype}. "
-            f"Accepted names: {ACCEPTED_NAMES}."
+            f"{field} must be a floating-point dtype, got {described}. Accepted names: {ACCEPTED_NAMES}."
         )
     return dtype
+
+
+def _holds_jax_arrays(tree: Any) -> bool:
+    return any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(tree))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +113,7 @@ class Policy:
         Warns:
             SlowDtypeWarning: Once, if the device has no fast units for that dtype.
         """
-        if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(tree)):
+        if _holds_jax_arrays(tree):
             warn_if_slow(self.compute_dtype)
         return cast_floating(tree, self.compute_dtype, self.named_dtypes)
 
@@ -129,6 +140,10 @@ class Policy:
 _KEYS = {"p": "param", "params": "param", "param": "param"}
 _KEYS |= {"c": "compute", "compute": "compute", "o": "output", "output": "output"}
 _KEYS |= {"r": "reduce", "reduce": "reduce"}
+_HOW_TO_WRITE_PARTS = (
+    "Write parts as 'key=dtype', separated by single commas, with the keys params (p), compute (c), output (o), "
+    "reduce (r)."
+)
 
 
 def _mixed(half: Any) -> Policy:
@@ -170,12 +185,15 @@ def _parse_parts(spec: str) -> Policy:
     """Parses ``"p=f32,c=bf16"``: params default to float32, compute to params, output to compute."""
     dtypes: dict[str, DType] = {}
     for part in spec.split(","):
-        key, equals, name = part.partition("=")
+        key, _, name = part.partition("=")
         field = _KEYS.get(key.strip().lower())
-        if field is None or not equals or "=" in name:
+        if part.count("=") != 1:
             raise UnknownDtypeError(
-                f"Unknown key {key.strip()!r} in part {part.strip()!r} of policy {spec!r}. Write 'key=dtype' with the "
-                "keys params (p), compute (c), output (o), reduce (r), separated by single commas."
+                f"Part {part.strip()!r} of policy {spec!r} is not 'key=dtype'. {_HOW_TO_WRITE_PARTS}"
+            )
+        if field is None:
+            raise UnknownDtypeError(
+                f"Unknown key {key.strip()!r} in part {part.strip()!r} of policy {spec!r}. {_HOW_TO_WRITE_PARTS}"
             )
         if field in dtypes:
             raise UnknownDtypeError(f"Key {key.strip()!r} is given twice in policy {spec!r}. Keep one of them.")
@@ -239,6 +257,15 @@ def _prefixes(path: str) -> Iterator[str]:
         yield "/".join(segments[:stop])
 
 
+def _compile(key: str) -> re.Pattern[str]:
+    """Compiles a key of a ``PolicyMap`` to a pattern that finds it as whole segments of a path."""
+    try:
+        re.compile(key)
+        return re.compile(rf"(?:^|/)(?:{key})(?:/|\Z)")
+    except re.error as error:
+        raise UnknownDtypeError(f"Pattern {key!r} of the PolicyMap is no regular expression: {error}.") from None
+
+
 @dataclasses.dataclass(frozen=True, init=False, repr=False)
 class PolicyMap:
     r"""A policy per module, chosen by path; used wherever a ``Policy`` is.
@@ -254,6 +281,7 @@ class PolicyMap:
 
     Raises:
         AmbiguousPolicyError: On look-up, if patterns contradict each other.
+        InvalidPolicyError: If something is not a policy, or a policy is itself a ``PolicyMap``.
         UnknownDtypeError: If a policy string or a pattern cannot be parsed.
 
     Example:
@@ -269,17 +297,22 @@ class PolicyMap:
 
     policies: tuple[tuple[str, Policy], ...]
     default: Policy
+    _patterns: tuple[re.Pattern[str], ...] = dataclasses.field(compare=False)
 
     def __init__(self, policies: Mapping[str, str | Policy], default: str | Policy) -> None:
-        object.__setattr__(self, "policies", tuple((key, get_policy(p)) for key, p in policies.items()))
+        if not isinstance(policies, Mapping):
+            raise InvalidPolicyError(
+                f"policies must map patterns to policies, got {policies!r}. Write {{pattern: policy}}."
+            )
+        for key, policy in [*policies.items(), ("default", default)]:
+            if not isinstance(key, str):
+                raise InvalidPolicyError(f"A pattern of a PolicyMap must be a string, got {key!r}.")
+            if isinstance(policy, PolicyMap):
+                raise InvalidPolicyError(f"The policy of {key!r} is itself a PolicyMap. Merge the two into one.")
+        entries = sorted((key, get_policy(policy)) for key, policy in policies.items())
+        object.__setattr__(self, "policies", tuple(entries))
         object.__setattr__(self, "default", get_policy(default))
-        for key, _ in self.policies:
-            try:
-                re.compile(key)
-            except re.error as error:
-                raise UnknownDtypeError(
-                    f"Pattern {key!r} of the PolicyMap is no regular expression: {error}."
-                ) from None
+        object.__setattr__(self, "_patterns", tuple(_compile(key) for key, _ in entries))
 
     def policy_for(self, path: str) -> Policy:
         """Returns the policy of the module or parameter at a path such as ``decoder/layers_3/kernel``."""
@@ -287,13 +320,17 @@ class PolicyMap:
         for prefix in _prefixes(path):
             if prefix in literal:
                 return literal[prefix]
-        matches = [(key, policy) for key, policy in self.policies if re.search(rf"(?:^|/)(?:{key})(?:/|$)", path)]
+        rules = zip(self._patterns, self.policies, strict=True)
+        matches = [entry for pattern, entry in rules if pattern.search(path)]
         if len({policy for _, policy in matches}) > 1:
-            listed = " and ".join(f"{key!r} ({policy})" for key, policy in sorted(matches, key=lambda match: match[0]))
+            listed = " and ".join(f"{key!r} ({policy})" for key, policy in matches)
             raise AmbiguousPolicyError(
                 f"Path {path!r} matches {listed}. Make the patterns exclusive, or name the path itself."
             )
         return matches[0][1] if matches else self.default
+
+    def _all_policies(self) -> list[Policy]:
+        return [self.default, *(policy for _, policy in self.policies)]
 
     def _cast(self, tree: T, cast: Callable[[Policy, Any], Any]) -> T:
         def by_path(path: Path, leaf: Any) -> Any:
@@ -306,12 +343,20 @@ class PolicyMap:
         return self._cast(tree, lambda policy, leaf: cast_leaf(leaf, policy.param_dtype, policy.named_dtypes))
 
     def cast_to_compute(self, tree: T) -> T:
-        """Casts each floating array to the ``compute_dtype`` of the policy at its path."""
+        """Casts each floating array to the ``compute_dtype`` of the policy at its path.
+
+        Warns:
+            SlowDtypeWarning: Once, if the device has no fast units for a dtype that the map asks for.
+        """
+        if _holds_jax_arrays(tree):
+            for dtype in {policy.compute_dtype for policy in self._all_policies()}:
+                warn_if_slow(dtype)
         return self._cast(tree, lambda policy, leaf: cast_leaf(leaf, policy.compute_dtype, policy.named_dtypes))
 
     def cast_to_output(self, tree: T) -> T:
-        """Casts the model's outputs, which have no module path, by the default policy."""
-        return self.default.cast_to_output(tree)
+        """Casts the model's outputs, which have no module path, to the ``output_dtype`` of the default policy."""
+        named = frozenset[DType]().union(*(policy.named_dtypes for policy in self._all_policies()))
+        return cast_floating(tree, self.default.output_dtype, named)
 
     def with_output_dtype(self, output_dtype: Any) -> "PolicyMap":
         """Returns the same map with another output dtype of the default policy."""

@@ -56,19 +56,17 @@ def cast_leaf(leaf: Any, dtype: DType, named: Iterable[DType] = ()) -> Any:
     Args:
         leaf: Anything.
         dtype: The floating dtype to cast to.
-        named: Further dtypes, beyond the standard ones and ``dtype`` itself, that are cast from.
+        named: Further dtypes, beyond the standard ones, that are cast from.
 
     Returns:
         The leaf itself where nothing is to be done, else an array of the same kind (JAX or NumPy) and the new dtype.
+        JAX warns where a float64 that it was asked for is not enabled.
     """
     if not is_array(leaf) or not jnp.issubdtype(leaf.dtype, jnp.floating):
         return leaf
     source = canonical(leaf.dtype)
-    target = canonical(dtype) if isinstance(leaf, jax.Array) else dtype
-    castable = source in STANDARD_FORMATS or source == target or source in named
-    if not castable or leaf.dtype == target:
-        return leaf
-    return leaf.astype(target)
+    castable = source in STANDARD_FORMATS or source in named
+    return leaf.astype(dtype) if castable and leaf.dtype != dtype else leaf
 
 
 def map_leaves(fun: Callable[[Path, Any], Any], tree: T) -> T:
@@ -86,6 +84,51 @@ def cast_floating(tree: T, dtype: DType, named: Iterable[DType] = ()) -> T:
     return map_leaves(lambda _, leaf: cast_leaf(leaf, dtype, named), tree)
 
 
+def keep_dtypes(tree: T, before: Any) -> T:
+    """Gives each floating array back the dtype of the array of the same shape at the same place of another tree.
+
+    Trees of different structure have nothing in common: the first is returned as it is.
+    """
+
+    def leaf_like(leaf: Any, old: Any) -> Any:
+        floating = all(is_array(x) and jnp.issubdtype(x.dtype, jnp.floating) for x in (leaf, old))
+        changed = floating and leaf.shape == old.shape and leaf.dtype != old.dtype
+        return leaf.astype(canonical(old.dtype)) if changed else leaf
+
+    if jax.tree.structure(tree) != jax.tree.structure(before):
+        return tree
+    kept: T = jax.tree.map(leaf_like, tree, before)
+    return kept
+
+
+def keep_carry(result: Any, carry: Any) -> Any:
+    """Gives the new carry that the body of a loop returns the dtypes of the carry that it was given.
+
+    The new carry is the result, or else the first element of a tuple, that has the structure of the old one.
+    """
+    structure = jax.tree.structure(carry)
+    if type(result) is not tuple or jax.tree.structure(result) == structure:
+        return keep_dtypes(result, carry)
+    parts = list(result)
+    position = next((i for i, part in enumerate(parts) if jax.tree.structure(part) == structure), None)
+    if position is not None:
+        parts[position] = keep_dtypes(parts[position], carry)
+    return tuple(parts)
+
+
+def undo_cast(leaf: Any, given: Any, stored: Any) -> Any:
+    """Returns the stored value of a leaf that was handed out cast; what was changed meanwhile gets the stored dtype.
+
+    A lifted transformation returns a copy of what it leaves alone, so that is decided element by element: nothing
+    loses the digits that its half-precision copy lacks.
+    """
+    if leaf is given:
+        return stored
+    changed = keep_dtypes(leaf, stored)
+    comparable = is_array(leaf) and is_array(given) and (leaf.shape, leaf.dtype) == (given.shape, given.dtype)
+    return jnp.where(leaf == given, stored, changed) if comparable and given is not stored else changed
+
+
 def cast_to_full(tree: T) -> T:
     """Casts the float16 and bfloat16 arrays of a tree to float32.
 
@@ -99,7 +142,7 @@ def cast_to_full(tree: T) -> T:
         A tree of the same structure.
 
     Example:
-        >>> jax.tree.map(jnp.dtype, jmp.cast_to_full({"w": jnp.ones(2, jnp.bfloat16), "step": jnp.int32(3)}))
+        >>> jax.tree.map(jnp.result_type, jmp.cast_to_full({"w": jnp.ones(2, jnp.bfloat16), "step": jnp.int32(3)}))
         {'step': dtype('int32'), 'w': dtype('float32')}
     """
     return cast_floating(tree, FLOAT32)
@@ -133,19 +176,25 @@ def scalar_predicate(value: Any) -> jax.Array:
     Raises:
         NonScalarPredicateError: If the value is not one boolean.
     """
-    shape, dtype = np.shape(value), jnp.result_type(value)
-    if shape != () or dtype != np.bool_:
+    is_boolean = isinstance(value, bool) or (is_array(value) and value.shape == () and value.dtype == np.bool_)
+    if not is_boolean:
         raise NonScalarPredicateError(
-            f"expected boolean scalar, got {dtype}{list(shape)}. Reduce it first, for example with jmp_lite.all_finite."
+            f"expected boolean scalar, got {_describe(value)}. Reduce it first, for example with jmp_lite.all_finite."
         )
     return jnp.asarray(value)
+
+
+def _describe(leaf: Any) -> str:
+    """Writes an array as ``float32[2, 3]``, anything else as Python does."""
+    return f"{leaf.dtype}{list(leaf.shape)}" if is_array(leaf) else repr(leaf)
 
 
 def agree(verdict: jax.Array, axis_name: Any) -> jax.Array:
     """Returns whether a verdict holds on every device along the named mapped axes (``None``: as it is)."""
     if axis_name is None:
         return verdict
-    return jax.lax.pmin(verdict.astype(jnp.int32), axis_name) > 0
+    agreed: jax.Array = jax.lax.pmin(verdict.astype(jnp.int32), axis_name) > 0
+    return agreed
 
 
 def all_finite(tree: Any, *, axis_name: Any = None) -> jax.Array:
@@ -170,20 +219,45 @@ def all_finite(tree: Any, *, axis_name: Any = None) -> jax.Array:
     return agree(finite, axis_name)
 
 
+def _is_numeric(leaf: Any) -> bool:
+    """Whether arithmetic can choose the leaf: a number, or an array of numbers or booleans."""
+    if not is_array(leaf):
+        return isinstance(leaf, (bool, int, float, complex))
+    return bool(jnp.issubdtype(leaf.dtype, jnp.number)) or leaf.dtype == np.bool_
+
+
+def _native(leaf: Any) -> jax.Array:
+    """Converts a numeric leaf to a JAX array; JAX itself takes no arrays in foreign byte order."""
+    return jnp.asarray(leaf, canonical(leaf.dtype) if isinstance(leaf, (np.ndarray, np.generic)) else None)
+
+
+def _alike(first: Any, second: Any) -> tuple[jax.Array, jax.Array] | None:
+    """Converts two leaves to arrays of one dtype; ``None`` where no array operation can choose between them."""
+    arrays_of_one_dtype = isinstance(first, jax.Array) and isinstance(second, jax.Array) and first.dtype == second.dtype
+    numeric = _is_numeric(first) and _is_numeric(second)
+    if np.shape(first) != np.shape(second) or not (arrays_of_one_dtype or numeric):
+        return None
+    pair = _native(first), _native(second)
+    if pair[0].dtype == pair[1].dtype:
+        return pair
+    with jax.numpy_dtype_promotion("standard"):
+        try:
+            dtype = jnp.result_type(*pair)
+        except ValueError:  # float8 has no common dtype with others
+            return None
+    return pair[0].astype(dtype), pair[1].astype(dtype)
+
+
 def _select_leaf(pred: jax.Array, path: Path, on_true: Any, on_false: Any) -> Any:
-    if getattr(on_true, "dtype", None) == jax.dtypes.float0:
-        return on_true
-    if is_array(on_true) or isinstance(on_true, (bool, int, float, complex)):
-        on_true, on_false = jnp.asarray(on_true), jnp.asarray(on_false)
-        if on_true.dtype != on_false.dtype:
-            dtype = jnp.promote_types(on_true.dtype, on_false.dtype)
-            on_true, on_false = on_true.astype(dtype), on_false.astype(dtype)
-        return jax.lax.select(pred, on_true, on_false)
-    if on_true is on_false or on_true == on_false:
+    pair = _alike(on_true, on_false)
+    if pair is not None:
+        return jax.lax.select(pred, *pair)
+    numeric = _is_numeric(on_true) or _is_numeric(on_false)
+    if not numeric and (on_true is on_false or np.array_equal(on_true, on_false)):
         return on_true
     raise UnselectableLeafError(
-        f"Leaf {path_string(path)!r} is {on_true!r} in one tree and {on_false!r} in the other: only arrays can be "
-        "selected. Keep other values out of the tree, or make them equal."
+        f"Leaf {path_string(path)!r} is {_describe(on_true)} in one tree and {_describe(on_false)} in the other: only "
+        "arrays of one shape and compatible dtypes can be selected. Make the two alike, or keep them out of the tree."
     )
 
 
@@ -193,15 +267,15 @@ def select_tree(pred: Any, on_true: T, on_false: T) -> T:
     Args:
         pred: ``bool[]``, or a Python bool.
         on_true: Tree returned where ``pred`` is True.
-        on_false: Tree returned where it is False. Leaves of different dtypes are promoted; leaves that are not arrays
-            must be equal in both trees.
+        on_false: Tree returned where it is False. Leaves of different dtypes are promoted as JAX does by default;
+            leaves that are not arrays must be equal in both trees.
 
     Returns:
         A tree of the same structure.
 
     Raises:
         NonScalarPredicateError: If ``pred`` is not one boolean.
-        UnselectableLeafError: If a leaf that is not an array differs.
+        UnselectableLeafError: If a leaf that is not an array differs, or two arrays have no common shape and dtype.
 
     Example:
         >>> jmp.select_tree(False, {"step": jnp.int32(1)}, {"step": jnp.int32(0)})

@@ -16,6 +16,8 @@ from flax import serialization
 from jmp_lite._errors import PolicyMismatchError
 from jmp_lite._policy import PolicyLike, get_policy
 
+__all__ = ["from_bytes", "restore", "save", "to_bytes"]
+
 T = TypeVar("T")
 
 

@@ -26,7 +26,7 @@ def formats() -> str:
     """Describes every floating format: names, range and precision."""
     rows = []
     for scalar_type, names in dtype_to_names.items():
-        info: Any = jnp.finfo(scalar_type)
+        info: Any = jnp.finfo(scalar_type)  # type: ignore[no-untyped-call]
         limits = [f"{float(x):.6g}" for x in (info.max, info.smallest_normal, info.smallest_subnormal)]
         rows.append([names[0], ", ".join(names[1:]), str(info.bits), *limits, f"2**-{info.nmant}"])
     return _table(["name", "also", "bits", "max", "smallest normal", "smallest", "spacing at 1"], rows)
@@ -74,12 +74,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     Example:
         >>> from jmp_lite import cli
         >>> cli.main(["policy", "mixed_float16"])
-        field         dtype
-        ------------  -----------------
-        param_dtype   float32
-        compute_dtype float16
-        output_dtype  float32
-        reduce_dtype  float32 (default)
+        field          dtype
+        -------------  -----------------
+        param_dtype    float32
+        compute_dtype  float16
+        output_dtype   float32
+        reduce_dtype   float32 (default)
         0
     """
     parser = argparse.ArgumentParser(prog="jmp-lite", description="Mixed precision for JAX.")

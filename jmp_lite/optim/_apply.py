@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jmp_lite._dtypes import at_least_float32
 from jmp_lite._tree import is_inexact
 from jmp_lite.optim._loss_scaled import LossScaledUpdate
 from jmp_lite.optim._verdict import step_or_skip
@@ -14,11 +15,12 @@ P = TypeVar("P")
 
 
 def _add(param: Any, update: Any) -> Any:
-    """Adds an update in the wider of the two dtypes and rounds once, to the dtype of the parameter."""
+    """Adds an update in the wider dtype, at least float32, and rounds once to the dtype of the parameter."""
     if update is None or not is_inexact(update):
         return param
     param, update = jnp.asarray(param), jnp.asarray(update)
-    wide = jnp.promote_types(param.dtype, update.dtype)
+    with jax.numpy_dtype_promotion("standard"):
+        wide = jnp.promote_types(at_least_float32(param.dtype), at_least_float32(update.dtype))
     return (param.astype(wide) + update.astype(wide)).astype(param.dtype)
 
 

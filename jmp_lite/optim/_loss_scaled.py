@@ -41,6 +41,11 @@ def _like_old(new: Any, old: Any) -> Any:
     return new if dtype is None or new.dtype == dtype else new.astype(dtype)
 
 
+def _zeros(shape: jax.ShapeDtypeStruct) -> Any:
+    """Zeros of a shape, varying over the mesh axes that it varies over; ``float0`` exists in NumPy only."""
+    return np.zeros(shape.shape, shape.dtype) if shape.dtype == jax.dtypes.float0 else jnp.zeros_like(shape)
+
+
 @dataclasses.dataclass(frozen=True)
 class LossScaledUpdate:
     """The ``update`` of ``loss_scaled``: a function, whose parts ``apply_gradients`` uses to fuse the step."""
@@ -79,7 +84,7 @@ class LossScaledUpdate:
 
         def skip() -> tuple[Any, Any]:
             shapes, _ = jax.eval_shape(step)
-            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), state.inner_state
+            return jax.tree.map(_zeros, shapes), state.inner_state
 
         finite = self.verdict(updates, state)
         new_updates, inner_state = step_or_skip(finite, step, skip)
@@ -96,19 +101,24 @@ def loss_scaled(
 
     One ``update`` unscales the gradients to float32 with the scale that produced them, decides once whether they are
     finite, then runs ``inner`` or freezes all of its state (step counts and schedules too) and returns zero updates,
-    and adjusts the scale. Clipping belongs inside, where gradients are unscaled. A norm that overflows float32 counts
-    as not finite.
+    and adjusts the scale. Clipping belongs inside, where gradients are unscaled. Gradients so large
+    that their global norm may overflow float32 count as not finite.
+
+    Gradient accumulation belongs inside too: ``loss_scaled(optax.MultiSteps(inner, n).gradient_transformation())``
+    skips one bad micro-step. ``MultiSteps`` around ``loss_scaled`` works while gradients are finite, but its accumulator
+    never loses a NaN again.
 
     Args:
         inner: Any Optax transformation; extra arguments of ``update`` reach it.
         loss_scale: Initial scale: ``DynamicLossScale``, ``StaticLossScale`` or ``NoOpLossScale``.
         axis_name: Name, or tuple of names, of the mapped axes (``pmap``, ``shard_map``) over which replicas must agree.
             Needed when replicas see different gradients, such as shards; harmless after ``lax.pmean``. Under ``jit``
-            with sharded arrays the verdict is global without it.
+            with sharded arrays the verdict is global without it. (Inside ``shard_map`` with its default ``check_vma``,
+            gradients of replicated parameters arrive already summed over the axis.)
 
     Returns:
         A transformation whose state is a ``LossScaledState``. It composes with ``optax.chain``, ``masked``,
-        ``multi_transform``, ``inject_hyperparams``, and ``MultiSteps`` inside or outside.
+        ``multi_transform``, ``inject_hyperparams`` and ``MultiSteps``.
 
     Example:
         >>> params = {"w": jnp.array([1.0, 2.0])}

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmp_lite._errors import LossScaleNotFoundError, LossScaleStalledError
-from jmp_lite._loss_scale import SMALLEST_SCALE, DynamicLossScale, LossScale
+from jmp_lite._loss_scale import SMALLEST_SCALE, DynamicLossScale, LossScale, can_shrink
 from jmp_lite._tree import is_inexact, path_string
 from jmp_lite.optim._loss_scaled import LossScaledState
 
@@ -56,7 +56,7 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
         prefix = f"{path}/" if len(states) > 1 else ""
         values[f"{prefix}loss_scale"] = jnp.asarray(state.loss_scale.loss_scale, jnp.float32)
         for field in ("last_finite", "notfinite_count", "total_notfinite"):
-            values[prefix + field] = getattr(state, field)
+            values[prefix + field] = jnp.asarray(getattr(state, field))
     return values
 
 
@@ -64,8 +64,9 @@ def _lowest(loss_scale: LossScale) -> float:
     """Returns the scale below which this one cannot go."""
     if not isinstance(loss_scale, DynamicLossScale):
         return float(loss_scale.loss_scale)
-    moves = loss_scale.backoff_factor != 1 if loss_scale.backoff_factor is not None else loss_scale.factor > 1
-    return max(loss_scale.min_loss_scale, SMALLEST_SCALE) if moves else float(np.min(loss_scale.loss_scale))
+    if not can_shrink(loss_scale):
+        return float(np.min(loss_scale.loss_scale))
+    return max(loss_scale.min_loss_scale, SMALLEST_SCALE)
 
 
 def _nonfinite_leaves(grads: Any) -> list[str]:

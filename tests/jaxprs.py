@@ -1,0 +1,28 @@
+"""What a traced function computes, and in which dtypes."""
+
+import jax
+
+CONTRACTIONS = ("dot_general", "conv_general_dilated")
+
+
+def _is_jaxpr(value):
+    return hasattr(value, "eqns") or hasattr(value, "jaxpr")
+
+
+def _equations(jaxpr, scope):
+    """Pairs of name scope and equation, those of loops and calls included."""
+    for eqn in jaxpr.eqns:
+        here = "/".join(filter(None, [scope, str(eqn.source_info.name_stack)]))
+        yield here, eqn
+        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
+            if _is_jaxpr(value):
+                yield from _equations(getattr(value, "jaxpr", value), here)
+
+
+def contractions(fun, *args):
+    """The matrix products and convolutions of a function: a list of (name scope, dtypes of the operands)."""
+    return [
+        (scope, {str(operand.aval.dtype) for operand in eqn.invars})
+        for scope, eqn in _equations(jax.make_jaxpr(fun)(*args).jaxpr, "")
+        if eqn.primitive.name in CONTRACTIONS
+    ]

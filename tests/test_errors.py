@@ -1,0 +1,96 @@
+"""The tree of exceptions: what each can be caught as, and that none is raised without help."""
+# ruff: noqa: SIM300 - the expected value comes first
+
+import inspect
+import pickle
+
+import jax.numpy as jnp
+import pytest
+
+import jmp_lite as jmp
+from jmp_lite import _errors
+
+BASES = {
+    "UnknownDtypeError": ValueError,
+    "InvalidPolicyError": TypeError,
+    "AmbiguousPolicyError": ValueError,
+    "InvalidLossScaleError": ValueError,
+    "TracedStaticScaleError": TypeError,
+    "NonScalarPredicateError": ValueError,
+    "UnselectableLeafError": TypeError,
+    "LossDtypeError": TypeError,
+    "LossScaleNotFoundError": ValueError,
+    "AmbiguousLossScaleError": ValueError,
+    "LossScaleStalledError": RuntimeError,
+    "PolicyMismatchError": ValueError,
+}
+
+
+def defined():
+    """Every class of the module, by name."""
+    return {name: value for name, value in vars(_errors).items() if inspect.isclass(value)}
+
+
+def test_every_error_is_listed():
+    """The table of bases, the module and the public names agree."""
+    assert {*BASES, "JmpLiteError", "SlowDtypeWarning"} == set(defined())
+    assert all(value is getattr(jmp, name) for name, value in defined().items())
+    assert set(defined()) <= set(jmp.__all__)
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_error_is_caught_as_ours_and_as_a_builtin(name):
+    """Each error derives from ``JmpLiteError`` and from one builtin, as the docstring of the module says."""
+    error = defined()[name]
+    assert issubclass(error, jmp.JmpLiteError)
+    assert issubclass(error, BASES[name])
+    documented = [line.split() for line in _errors.__doc__.splitlines() if name in line]
+    assert [BASES[name].__name__] == [words[2] for words in documented]
+
+
+def test_only_the_predicate_error_is_an_assertion():
+    """``AssertionError`` is kept for the one place where tests of jmp ask for it."""
+    assertions = [name for name, error in defined().items() if issubclass(error, AssertionError)]
+    assert ["NonScalarPredicateError"] == assertions
+
+
+def test_warning_is_a_user_warning_and_no_error():
+    """Filters for ``UserWarning`` catch it."""
+    assert issubclass(jmp.SlowDtypeWarning, UserWarning)
+    assert not issubclass(jmp.SlowDtypeWarning, jmp.JmpLiteError)
+
+
+@pytest.mark.parametrize("name", [*BASES, "JmpLiteError"])
+def test_error_survives_pickling(name):
+    """Errors cross process borders with their message."""
+    error = pickle.loads(pickle.dumps(defined()[name]("message")))  # noqa: S301
+    assert (name, "message") == (type(error).__name__, str(error))
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_error_shows_what_fails(name):
+    """The docstring of each error has code that raises it."""
+    assert f"jmp_lite._errors.{name}: " in inspect.getdoc(defined()[name])
+
+
+@pytest.mark.parametrize(
+    "fail",
+    [
+        lambda: jmp.get_policy("nonsense"),
+        lambda: jmp.Policy(jnp.int32, "f16", "f16"),
+        lambda: jmp.PolicyMap({"a": "f16", "b": "f32"}, "f32").policy_for("x/a/b"),
+        lambda: jmp.PolicyMap({"[": "f16"}, "f32"),
+        lambda: jmp.select_tree(1, 2.0, 3.0),
+        lambda: jmp.select_tree(True, "a", "b"),
+        lambda: jmp.parse_dtype("nonsense"),
+    ],
+)
+def test_message_stands_alone(fail):
+    """A message ends in a full stop, says what to do in a second sentence, and hides no other exception."""
+    with pytest.raises(jmp.JmpLiteError) as caught:
+        fail()
+    message = str(caught.value)
+    assert message.endswith(".")
+    assert 2 <= message.count(". ") + 1 or ": " in message
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__ or caught.value.__context__ is None
