@@ -26,6 +26,7 @@ from jmp_lite._tree import (
     cast_to_at_least_float32,
     is_array,
     is_inexact,
+    map_leaves,
     path_string,
     scalar_predicate,
 )
@@ -40,14 +41,13 @@ LARGEST_SCALE = 2.0**126
 def _multiply(tree: T, factor: Any) -> T:
     """Multiplies the inexact leaves of a tree by a float32 scalar, in float32 or wider."""
 
-    def leaf_product(leaf: Any) -> Any:
+    def leaf_product(_: Any, leaf: Any) -> Any:
         if not is_inexact(leaf):
             return leaf
         wide = cast_to_at_least_float32(leaf)
         return wide * jnp.asarray(factor, wide.dtype)
 
-    product: T = jax.tree.map(leaf_product, tree)
-    return product
+    return map_leaves(leaf_product, tree)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -84,6 +84,11 @@ def cast_floating(tree: T, dtype: DType, named: Iterable[DType] = ()) -> T:
     return map_leaves(lambda _, leaf: cast_leaf(leaf, dtype, named), tree)
 
 
+def _same_structure(first: Any, second: Any) -> bool:
+    structure: Any = jax.tree.structure(first)
+    return bool(structure == jax.tree.structure(second))
+
+
 def keep_dtypes(tree: T, before: Any) -> T:
     """Gives each floating array back the dtype of the array of the same shape at the same place of another tree.
 
@@ -95,7 +100,7 @@ def keep_dtypes(tree: T, before: Any) -> T:
         changed = floating and leaf.shape == old.shape and leaf.dtype != old.dtype
         return leaf.astype(canonical(old.dtype)) if changed else leaf
 
-    if jax.tree.structure(tree) != jax.tree.structure(before):
+    if not _same_structure(tree, before):
         return tree
     kept: T = jax.tree.map(leaf_like, tree, before)
     return kept
@@ -106,11 +111,10 @@ def keep_carry(result: Any, carry: Any) -> Any:
 
     The new carry is the result, or else the first element of a tuple, that has the structure of the old one.
     """
-    structure = jax.tree.structure(carry)
-    if type(result) is not tuple or jax.tree.structure(result) == structure:
+    if type(result) is not tuple or _same_structure(result, carry):
         return keep_dtypes(result, carry)
     parts = list(result)
-    position = next((i for i, part in enumerate(parts) if jax.tree.structure(part) == structure), None)
+    position = next((i for i, part in enumerate(parts) if _same_structure(part, carry)), None)
     if position is not None:
         parts[position] = keep_dtypes(parts[position], carry)
     return tuple(parts)

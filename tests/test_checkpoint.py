@@ -156,7 +156,9 @@ def test_another_kind_of_loss_scale_is_an_error():
     saved = {"opt": make_optimizer(SCALES["dynamic"]).init({"w": jnp.ones(2)})}
     template = {"opt": make_optimizer(SCALES["static"]).init({"w": jnp.ones(2)})}
     data = checkpoint.to_bytes(saved, policy="full")
-    with pytest.raises(jmp.InvalidLossScaleError, match=r"fields \['counter', 'loss_scale'\], but StaticLossScale here has"):
+    with pytest.raises(
+        jmp.InvalidLossScaleError, match=r"fields \['counter', 'loss_scale'\], but StaticLossScale here has"
+    ):
         checkpoint.from_bytes(template, data, policy="full")
 
 

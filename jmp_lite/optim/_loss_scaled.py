@@ -105,8 +105,8 @@ def loss_scaled(
     that their global norm may overflow float32 count as not finite.
 
     Gradient accumulation belongs inside too: ``loss_scaled(optax.MultiSteps(inner, n).gradient_transformation())``
-    skips one bad micro-step. ``MultiSteps`` around ``loss_scaled`` works while gradients are finite, but its accumulator
-    never loses a NaN again.
+    skips one bad micro-step. ``MultiSteps`` around ``loss_scaled`` works while gradients are finite, but its
+    accumulator never loses a NaN again.
 
     Args:
         inner: Any Optax transformation; extra arguments of ``update`` reach it.

@@ -1,0 +1,125 @@
+"""Command line of ``digits.py``."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import _devices
+import jax
+import numpy as np
+from _digits_data import NUM_TRAIN
+
+import jmp_lite as jmp
+
+POLICIES = ("float32", "mixed_bfloat16", "mixed_float16")
+
+
+def positive(text: str) -> int:
+    """Parses a number that must be at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def factor(text: str) -> float:
+    """Parses a positive number such as ``0.5`` or ``2**-20``."""
+    base, power, exponent = text.partition("**")
+    try:
+        value = float(base) ** float(exponent) if power else float(base)
+    except (ValueError, OverflowError, ZeroDivisionError):
+        value = float("nan")
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a positive number or power, got {text!r}")
+    return value
+
+
+def policy(text: str) -> str:
+    """Checks a policy string; returns it as it is."""
+    if text == "all":
+        return text
+    try:
+        parsed = jmp.get_policy(text)
+    except jmp.JmpLiteError as error:
+        raise argparse.ArgumentTypeError(f"{error} Or 'all': {', '.join(POLICIES)}.") from None
+    dtypes = (parsed.param_dtype, parsed.compute_dtype, parsed.output_dtype)
+    if any(dtype.itemsize < 2 for dtype in dtypes):
+        raise argparse.ArgumentTypeError(
+            f"policy {text!r} has a format of 8 bits or fewer in it, in which this model cannot compute"
+        )
+    if np.dtype(np.float64) in dtypes and not jax.config.jax_enable_x64:
+        raise argparse.ArgumentTypeError(
+            f"policy {text!r} has float64 in it, which JAX takes for float32 unless the environment "
+            "sets JAX_ENABLE_X64=1"
+        )
+    return text
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """The options, with their defaults."""
+    options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = options.add_argument
+    add(
+        "--policy",
+        type=policy,
+        nargs="+",
+        default=["all"],
+        metavar="POLICY",
+        help=f"any policies, e.g. mixed_float16, bf16 or p=f32,c=f16,o=f32; all (the default): {', '.join(POLICIES)}",
+    )
+    add("--framework", choices=("linen", "nnx"), default="linen", help="which Flax API the model is written in")
+    add(
+        "--devices",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="train on N devices with pmap; simulated on the CPU where the machine has fewer",
+    )
+    add("--epochs", type=positive, default=12, help="default: %(default)s")
+    add("--steps", type=positive, help="stop after so many steps, whatever --epochs says")
+    add("--batch-size", type=positive, default=64, help="over all devices together; default: %(default)s")
+    add("--seed", type=int, default=0, help="of the split, the batches and the parameters; default: %(default)s")
+    add(
+        "--loss-scale",
+        choices=("auto", "none", "static", "dynamic"),
+        default="auto",
+        help="auto: dynamic where a policy computes in float16, none elsewhere; static is 2**15",
+    )
+    add(
+        "--loss-multiplier",
+        type=factor,
+        default=1.0,
+        metavar="X",
+        help="multiply the loss before differentiation, and the gradients by 1/X after they are unscaled: "
+        "with 2**-20 float16 learns nothing without a loss scale",
+    )
+    add(
+        "--output",
+        type=Path,
+        default=Path("runs/digits"),
+        metavar="DIR",
+        help="where the PNG and the checkpoints go; default: %(default)s",
+    )
+    add("--resume", action="store_true", help="go on from the checkpoints in --output")
+    add("--logdir", type=Path, metavar="DIR", help="write TensorBoard event files there")
+    return options
+
+
+def parse(description: str, arguments: list[str] | None) -> argparse.Namespace:
+    """Parses and checks the command line; simulates devices if it asks for several."""
+    options = parser(description)
+    parsed = options.parse_args(arguments)
+    names = [name for text in parsed.policy for name in (POLICIES if text == "all" else (text,))]
+    parsed.policy = list(dict.fromkeys(names))
+    if parsed.batch_size > NUM_TRAIN:
+        options.error(f"--batch-size {parsed.batch_size}: there are {NUM_TRAIN} training images")
+    if parsed.batch_size % parsed.devices:
+        options.error(f"--batch-size {parsed.batch_size} does not divide among --devices {parsed.devices}")
+    if parsed.devices > 1:
+        _devices.simulate(parsed.devices)
+    return parsed
+
+
+def settings(options: argparse.Namespace) -> dict[str, Any]:
+    """The options that a resumed run must share with the run it goes on from."""
+    names = ("framework", "batch_size", "seed", "loss_scale", "loss_multiplier")
+    return {name: getattr(options, name) for name in names}

@@ -1,0 +1,353 @@
+"""Policies for Flax Linen (``model.apply``, ``model.init``), and dynamic loss scaling with Flax's own interface."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import flax.core
+import flax.linen as nn
+import jax
+import numpy as np
+from flax import struct
+
+from jmp_lite._grad import scaled_value_and_grad
+from jmp_lite._loss_scale import LARGEST_SCALE, SMALLEST_SCALE, DynamicLossScale, _strong_scalar
+from jmp_lite._policy import Policy, PolicyMap, get_policy
+from jmp_lite._tree import all_finite, is_array, is_inexact, keep_carry, keep_dtypes, map_leaves, undo_cast
+
+_INITS = ("init", "init_with_output", "lazy_init")
+#: Keywords of ``apply`` that Flax takes for itself; all others go to the module.
+_CONTROLS = ("rngs", "mutable", "method", "capture_intermediates")
+#: How Flax marks, in the debugging path of a scope, the lifted transformations whose carry must keep its dtype.
+_LOOPS = ("scan(", "while_loop(")
+#: How ``flax.struct`` marks a field that is not data.
+_STATIC = {"pytree_node": False}
+
+
+# --- Policies ---
+
+
+def with_policy(apply: Callable[..., Any], policy: str | Policy | PolicyMap) -> Callable[..., Any]:
+    """Wraps ``model.apply`` or ``model.init``: computes in the policy's dtypes, keeps statistics as they are.
+
+    Under ``apply`` the ``params`` collection and the floating inputs are cast to the compute dtype, the outputs to the
+    output dtype. All other collections (``batch_stats``, ``cache``, ...) keep their dtypes, in and out; parameters that
+    come back in an updated collection have their stored values and the parameter dtype. Gradients taken through the
+    wrapper have the dtype of the parameters.
+
+    Under ``init`` the model runs on the inputs as they are, and parameters are cast to the parameter dtype. The
+    ``cache`` collection gets the dtypes that the model would give it under the policy: a decoder must be initialised
+    under the policy that it runs under.
+
+    A ``Policy`` is applied at the boundary of the model: float32 constants inside it promote what they meet, as
+    everywhere in JAX. A ``PolicyMap`` acts at every module: parameters are cast by path, floating inputs of each
+    public method to the compute dtype of its module, and outputs to the module's output dtype where its policy differs
+    from that of the module that called it. ``PolicyMap({}, default=policy)`` therefore keeps the whole inside of a
+    model in one precision. Recurrent cells take their carry as it is. Under both, the carry of ``nn.scan`` and
+    ``nn.while_loop`` keeps its dtype.
+
+    Args:
+        apply: ``model.apply``, ``model.init``, ``model.init_with_output``, or a function with the signature of
+        ``apply``;
+            also as a ``functools.partial``, which is where ``mutable`` may be fixed in advance.
+        policy: A policy, a policy string or a map. Paths of a map are those inside ``params``, such as
+            ``encoder/Dense_0``; the default policy is that of the model itself.
+
+    Returns:
+        A function with the signature of ``apply``.
+
+    Raises:
+        UnknownDtypeError: If the policy string cannot be parsed.
+        AmbiguousPolicyError: When called, if two patterns of a map contradict each other.
+
+    Example:
+        >>> import flax.linen as nn
+        >>> class Model(nn.Module):
+        ...     @nn.compact
+        ...     def __call__(self, x):
+        ...         return nn.Dense(1, name="head")(nn.relu(nn.Dense(4, name="body")(x)))
+        >>> model, x = Model(), jnp.ones((2, 3))
+        >>> variables = jmp.linen.with_policy(model.init, "mixed_bfloat16")(jax.random.key(0), x)
+        >>> apply = jmp.linen.with_policy(model.apply, "mixed_bfloat16")
+        >>> apply(variables, x).dtype, jax.grad(lambda v: apply(v, x).sum())(variables)["params"]["head"]["bias"].dtype
+        (dtype('float32'), dtype('float32'))
+        >>> policies = jmp.PolicyMap({"head": "full"}, default="mixed_bfloat16")
+        >>> jaxpr = jax.make_jaxpr(jmp.linen.with_policy(model.apply, policies))(variables, x)
+        >>> [str(eqn.outvars[0].aval.dtype) for eqn in jaxpr.eqns if eqn.primitive.name == "dot_general"]
+        ['bfloat16', 'float32']
+
+    References:
+        Policies of whole modules are those of Haiku's ``mixed_precision`` (github.com/google-deepmind/dm-haiku).
+    """
+    resolved = get_policy(policy)
+    function, args, kwargs = apply, (), {}
+    if isinstance(apply, functools.partial):
+        function, args, kwargs = apply.func, apply.args, apply.keywords
+    wrap = _init_with_policy if getattr(function, "__name__", None) in _INITS else _apply_with_policy
+    run = functools.partial(wrap(function, resolved), *args, **kwargs)
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return run(*args, **kwargs)
+
+    return wrapped
+
+
+def _replace(variables: Any, collection: str, cast: Callable[[Any], Any]) -> Any:
+    """Casts one collection; what is not a dict of collections is left for Flax to complain about."""
+    if not isinstance(variables, (dict, flax.core.FrozenDict)) or collection not in variables:
+        return variables
+    return flax.core.copy(variables, {collection: cast(variables[collection])})
+
+
+def _init_with_policy(init: Any, policy: Any) -> Callable[..., Any]:
+    def run(rngs: Any, *args: Any, **kwargs: Any) -> Any:
+        result = init(rngs, *args, **kwargs)
+        with_output = init.__name__ == "init_with_output"
+        output, variables = result if with_output else (None, result)
+        variables = _replace(variables, "params", policy.cast_to_param)
+        if "cache" in variables:
+            dtypes = _dtypes_of_cache(init.__self__.apply, policy, variables, args, {**kwargs, "rngs": rngs})
+            cast = functools.partial(map_leaves, lambda path, leaf: leaf.astype(dtypes.get(path, leaf.dtype)))
+            variables = _replace(variables, "cache", cast)
+        return (policy.cast_to_output(output), variables) if with_output else variables
+
+    return run
+
+
+def _dtypes_of_cache(apply: Any, policy: Any, variables: Any, args: Any, kwargs: Any) -> dict[Any, Any]:
+    """Finds the dtypes that the model gives its cache under the policy: only it knows what may be in half precision."""
+    controls = {"mutable": True, "method": kwargs.get("method")}
+    kwargs = {name: value for name, value in kwargs.items() if name == "rngs" or name not in _CONTROLS}
+    rest = {name: collection for name, collection in variables.items() if name != "cache"}
+    leaves, treedef = jax.tree.flatten((rest, args, kwargs))
+    is_traced = [is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves]
+
+    def cache_of(arrays: list[Any]) -> Any:
+        remaining = iter(arrays)
+        merged = [next(remaining) if traced else leaf for leaf, traced in zip(leaves, is_traced, strict=True)]
+        rest, args, kwargs = jax.tree.unflatten(treedef, merged)
+        return _apply_with_policy(apply, policy)(rest, *args, **kwargs, **controls)[1]["cache"]
+
+    shapes = jax.eval_shape(cache_of, [leaf for leaf, traced in zip(leaves, is_traced, strict=True) if traced])
+    return {path: shape.dtype for path, shape in _by_path(shapes).items()}
+
+
+def _apply_with_policy(apply: Callable[..., Any], policy: Any) -> Callable[..., Any]:
+    def run(variables: Any, *args: Any, **kwargs: Any) -> Any:
+        controls = {name: kwargs.pop(name) for name in _CONTROLS if name in kwargs}
+        cast = _replace(variables, "params", policy.cast_to_compute)
+        if isinstance(policy, Policy):
+            args, kwargs = policy.cast_to_compute((args, kwargs))
+        with nn.intercept_methods(_Interceptor(policy)):
+            result = apply(cast, *args, **kwargs, **controls)
+        if controls.get("mutable", False) is False and not controls.get("capture_intermediates"):
+            return policy.cast_to_output(result)
+        output, updated = result
+        updated = _replace(_restore(updated, variables, cast), "params", policy.cast_to_param)
+        return policy.cast_to_output(output), updated
+
+    return run
+
+
+def _by_path(tree: Any) -> dict[Any, Any]:
+    return dict(jax.tree_util.tree_leaves_with_path(tree))
+
+
+def _restore(updated: Any, variables: Any, cast: Any) -> Any:
+    """Undoes the cast of what the model left alone, and gives the rest the dtype in which it came in."""
+    stored, given = _by_path(variables), _by_path(cast)
+
+    def restored(path: Any, leaf: Any) -> Any:
+        return undo_cast(leaf, given[path], stored[path]) if path in stored else leaf
+
+    return map_leaves(restored, updated)
+
+
+class _Interceptor:
+    """Casts at the method calls of one ``apply``; Flax calls it around each of them."""
+
+    def __init__(self, policies: Policy | PolicyMap) -> None:
+        self.policies = policies
+        self.callers: list[nn.Module] = []
+
+    def __call__(self, method: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        module, name = context.module, context.method_name
+        if module.scope is None or name == "setup":
+            return method(*args, **kwargs)
+        caller = self.callers[-1] if self.callers else None
+        public = name == "__call__" or not name.startswith("_")
+        if isinstance(self.policies, PolicyMap) and public:
+            cell = isinstance(module, nn.RNNCellBase) and name == "__call__"
+            policies = _policy_of(module, self.policies), _policy_of(caller, self.policies)
+            method = functools.partial(_call_cell if cell else _call_module, method, module, *policies)
+        self.callers.append(module)
+        try:
+            if _enters_loop(module, caller):
+                return _call_from_loop(method, module, args, kwargs)
+            return method(*args, **kwargs)
+        finally:
+            self.callers.pop()
+
+
+def _scope(module: nn.Module) -> Any:
+    return module.scope
+
+
+def _policy_of(module: nn.Module | None, policies: PolicyMap) -> Policy:
+    path = "/".join(_scope(module).path) if module is not None else ""
+    return policies.policy_for(path) if path else policies.default
+
+
+def _call_module(
+    method: Callable[..., Any], module: nn.Module, policy: Policy, outer: Policy, /, *args: Any, **kwargs: Any
+) -> Any:
+    del module
+    args, kwargs = policy.cast_to_compute((args, kwargs))
+    output = method(*args, **kwargs)
+    return output if policy == outer else policy.cast_to_output(output)
+
+
+def _call_cell(
+    method: Callable[..., Any], cell: nn.Module, policy: Policy, outer: Policy, /, carry: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Calls a recurrent cell, whose carry stays as it is: long sums must not be rounded at each step."""
+    given = carry
+    if isinstance(cell, nn.OptimizedLSTMCell):  # multiplies h itself, without a submodule that would cast it
+        given = carry[0], policy.cast_to_compute(carry[1])
+    args, kwargs = policy.cast_to_compute((args, kwargs))
+    new_carry, output = method(given, *args, **kwargs)
+    output = policy.cast_to_compute(output)
+    return keep_dtypes(new_carry, carry), output if policy == outer else policy.cast_to_output(output)
+
+
+def _enters_loop(module: nn.Module, caller: nn.Module | None) -> bool:
+    """Whether a call is made by the body of a lifted loop itself, not by a module running in it."""
+    root = _scope(module).root
+    entered = caller is None or _scope(caller).root != root
+    return entered and bool(root.debug_path) and any(loop in root.debug_path[-1] for loop in _LOOPS)
+
+
+def _call_from_loop(method: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """Calls a module so that its first argument, the carry, and its variables keep their dtypes."""
+    scope, carry = _scope(module), args[0] if args else None
+    before = jax.tree.map(lambda leaf: leaf, scope.mutable_variables())
+    result = method(*args, **kwargs)
+    for collection, variables in scope.mutable_variables().items():
+        old = before.get(collection, {})
+        for name, value in _restore(variables, old, old).items():
+            scope.put_variable(collection, name, value)
+    return keep_carry(result, carry)
+
+
+# --- Loss scaling ---
+
+
+class DynamicScaleResult(NamedTuple):
+    """What the function returned by ``DynamicScale.value_and_grad`` returns.
+
+    Attributes:
+        dynamic_scale: The scale of the next step.
+        finite: ``bool[]``, whether all gradients are finite.
+        aux: The loss, or ``(loss, aux)``; the loss is unscaled, ``float32[]``.
+        grad: The gradients, unscaled, in float32 or wider.
+
+    Example:
+        >>> result = jmp.linen.DynamicScale().value_and_grad(lambda w: w**2)(3.0)
+        >>> print(result.aux, result.grad)
+        9.0 6.0
+    """
+
+    dynamic_scale: "DynamicScale"
+    finite: jax.Array
+    aux: Any
+    grad: Any
+
+
+class DynamicScale(struct.PyTreeNode):  # type: ignore[no-untyped-call]
+    """Dynamic loss scaling with the interface of ``flax.training.dynamic_scale.DynamicScale``.
+
+    It makes the same steps, growth after ``growth_interval + 1`` finite ones included, and stores the same state. What
+    it does otherwise: the loss returned is the true one, also on a step that overflows; gradients of complex and
+    float64 parameters keep their type, those of integers are ``float0``; keyword arguments reach the function; a
+    training step is traced once; the scale stays within ``[2**-126, 2**126]``. New code does better with
+    ``loss_scaled``, which also skips the update.
+
+    Args:
+        growth_factor: Multiplier of the scale after ``growth_interval + 1`` finite steps in a row.
+        backoff_factor: Multiplier of the scale after a step with a non-finite gradient.
+        growth_interval: Finite steps between growths, less one.
+        fin_steps: Finite steps since the last change, ``int32[]``.
+        scale: The current scale, ``float32[]``.
+        minimum_scale: Lowest scale; ``None`` stands for ``2**-126``.
+
+    Example:
+        >>> def loss_fn(params, x):
+        ...     return jnp.mean((params["w"].astype(jnp.float16) * x) ** 2)
+        >>> params, x = {"w": jnp.ones(2)}, jnp.full(2, 3, jnp.float16)
+        >>> dynamic_scale = jmp.linen.DynamicScale()
+        >>> dynamic_scale, is_finite, loss, grads = dynamic_scale.value_and_grad(loss_fn)(params, x)
+        >>> print(is_finite, loss, dynamic_scale.scale)
+        False 9.0 32768.0
+
+    References:
+        flax.training.dynamic_scale 0.12. Micikevicius et al., "Mixed Precision Training", arXiv:1710.03740.
+    """
+
+    growth_factor: float = dataclasses.field(metadata=_STATIC, default=2.0)
+    backoff_factor: float = dataclasses.field(metadata=_STATIC, default=0.5)
+    growth_interval: int = dataclasses.field(metadata=_STATIC, default=2000)
+    fin_steps: Any = 0
+    scale: Any = 65536.0
+    minimum_scale: float | None = dataclasses.field(metadata=_STATIC, default=SMALLEST_SCALE)
+
+    def __post_init__(self) -> None:
+        """Gives the state the strong types that it has after a step, so that a step is traced only once."""
+        object.__setattr__(self, "fin_steps", _strong_scalar(self.fin_steps, np.int32))
+        object.__setattr__(self, "scale", _strong_scalar(self.scale, np.float32))
+
+    def value_and_grad(
+        self,
+        fun: Callable[..., Any],
+        argnums: int | Sequence[int] = 0,
+        has_aux: bool = False,
+        axis_name: Any = None,
+    ) -> Callable[..., DynamicScaleResult]:
+        """Like ``jax.value_and_grad``, with the loss scaled while the gradients are computed.
+
+        Args:
+            fun: Returns a real floating-point scalar, or ``(scalar, aux)`` with ``has_aux``.
+            argnums: Which positional arguments to differentiate.
+            has_aux: Whether ``fun`` returns auxiliary output.
+            axis_name: Mapped axes over which to average the gradients, before they are checked.
+
+        Returns:
+            A function with the arguments of ``fun`` that returns a ``DynamicScaleResult``.
+
+        Raises:
+            LossDtypeError: When called, if ``fun`` does not return what it should.
+        """
+
+        @functools.wraps(fun)
+        def wrapped(*args: Any, **kwargs: Any) -> DynamicScaleResult:
+            loss_scale = DynamicLossScale(
+                self.scale,
+                self.fin_steps,
+                period=self.growth_interval + 1,
+                factor=self.growth_factor,
+                backoff_factor=self.backoff_factor,
+                min_loss_scale=self.minimum_scale or 0.0,
+                max_loss_scale=LARGEST_SCALE,
+            )
+            gradient = scaled_value_and_grad(functools.partial(fun, **kwargs), argnums, has_aux)
+            value, grads = gradient(*args, state=loss_scale)
+            grads = loss_scale.unscale(grads)
+            if axis_name is not None:
+                grads = jax.tree.map(lambda g: jax.lax.pmean(g, axis_name) if is_inexact(g) else g, grads)
+            finite = all_finite(grads)
+            adjusted = loss_scale.adjust(finite)
+            dynamic_scale = self.replace(fin_steps=adjusted.counter, scale=adjusted.loss_scale)
+            return DynamicScaleResult(dynamic_scale, finite, value, grads)
+
+        return wrapped

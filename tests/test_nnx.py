@@ -1,0 +1,456 @@
+"""NNX functions under policies: the dtype of every matrix product, and what becomes of state."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jaxprs import contractions
+from nnx_models import MODELS, Custom, Model, linear
+
+import jmp_lite as jmp
+from jmp_lite.nnx import with_policy
+
+HALF = "mixed_bfloat16"
+
+
+def forward(model, *args):
+    """The function that most users wrap."""
+    return model(*args)
+
+
+def dtypes(tree):
+    """The set of the names of the floating dtypes in a tree."""
+    return {str(leaf.dtype) for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)}
+
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+
+@functools.cache
+def parts_of(name):
+    """A model of the table, taken apart: making one is slower than everything else here."""
+    return nnx.split(MODELS[name](nnx.Rngs(0)))
+
+
+@pytest.fixture(params=MODELS)
+def model(request):
+    return nnx.merge(*parts_of(request.param), copy=True)
+
+
+@pytest.fixture
+def x(rng):
+    return jnp.asarray(rng.normal(size=(2, 4)), jnp.float32)
+
+
+def products_by_part(model, policy, x):
+    """The dtypes of the matrix products of a model, forward and backward, by the part that they belong to."""
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    wrapped = with_policy(forward, policy)
+
+    def loss(params):
+        return wrapped(nnx.merge(graphdef, params, rest, copy=True), x).sum()
+
+    # jax.nn.dot_product_attention computes its logits in float32, and therefore the gradient of them.
+    of_logits = "transpose(jvp(body))/vmap(BTNH,BSNH->BNTS)"
+    products = [(scope, dtype) for scope, dtype in contractions(jax.grad(loss), params) if scope != of_logits]
+    return {part: [dtype for scope, dtype in products if part in scope] for part in ("body", "head", "")}
+
+
+# --- Which dtype every product has ---
+
+
+def test_every_product_is_in_half_precision(model, x):
+    """All products, forward and backward, are in the compute dtype, whatever the layers promote by themselves."""
+    products = products_by_part(model, HALF, x)
+    assert all(products.values())
+    assert all(dtype == {"bfloat16"} for dtype in products[""])
+
+
+@pytest.mark.parametrize(("full", "other"), [("head", "body"), ("body", "head")])
+def test_each_part_follows_its_own_policy(model, full, other, x):
+    """A map changes the products of the part that it names, and of no other."""
+    products = products_by_part(model, jmp.PolicyMap({full: "full"}, HALF), x)
+    assert all(products.values())
+    assert all(dtype == {"float32"} for dtype in products[full])
+    assert all(dtype == {"bfloat16"} for dtype in products[other])
+
+
+def test_layers_agree_under_strict_promotion(x):
+    """No layer is ever handed operands of two precisions: strict promotion would forbid it."""
+    with jax.numpy_dtype_promotion("strict"):
+        policy = jmp.PolicyMap({"body": "p=f32,c=f16,o=f16", "head": "full"}, HALF)
+        products = products_by_part(Model(linear(nnx.Rngs(0))), policy, x)
+    assert (products["body"][0], products["head"][0]) == ({"float16"}, {"float32"})
+
+
+def test_values_are_near_those_of_float32(model, x):
+    """A policy changes precision, not meaning; outputs have the output dtype."""
+    graphdef, state = nnx.split(model)
+
+    def outputs(state):
+        policies = ["full", jmp.PolicyMap({"norm": "full"}, HALF)]
+        return [with_policy(forward, policy)(nnx.merge(graphdef, state), x) for policy in policies]
+
+    expected, output = jax.jit(outputs)(state)
+    assert output.dtype == jnp.float32
+    assert 0 < jnp.linalg.norm(output - expected) < 0.05 * jnp.linalg.norm(expected) + 0.05
+
+
+# --- What happens at the borders between policies ---
+
+
+class Border(nnx.Module):
+    """Returns what a submodule returned."""
+
+    def __init__(self):
+        self.body = Custom(nnx.Rngs(0))
+
+    def __call__(self, x):
+        return x, str(self.body(x).dtype)
+
+
+@pytest.mark.parametrize(
+    ("policies", "seen"),
+    [
+        ({}, "float32"),  # as the module computed it: the constant in Custom is float32
+        ({"body": "p=f32,c=bf16,o=f32"}, "float32"),
+        ({"body": "p=f32,c=f16,o=bf16"}, "bfloat16"),
+        ({"body": "p=f32,c=f32,o=f16"}, "float16"),
+        ({".*": "full"}, "float32"),
+    ],
+)
+def test_outputs_are_cast_where_the_policy_changes(policies, seen, x):
+    """The output dtype of a submodule counts where its policy differs from its caller's."""
+    output, found = with_policy(forward, jmp.PolicyMap(policies, HALF))(Border(), x)
+    assert (found, output.dtype) == (seen, jnp.float32)
+
+
+@pytest.mark.parametrize("layer", ["BatchNorm", "LayerNorm", "Embed", "explicit"])
+def test_layers_return_the_compute_dtype_unless_told_otherwise(layer, x):
+    """Layers without a dtype follow the policy, even where Flax would promote; one with a dtype keeps it."""
+    make = {
+        "BatchNorm": lambda rngs: nnx.BatchNorm(4, rngs=rngs),
+        "LayerNorm": lambda rngs: nnx.LayerNorm(4, rngs=rngs),
+        "Embed": lambda rngs: nnx.Embed(4, 4, rngs=rngs),
+        "explicit": lambda rngs: linear(rngs, dtype=jnp.float32),
+    }
+    model = nnx.List([make[layer](nnx.Rngs(0))])
+    x = jnp.array([[1, 2]]) if layer == "Embed" else x
+    found = with_policy(lambda model, x: str(model[0](x).dtype), HALF)(model, x)
+    assert found == ("float32" if layer == "explicit" else "bfloat16")
+
+
+@pytest.mark.parametrize("make", [nnx.LSTMCell, nnx.OptimizedLSTMCell, nnx.GRUCell])
+def test_carries_of_cells_are_float32_and_their_outputs_are_not(make, x):
+    """What a cell carries from step to step is not rounded; what it hands to the next layer is in the compute dtype."""
+    cell = make(4, 4, rngs=nnx.Rngs(0))
+
+    def steps(cell, x):
+        carry = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), cell.initialize_carry(x.shape, nnx.Rngs(0)))
+        for _ in range(2):
+            carry, y = cell(carry, x)
+        rounded = jax.tree.leaves(carry)[0].astype(jnp.bfloat16).astype(jnp.float32)
+        return str(jax.tree.leaves(carry)[0].dtype), str(y.dtype), jnp.any(jax.tree.leaves(carry)[0] != rounded)
+
+    assert with_policy(steps, HALF)(cell, x) == ("float32", "bfloat16", True)
+
+
+class Remembering(nnx.Module):
+    """Replaces a variable, carried by a scan, by something in half precision."""
+
+    def __init__(self):
+        self.layer, self.state = linear(nnx.Rngs(0)), nnx.BatchStat(jnp.zeros((2, 4)))
+
+    def __call__(self, x):
+        self.state.set_value(self.layer(x))
+        return x
+
+
+def test_variables_carried_by_a_scan_keep_their_dtype(x):
+    """The scan sees the dtype that the variable had, and so does the caller."""
+
+    @nnx.scan(in_axes=(nnx.StateAxes({...: nnx.Carry}), nnx.Carry), out_axes=nnx.Carry, length=2)
+    def step(model, x):
+        return model(x)
+
+    model = Remembering()
+    with_policy(lambda model, x: step(model, x), HALF)(model, x)
+    assert model.state.get_value().dtype == jnp.float32
+    np.testing.assert_allclose(model.state.get_value(), model.layer(x), rtol=0.05, atol=0.05)
+
+
+# --- State ---
+
+
+class Everything(nnx.Module):
+    """Statistics, dropout, tied layers, a static flag, and what may be added later."""
+
+    def __init__(self, rngs):
+        self.first = linear(rngs)
+        self.tied = self.first
+        self.layers = nnx.List([linear(rngs), linear(rngs)])
+        self.norm, self.drop = nnx.BatchNorm(4, momentum=0.5, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+        self.calls, self.counts = 0, False
+
+    def __call__(self, x):
+        if self.counts:
+            self.calls += 1
+        for layer in (self.first, self.tied, *self.layers):
+            x = layer(x)
+        return self.drop(self.norm(x))
+
+
+@pytest.fixture
+def everything():
+    return Everything(nnx.Rngs(0))
+
+
+POLICIES = {"Policy": HALF, "PolicyMap": jmp.PolicyMap({"norm": "full", "layers/0": "p=f32,c=f16,o=f16"}, HALF)}
+
+
+@pytest.fixture(params=POLICIES)
+def policy(request):
+    return POLICIES[request.param]
+
+
+def values_of(model, *filters):
+    """The values of the variables of a model by path; keys as numbers."""
+    flat = nnx.to_flat_state(nnx.state(model, *filters))
+    values = {path: variable.get_value() for path, variable in flat}
+    return {p: jax.random.key_data(v) if jnp.issubdtype(v.dtype, jax.dtypes.prng_key) else v for p, v in values.items()}
+
+
+@pytest.mark.parametrize("under", ["eager", "nnx.jit", "value_and_grad", "remat", "split and merge"])
+def test_state_is_updated_as_without_a_policy(under, policy, x):
+    """Statistics, counters of random streams and plain attributes advance; parameters and all dtypes stay."""
+    plain, model = Everything(nnx.Rngs(0)), Everything(nnx.Rngs(0))
+    model.counts = True
+    before, wrapped = values_of(model), with_policy(forward, policy)
+    plain(x)
+    if under == "eager":
+        wrapped(model, x)
+    elif under == "nnx.jit":
+        nnx.jit(wrapped)(model, x)
+    elif under == "value_and_grad":
+        nnx.value_and_grad(lambda model, x: wrapped(model, x).sum())(model, x)
+    elif under == "remat":
+        nnx.remat(lambda model, x: wrapped(model, x))(model, x)
+    else:
+
+        @jax.jit
+        def step(graphdef, state):
+            merged = nnx.merge(graphdef, state)
+            wrapped(merged, x)
+            return nnx.state(merged)
+
+        nnx.update(model, step(*nnx.split(model)))
+    after, expected = values_of(model), values_of(plain)
+    assert {path: value.dtype for path, value in after.items()} == {p: value.dtype for p, value in before.items()}
+    for path, value in after.items():
+        if path[-1] in ("kernel", "bias", "scale"):
+            np.testing.assert_array_equal(value, before[path])
+        else:
+            np.testing.assert_allclose(value, expected[path], rtol=0.05, atol=0.05, err_msg=str(path))
+    assert model.calls == (0 if under == "split and merge" else 1)
+
+
+def test_the_module_itself_is_left_alone(policy, everything, x):
+    """Types, identities and sharing are those from before; only a copy is ever changed."""
+    nodes = [node for _, node in nnx.iter_graph(everything) if isinstance(node, (nnx.Module, nnx.Variable))]
+    kinds = [type(node) for node in nodes]
+    with_policy(forward, policy)(everything, x)
+    after = [node for _, node in nnx.iter_graph(everything) if isinstance(node, (nnx.Module, nnx.Variable))]
+    assert all(a is b for a, b in zip(nodes, after, strict=True))
+    assert [type(node) for node in after] == kinds
+    assert everything.tied is everything.first
+
+
+def test_the_function_sees_modules_of_the_same_kind(policy, everything, x):
+    """Inside the function isinstance holds, tied layers are tied, and parameters are cast by path."""
+
+    def look(model, x):
+        assert isinstance(model, Everything)
+        assert isinstance(model.norm, nnx.BatchNorm)
+        assert model.tied is model.first
+        assert model is not everything
+        parameters = [layer.kernel.get_value() for layer in (model.first, *model.layers)]
+        return [str(value.dtype) for value in [*parameters, model.norm.scale.get_value(), model.norm.mean.get_value()]]
+
+    expected = {
+        "Policy": ["bfloat16"] * 4 + ["float32"],
+        "PolicyMap": ["bfloat16", "float16", "bfloat16", "float32", "float32"],
+    }
+    assert with_policy(look, policy)(everything, x) == expected["Policy" if policy == HALF else "PolicyMap"]
+
+
+def test_changes_of_any_kind_reach_the_module(policy, everything, x):
+    """What the function writes, adds, replaces or deletes is written, added, replaced or deleted in the module."""
+    stored = everything.layers[0].kernel.get_value()
+
+    def change(model, x):
+        model.first.kernel[...] = model.first.kernel[...].at[0, 0].set(7)
+        model.layers[1].kernel.set_value(jnp.full((4, 4), 3, jnp.bfloat16))
+        model.seen = nnx.Intermediate(x)
+        model.pair = nnx.data((model.first, model.norm))
+        model.label = "changed"
+        del model.drop
+        return model, model.first, model.first.kernel
+
+    kernel = everything.first.kernel.get_value()
+    model, first, variable = with_policy(change, policy)(everything, x)
+    assert (model, first, variable) == (everything, everything.first, everything.first.kernel)
+    np.testing.assert_array_equal(everything.first.kernel.get_value(), kernel.at[0, 0].set(7))
+    np.testing.assert_array_equal(everything.layers[1].kernel.get_value(), jnp.full((4, 4), 3.0))
+    assert everything.layers[0].kernel.get_value() is stored
+    assert everything.seen.get_value().dtype == jnp.bfloat16
+    assert everything.pair == (everything.first, everything.norm)
+    assert everything.label == "changed"
+    assert not hasattr(everything, "drop")
+    assert type(everything.pair[1]) is nnx.BatchNorm
+
+
+def test_a_replaced_parameter_has_the_stored_dtype(x):
+    """A new Param in the place of an old one is stored as the old one was."""
+    model = linear(nnx.Rngs(0))
+
+    def replace(model, x):
+        model.kernel = nnx.Param(model.kernel.get_value() * 2)
+
+    with_policy(replace, HALF)(model, x)
+    assert model.kernel.get_value().dtype == jnp.float32
+
+
+def test_nothing_is_written_when_the_function_fails(everything, x):
+    """An exception leaves parameters and attributes as they were."""
+    before = values_of(everything, nnx.Param)
+
+    def fail(model, x):
+        model.label = "changed"
+        model.first.kernel[...] = model.first.kernel[...] * 0
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        with_policy(fail, HALF)(everything, x)
+    assert not hasattr(everything, "label")
+    assert all(value is before[path] for path, value in values_of(everything, nnx.Param).items())
+
+
+def test_lifted_transformations_do_not_round_parameters(x):
+    """A scan hands back copies of all variables; those of parameters do not replace the stored values."""
+    model = MODELS["lstm"](nnx.Rngs(0))
+    before = values_of(model, nnx.Param)
+    with_policy(forward, HALF)(model, x)
+    for path, value in values_of(model, nnx.Param).items():
+        np.testing.assert_array_equal(value, before[path])
+
+
+# --- Calls ---
+
+
+def test_dropout_draws_what_it_draws_without_a_policy(policy, x):
+    """The same stream drops the same units."""
+    plain, model = Everything(nnx.Rngs(0)), Everything(nnx.Rngs(0))
+    dropped = with_policy(forward, policy)(model, x) == 0
+    np.testing.assert_array_equal(dropped, plain(x) == 0)
+    assert 0 < dropped.sum() < dropped.size
+
+
+def test_modules_are_found_anywhere_in_the_arguments(policy, x):
+    """Several modules, in containers and keywords, sharing layers and random streams, keep what they share."""
+    encoder, rngs = linear(nnx.Rngs(0)), nnx.Rngs(dropout=0)
+    decoder = Model(encoder)
+
+    def run(parts, x, *, rngs, drop):
+        assert parts["decoder"].body is parts["encoder"]
+        assert parts["encoder"].kernel.get_value().dtype == jnp.bfloat16
+        return parts["decoder"](drop(parts["encoder"](x), rngs=rngs))
+
+    output = with_policy(run, policy)({"encoder": encoder, "decoder": decoder}, x, rngs=rngs, drop=nnx.Dropout(0.5))
+    assert output.dtype == jnp.float32
+    assert int(rngs.dropout.count.get_value()) == 1
+
+
+def test_only_floating_arrays_are_cast(x):
+    """Integers, keys, None, strings, numbers and loss scales come through as they are; variables count as nodes."""
+    args = jnp.int32(1), jax.random.key(0), None, "text", 1.5, jmp.DynamicLossScale(), nnx.BatchStat(jnp.ones(2))
+    (*same, weight, rounded) = with_policy(lambda *args: args, HALF)(*args, nnx.Param(jnp.ones(2)), np.float32(1 / 3))
+    assert all(a is b for a, b in zip(same, args, strict=True) if not isinstance(b, jmp.DynamicLossScale))
+    assert same[5] == args[5]
+    assert (weight.get_value().dtype, rounded) == (jnp.float32, np.float32(jnp.bfloat16(1 / 3)))
+
+
+def test_a_model_can_be_captured_by_jit(policy, x):
+    """Inference with a model from outside needs no state to be written."""
+    model = MODELS["linear"](nnx.Rngs(0))
+    assert jax.jit(lambda x: with_policy(forward, policy)(model, x))(x).dtype == jnp.float32
+
+
+def test_attention_decodes_with_any_cache(rng):
+    """Whatever dtype the cache has, it keeps it, and decoding gives what attention over the whole sequence gives."""
+    x = jnp.asarray(rng.normal(size=(1, 3, 4)), jnp.float32)
+    model = nnx.MultiHeadAttention(2, 4, decode=False, rngs=nnx.Rngs(0))
+    expected = model(x, mask=nnx.make_causal_mask(x[..., 0]))
+    for dtype in (jnp.float32, jnp.bfloat16):
+        model.init_cache(x.shape, dtype)
+        decode = nnx.jit(with_policy(lambda model, x: model(x, decode=True), HALF))
+        outputs = [decode(model, x[:, step : step + 1]) for step in range(3)]
+        assert model.cached_key.get_value().dtype == dtype
+        assert int(model.cache_index.get_value()) == 3
+        np.testing.assert_allclose(jnp.concatenate(outputs, 1), expected, atol=0.05)
+
+
+def test_intermediates_can_be_captured(x):
+    """nnx.capture around the wrapped function sees what the modules sow."""
+
+    class Sowing(nnx.Module):
+        def __init__(self):
+            self.layer = linear(nnx.Rngs(0))
+
+        def __call__(self, x):
+            self.sow(nnx.Intermediate, "seen", y := self.layer(x))
+            return y
+
+    output, captured = nnx.capture(with_policy(forward, HALF), nnx.Intermediate)(Sowing(), x)
+    (seen,) = captured["seen"].get_value()
+    np.testing.assert_array_equal(output, seen.astype(jnp.float32))
+
+
+def test_types_are_made_once(everything, x):
+    """A step under nnx.jit is traced once, although every call makes its own copy."""
+    traces = []
+
+    def traced(model, x):
+        traces.append(x)
+        return nnx.jit(lambda layer, x: layer(x))(model.layers[0], model(x))
+
+    step = nnx.jit(with_policy(traced, POLICIES["PolicyMap"]))
+    for _ in range(3):
+        step(everything, x)
+    assert len(traces) == 1
+
+
+def test_a_contradictory_map_is_reported(everything, x):
+    """Two patterns that both match a module with different policies are an error that names both."""
+    with pytest.raises(jmp.AmbiguousPolicyError, match=r"'fir.\*' .* 'first.\*'"):
+        with_policy(forward, jmp.PolicyMap({"fir.*": "full", "first.*": "half"}, HALF))(everything, x)
+
+
+def test_an_optimiser_trains_the_stored_parameters(policy, everything, x, rng):
+    """A training step of NNX needs nothing but the wrapped function."""
+    optimizer = nnx.Optimizer(everything, optax.adam(0.01), wrt=nnx.Param)
+    y, wrapped = jnp.asarray(rng.normal(size=x.shape), jnp.float32), with_policy(forward, policy)
+
+    @nnx.jit
+    def train_step(model, optimizer):
+        loss, grads = nnx.value_and_grad(lambda model: jnp.mean((wrapped(model, x) - y) ** 2))(model)
+        optimizer.update(model, grads)
+        return loss, grads
+
+    everything.drop = nnx.Dropout(0.0)
+    losses = [train_step(everything, optimizer) for _ in range(20)]
+    assert dtypes(losses[0][1]) == dtypes(nnx.state(everything, nnx.Param)) == {"float32"}
+    assert losses[-1][0] < losses[0][0]
