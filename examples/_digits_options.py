@@ -105,7 +105,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def parse(description: str, arguments: list[str] | None) -> argparse.Namespace:
-    """Parses and checks the command line; simulates devices if it asks for several."""
+    """Parses and checks the command line; readies the CPU for what it asks."""
     options = parser(description)
     parsed = options.parse_args(arguments)
     names = [name for text in parsed.policy for name in (POLICIES if text == "all" else (text,))]
@@ -114,6 +114,7 @@ def parse(description: str, arguments: list[str] | None) -> argparse.Namespace:
         options.error(f"--batch-size {parsed.batch_size}: there are {NUM_TRAIN} training images")
     if parsed.batch_size % parsed.devices:
         options.error(f"--batch-size {parsed.batch_size} does not divide among --devices {parsed.devices}")
+    _devices.avoid_wrong_code()
     if parsed.devices > 1:
         _devices.simulate(parsed.devices)
     return parsed

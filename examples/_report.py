@@ -70,9 +70,9 @@ def power_of_two(value: float) -> str:
     return f"2^{exponent:.0f}" if value != 1 and exponent == round(exponent) else f"{value:g}"
 
 
-def table(results: list[Result], title: str) -> Table:
+def table(results: list[Result]) -> Table:
     """The summary, one line per policy."""
-    summary = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    summary = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     summary.add_column("policy", overflow="fold")
     for column in (
         "test\naccuracy",

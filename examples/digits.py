@@ -244,7 +244,8 @@ def main(arguments: list[str] | None = None) -> int:
         console.print("Interrupted; the same command with --resume goes on from the last epoch.")
         return 130
     title = describe(options)
-    console.print(_report.table(results, title))
+    console.print(f"\n{title}", style="bold", highlight=False, soft_wrap=True)
+    console.print(_report.table(results))
     picture = options.output / "digits.png"
     _report.draw(results, title, picture)
     for result in results:

@@ -63,6 +63,7 @@ def in_cluster() -> bool:
 
 def start(options: argparse.Namespace) -> None:
     """Joins the other hosts if there are any; simulates devices on a machine that has but one CPU."""
+    _devices.avoid_wrong_code()
     if options.coordinator:
         jax.distributed.initialize(options.coordinator, options.num_processes, options.process_id)
     elif options.distributed or in_cluster():

@@ -1,7 +1,8 @@
 """The loss scalers of six systems in plain Python, as generators of their own states.
 
-``model(finite, bounds, **config)`` yields the initial state and then one state per verdict, with the keys of the recorded
-files. ``bounds = (lowest, highest)`` is where a scale may go at most; the systems themselves know fewer bounds.
+``model(finite, bounds, **config)`` yields the initial state and then one state per verdict, with the keys of the
+recorded files. ``bounds = (lowest, highest)`` is where a scale may go at most; the systems themselves know fewer
+bounds.
 """
 
 import ctypes
@@ -24,7 +25,7 @@ def grown(scale, factor, highest):
     return larger if larger <= highest else scale
 
 
-def torch(finite, bounds, init_scale, growth_factor, backoff_factor, growth_interval):
+def torch(finite, bounds, *, init_scale, growth_factor, backoff_factor, growth_interval):
     scale, tracker = init_scale, 0
     yield {"scale": scale, "growth_tracker": tracker}
     for good in finite:
@@ -36,7 +37,7 @@ def torch(finite, bounds, init_scale, growth_factor, backoff_factor, growth_inte
         yield {"scale": scale, "growth_tracker": tracker}
 
 
-def flax(finite, bounds, scale, growth_factor, backoff_factor, growth_interval, minimum_scale):
+def flax(finite, bounds, *, scale, growth_factor, backoff_factor, growth_interval, minimum_scale):
     steps = 0
     yield {"scale": scale, "fin_steps": steps}
     for good in finite:
@@ -49,7 +50,7 @@ def flax(finite, bounds, scale, growth_factor, backoff_factor, growth_interval, 
         yield {"scale": scale, "fin_steps": steps}
 
 
-def keras(finite, bounds, initial_scale, dynamic_growth_steps, ftz):
+def keras(finite, bounds, *, initial_scale, dynamic_growth_steps, ftz):
     smallest = 2.0**-126 if ftz else 2.0**-149
     scale, counter = initial_scale, 0
     yield {"scale": scale, "step_counter": counter}
@@ -64,7 +65,7 @@ def keras(finite, bounds, initial_scale, dynamic_growth_steps, ftz):
         yield {"scale": scale, "step_counter": counter}
 
 
-def jmp(finite, bounds, loss_scale, period, factor, min_loss_scale):
+def jmp(finite, bounds, *, loss_scale, period, factor, min_loss_scale):
     counter = 0
     yield {"scale": loss_scale, "counter": counter}
     for good in finite:
@@ -76,7 +77,7 @@ def jmp(finite, bounds, loss_scale, period, factor, min_loss_scale):
         yield {"scale": loss_scale, "counter": counter}
 
 
-def megatron(finite, bounds, initial_scale, min_scale, growth_factor, backoff_factor, growth_interval, hysteresis):
+def megatron(finite, bounds, *, initial_scale, min_scale, growth_factor, backoff_factor, growth_interval, hysteresis):
     scale, tracker, left = initial_scale, 0, hysteresis
     yield {"scale": scale, "growth_tracker": tracker, "hysteresis_tracker": left}
     for good in finite:
@@ -94,6 +95,7 @@ def megatron(finite, bounds, initial_scale, min_scale, growth_factor, backoff_fa
 def deepspeed(
     finite,
     bounds,
+    *,
     init_scale,
     scale_window,
     min_scale,

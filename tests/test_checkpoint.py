@@ -114,8 +114,8 @@ def test_flax_train_state_survives(trip, key, tmp_path):
         return TrainState.create(apply_fn=None, params=params, tx=make_optimizer(SCALES["dynamic"]))
 
     state = make(key)
-    for factor in (1.0, jnp.inf):
-        state = state.apply_gradients(grads=jax.tree.map(lambda x: x * factor, state.params))
+    state = state.apply_gradients(grads=state.params)
+    state = state.apply_gradients(grads={"w": state.params["w"] * jnp.inf})
     fresh = make(jax.random.fold_in(key, 1))
     restored = trip(state, fresh.replace(step=jnp.int32(0)) if trip is through_orbax else fresh, tmp_path)
     assert int(restored.step) == 2

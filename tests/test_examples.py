@@ -68,6 +68,7 @@ def run(start):
 def example(monkeypatch):
     """Imports a file of the examples into this process."""
     monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))  # put back what parsing a command line sets
 
     def example(name):
         return __import__(name)

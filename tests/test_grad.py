@@ -16,7 +16,7 @@ from support import DEVICES, assert_identical, compilations, mesh, standard
 import jmp_lite as jmp
 
 SCALES = {
-    "none": lambda: jmp.NoOpLossScale(),
+    "none": jmp.NoOpLossScale,
     "static": lambda: jmp.StaticLossScale(2.0**10),
     "dynamic": lambda: jmp.DynamicLossScale(2.0**10),
     "small": lambda: jmp.DynamicLossScale(2.0**-20, min_loss_scale=0),
@@ -65,7 +65,7 @@ def test_loss_is_true_and_gradients_are_scaled(make, problem):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float8_e4m3fn"])
 def test_loss_is_float32_also_on_an_overflowing_step(dtype):
-    """A loss of any dtype comes back as its own value in float32 although its gradients are infinite (Flax logs nan)."""
+    """A loss of any dtype comes back as its own value in float32 although its gradients are infinite."""
     params = jnp.full(2, 300.0).astype(dtype)
     scale = jmp.DynamicLossScale(2.0**20 if dtype.startswith("float16") else 2.0**126)
 
@@ -89,7 +89,7 @@ def test_double_precision_loss_stays_double():
 
 
 def test_gradient_is_exact_on_the_growth_step():
-    """The gradients of a step are unscaled with the scale that made them, also when the scale grows on it (mpx halves them)."""
+    """The gradients of a step are unscaled with the scale that made them, also when the scale grows on it."""
     params = jnp.array([1.0, 2.0])
     tx = jmp.loss_scaled(optax.sgd(1.0), jmp.DynamicLossScale(1024.0, period=1))
     state = tx.init(params)
@@ -179,7 +179,7 @@ def test_leaves_that_cannot_be_differentiated_get_float0(key):
 
 
 def test_complex_parameters():
-    """Complex parameters get JAX's gradient times the scale: |p|^2 at 1+1j gives 2-2j (Flax drops the imaginary part)."""
+    """Complex parameters get JAX's gradient times the scale: |p|^2 at 1+1j gives 2-2j."""
     loss, grad = jmp.scaled_value_and_grad(lambda p: jnp.abs(p) ** 2)(
         jnp.complex64(1 + 1j), state=jmp.StaticLossScale(8.0)
     )
@@ -207,8 +207,8 @@ def test_loss_that_is_not_a_real_number(described, fun):
     with pytest.raises(jmp.LossDtypeError) as error:
         jmp.scaled_value_and_grad(fun)(1.0, state=jmp.NoOpLossScale())
     assert str(error.value) == (
-        f"The loss must be a real floating-point scalar, got {described}. Reduce it, for example with jnp.mean, or return "
-        "further values with has_aux=True."
+        f"The loss must be a real floating-point scalar, got {described}. Reduce it, for example with jnp.mean, or "
+        "return further values with has_aux=True."
     )
 
 
@@ -328,7 +328,7 @@ def manual_retry(fun, params, x, scale, max_retries):
 @pytest.mark.parametrize("size", [1.0, 3.0, 1000.0, 60000.0, np.inf])
 @pytest.mark.parametrize("max_retries", [1, 3, 20])
 def test_retries_agree_with_halving_by_hand(size, max_retries):
-    """Loss, gradients and the lowered scale are those of a loop that halves by hand; the number of retries is bounded."""
+    """Loss, gradients and the lowered scale are those of a loop of so many retries that halves by hand."""
     params, x = {"w": jnp.full(2, 0.5)}, jnp.array([size, 1.0])
     scale = jmp.DynamicLossScale(2.0**15)
     grad_fn = jmp.scaled_value_and_grad(half_loss, max_retries=max_retries)
@@ -337,7 +337,7 @@ def test_retries_agree_with_halving_by_hand(size, max_retries):
 
 
 def test_retry_is_one_compiled_step():
-    """A step that retries compiles once, needs no further trace when it does retry, and updates the state it was given."""
+    """A step that retries is traced and compiled once, whether it does retry or not, and returns a new state."""
     tx = jmp.loss_scaled(optax.sgd(2.0**-10), jmp.DynamicLossScale(2.0**15))
     params, traces = {"w": jnp.full(2, 0.5)}, []
 

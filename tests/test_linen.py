@@ -80,8 +80,10 @@ def test_dtypes_of_outputs_and_gradients(model, x, rng):
 
 
 @pytest.mark.usefixtures("standard_promotion")
-def test_values_are_near_those_of_float32(model, x, rng):
+@pytest.mark.parametrize("name", ["image", "attention", "scan of remat", "scan of a method", "lstm", "share_scope"])
+def test_values_are_near_those_of_float32(name, x, rng):
     """A policy changes precision, not meaning."""
+    model = MODELS[name]()
     variables = random_variables(model, x, rng)
 
     def outputs(variables):

@@ -62,7 +62,7 @@ WAYS = [
     ("optimizer", "form", "compiled"), WAYS, ids=[f"{o}-{f.__name__}-{'jit' if c else 'eager'}" for o, f, c in WAYS]
 )
 def test_step_is_optax_on_unscaled_gradients_or_nothing(optimizer, form, compiled, rng):
-    """Good steps are plain Optax on the true gradients; bad ones leave parameters and inner state bit-identical; one trace."""
+    """Good steps are plain Optax on the true gradients; bad ones leave parameters and inner state bit-identical."""
     plain = standard(OPTIMIZERS[optimizer]())
     tx = jmp.loss_scaled(plain, jmp.DynamicLossScale(SCALE, factor=1))
     params, good = parameters(rng), [True, False, False, True, True]
@@ -85,8 +85,8 @@ def test_step_is_optax_on_unscaled_gradients_or_nothing(optimizer, form, compile
             assert_identical((ours[0], ours[1].inner_state), (before[0], before[1].inner_state))
     result = ours[0], ours[1].inner_state
     if compiled:
-        # Fusion saves roundings: at most some ten per update of Adam's formula (eps/2 each), over three steps; a moment kept
-        # in bfloat16 may not be rounded at all, which is half an ulp of bfloat16 in an update of 0.01.
+        # Fusion saves roundings: at most some ten per update of Adam's formula (eps/2 each), over three steps; a moment
+        # kept in bfloat16 may not be rounded at all, which is half an ulp of bfloat16 in an update of 0.01.
         lost = 3 * 0.01 * 2.0**-9 / float(jnp.finfo(jnp.float32).eps) if "bf16" in optimizer else 0
         assert_close(result, theirs, ulps=3 * 10 / 2 + lost)
         assert len(traces) == 1
@@ -135,7 +135,7 @@ PAIRS = [
 @pytest.mark.parametrize(("param_dtype", "grad_dtype"), PAIRS)
 @pytest.mark.parametrize("optimizer", ["adamw", "clip by norm"])
 def test_no_dtype_ever_changes(optimizer, param_dtype, grad_dtype, form, rng):
-    """Half gradients with float32 parameters, and any other pair, keep all types over good and bad steps (apply_if_finite raises)."""
+    """Half gradients with float32 parameters, and other pairs, keep all types over good and bad steps."""
     tx = jmp.loss_scaled(standard(OPTIMIZERS[optimizer]()), jmp.DynamicLossScale(2.0**4))
     params = parameters(rng, param_dtype)
     state, step = tx.init(params), jax.jit(form(tx))
@@ -195,7 +195,7 @@ def test_steps_accumulated_inside(form, rng):
 
 @both_forms
 def test_steps_accumulated_outside(form):
-    """MultiSteps outside: one update per window with the window's scale; a bad micro-step never reaches the parameters."""
+    """MultiSteps outside: one update per window, with its scale; a bad micro-step never reaches the parameters."""
     scaled = jmp.loss_scaled(optax.sgd(0.5), jmp.DynamicLossScale(4.0, period=1))
     tx = standard(optax.MultiSteps(scaled, 2).gradient_transformation())
     params, state, step = {"w": jnp.zeros(2)}, tx.init({"w": jnp.zeros(2)}), jax.jit(form(tx))
@@ -215,14 +215,14 @@ COMBINATIONS = {
     "inject_hyperparams": lambda tx: optax.inject_hyperparams(lambda rate: optax.chain(tx, optax.scale(rate)))(
         rate=1.0
     ),
-    "flatten": lambda tx: optax.flatten(tx),
-    "extra args": lambda tx: optax.with_extra_args_support(tx),
+    "flatten": optax.flatten,
+    "extra args": optax.with_extra_args_support,
 }
 
 
 @pytest.mark.parametrize("combine", COMBINATIONS.values(), ids=COMBINATIONS)
 def test_combinations(combine, rng):
-    """Inside other transformations the scaled one steps and skips as it does alone; `metrics` and `tree.get` find its state."""
+    """Inside other transformations the scaled one steps and skips as it does alone, and its state is found."""
     alone = jmp.loss_scaled(standard(optax.adam(1e-2)), jmp.DynamicLossScale(8.0))
     combined = standard(combine(alone))
     params = {"w": jnp.ones(3), "v": jnp.ones((2, 2))}

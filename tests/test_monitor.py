@@ -73,8 +73,8 @@ def test_state_without_loss_scaling(call, state):
 # --- check_loss_scale ---
 
 REMEDY = (
-    "The gradients overflow or are NaN even without scaling: look for NaN in the data, a learning rate that is too high or "
-    "a layer that overflows in the compute dtype; try the policy 'mixed_bfloat16', or a lower min_loss_scale."
+    "The gradients overflow or are NaN even without scaling: look for NaN in the data, a learning rate that is too high "
+    "or a layer that overflows in the compute dtype; try the policy 'mixed_bfloat16', or a lower min_loss_scale."
 )
 
 
@@ -96,8 +96,8 @@ def test_stalled_training_without_gradients():
     with pytest.raises(jmp.LossScaleStalledError) as error:
         jmp.check_loss_scale(after_skips(tx, 3), max_skips=3)
     assert str(error.value) == (
-        "3 steps in a row were skipped and the loss scale 1 cannot go lower (state at 'scaled'). Pass the gradients of a "
-        f"skipped step as grads= to see which leaves are not finite. {REMEDY}"
+        "3 steps in a row were skipped and the loss scale 1 cannot go lower (state at 'scaled'). Pass the gradients of "
+        f"a skipped step as grads= to see which leaves are not finite. {REMEDY}"
     )
 
 

@@ -87,9 +87,10 @@ def test_layers_agree_under_strict_promotion(x):
     assert (products["body"][0], products["head"][0]) == ({"float16"}, {"float32"})
 
 
-def test_values_are_near_those_of_float32(model, x):
+@pytest.mark.parametrize("name", ["image", "tokens", "attention", "scan", "decorated", "lstm"])
+def test_values_are_near_those_of_float32(name, x):
     """A policy changes precision, not meaning; outputs have the output dtype."""
-    graphdef, state = nnx.split(model)
+    graphdef, state = parts_of(name)
 
     def outputs(state):
         policies = ["full", jmp.PolicyMap({"norm": "full"}, HALF)]
@@ -178,7 +179,7 @@ def test_variables_carried_by_a_scan_keep_their_dtype(x):
         return model(x)
 
     model = Remembering()
-    with_policy(lambda model, x: step(model, x), HALF)(model, x)
+    with_policy(step, HALF)(model, x)
     assert model.state.get_value().dtype == jnp.float32
     np.testing.assert_allclose(model.state.get_value(), model.layer(x), rtol=0.05, atol=0.05)
 
@@ -225,8 +226,9 @@ def values_of(model, *filters):
 
 
 @pytest.mark.parametrize("under", ["eager", "nnx.jit", "value_and_grad", "remat", "split and merge"])
-def test_state_is_updated_as_without_a_policy(under, policy, x):
+def test_state_is_updated_as_without_a_policy(under, x):
     """Statistics, counters of random streams and plain attributes advance; parameters and all dtypes stay."""
+    policy = POLICIES["PolicyMap"]
     plain, model = Everything(nnx.Rngs(0)), Everything(nnx.Rngs(0))
     model.counts = True
     before, wrapped = values_of(model), with_policy(forward, policy)
@@ -238,7 +240,7 @@ def test_state_is_updated_as_without_a_policy(under, policy, x):
     elif under == "value_and_grad":
         nnx.value_and_grad(lambda model, x: wrapped(model, x).sum())(model, x)
     elif under == "remat":
-        nnx.remat(lambda model, x: wrapped(model, x))(model, x)
+        nnx.remat(wrapped)(model, x)
     else:
 
         @jax.jit

@@ -1,4 +1,4 @@
-"""Every verified defect of jmp, mpx, jaxamp, Flax, Optax and Keras in loss scaling, as a test that jmp_lite does not have it.
+"""The verified defects of jmp, mpx, jaxamp, Flax, Optax and Keras in loss scaling, and that jmp_lite has none of them.
 
 The docstrings say what the other library does.
 """
@@ -64,7 +64,7 @@ def test_jmp_weak_scale_overflows_a_half_loss():
 
 
 def test_jmp_has_no_maximum():
-    """jmp's scale passes 2**16, where the cotangent of a float16 loss is infinite; ours comes back from there by itself."""
+    """jmp's scale passes 2**16, where the cotangent of a float16 loss is infinite; ours comes back by itself."""
     assert float(after(Dynamic(2.0**20, period=1), True, 300).loss_scale) == 2.0**24
     tx = jmp.loss_scaled(optax.sgd(1.0), Dynamic(2.0**17))
     params, state = {"w": jnp.ones(1)}, tx.init({"w": jnp.ones(1)})
@@ -134,7 +134,7 @@ def test_mpx_gradients_are_wrong_on_each_growth_step(period):
 
 
 def test_mpx_clips_the_scale_to_65504():
-    """mpx's scale stops at 65504, no power of two, and then rounds every gradient; a bfloat16 loss meets a float16 scale."""
+    """mpx's scale stops at 65504, no power of two, and rounds every gradient from then on."""
     scale = after(Dynamic(2.0**15, period=1), True, 5)
     assert float(scale.loss_scale) == 2.0**20
     assert float(scale.scale(jnp.bfloat16(3))) == 3 * 2.0**20
@@ -183,7 +183,7 @@ def test_jaxamp_retries_ten_times_by_default():
 
 
 def test_flax_first_half_step_is_nan():
-    """With an fp16 loss, Flax's default scale overflows on step one and the loss it returns is nan, although it is 3."""
+    """With an fp16 loss Flax's default scale overflows on step one, and the loss it returns is nan."""
     loss, _ = jmp.scaled_value_and_grad(lambda p: p * jnp.float16(3))(jnp.float16(1), state=Dynamic.like("flax"))
     assert float(loss) == 3
     assert loss.dtype == jnp.float32
@@ -263,7 +263,7 @@ def test_optax_gives_up_and_applies_nan():
 
 
 def test_optax_clip_of_half_gradients_returns_zeros():
-    """The float16 norm of ten gradients of 3e4 is infinite: Optax clips to zero, reports finite, and Adam's count advances."""
+    """Ten float16 gradients of 3e4 have an infinite norm: Optax clips them to zero and steps all the same."""
     tx = jmp.loss_scaled(standard(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.125))), Dynamic(1.0))
     params, state = train(tx, {"w": jnp.ones(10)}, {"w": jnp.full(10, 3e4, jnp.float16)})
     np.testing.assert_allclose(params["w"], 0.875, rtol=1e-5)
@@ -286,7 +286,7 @@ def test_optax_none_update_for_an_integer_raises():
 
 
 def test_optax_multi_steps_accumulates_infinity():
-    """MultiSteps alone keeps an infinity for the rest of its window; inside loss_scaled the bad micro-step is left out."""
+    """MultiSteps alone keeps an infinity for ever; inside loss_scaled the bad micro-step is left out."""
     tx = jmp.loss_scaled(standard(optax.MultiSteps(optax.sgd(1.0), 2)), jmp.NoOpLossScale())
     params = {"w": jnp.zeros(1)}
     state = tx.init(params)
@@ -317,7 +317,7 @@ def test_optax_replicas_diverge():
 
 
 def test_keras_scale_is_unbounded():
-    """Keras' scale is infinite after 113 growths, for ever, and 0 after 142 bad steps, because XLA flushes subnormals."""
+    """Keras' scale is infinite after 113 growths, for ever, and 0 after 142 bad steps."""
     with warnings.catch_warnings(action="error"):
         keras = Dynamic.like("keras", period=1)
         for good, bound in ((True, 2.0**126), (False, 2.0**-126)):

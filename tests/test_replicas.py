@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from support import DEVICES, assert_identical, fused, mesh, standard, two_calls
 
 import jmp_lite as jmp
@@ -94,7 +95,7 @@ def test_pmap_with_different_gradients(form, rng):
 @forms
 @pytest.mark.parametrize("axis_name", [None, "batch"])
 def test_shard_map_with_replicated_parameters(axis_name, form, rng):
-    """With varying-axes checks on, replicated parameters and state stay provably replicated, and bad steps are skipped."""
+    """With varying-axes checks on, parameters and state stay provably replicated, and bad steps are skipped."""
     tx = optimizer(axis_name)
 
     def step(params, state, x):

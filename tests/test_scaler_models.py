@@ -12,8 +12,8 @@ import jmp_lite as jmp
 BOUNDS = (2.0**-126, 2.0**126)
 RUNS = [(name, run) for name in SYSTEMS for run in range(3)]
 
-# Beyond its defaults, what each system's scaler is run with: growth and back-off that reach the bounds, factors that are not
-# powers of two (float32 products of 1.5 and 0.75 are correctly rounded on both sides), every form of hysteresis.
+# Beyond its defaults, what each system's scaler is run with: growth and back-off that reach the bounds, factors that
+# are not powers of two (float32 products of 1.5 and 0.75 are correctly rounded on both sides), all of hysteresis.
 CONFIGURATIONS = [
     *((name, {}) for name in SYSTEMS),
     ("torch", {"growth_interval": 1}),
@@ -35,7 +35,7 @@ CONFIGURATIONS = [
 
 @jax.jit
 def trajectory(scale, finite):
-    """Scales, counters and tolerances (``None`` without hysteresis) at the start and after each verdict of ``bool[n]``."""
+    """Scales, counters and tolerances (or ``None``) at the start and after each verdict of ``bool[n]``."""
 
     def observed(state):
         return state.loss_scale, state.counter, state.hysteresis_left

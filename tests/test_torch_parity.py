@@ -51,7 +51,7 @@ def recorded():
 
 @functools.cache
 def trained(name):
-    """Trains once per run; gives the true losses, the scales after each step, skips, zero gradients and the final loss."""
+    """Trains once per run; gives true losses, scales after each step, skips, zero gradients and the final loss."""
     dtype, scale, multiplier = RUNS[name]
     params, (X, Y, IDX), _ = recorded()
     # The gradients are multiplied back after unscaling, before the optimiser.
@@ -93,7 +93,7 @@ def test_float32_curve():
     assert abs(trained("fp32")["final"] - recorded()[2]["fp32"]["final_full_loss"]) < 1e-5
 
 
-# What a hand-written JAX port measured against torch: largest difference of the first 50 losses, and the mean of all 300.
+# What a hand-written JAX port measured against torch: largest difference of the first 50 losses, mean of all 300.
 PORT = {
     "bf16_autocast": (4.5e-3, 1.0e-2),
     "fp16_autocast_noscale": (2.9e-3, 8.1e-3),
@@ -105,7 +105,7 @@ PORT = {
 
 @pytest.mark.parametrize(("name", "port"), PORT.items(), ids=PORT)
 def test_half_precision_curves(name, port):
-    """Half-precision runs are as close to torch as another port, twice: roundings differ, and training amplifies them."""
+    """Half-precision runs are within twice of what another port has: training amplifies roundings."""
     first, mean = port
     assert np.max(difference(name)[:50]) < 2 * first
     assert np.mean(difference(name)) < 2 * mean
@@ -114,7 +114,7 @@ def test_half_precision_curves(name, port):
 
 
 def test_without_scaling_tiny_losses_do_not_train():
-    """With the loss times 2**-20 and no scaling every float16 gradient is zero and the loss stays at its initial value."""
+    """With the loss times 2**-20 and no scaling every float16 gradient is zero and the loss stays where it was."""
     run = trained("fp16_lossx2^-20_noscale")
     assert np.all(run["zeros"] == 1)
     assert run["skips"] == 0
@@ -132,7 +132,7 @@ def test_dynamic_scale_follows_torch():
 
 
 def test_static_scale_undoes_the_multiplier():
-    """A static scale of 2**20 gives the losses of the run without either, until roundings of fused code tell them apart."""
+    """A static scale of 2**20 gives the losses of the run without either, until roundings tell them apart."""
     plain, static = trained("fp16_autocast_noscale"), trained("fp16_lossx2^-20_static2^20")
     np.testing.assert_allclose(static["losses"][:10], plain["losses"][:10], rtol=1e-5)
     assert set(static["scales"]) == {2.0**20}

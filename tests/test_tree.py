@@ -384,7 +384,7 @@ def test_select_tree_in_place_of_a_branch_under_grad_and_scan():
 # --- Defects of jmp and mpx -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("placeholder", [P("x"), P(), None, "x", object()], ids=repr)
+@pytest.mark.parametrize("placeholder", [P("x"), P(), None, "x", object()], ids=lambda x: type(x).__name__)
 def test_jmp_tree_of_placeholders_from_a_loss_scale(placeholder):
     """Defect 2 of jmp: trees of specifications, masks and ``None`` can be made from a loss scale."""
     scale = jmp.DynamicLossScale(jnp.float32(8))

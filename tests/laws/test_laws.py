@@ -105,7 +105,7 @@ def in_pmap(f):
 
 TRANSFORMS = {
     "jit": jax.jit,
-    "grad": lambda f: lambda *args: jax.jit(lambda *a: jax.vjp(f, *a)[0])(*args),
+    "grad": lambda f: jax.jit(lambda *args: jax.vjp(f, *args)[0]),
     "vmap": in_vmap,
     "scan": in_scan,
     "remat": lambda f: jax.jit(jax.checkpoint(f)),
@@ -129,8 +129,8 @@ SCALES = {
     "none": jmp.NoOpLossScale(),
     "static": jmp.StaticLossScale(2.0**10),
     "dynamic": jmp.DynamicLossScale(2.0**10, period=1),
-    "megatron": jmp.DynamicLossScale.like("megatron", period=2),
-    "deepspeed": jmp.DynamicLossScale.like("deepspeed", period=2),
+    "megatron": jmp.DynamicLossScale.like("megatron", period=2, loss_scale=2.0**10),
+    "deepspeed": jmp.DynamicLossScale.like("deepspeed", period=2, loss_scale=2.0**10),
 }
 every_scale = pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
 
@@ -184,7 +184,7 @@ def test_gradient_through_a_cast_has_the_type_of_the_parameter(policy, forest):
 @every_transform
 @pytest.mark.parametrize("policy", ["mixed_float16", "bf16", "f32"])
 def test_with_policy_is_the_same_everywhere(transform, policy, rng):
-    """A function wrapped in a policy gives, inside every transformation, output of the output dtype and the same bits."""
+    """A function wrapped in a policy gives the same output, of the output dtype, inside every transformation."""
     run = jmp.with_policy(lambda params, x: x * params["w"] + params["b"], policy)
     params, x = {"w": jnp.float32(2), "b": floats(rng)}, jnp.arange(3, dtype=jnp.float32)
     out = transform(run)(params, x)
@@ -212,7 +212,7 @@ def test_scales_are_the_same_everywhere(transform, forest):
 
 @every_scale
 def test_unscaling_undoes_scaling(scale, forest):
-    """For powers of two, unscale after scale restores every value exactly (in float32 or wider) and every other leaf."""
+    """For powers of two, unscale after scale restores every value exactly, in float32 or wider."""
     back = scale.unscale(scale.scale(forest))
     assert jax.tree.structure(back) == jax.tree.structure(forest)
     for new, old in zip(jax.tree.leaves(back), jax.tree.leaves(forest), strict=True):
@@ -262,8 +262,8 @@ def value_and_float_grads(scale, params, x):
 
 @every_transform
 def test_gradients_are_the_same_everywhere(transform, rng):
-    """Under every scale and transformation the loss is true and the gradients are the scale times the true ones, exactly."""
-    scales = [scale for name, scale in SCALES.items() if name != "megatron"]  # 2**32 overflows float16
+    """Under every scale and transformation the loss is true and the gradients are scaled, exactly."""
+    scales = list(SCALES.values())
     params, x = whole_parameters(rng)
     found = transform(lambda *args: [value_and_float_grads(scale, *args) for scale in scales])(params, x)
     true, true_grads = jax.value_and_grad(lambda p: loss_fn({**params, **p}, x))({k: params[k] for k in ("w", "half")})
@@ -276,7 +276,7 @@ def steps(scales, params, grads, bad):
     """A good and a bad step in both forms, for every scale."""
     results = []
     for scale in scales:
-        tx = jmp.loss_scaled(standard(optax.adam(0.1)), scale)
+        tx = jmp.loss_scaled(standard(optax.sgd(0.1, momentum=0.9)), scale)
         after, state = jmp.apply_gradients(tx, scale.scale(grads), tx.init(params), params)
         skipped, state = jmp.apply_gradients(tx, bad, state, after)
         updates, last = tx.update(bad, state, skipped)
@@ -290,10 +290,10 @@ def test_steps_are_the_same_everywhere(transform, rng):
     params = {"w": floats(rng), "half": floats(rng, "bfloat16")}
     grads = {"w": floats(rng), "half": floats(rng, "bfloat16")}
     bad = {**grads, "w": grads["w"].at[1].set(rng.choice([np.nan, np.inf]))}
-    scales = [SCALES[name] for name in ("none", "dynamic", "deepspeed")]
+    scales = [SCALES[name] for name in ("none", "static", "deepspeed")]
     found, expected = transform(steps)(scales, params, grads, bad), steps(scales, params, grads, bad)
-    # Ten roundings of Adam's formula, which fusion may save, in one step.
-    assert_close(found, expected, ulps=10 / 2)
+    # Two products and two sums, each rounded by half an ulp, or not if fused.
+    assert_close(found, expected, ulps=4 / 2)
     for after, skipped, updates, state in found:
         assert_identical(skipped, after)
         assert_identical(updates, jax.tree.map(jnp.zeros_like, updates))
