@@ -177,8 +177,7 @@ class _Interceptor:
         if module.scope is None or name == "setup":
             return method(*args, **kwargs)
         caller = self.callers[-1] if self.callers else None
-        public = name == "__call__" or not name.startswith("_")
-        if isinstance(self.policies, PolicyMap) and public:
+        if isinstance(self.policies, PolicyMap) and _is_public_method(module, name):
             cell = isinstance(module, nn.RNNCellBase) and name == "__call__"
             policies = _policy_of(module, self.policies), _policy_of(caller, self.policies)
             method = functools.partial(_call_cell if cell else _call_module, method, module, *policies)
@@ -189,6 +188,11 @@ class _Interceptor:
             return method(*args, **kwargs)
         finally:
             self.callers.pop()
+
+
+def _is_public_method(module: nn.Module, name: str) -> bool:
+    """Tells methods that are called from outside; Flax also passes off lifted functions as methods."""
+    return name == "__call__" or (not name.startswith("_") and hasattr(type(module), name))
 
 
 def _scope(module: nn.Module) -> Any:
@@ -223,7 +227,7 @@ def _call_cell(
 
 
 def _enters_loop(module: nn.Module, caller: nn.Module | None) -> bool:
-    """Whether a call is made by the body of a lifted loop itself, not by a module running in it."""
+    """Whether a call is the body of a lifted loop, not one made by a module or function running in it."""
     root = _scope(module).root
     entered = caller is None or _scope(caller).root != root
     return entered and bool(root.debug_path) and any(loop in root.debug_path[-1] for loop in _LOOPS)

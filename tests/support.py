@@ -57,15 +57,18 @@ def assert_identical(actual, expected):
         assert raw(a) == raw(b), f"{jax.tree_util.keystr(path)}: {a!r} is not {b!r}"
 
 
-def assert_close(actual, expected, *, ulps):
-    """Asserts that two trees agree to so many units in the last place of each leaf's largest element."""
+def assert_close(actual, expected, *, ulps, least=0.0):
+    """Asserts that two trees agree to so many units in the last place of each leaf's largest element.
+
+    Where sums may cancel, as in moments, ``least`` is the magnitude of the terms.
+    """
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
         assert a.dtype == b.dtype, f"{jax.tree_util.keystr(path)}: {a.dtype} is not {b.dtype}"
         if jnp.issubdtype(a.dtype, jnp.inexact):
             wide = np.asarray(b).astype(np.complex128)
             error = np.max(np.abs(np.asarray(a).astype(np.complex128) - wide), initial=0.0)
-            allowed = ulps * float(jnp.finfo(a.dtype).eps) * np.max(np.abs(wide), initial=0.0)
+            allowed = ulps * float(jnp.finfo(a.dtype).eps) * np.max(np.abs(wide), initial=least)
             assert error <= allowed, f"{jax.tree_util.keystr(path)}: off by {error}, {allowed} allowed"
         else:
             assert raw(a) == raw(b), f"{jax.tree_util.keystr(path)}: {a!r} is not {b!r}"

@@ -177,7 +177,7 @@ def test_forms_of_a_skip_agree(platform, call, rng):
                 if bad:
                     assert_identical((fast[0], fast[1].inner_state), (before[0], before[1].inner_state))
         assert choices
-        assert_close(fast, eager, ulps=2 * 10 / 2)  # ten roundings per update of Adam's formula, two updates
+        assert_close(fast, eager, ulps=2 * 10 / 2, least=1.0)  # ten roundings per update of Adam's formula, two updates
 
 
 @pytest.mark.parametrize("call", [fused, two_calls])
@@ -317,7 +317,7 @@ def test_batch_of_scales(rng):
     for call in (fused, two_calls):
         together = jax.jit(jax.vmap(call(tx)))(*batch)
         alone = [call(tx)(p, tx.init(p), g) for p, g in zip(params, grads, strict=True)]
-        assert_close(together, jax.tree.map(stack, *alone), ulps=10 / 2)  # ten roundings of Adam's formula
+        assert_close(together, jax.tree.map(stack, *alone), ulps=10 / 2, least=1.0)  # ten roundings of Adam's formula
         np.testing.assert_array_equal(together[1].loss_scale.loss_scale, [8, 2, 8])
 
 
@@ -336,4 +336,4 @@ def test_sharded_arrays(rng):
     assert taken["w"].sharding.is_equivalent_to(sharded, 2)
     expected, _ = fused(tx)(jax.device_get(params), jax.device_get(state), good)
     # The norm sums 72 squares in another order (72 eps/2), then ten roundings of Adam's formula.
-    assert_close(taken, expected, ulps=82 / 2)
+    assert_close(taken, expected, ulps=82 / 2, least=1.0)

@@ -1,5 +1,6 @@
 """Linen models under policies: the dtype of every matrix product, and what becomes of every collection."""
 
+import contextlib
 import functools
 
 import flax
@@ -45,6 +46,20 @@ def products_by_part(model, policy, x, rng):
     reversible = not isinstance(model, Looped)
     products = contractions(jax.grad(loss) if reversible else loss, variables["params"])
     return {part: [dtype for scope, dtype in products if part in scope] for part in ("body", "head", "")}
+
+
+@contextlib.contextmanager
+def outputs_of_modules():
+    """Collects, for every call of a module, its name and the dtypes of what it returns."""
+    found = []
+
+    def spy(method, args, kwargs, context):
+        output = method(*args, **kwargs)
+        found.append((context.module.name, *(str(leaf.dtype) for leaf in jax.tree.leaves(output))))
+        return output
+
+    with nn.intercept_methods(spy):
+        yield found
 
 
 # --- Which dtype every product has ---
@@ -126,20 +141,33 @@ class Border(nn.Module):
 )
 def test_outputs_are_cast_where_the_policy_changes(policies, seen, x, rng):
     """The output dtype of a submodule counts where its policy differs from its caller's."""
-    model, found = Border(), []
-
-    def spy(method, args, kwargs, context):
-        output = method(*args, **kwargs)
-        if context.module.name == "body":
-            found.append(str(output.dtype))
-        return output
-
-    apply = with_policy(model.apply, jmp.PolicyMap(policies, HALF))
+    model = Border()
     variables = random_variables(model, x, rng)
-    with nn.intercept_methods(spy):
-        output = apply(variables, x)
-    assert found == [seen]
+    with outputs_of_modules() as found:
+        output = with_policy(model.apply, jmp.PolicyMap(policies, HALF))(variables, x)
+    assert ("body", seen) in found
     assert dtypes(output) == {"float32"}
+
+
+class Scan(nn.Module):
+    """A border inside a scan."""
+
+    def __call__(self, x):
+        return self.step(x, None)[0]
+
+    @functools.partial(nn.scan, variable_broadcast="params", split_rngs={"params": False}, length=2)
+    @nn.compact
+    def step(self, x, _):
+        return x + nn.Dense(4, name="body")(x), None
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_borders_inside_a_scan_are_borders(x, rng):
+    """Only the carry itself is given back its dtype: what a submodule returns is what its policy says."""
+    variables = random_variables(Scan(), x, rng)
+    with outputs_of_modules() as found:
+        with_policy(Scan().apply, jmp.PolicyMap({"body": "full"}, HALF))(variables, x)
+    assert set(found) == {("body", "float32"), (None, "bfloat16")}
 
 
 @pytest.mark.usefixtures("standard_promotion")
@@ -168,28 +196,36 @@ def test_float32_parts_are_not_rounded_on_their_way_out(lift, x, rng):
     assert jnp.any(output != output.astype(jnp.bfloat16).astype(jnp.float32))
 
 
+class Accumulating(nn.RNNCellBase):
+    """Adds up what it is given."""
+
+    tell: object
+    num_feature_axes: int = 1
+
+    @nn.compact
+    def __call__(self, carry, x):
+        self.tell((str(carry.dtype), str(x.dtype)))
+        carry = carry + nn.Dense(4, name="body")(x)
+        return carry, carry
+
+    @nn.nowrap
+    def initialize_carry(self, rng, input_shape):
+        return jnp.zeros(input_shape, jnp.float32)
+
+
 @pytest.mark.usefixtures("standard_promotion")
-@pytest.mark.parametrize("cell", [nn.LSTMCell, nn.OptimizedLSTMCell, nn.GRUCell, nn.SimpleCell])
-def test_carries_of_cells_are_float32_and_their_outputs_are_not(cell, x, rng):
-    """What a cell carries from step to step is not rounded; what it hands to the next layer is in the compute dtype."""
-
-    class Model(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return nn.RNN(cell(4), return_carry=True)(x)
-
-    model, sequence, seen = Model(), jnp.stack([x] * 3, 1), []
-
-    def spy(method, args, kwargs, context):
-        seen.append(output := method(*args, **kwargs))
-        return output
-
-    with nn.intercept_methods(spy):
-        apply = with_policy(model.apply, jmp.PolicyMap({}, HALF))
-        carry, _ = apply(random_variables(model, sequence, rng), sequence)
-    assert dtypes(seen[-1][0]) == {"float32"}
-    assert dtypes(seen[-1][1]) == {"bfloat16"}
-    assert jnp.any(jax.tree.leaves(carry)[0] != jax.tree.leaves(carry)[0].astype(jnp.bfloat16).astype(jnp.float32))
+@pytest.mark.parametrize("policies", [{}, {"cell": "p=f32,c=f16,o=f16"}], ids=str)
+def test_carries_of_cells_are_float32_and_their_outputs_are_not(policies, x, rng):
+    """What a cell carries from step to step is not rounded; what it hands to the next layer is in half precision."""
+    seen, sequence = [], jnp.stack([x] * 3, 1)
+    model = nn.RNN(Accumulating(seen.append, name="cell"), return_carry=True)
+    variables = random_variables(model, sequence, rng)
+    seen.clear()
+    with outputs_of_modules() as found:
+        with_policy(model.apply, jmp.PolicyMap(policies, HALF))(variables, sequence)
+    half = "float16" if policies else "bfloat16"
+    assert set(seen) == {("float32", half)}
+    assert ("cell", "float32", half) in found
 
 
 class Remembering(nn.Module):

@@ -73,8 +73,8 @@ def test_state_without_loss_scaling(call, state):
 # --- check_loss_scale ---
 
 REMEDY = (
-    "The gradients overflow or are NaN even without scaling: look for NaN in the data, a learning rate that is too high "
-    "or a layer that overflows in the compute dtype; try the policy 'mixed_bfloat16', or a lower min_loss_scale."
+    "The gradients overflow or are NaN even without scaling: look for NaN in the data, a learning rate that is too "
+    "high or a layer that overflows in the compute dtype; try the policy 'mixed_bfloat16', or a lower min_loss_scale."
 )
 
 

@@ -296,6 +296,7 @@ def test_changes_of_any_kind_reach_the_module(policy, everything, x):
     def change(model, x):
         model.first.kernel[...] = model.first.kernel[...].at[0, 0].set(7)
         model.layers[1].kernel.set_value(jnp.full((4, 4), 3, jnp.bfloat16))
+        model.norm.mean.set_value(jnp.full(4, 5, jnp.bfloat16))
         model.seen = nnx.Intermediate(x)
         model.pair = nnx.data((model.first, model.norm))
         model.label = "changed"
@@ -307,6 +308,8 @@ def test_changes_of_any_kind_reach_the_module(policy, everything, x):
     assert (model, first, variable) == (everything, everything.first, everything.first.kernel)
     np.testing.assert_array_equal(everything.first.kernel.get_value(), kernel.at[0, 0].set(7))
     np.testing.assert_array_equal(everything.layers[1].kernel.get_value(), jnp.full((4, 4), 3.0))
+    np.testing.assert_array_equal(everything.norm.mean.get_value(), jnp.full(4, 5.0))
+    assert dtypes(nnx.state(everything, nnx.Param, nnx.BatchStat)) == {"float32"}
     assert everything.layers[0].kernel.get_value() is stored
     assert everything.seen.get_value().dtype == jnp.bfloat16
     assert everything.pair == (everything.first, everything.norm)

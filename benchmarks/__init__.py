@@ -1,0 +1,1 @@
+"""Benchmarks: jmp_lite and its peers side by side in one run."""

@@ -1,0 +1,1 @@
+"""The benchmarks compiled for accelerators that this machine does not have."""

@@ -1,0 +1,97 @@
+"""Accelerators to compile for on a machine that has none."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import jax
+from jax.experimental import topologies
+
+TARGETS = {"h100": "NVIDIA H100 80GB HBM3", "tpu": "TPU v5e"}
+"""Name of each target on the command line, and the device compiled for."""
+
+_MODULES = {"h100": ("jax_plugins.xla_cuda12", "nvidia.cuda_nvcc"), "tpu": ("libtpu",)}
+_ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+    "CUDA_VISIBLE_DEVICES": "-1",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+
+# The published properties of an H100 SXM5, as the text form of XLA's GpuTargetConfigProto.
+_H100 = """
+platform_name: "CUDA"
+device_description_str: "NVIDIA H100 80GB HBM3"
+dnn_version_info { major: 9 minor: 8 }
+runtime_version { major: 12 minor: 9 patch: 0 }
+gpu_device_info {
+  cuda_compute_capability { major: 9 }
+  core_count: 132
+  fpus_per_core: 128
+  clock_rate_ghz: 1.98
+  memory_bandwidth: 3352320000000
+  device_memory_size: 84929347584
+  l2_cache_size: 52428800
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  registers_per_block_limit: 65536
+  registers_per_core_limit: 65536
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+}
+"""
+
+
+class TargetUnavailableError(RuntimeError):
+    """The wheels that compile for a target are not installed."""
+
+
+def configure() -> None:
+    """Sets the environment for compiling without a device; call before the first use of jax."""
+    os.environ.update(_ENVIRONMENT)
+    no_autotuning = "--xla_gpu_autotune_level=0"
+    flags = os.environ.get("XLA_FLAGS", "")
+    if no_autotuning not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {no_autotuning}".strip()
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def devices(target: str, count: int = 1) -> list[jax.Device]:
+    """Devices to compile for: `count` of one `target`, none of which need exist.
+
+    Args:
+      target: a key of `TARGETS`.
+      count: number of devices, at most 8.
+
+    Raises:
+      TargetUnavailableError: the compiler's wheels are absent; the text says how to get them.
+      ValueError: an unknown target.
+    """
+    if target not in TARGETS:
+        raise ValueError(f"unknown target {target!r}: expected one of {sorted(TARGETS)}")
+    absent = [module for module in _MODULES[target] if not _installed(module)]
+    if absent:
+        raise TargetUnavailableError(
+            f"compiling for {TARGETS[target]} needs {', '.join(absent)}; "
+            "install the compilers with: pip install 'jmp_lite[aot]'"
+        )
+    if target == "h100":
+        topology = topologies.get_topology_desc(platform="cuda", target_config=_H100, topology=f"1x1x{count}")
+    else:
+        size = "v5e:2x2" if count <= 4 else "v5e:2x4"
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=size)
+    return list(topology.devices[:count])
