@@ -23,6 +23,8 @@ class _Caller(NamedTuple):
 
 
 _CALLER: contextvars.ContextVar[_Caller | None] = contextvars.ContextVar("jmp_lite_nnx_caller", default=None)
+#: Where a class whose methods cast keeps the class that it was made from.
+_UNCAST = "_jmp_lite_uncast_class"
 #: How NNX calls the transformations whose carry must keep its dtype.
 _LOOPS = ("scan", "while_loop", "fori_loop")
 
@@ -46,7 +48,8 @@ def with_policy(fn: Callable[..., Any], policy: str | Policy | PolicyMap) -> Cal
     last layer, such as a loss, it computes in the compute dtype: wrap the forward pass alone, or cast there.
 
     Args:
-        fn: A function of modules and any other arguments, usually ``fn(model, *args)``.
+        fn: A function of modules and any other arguments, usually ``fn(model, *args)``; a module or a bound method of one
+            stands for the function that is left when the module is given.
         policy: A policy, a policy string or a map. Paths of a map are those inside the module that is passed, such as
             ``layers/0/kernel``; the default policy is that of the function itself.
 
@@ -74,6 +77,10 @@ def with_policy(fn: Callable[..., Any], policy: str | Policy | PolicyMap) -> Cal
     References:
         Policies of whole modules are those of Haiku's ``mixed_precision`` (github.com/google-deepmind/dm-haiku).
     """
+    owner = fn if isinstance(fn, nnx.Module) else getattr(fn, "__self__", None)
+    if isinstance(owner, nnx.Module):
+        method: Any = _call_module if owner is fn else fn.__func__  # type: ignore[attr-defined]
+        return functools.partial(with_policy(method, policy), owner)
     resolved = get_policy(policy)
     policies = resolved if isinstance(resolved, PolicyMap) else PolicyMap({}, resolved)
     boundary = policies.default
@@ -94,6 +101,10 @@ def with_policy(fn: Callable[..., Any], policy: str | Policy | PolicyMap) -> Cal
         return _map_arrays(boundary.cast_to_output, output, copy.original)
 
     return wrapped
+
+
+def _call_module(module: Any, *args: Any, **kwargs: Any) -> Any:
+    return module(*args, **kwargs)
 
 
 def _is_node(value: Any) -> bool:
@@ -136,14 +147,14 @@ class _WorkingCopy:
         cast_to_compute = self._policy_of(path).cast_to_compute
         if not isinstance(leaf, nnx.Variable):
             return cast_to_compute(leaf) if self.inputs[path[0]] else leaf
-        stored = leaf.get_raw_value()
+        stored = _read(leaf)
         castable = isinstance(leaf, nnx.Param) or id(leaf) in self.activations
         value = cast_to_compute(stored) if castable else stored
         if value is stored:
-            self.shared.append((leaf, stored))
+            self.shared.append((leaf, leaf.get_raw_value()))
             return leaf
         cast = leaf.copy(value)
-        self.casts.append((leaf, cast, cast.get_raw_value()))
+        self.casts.append((leaf, cast, _read(cast)))
         return cast
 
     def original(self, node: Any) -> Any:
@@ -153,9 +164,9 @@ class _WorkingCopy:
     def write_back(self) -> None:
         """Carries to the originals whatever happened to the copies."""
         for original, cast, given in self.casts:
-            value = cast.get_raw_value()
+            value = _read(cast)
             if value is not given:
-                original.set_raw_value(jax.tree.map(undo_cast, value, given, original.get_raw_value()))
+                _write(original, jax.tree.map(undo_cast, value, given, _read(original)))
         for variable, before in self.shared:
             _keep_dtype(variable, before)
         for original, copy, before in self.objects:
@@ -179,6 +190,19 @@ def _objects(nodes: list[Any]) -> Iterator[tuple[tuple[Any, ...], Any]]:
     return ((path, node) for path, node in nnx.iter_graph(nodes, graph=True) if isinstance(node, nnx.Pytree))
 
 
+def _read(variable: Any) -> Any:
+    """Returns the value of a variable, which may live in a mutable array."""
+    value = variable.get_raw_value()
+    return value[...] if variable.ref else value
+
+
+def _write(variable: Any, value: Any) -> None:
+    if variable.ref:
+        variable.get_raw_value()[...] = value
+    else:
+        variable.set_raw_value(value)
+
+
 def _keep_dtype(variable: Any, before: Any) -> None:
     value = variable.get_raw_value()
     if value is not before:
@@ -190,7 +214,7 @@ def _keep_dtype(variable: Any, before: Any) -> None:
 
 def _make_casting(module: Any, policies: PolicyMap, policy: Policy) -> None:
     """Turns a module of the working copy into one whose public methods cast."""
-    cls: Any = type(module)
+    cls: Any = vars(type(module)).get(_UNCAST, type(module))
     names = tuple(name for name in dir(cls) if _is_public_method(cls, name))
     if isinstance(module, nnx.Module) and not isinstance(module, (nnx.List, nnx.Dict)) and names:
         is_pytree = not jax.tree_util.all_leaves([module])
@@ -218,7 +242,7 @@ def _casting_class(cls: type, names: tuple[str, ...], policies: PolicyMap, polic
     del policies
     method = _cell_method if issubclass(cls, nnx.RNNCellBase) else _method
     namespace: dict[str, Any] = {name: method(inspect.getattr_static(cls, name), policy) for name in names}
-    namespace |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    namespace |= {_UNCAST: cls, "__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     return types.new_class(cls.__name__, (cls,), {"pytree": is_pytree}, lambda body: body.update(namespace))
 
 

@@ -31,6 +31,8 @@ def _scaled_states(opt_state: Any) -> list[tuple[str, LossScaledState]]:
 def metrics(opt_state: Any) -> dict[str, jax.Array]:
     """Returns what to log about loss scaling, as scalars; works inside and outside ``jit``.
 
+    ``loss_scale`` is the scale for the next step; the other three tell of the last one.
+
     Args:
         opt_state: An Optax state, or any pytree around it, that holds the state of ``loss_scaled``.
 
