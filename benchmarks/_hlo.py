@@ -8,6 +8,7 @@ which launches copy, so the figures are counted here, by the same rules for CPU,
 * parameters, constants, tuples, bitcasts and the waiting half of an asynchronous pair are free;
 * `call`, `while` (its body, once) and asynchronous wrappers are looked into;
 * a conditional costs its dearest branch; its cheapest branch gives the cost of the step not taken;
+* a slice costs the part it takes, read and written; an asynchronous transfer is not a launch;
 * arrays that live in a TPU's on-chip memory are free.
 """
 
@@ -33,6 +34,10 @@ _FREE = frozenset(
         *("partition-id", "replica-id"),
     }
 )
+_CONCAT_BITCAST = 'custom_call_target="ConcatBitcast"'
+_SLICES = frozenset({"slice", "dynamic-slice"})
+_TRANSFERS = {"copy-start": 0, "slice-start": 1, "dynamic-slice-start": 1}
+"""Asynchronous transfers, and where in their result the written array stands."""
 _WRAPPERS = frozenset(["call", "while", "async-start"])
 
 
@@ -192,7 +197,7 @@ def _computation_cost(module: Module, name: str) -> Cost:
 
 def _instruction_cost(module: Module, instruction: Instruction, shapes: dict[str, str]) -> Cost:
     opcode = instruction.opcode
-    if opcode in _FREE or opcode.endswith(("-done", "-update")):
+    if opcode in _FREE or opcode.endswith(("-done", "-update")) or _CONCAT_BITCAST in instruction.attributes:
         return Cost()
     if opcode == "conditional":
         return _conditional_cost(module, instruction)
@@ -202,8 +207,10 @@ def _instruction_cost(module: Module, instruction: Instruction, shapes: dict[str
                 return _computation_cost(module, bodies[0])
     shape = instruction.shape
     touched = [shapes.get(operand, "") for operand in instruction.operands]
-    if opcode == "copy-start":
-        return _transfer_cost(shape, touched)
+    if opcode in _TRANSFERS:
+        return _transfer_cost(opcode, shape, touched[0])
+    if opcode in _SLICES:
+        touched = [shape]
     moved = shape_bytes(shape) + sum(map(shape_bytes, touched))
     is_large = max(map(largest, [shape, *touched])) >= LARGE_ELEMENTS
     is_copy = is_large and _only_copies(module, instruction)
@@ -221,13 +228,14 @@ def _conditional_cost(module: Module, instruction: Instruction) -> Cost:
     return dataclasses.replace(dearest, skipped_bytes=skipped, conditionals=dearest.conditionals + 1)
 
 
-def _transfer_cost(shape: str, touched: list[str]) -> Cost:
-    """An asynchronous copy; one that moves data to or from on-chip memory is no extra copy."""
-    destination = next(arrays(shape))
-    source = next(arrays(touched[0]))
-    moved = sum(element_bytes(dtype) * n for dtype, n, chip in (destination, source) if not chip)
-    within = not destination[2] and not source[2] and destination[1] >= LARGE_ELEMENTS
-    return Cost(moved, moved, 0, 0, int(within), moved * within)
+def _transfer_cost(opcode: str, shape: str, source: str) -> Cost:
+    """An asynchronous copy or slice; one that moves data to or from on-chip memory is no extra copy."""
+    written = list(arrays(shape))[_TRANSFERS[opcode]]
+    dtype, elements, on_chip = written
+    off_chip = (not on_chip) + (not next(arrays(source))[2])
+    moved = element_bytes(dtype) * elements * off_chip
+    is_copy = opcode == "copy-start" and off_chip == 2 and elements >= LARGE_ELEMENTS
+    return Cost(moved, moved, 0, 0, int(is_copy), moved * is_copy)
 
 
 def _only_copies(module: Module, instruction: Instruction) -> bool:

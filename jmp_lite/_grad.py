@@ -15,7 +15,7 @@ from jmp_lite._loss_scale import (
     find_loss_scale,
     replace_loss_scale,
 )
-from jmp_lite._tree import all_finite, cast_to_at_least_float32, is_inexact
+from jmp_lite._tree import all_finite, cast_to_at_least_float32, is_array, is_inexact
 
 _Gradient = tuple[jax.Array, Any, list[Any]]
 
@@ -28,6 +28,11 @@ def _checked_loss(output: Any, has_aux: bool) -> tuple[jax.Array, Any]:
             "Return a pair, or drop has_aux."
         )
     loss, aux = output if has_aux else (output, None)
+    if not is_array(loss) and not isinstance(loss, (bool, int, float, complex)):
+        raise LossDtypeError(
+            f"The loss must be a real floating-point scalar, got {type(loss).__name__}. Return a number, or "
+            "(loss, aux) with has_aux=True."
+        )
     dtype, shape = jnp.result_type(loss), np.shape(loss)
     if shape != () or not jnp.issubdtype(dtype, jnp.floating):
         raise LossDtypeError(
@@ -120,14 +125,15 @@ def scaled_value_and_grad(
 
     The value is the true loss: unscaled, float32, correct also on a step whose gradients overflow. The gradients are
     still scaled; ``loss_scaled`` and ``apply_gradients`` unscale them with the same scale. Integers, booleans and PRNG
-    keys among the arguments need no special care: their gradient is ``float0``.
+    keys among the arguments need no special care: their gradient is ``float0`` (``optax.masked`` keeps those
+    from an optimiser).
 
     Args:
         fun: Returns a real floating-point scalar, or ``(scalar, aux)`` with ``has_aux``.
         argnums: Which positional arguments to differentiate.
         has_aux: Whether ``fun`` returns auxiliary output.
         max_retries: How often to recompute at a halved scale, within the step, while gradients are not finite. Needs a
-            ``DynamicLossScale``. The lowered scale is returned in a third result.
+            ``DynamicLossScale``, and ``aux`` made of arrays. The lowered scale is returned in a third result.
         axis_name: Mapped axes whose replicas must retry together; only used with ``max_retries``.
         name: Segment of the path of the loss scale wanted, if the state holds several.
 
@@ -157,7 +163,7 @@ def scaled_value_and_grad(
     positions = (argnums,) if isinstance(argnums, int) else tuple(argnums)
 
     @functools.wraps(fun)
-    def wrapped(*args: Any, state: Any, **kwargs: Any) -> Any:
+    def wrapped(*args: Any, state: Any = None, **kwargs: Any) -> Any:
         at, loss_scale = find_loss_scale(state, name)
         if not all(-len(args) <= i < len(args) for i in positions):
             raise TypeError(f"argnums={argnums} does not fit a call with {len(args)} positional arguments.")

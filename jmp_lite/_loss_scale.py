@@ -61,7 +61,7 @@ class NoOpLossScale(Opaque):
     """
 
     def __post_init__(self) -> None:
-        register_flax_serialization(NoOpLossScale, _state_dict, _from_state_dict)
+        register_serialization()
 
     @property
     def loss_scale(self) -> int:
@@ -104,7 +104,7 @@ class StaticLossScale(Opaque):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "loss_scale", float(_python_number("StaticLossScale", self.loss_scale)))
-        register_flax_serialization(StaticLossScale, _state_dict, _from_state_dict)
+        register_serialization()
 
     def _checked(self) -> float:
         if not SMALLEST_SCALE <= self.loss_scale <= LARGEST_SCALE:
@@ -216,7 +216,7 @@ class DynamicLossScale(Opaque):
         for name, value in converted.items():
             object.__setattr__(self, name, value)
         _check_settings(self)
-        register_flax_serialization(DynamicLossScale, _state_dict, _from_state_dict)
+        register_serialization()
 
     @classmethod
     def like(cls, system: str, **overrides: Any) -> "DynamicLossScale":
@@ -317,7 +317,7 @@ def _check_settings(scale: DynamicLossScale) -> None:
         ("loss_scale", initial, "positive and finite", bool(np.all(np.isfinite(known) & (known > 0)))),
         ("loss_scale", initial, "at least 2**-126", np.min(known) >= SMALLEST_SCALE),
         ("loss_scale", initial, "at most 2**126", np.max(known) <= LARGEST_SCALE),
-        ("period", scale.period, "at least 1", scale.period >= 1),
+        ("period", scale.period, "a whole number, at least 1", scale.period >= 1 and float(scale.period).is_integer()),
         ("factor", scale.factor, "at least 1 and finite", 1 <= scale.factor < math.inf),
         ("backoff_factor", backoff, "in (0, 1]", backoff is None or 0 < backoff <= 1),
         ("min_loss_scale", lowest, "at least 0 and finite", 0 <= lowest < math.inf),
@@ -379,6 +379,13 @@ jax.tree_util.register_pytree_with_keys(DynamicLossScale, _flatten_with_keys, _u
 
 
 # --- Serialisation with Flax: the data only; settings come from the program, as with every optimiser ---
+
+
+def register_serialization() -> None:
+    """Teaches Flax, if it is loaded, to serialise loss scales."""
+    classes: tuple[type[Any], ...] = (NoOpLossScale, StaticLossScale, DynamicLossScale)
+    for cls in classes:
+        register_flax_serialization(cls, _state_dict, _from_state_dict)
 
 
 def _state_dict(scale: LossScale) -> dict[str, Any]:

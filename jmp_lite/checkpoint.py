@@ -14,11 +14,14 @@ import orbax.checkpoint as ocp
 from flax import serialization
 
 from jmp_lite._errors import PolicyMismatchError
+from jmp_lite._loss_scale import register_serialization
 from jmp_lite._policy import PolicyLike, get_policy
 
 __all__ = ["from_bytes", "restore", "save", "to_bytes"]
 
 T = TypeVar("T")
+
+register_serialization()
 
 
 def _is_key(leaf: Any) -> bool:

@@ -408,3 +408,16 @@ def test_retry_stops_at_the_floor():
     )
     assert not jmp.all_finite(grads)
     assert float(state.loss_scale) == 2
+
+
+@pytest.mark.parametrize("output", [None, "x", {"loss": 1.0}, (1.0, 2.0)], ids=str)
+def test_output_that_is_no_number_is_named(output):
+    """A forgotten has_aux, a forgotten return: the message says what came back."""
+    with pytest.raises(jmp.LossDtypeError, match=f"got {type(output).__name__}"):
+        jmp.scaled_value_and_grad(lambda w: output)(1.0, state=jmp.NoOpLossScale())
+
+
+def test_forgotten_state_is_named():
+    """Without state there is no loss scale, and the message says where one comes from."""
+    with pytest.raises(jmp.LossScaleNotFoundError, match="Pass a loss scale, or the state of an optimiser"):
+        jmp.scaled_value_and_grad(lambda w: w * w)(1.0)

@@ -196,8 +196,8 @@ def test_float32_parts_are_not_rounded_on_their_way_out(lift, x, rng):
     assert jnp.any(output != output.astype(jnp.bfloat16).astype(jnp.float32))
 
 
-class Accumulating(nn.RNNCellBase):
-    """Adds up what it is given."""
+class Replacing(nn.RNNCellBase):
+    """Carries its last output, and tells the dtypes that it is given."""
 
     tell: object
     num_feature_axes: int = 1
@@ -205,20 +205,30 @@ class Accumulating(nn.RNNCellBase):
     @nn.compact
     def __call__(self, carry, x):
         self.tell((str(carry.dtype), str(x.dtype)))
-        carry = carry + nn.Dense(4, name="body")(x)
-        return carry, carry
+        y = nn.Dense(4, name="body")(x)
+        return y, y
 
     @nn.nowrap
     def initialize_carry(self, rng, input_shape):
         return jnp.zeros(input_shape, jnp.float32)
 
 
-@pytest.mark.usefixtures("standard_promotion")
+class Unrolled(nn.Module):
+    cell: nn.Module
+
+    def __call__(self, x):
+        carry = jnp.zeros(x[:, 0].shape)
+        for step in range(x.shape[1]):
+            carry, y = self.cell(carry, x[:, step])
+        return carry, y
+
+
+@pytest.mark.parametrize("run", [functools.partial(nn.RNN, return_carry=True), Unrolled], ids=["RNN", "unrolled"])
 @pytest.mark.parametrize("policies", [{}, {"cell": "p=f32,c=f16,o=f16"}], ids=str)
-def test_carries_of_cells_are_float32_and_their_outputs_are_not(policies, x, rng):
+def test_carries_of_cells_are_float32_and_their_outputs_are_not(run, policies, x, rng):
     """What a cell carries from step to step is not rounded; what it hands to the next layer is in half precision."""
     seen, sequence = [], jnp.stack([x] * 3, 1)
-    model = nn.RNN(Accumulating(seen.append, name="cell"), return_carry=True)
+    model = run(Replacing(seen.append, name="cell"))
     variables = random_variables(model, sequence, rng)
     seen.clear()
     with outputs_of_modules() as found:

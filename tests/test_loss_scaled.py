@@ -133,10 +133,11 @@ PAIRS = [
 
 @both_forms
 @pytest.mark.parametrize(("param_dtype", "grad_dtype"), PAIRS)
-@pytest.mark.parametrize("optimizer", ["adamw", "clip by norm"])
-def test_no_dtype_ever_changes(optimizer, param_dtype, grad_dtype, form, rng):
+def test_no_dtype_ever_changes(param_dtype, grad_dtype, form, rng):
     """Half gradients with float32 parameters, and other pairs, keep all types over good and bad steps."""
-    tx = jmp.loss_scaled(standard(OPTIMIZERS[optimizer]()), jmp.DynamicLossScale(2.0**4))
+    tx = jmp.loss_scaled(
+        standard(optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(1e-2))), jmp.DynamicLossScale(2.0**4)
+    )
     params = parameters(rng, param_dtype)
     state, step = tx.init(params), jax.jit(form(tx))
     types = structure_and_dtypes((params, state))
@@ -281,3 +282,25 @@ def test_scale_is_adjusted_after_unscaling(rng):
     updates, state = tx.update({"w": jnp.full(2, 8.0)}, tx.init({"w": jnp.ones(2)}))
     np.testing.assert_array_equal(updates["w"], [-1, -1])
     assert float(state.loss_scale.loss_scale) == 16
+
+
+@pytest.mark.parametrize("loss_scale", [2.0**15, "dynamic", jmp.DynamicLossScale], ids=repr)
+def test_what_is_no_loss_scale_is_refused(loss_scale):
+    """A number, a name or the class itself are quoted."""
+    with pytest.raises(jmp.InvalidLossScaleError, match="got .*Write for example"):
+        jmp.loss_scaled(optax.sgd(0.1), loss_scale)
+
+
+def test_state_of_another_optimiser_is_refused():
+    """The state of plain Optax, or gradients in the place of the state, are named."""
+    tx, params = jmp.loss_scaled(optax.sgd(0.1)), {"w": jnp.ones(2)}
+    for state in (optax.sgd(0.1).init(params), params):
+        with pytest.raises(jmp.LossScaleNotFoundError, match=f"got {type(state).__name__}"):
+            jmp.apply_gradients(tx, params, state, params)
+
+
+def test_donated_state_leaves_the_optimiser_usable():
+    """Two runs from one optimiser, both donating their state, although its scale was given as a JAX array."""
+    tx, params = jmp.loss_scaled(optax.sgd(0.1), jmp.DynamicLossScale(jnp.float32(8.0))), {"w": jnp.ones(2)}
+    step = jax.jit(lambda state: jmp.apply_gradients(tx, params, state, params)[1], donate_argnums=0)
+    assert [float(step(tx.init(params)).loss_scale.loss_scale) for _ in range(2)] == [8.0, 8.0]

@@ -156,6 +156,22 @@ def test_jit_with_sharded_batch(form, rng):
     assert int(state.total_notfinite) == 1
 
 
+@forms
+def test_jit_on_an_explicit_mesh(form, rng):
+    """With shardings in types (explicit mesh axes, jax.make_mesh's default) the step keeps them, and skips globally."""
+    explicit = jax.sharding.Mesh(np.array(jax.devices()[:DEVICES]), ("batch",), (jax.sharding.AxisType.Explicit,))
+    tx = jmp.loss_scaled(standard(optax.adam(0.125)), jmp.DynamicLossScale(2.0**6))
+    with jax.set_mesh(explicit):
+        params = jax.device_put({"w": jnp.ones((DEVICES, 3))}, P("batch"))
+        state, step = tx.init(params), jax.jit(form(tx))
+        for bad in (False, True):
+            before, types = (params, state.inner_state), jax.tree.map(jax.typeof, (params, state))
+            params, state = step(params, state, {"w": jax.device_put(batches(rng, bad), P("batch"))})
+            assert jax.tree.map(jax.typeof, (params, state)) == types
+        assert_identical((params, state.inner_state), before)
+    assert float(state.loss_scale.loss_scale) == 2.0**5
+
+
 @pytest.mark.parametrize("axes", ["rows", ("rows", "columns")], ids=str)
 def test_agreement_over_several_axes(axes):
     """The verdict can be agreed over one axis of a mesh or over all of them."""

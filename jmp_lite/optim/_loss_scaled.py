@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jmp_lite._loss_scale import DynamicLossScale, LossScale
+from jmp_lite._errors import InvalidLossScaleError, LossScaleNotFoundError
+from jmp_lite._loss_scale import DynamicLossScale, LossScale, is_loss_scale, register_serialization
 from jmp_lite.optim._verdict import judge, step_or_skip, unscale
 
 
@@ -55,6 +56,11 @@ class LossScaledUpdate:
 
     def verdict(self, grads: Any, state: LossScaledState) -> jax.Array:
         """Returns ``bool[]``: whether these scaled gradients may be applied."""
+        if not isinstance(state, LossScaledState):
+            raise LossScaleNotFoundError(
+                f"The state must be a LossScaledState, got {type(state).__name__}. Pass what init or the last update "
+                "of this loss_scaled optimiser returned; gradients come before the state."
+            )
         return judge(grads, state.loss_scale, self.axis_name)
 
     def inner_update(self, grads: Any, state: LossScaledState, params: Any, extra_args: Any) -> tuple[Any, Any]:
@@ -117,8 +123,11 @@ def loss_scaled(
             gradients of replicated parameters arrive already summed over the axis.)
 
     Returns:
-        A transformation whose state is a ``LossScaledState``. It composes with ``optax.chain``, ``masked``,
-        ``multi_transform``, ``inject_hyperparams`` and ``MultiSteps``.
+        A transformation whose state is a ``LossScaledState``. Every gradient must pass through it, so it goes around
+        ``optax.chain``, ``masked``, ``multi_transform``, ``inject_hyperparams`` and ``MultiSteps``.
+
+    Raises:
+        InvalidLossScaleError: If ``loss_scale`` is not a loss scale.
 
     Example:
         >>> params = {"w": jnp.array([1.0, 2.0])}
@@ -132,12 +141,18 @@ def loss_scaled(
         Micikevicius et al., "Mixed Precision Training", arXiv:1710.03740; ``optax.apply_if_finite``;
         torch.amp.GradScaler.
     """
+    if not is_loss_scale(loss_scale):
+        raise InvalidLossScaleError(
+            f"loss_scale must be a NoOpLossScale, StaticLossScale or DynamicLossScale, got {loss_scale!r}. "
+            "Write for example loss_scaled(inner, DynamicLossScale(2.0**15))."
+        )
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> LossScaledState:
+        register_serialization()
         return LossScaledState(
             inner_state=inner.init(params),
-            loss_scale=jax.tree.map(jnp.asarray, loss_scale),
+            loss_scale=jax.tree.map(jnp.array, loss_scale),  # a copy: a step may donate its state
             last_finite=jnp.array(True),
             notfinite_count=jnp.zeros((), np.int32),
             total_notfinite=jnp.zeros((), np.int32),
