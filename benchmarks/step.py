@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = _cli.parser(MODULE, __doc__)
     parser.add_argument("--repeats", type=int, help="rounds of the interleaved run (default: 15)")
     parser.add_argument(
-        "--compile-limit", type=float, default=300.0, help="seconds to compile a tree of many leaves (default: 300)"
+        "--compile-limit", type=float, default=180.0, help="seconds to compile a tree of many leaves (default: 180)"
     )
     parser.add_argument("--steps", type=int, default=2, help="consecutive steps in a round (default: 2)")
     options = _cli.parse(parser, argv)

@@ -141,7 +141,7 @@ def _warn_if_not_floating(name: str, value: Any) -> None:
         warnings.warn(f"Expected floating type for {name}, got {value.dtype}", stacklevel=4)
 
 
-def _strong_scalar(value: Any, dtype: Any) -> Any:
+def strong_scalar(value: Any, dtype: Any) -> Any:
     """Converts a number to a strongly typed array; placeholders (specs, shapes) pass through."""
     if isinstance(value, jax.Array):
         if value.dtype == dtype and not jax.typeof(value).weak_type:
@@ -209,9 +209,9 @@ class DynamicLossScale(Opaque):
         converted = {name: _python_number(name, getattr(self, name)) for name in _SETTINGS}
         converted |= {
             "min_loss_scale": float(converted["min_loss_scale"]),
-            "loss_scale": _strong_scalar(self.loss_scale, np.float32),
-            "counter": _strong_scalar(self.counter, np.int32),
-            "hysteresis_left": _strong_scalar(left, np.int32),
+            "loss_scale": strong_scalar(self.loss_scale, np.float32),
+            "counter": strong_scalar(self.counter, np.int32),
+            "hysteresis_left": strong_scalar(left, np.int32),
         }
         for name, value in converted.items():
             object.__setattr__(self, name, value)

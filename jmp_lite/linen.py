@@ -12,7 +12,7 @@ import numpy as np
 from flax import struct
 
 from jmp_lite._grad import scaled_value_and_grad
-from jmp_lite._loss_scale import LARGEST_SCALE, SMALLEST_SCALE, DynamicLossScale, _strong_scalar
+from jmp_lite._loss_scale import LARGEST_SCALE, SMALLEST_SCALE, DynamicLossScale, strong_scalar
 from jmp_lite._policy import Policy, PolicyMap, get_policy
 from jmp_lite._tree import all_finite, is_array, is_inexact, keep_carry, keep_dtypes, map_leaves, undo_cast
 
@@ -165,43 +165,41 @@ def _restore(updated: Any, variables: Any, cast: Any) -> Any:
     return map_leaves(restored, updated)
 
 
+class _Caller(NamedTuple):
+    """Who calls a module: its policy, and the root of its scope, which every lifted transformation replaces."""
+
+    policy: Policy
+    root: Any
+
+
 class _Interceptor:
     """Casts at the method calls of one ``apply``; Flax calls it around each of them."""
 
     def __init__(self, policies: Policy | PolicyMap) -> None:
         self.policies = policies
-        self.callers: list[nn.Module] = []
+        self.default = policies if isinstance(policies, Policy) else policies.default
+        self.callers = [_Caller(self.default, None)]
 
     def __call__(self, method: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-        module, name = context.module, context.method_name
+        module, name, caller = context.module, context.method_name, self.callers[-1]
         if module.scope is None or name == "setup":
             return method(*args, **kwargs)
-        caller = self.callers[-1] if self.callers else None
-        if isinstance(self.policies, PolicyMap) and _is_public_method(module, name):
-            cell = isinstance(module, nn.RNNCellBase) and name == "__call__"
-            policies = _policy_of(module, self.policies), _policy_of(caller, self.policies)
-            method = functools.partial(_call_cell if cell else _call_module, method, module, *policies)
-        self.callers.append(module)
+        if hasattr(type(module), name):
+            path = "/".join(module.scope.path)
+            policy = self.policies.policy_for(path) if path else self.default
+        else:  # a lifted function, which Flax passes off as a method of its first argument
+            policy = caller.policy
+        is_public = hasattr(type(module), name) and (name == "__call__" or not name.startswith("_"))
+        if is_public and isinstance(self.policies, PolicyMap):
+            is_cell = isinstance(module, nn.RNNCellBase) and name == "__call__"
+            method = functools.partial(_call_cell if is_cell else _call_module, method, module, policy, caller.policy)
+        self.callers.append(_Caller(policy, module.scope.root))
         try:
-            if _enters_loop(module, caller):
-                return _call_from_loop(method, module, args, kwargs)
+            if _is_loop_body(module.scope.root, caller.root):
+                return _call_loop_body(method, module.scope, args, kwargs)
             return method(*args, **kwargs)
         finally:
             self.callers.pop()
-
-
-def _is_public_method(module: nn.Module, name: str) -> bool:
-    """Tells methods that are called from outside; Flax also passes off lifted functions as methods."""
-    return name == "__call__" or (not name.startswith("_") and hasattr(type(module), name))
-
-
-def _scope(module: nn.Module) -> Any:
-    return module.scope
-
-
-def _policy_of(module: nn.Module | None, policies: PolicyMap) -> Policy:
-    path = "/".join(_scope(module).path) if module is not None else ""
-    return policies.policy_for(path) if path else policies.default
 
 
 def _call_module(
@@ -226,23 +224,20 @@ def _call_cell(
     return keep_dtypes(new_carry, carry), output if policy == outer else policy.cast_to_output(output)
 
 
-def _enters_loop(module: nn.Module, caller: nn.Module | None) -> bool:
+def _is_loop_body(root: Any, outer_root: Any) -> bool:
     """Whether a call is the body of a lifted loop, not one made by a module or function running in it."""
-    root = _scope(module).root
-    entered = caller is None or _scope(caller).root != root
-    return entered and bool(root.debug_path) and any(loop in root.debug_path[-1] for loop in _LOOPS)
+    return root != outer_root and bool(root.debug_path) and any(loop in root.debug_path[-1] for loop in _LOOPS)
 
 
-def _call_from_loop(method: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
-    """Calls a module so that its first argument, the carry, and its variables keep their dtypes."""
-    scope, carry = _scope(module), args[0] if args else None
+def _call_loop_body(method: Callable[..., Any], scope: Any, args: Any, kwargs: Any) -> Any:
+    """Calls a method so that its first argument, the carry, and the variables of its scope keep their dtypes."""
     before = jax.tree.map(lambda leaf: leaf, scope.mutable_variables())
     result = method(*args, **kwargs)
     for collection, variables in scope.mutable_variables().items():
         old = before.get(collection, {})
         for name, value in _restore(variables, old, old).items():
             scope.put_variable(collection, name, value)
-    return keep_carry(result, carry)
+    return keep_carry(result, args[0] if args else None)
 
 
 # --- Loss scaling ---
@@ -308,8 +303,8 @@ class DynamicScale(struct.PyTreeNode):  # type: ignore[no-untyped-call]
 
     def __post_init__(self) -> None:
         """Gives the state the strong types that it has after a step, so that a step is traced only once."""
-        object.__setattr__(self, "fin_steps", _strong_scalar(self.fin_steps, np.int32))
-        object.__setattr__(self, "scale", _strong_scalar(self.scale, np.float32))
+        object.__setattr__(self, "fin_steps", strong_scalar(self.fin_steps, np.int32))
+        object.__setattr__(self, "scale", strong_scalar(self.scale, np.float32))
 
     def value_and_grad(
         self,

@@ -161,6 +161,105 @@ class SharedScope(nn.Module):
         return nn.Dense(3, name="head")(LowRank(nn.Dense(4, name="body"))(x))
 
 
+# --- Models for one test each ---
+
+
+class Everything(nn.Module):
+    """Batch statistics, dropout, a cache of activations, sown values, and more than one method."""
+
+    @nn.compact
+    def __call__(self, x, bias=None, *, train=False):
+        x = nn.Dense(4, name="body")(x)
+        last = self.variable("cache", "last", jnp.zeros, x.shape, x.dtype)
+        total = self.variable("cache", "total", jnp.zeros, x.shape, jnp.float32)
+        if self.is_mutable_collection("cache"):
+            last.value, total.value = x, total.value + x
+        x = nn.BatchNorm(not self.is_mutable_collection("batch_stats"), momentum=0.5, name="norm")(x)
+        x = nn.Dropout(0.5, deterministic=not train)(x)
+        self.sow("intermediates", "kept", x)
+        return x if bias is None else x + bias
+
+    def encode(self, x, scale=2):
+        return self(x) * scale
+
+
+class SelfNormalising(nn.Module):
+    """Changes one of its parameters, and one element of another."""
+
+    @nn.compact
+    def __call__(self, x):
+        w, b = (self.param(name, nn.initializers.normal(1.0), (3,)) for name in "wb")
+        self.put_variable("params", "w", w * 2)
+        self.put_variable("params", "b", b.at[0].set(0))
+        self.put_variable("params", "new", w)
+        return (x * w).sum()
+
+
+class Typed(nn.Module):
+    """Returns its arguments."""
+
+    def __call__(self, *args, **kwargs):
+        return args, kwargs
+
+
+class Denoiser(nn.Module):
+    """Returns something of the shape of its input, computed in float32 at the end."""
+
+    lift: object = nn.Dense
+
+    @nn.compact
+    def __call__(self, x):
+        return self.lift(x.shape[-1], name="head")(nn.Dense(4, name="body")(x))
+
+
+class Replacing(nn.RNNCellBase):
+    """Carries its last output, and tells the dtypes that it is given."""
+
+    tell: object
+    num_feature_axes: int = 1
+
+    @nn.compact
+    def __call__(self, carry, x):
+        self.tell((str(carry.dtype), str(x.dtype)))
+        y = nn.Dense(4, name="body")(x)
+        return y, y
+
+    @nn.nowrap
+    def initialize_carry(self, rng, input_shape):
+        return jnp.zeros(input_shape, jnp.float32)
+
+
+class Unrolled(nn.Module):
+    cell: nn.Module
+
+    def __call__(self, x):
+        carry = jnp.zeros(x[:, 0].shape)
+        for step in range(x.shape[1]):
+            carry, y = self.cell(carry, x[:, step])
+        return carry, y
+
+
+class Remembering(nn.Module):
+    """A step that replaces its state: a variable, carried by the scan."""
+
+    @nn.compact
+    def __call__(self, carry, x):
+        state = self.variable("state", "h", jnp.zeros, x.shape)
+        state.value = nn.Dense(x.shape[-1], name="body")(x)
+        return carry, state.value
+
+
+class Border(nn.Module):
+    """Tells which dtype comes back from a submodule, and multiplies by what would promote the next one."""
+
+    @nn.compact
+    def __call__(self, x):
+        y = nn.Dense(4, name="body")(x)
+        return nn.Dense(4, name="head")(y * np.float32(0.5)), {"seen": y}
+
+
+# --- The table ---
+
 MODELS = {
     "compact": Compact,
     "setup": Setup,

@@ -12,7 +12,21 @@ import numpy as np
 import optax
 import pytest
 from jaxprs import contractions
-from linen_models import MODELS, Compact, Looped, Setup, random_variables
+from linen_models import (
+    MODELS,
+    Border,
+    Compact,
+    Denoiser,
+    Everything,
+    Looped,
+    Remembering,
+    Replacing,
+    SelfNormalising,
+    Setup,
+    Typed,
+    Unrolled,
+    random_variables,
+)
 
 import jmp_lite as jmp
 from jmp_lite.linen import with_policy
@@ -119,15 +133,6 @@ def test_layers_agree_under_strict_promotion(x, rng):
 # --- What happens at the borders between policies ---
 
 
-class Border(nn.Module):
-    """Tells which dtype comes back from a submodule, and multiplies by what would promote the next one."""
-
-    @nn.compact
-    def __call__(self, x):
-        y = nn.Dense(4, name="body")(x)
-        return nn.Dense(4, name="head")(y * np.float32(0.5)), {"seen": y}
-
-
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize(
     ("policies", "seen"),
@@ -177,16 +182,6 @@ def test_constants_promote_inside_a_policy_but_not_past_a_module_of_a_map(x, rng
     assert products_by_part(Border(), jmp.PolicyMap({}, HALF), x, rng)["head"][0] == {"bfloat16"}
 
 
-class Denoiser(nn.Module):
-    """Returns something of the shape of its input, computed in float32 at the end."""
-
-    lift: object = nn.Dense
-
-    @nn.compact
-    def __call__(self, x):
-        return self.lift(x.shape[-1], name="head")(nn.Dense(4, name="body")(x))
-
-
 @pytest.mark.parametrize("lift", [nn.Dense, nn.remat(nn.Dense), nn.jit(nn.Dense)], ids=["plain", "remat", "jit"])
 def test_float32_parts_are_not_rounded_on_their_way_out(lift, x, rng):
     """Only the carries of loops are given back the dtype of the input, not every output that looks like one."""
@@ -196,56 +191,26 @@ def test_float32_parts_are_not_rounded_on_their_way_out(lift, x, rng):
     assert jnp.any(output != output.astype(jnp.bfloat16).astype(jnp.float32))
 
 
-class Replacing(nn.RNNCellBase):
-    """Carries its last output, and tells the dtypes that it is given."""
-
-    tell: object
-    num_feature_axes: int = 1
-
-    @nn.compact
-    def __call__(self, carry, x):
-        self.tell((str(carry.dtype), str(x.dtype)))
-        y = nn.Dense(4, name="body")(x)
-        return y, y
-
-    @nn.nowrap
-    def initialize_carry(self, rng, input_shape):
-        return jnp.zeros(input_shape, jnp.float32)
-
-
-class Unrolled(nn.Module):
-    cell: nn.Module
-
-    def __call__(self, x):
-        carry = jnp.zeros(x[:, 0].shape)
-        for step in range(x.shape[1]):
-            carry, y = self.cell(carry, x[:, step])
-        return carry, y
+CELLS = {
+    HALF: ("bfloat16", "bfloat16"),
+    "p=f32,c=f16,o=f16": ("float16", "float16"),
+    "mixed_float16": ("float16", "float32"),
+}
 
 
 @pytest.mark.parametrize("run", [functools.partial(nn.RNN, return_carry=True), Unrolled], ids=["RNN", "unrolled"])
-@pytest.mark.parametrize("policies", [{}, {"cell": "p=f32,c=f16,o=f16"}], ids=str)
-def test_carries_of_cells_are_float32_and_their_outputs_are_not(run, policies, x, rng):
-    """What a cell carries from step to step is not rounded; what it hands to the next layer is in half precision."""
+@pytest.mark.parametrize("policy", CELLS)
+def test_carries_of_cells_are_float32_and_their_outputs_are_not(run, policy, x, rng):
+    """What a cell carries from step to step is not rounded; what it hands on has the dtype of its policy."""
+    compute, output = CELLS[policy]
     seen, sequence = [], jnp.stack([x] * 3, 1)
     model = run(Replacing(seen.append, name="cell"))
     variables = random_variables(model, sequence, rng)
     seen.clear()
     with outputs_of_modules() as found:
-        with_policy(model.apply, jmp.PolicyMap(policies, HALF))(variables, sequence)
-    half = "float16" if policies else "bfloat16"
-    assert set(seen) == {("float32", half)}
-    assert ("cell", "float32", half) in found
-
-
-class Remembering(nn.Module):
-    """A step that replaces its state: a variable, carried by the scan."""
-
-    @nn.compact
-    def __call__(self, carry, x):
-        state = self.variable("state", "h", jnp.zeros, x.shape)
-        state.value = nn.Dense(x.shape[-1], name="body")(x)
-        return carry, state.value
+        with_policy(model.apply, jmp.PolicyMap({"cell": policy}, HALF))(variables, sequence)
+    assert set(seen) == {("float32", compute)}
+    assert ("cell", "float32", output) in found
 
 
 @pytest.mark.parametrize("policy", [HALF, jmp.PolicyMap({}, HALF)], ids=["Policy", "PolicyMap"])
@@ -260,25 +225,6 @@ def test_variables_carried_by_a_scan_keep_their_dtype(policy, x, rng):
 
 
 # --- Collections ---
-
-
-class Everything(nn.Module):
-    """Batch statistics, dropout, a cache of activations, sown values, and more than one method."""
-
-    @nn.compact
-    def __call__(self, x, bias=None, *, train=False):
-        x = nn.Dense(4, name="body")(x)
-        last = self.variable("cache", "last", jnp.zeros, x.shape, x.dtype)
-        total = self.variable("cache", "total", jnp.zeros, x.shape, jnp.float32)
-        if self.is_mutable_collection("cache"):
-            last.value, total.value = x, total.value + x
-        x = nn.BatchNorm(not self.is_mutable_collection("batch_stats"), momentum=0.5, name="norm")(x)
-        x = nn.Dropout(0.5, deterministic=not train)(x)
-        self.sow("intermediates", "kept", x)
-        return x if bias is None else x + bias
-
-    def encode(self, x, scale=2):
-        return self(x) * scale
 
 
 MODEL = Everything()
@@ -351,18 +297,6 @@ def test_parameters_that_come_back_have_lost_no_digits(name, policy, x, rng):
     jax.tree.map(np.testing.assert_array_equal, updated["params"], variables["params"])
 
 
-class SelfNormalising(nn.Module):
-    """Changes one of its parameters, and one element of another."""
-
-    @nn.compact
-    def __call__(self, x):
-        w, b = (self.param(name, nn.initializers.normal(1.0), (3,)) for name in "wb")
-        self.put_variable("params", "w", w * 2)
-        self.put_variable("params", "b", b.at[0].set(0))
-        self.put_variable("params", "new", w)
-        return (x * w).sum()
-
-
 @pytest.mark.parametrize("policies", [HALF, jmp.PolicyMap({}, HALF)], ids=["Policy", "PolicyMap"])
 def test_parameters_that_a_module_changes_are_changed(policies, rng):
     """What a module writes arrives in the parameter dtype; elements that it leaves alone keep their stored value."""
@@ -424,13 +358,6 @@ def test_arguments_of_any_kind_reach_the_model(policy, variables, x):
     np.testing.assert_array_equal(apply(variables=variables, x=x), expected)
     np.testing.assert_array_equal(with_policy(functools.partial(MODEL.apply, variables), policy)(x), expected)
     assert apply(variables, x, bias=jnp.ones(x.shape)).dtype == jnp.float32
-
-
-class Typed(nn.Module):
-    """Returns its arguments."""
-
-    def __call__(self, *args, **kwargs):
-        return args, kwargs
 
 
 def test_only_floating_arrays_are_cast(policy):

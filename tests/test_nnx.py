@@ -146,18 +146,19 @@ def test_layers_return_the_compute_dtype_unless_told_otherwise(layer, x):
 
 
 @pytest.mark.parametrize("make", [nnx.LSTMCell, nnx.OptimizedLSTMCell, nnx.GRUCell])
-def test_carries_of_cells_are_float32_and_their_outputs_are_not(make, x):
-    """What a cell carries from step to step is not rounded; what it hands to the next layer is in the compute dtype."""
-    cell = make(4, 4, rngs=nnx.Rngs(0))
+@pytest.mark.parametrize(("policy", "output"), [(HALF, "bfloat16"), ("mixed_float16", "float32")])
+def test_carries_of_cells_are_float32_and_their_outputs_are_not(make, policy, output, x):
+    """What a cell carries from step to step is not rounded; what it hands on has the dtype of its policy."""
+    model = nnx.Dict(cell=make(4, 4, rngs=nnx.Rngs(0)))
 
-    def steps(cell, x):
-        carry = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), cell.initialize_carry(x.shape, nnx.Rngs(0)))
+    def steps(model, x):
+        carry = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), model.cell.initialize_carry(x.shape, nnx.Rngs(0)))
         for _ in range(2):
-            carry, y = cell(carry, x)
-        rounded = jax.tree.leaves(carry)[0].astype(jnp.bfloat16).astype(jnp.float32)
-        return str(jax.tree.leaves(carry)[0].dtype), str(y.dtype), jnp.any(jax.tree.leaves(carry)[0] != rounded)
+            carry, y = model.cell(carry, x)
+        memory = jax.tree.leaves(carry)[0]
+        return str(memory.dtype), str(y.dtype), jnp.any(memory != memory.astype(jnp.float16).astype(jnp.float32))
 
-    assert with_policy(steps, HALF)(cell, x) == ("float32", "bfloat16", True)
+    assert with_policy(steps, jmp.PolicyMap({"cell": policy}, HALF))(model, x) == ("float32", output, True)
 
 
 class Remembering(nnx.Module):
