@@ -419,7 +419,7 @@ INVALID = {
     "loss_scale must be positive and finite, got inf.": {"loss_scale": jnp.float32(np.inf)},
     "loss_scale must be positive and finite, got nan.": {"loss_scale": np.nan},
     "loss_scale must be at most 2**126, got 1.7014118346046923e+38.": {"loss_scale": 2.0**127},
-    "period must be at least 1, got 0.": {"period": 0},
+    "period must be a whole number, at least 1, got 0.": {"period": 0},
     "factor must be at least 1 and finite, got 0.5.": {"factor": 0.5},
     "factor must be at least 1 and finite, got inf.": {"factor": np.inf},
     "backoff_factor must be in (0, 1], got 0.": {"backoff_factor": 0},

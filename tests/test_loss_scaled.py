@@ -287,7 +287,7 @@ def test_scale_is_adjusted_after_unscaling(rng):
 @pytest.mark.parametrize("loss_scale", [2.0**15, "dynamic", jmp.DynamicLossScale], ids=repr)
 def test_what_is_no_loss_scale_is_refused(loss_scale):
     """A number, a name or the class itself are quoted."""
-    with pytest.raises(jmp.InvalidLossScaleError, match="got .*Write for example"):
+    with pytest.raises(jmp.InvalidLossScaleError, match=r"got .*Write for example"):
         jmp.loss_scaled(optax.sgd(0.1), loss_scale)
 
 
