@@ -259,7 +259,7 @@ def shape_of(call, *args):
         ["batch_stats", "cache"],
         ["nothing"],
         nn.DenyList("params"),
-        {"cache", "params"},
+        {"cache"},
     ],
     ids=str,
 )

@@ -232,7 +232,8 @@ def test_combinations(combine, rng):
     ours, theirs = (params, combined.init(params)), (params, alone.init(params))
     for grads in all_grads:
         ours, theirs = fused(combined)(*ours, grads), two_calls(alone)(*theirs, grads)
-    assert_identical(ours[0], theirs[0])
+    # Flattened leaves are vectorised differently: ten roundings of Adam's formula in each of two updates may differ.
+    assert_close(ours[0], theirs[0], ulps=2 * 10 / 2)
     assert_identical(jmp.metrics(ours[1]), jmp.metrics(theirs[1]))
     for field in ("notfinite_count", "total_notfinite", "last_finite"):
         assert optax.tree.get(ours[1], field) == optax.tree.get(theirs[1], field)
