@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, overload
 
@@ -260,8 +261,10 @@ def _prefixes(path: str) -> Iterator[str]:
 def _compile(key: str) -> re.Pattern[str]:
     """Compiles a key of a ``PolicyMap`` to a pattern that finds it as whole segments of a path."""
     try:
-        re.compile(key)
-        return re.compile(rf"(?:^|/)(?:{key})(?:/|\Z)")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # a class such as "[[" may mean more in a later Python
+            re.compile(key)
+            return re.compile(rf"(?:^|/)(?:{key})(?:/|\Z)")
     except re.error as error:
         raise UnknownDtypeError(f"Pattern {key!r} of the PolicyMap is no regular expression: {error}.") from None
 

@@ -367,3 +367,8 @@ def test_equal_maps_share_one_compilation():
     for rules in ({"a": "f16", "b": "f32"}, {"b": "full", "a": "float16"}):
         assert "float16" == compiled(jmp.PolicyMap(rules, DEFAULT), {"a": outer(jnp.ones(1))})["a"].dtype
     assert 1 == len(traces)
+
+
+def test_pattern_that_python_may_read_otherwise_one_day_is_quiet():
+    """A nested bracket is a pattern today, and no reason for a warning."""
+    assert jmp.PolicyMap({"[[]": "bf16"}, default="full").policy_for("[") == jmp.get_policy("bf16")
