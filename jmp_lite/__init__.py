@@ -16,7 +16,9 @@ from jmp_lite._dtypes import parse_dtype as parse_dtype
 from jmp_lite._errors import AmbiguousLossScaleError as AmbiguousLossScaleError
 from jmp_lite._errors import AmbiguousPolicyError as AmbiguousPolicyError
 from jmp_lite._errors import InvalidLossScaleError as InvalidLossScaleError
+from jmp_lite._errors import InvalidOpError as InvalidOpError
 from jmp_lite._errors import InvalidPolicyError as InvalidPolicyError
+from jmp_lite._errors import InvalidRuleError as InvalidRuleError
 from jmp_lite._errors import JmpLiteError as JmpLiteError
 from jmp_lite._errors import LossDtypeError as LossDtypeError
 from jmp_lite._errors import LossScaleNotFoundError as LossScaleNotFoundError
@@ -43,6 +45,17 @@ from jmp_lite._tree import cast_to_full as cast_to_full
 from jmp_lite._tree import cast_to_half as cast_to_half
 from jmp_lite._tree import select_tree as select_tree
 
+# Autocast: any function in mixed precision, and how to steer it.
+from jmp_lite.autocast import Explanation as Explanation
+from jmp_lite.autocast import OpClass as OpClass
+from jmp_lite.autocast import Rule as Rule
+from jmp_lite.autocast import autocast as autocast
+from jmp_lite.autocast import explain as explain
+from jmp_lite.autocast import full_precision as full_precision
+from jmp_lite.autocast import low_precision as low_precision
+from jmp_lite.autocast import no_autocast as no_autocast
+from jmp_lite.autocast import register_op as register_op
+
 if TYPE_CHECKING:
     from jmp_lite import checkpoint as checkpoint
     from jmp_lite import linen as linen
@@ -64,8 +77,11 @@ __all__ = [
     "AmbiguousLossScaleError",
     "AmbiguousPolicyError",
     "DynamicLossScale",
+    "Explanation",
     "InvalidLossScaleError",
+    "InvalidOpError",
     "InvalidPolicyError",
+    "InvalidRuleError",
     "JmpLiteError",
     "LossDtypeError",
     "LossScale",
@@ -74,9 +90,11 @@ __all__ = [
     "LossScaledState",
     "NoOpLossScale",
     "NonScalarPredicateError",
+    "OpClass",
     "Policy",
     "PolicyMap",
     "PolicyMismatchError",
+    "Rule",
     "SlowDtypeWarning",
     "StaticLossScale",
     "TracedStaticScaleError",
@@ -84,20 +102,26 @@ __all__ = [
     "UnselectableLeafError",
     "all_finite",
     "apply_gradients",
+    "autocast",
     "cast_to_full",
     "cast_to_half",
     "check_loss_scale",
     "checkpoint",
     "dtype_to_names",
+    "explain",
+    "full_precision",
     "get_policy",
     "half_dtype",
     "linen",
     "loss_scaled",
+    "low_precision",
     "metrics",
     "name_to_dtype",
     "nnx",
+    "no_autocast",
     "optim",
     "parse_dtype",
+    "register_op",
     "scaled_value_and_grad",
     "select_tree",
     "with_policy",

@@ -1,12 +1,27 @@
 """The only file that knows about versions of JAX and about libraries that may or may not be there."""
 
+import contextlib
 import sys
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias, TypeVar
 
 import jax
+import jax.extend.core as jex
+import numpy as np
+from jax.extend import source_info_util
+from jax.extend.core.primitives import convert_element_type_p
 
 T = TypeVar("T")
+
+#: From jax 0.11 on, ``Jaxpr`` is both: a program, and a program with the arrays it closed over.
+Jaxpr: TypeAlias = Any
+Equation: TypeAlias = jex.JaxprEqn
+Atom: TypeAlias = jex.Var | jex.Literal
+Literal = jex.Literal
+Var = jex.Var
+DropVar = jex.DropVar
+Primitive = jex.Primitive
+jaxpr_as_fun = jex.jaxpr_as_fun
 
 
 def register_flax_serialization(
@@ -33,3 +48,63 @@ def leaves_are_local() -> bool:
     if mesh.axis_names:
         return len(mesh.manual_axes) == len(mesh.axis_names)
     return jax.device_count() == 1
+
+
+# --- Programs ---
+
+
+def program(jaxpr: Jaxpr) -> tuple[Any, list[Any]]:
+    """Splits a jaxpr, closed or open, into the program and the arrays it closed over."""
+    return getattr(jaxpr, "jaxpr", jaxpr), list(getattr(jaxpr, "consts", None) or ())
+
+
+def open_jaxpr(closed: Jaxpr) -> tuple[Any, list[Any]]:
+    """Turns the arrays that a jaxpr closed over into its first inputs, for primitives that want an open jaxpr."""
+    inner, consts = program(closed)
+    if not consts:
+        return inner, consts
+    opened = jax.make_jaxpr(lambda consts, *args: jax.core.eval_jaxpr(inner, consts, *args))(
+        consts, *(v.aval for v in inner.invars)
+    )
+    return program(opened)[0], consts
+
+
+def bind(eqn: Equation, operands: Sequence[Any], params: dict[str, Any]) -> list[Any]:
+    """Applies the primitive of an equation to other operands, under other parameters."""
+    results = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(params))
+    return list(results) if eqn.primitive.multiple_results else [results]
+
+
+def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
+    """Returns how many constants and how many carries a scan has."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()
+    return len(consts), len(carry)
+
+
+def scope_names(name_stack: Any) -> str:
+    """Returns the name scopes of an equation, joined by slashes; marks such as ``jvp`` are no scopes."""
+    return "/".join(entry.name for entry in name_stack.stack if type(entry).__name__ == "Scope")
+
+
+def source_line(eqn: Equation) -> str:
+    """Returns the user's file and line that an equation comes from."""
+    return source_info_util.summarize(eqn.source_info)
+
+
+@contextlib.contextmanager
+def as_traced(eqn: Equation) -> Iterator[None]:
+    """Gives new equations the name scopes, the source line and the context (mesh, metadata) of an old one."""
+    name_stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
+    with source_info_util.user_context(eqn.source_info.traceback, name_stack=name_stack), eqn.ctx.manager:
+        yield
+
+
+def with_weak_type(array: Any, aval: Any) -> Any:
+    """Converts an array, or the value of a literal, to the dtype of an abstract value and to its weak type."""
+    if not isinstance(array, jax.Array):
+        array = np.asarray(array, aval.dtype)
+    elif array.dtype == aval.dtype and array.weak_type == aval.weak_type:
+        return array
+    return convert_element_type_p.bind(array, new_dtype=aval.dtype, weak_type=aval.weak_type, sharding=None)

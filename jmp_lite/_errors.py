@@ -14,7 +14,9 @@
     ├── LossScaleNotFoundError    ValueError      no loss scale in the state
     ├── AmbiguousLossScaleError   ValueError      more than one, and no name to tell them apart
     ├── LossScaleStalledError     RuntimeError    nothing but skipped steps at the lowest scale
-    └── PolicyMismatchError       ValueError      a checkpoint written under another policy
+    ├── PolicyMismatchError       ValueError      a checkpoint written under another policy
+    ├── InvalidOpError            TypeError       something that cannot stand for a primitive in autocast
+    └── InvalidRuleError          ValueError      a rule or a setting of autocast that means nothing
     SlowDtypeWarning              UserWarning     a format that this accelerator cannot run fast
 
 Rule for a new one: ``<what is wrong>Error``, a builtin that users already catch as second base, a docstring with code
@@ -164,6 +166,30 @@ class PolicyMismatchError(JmpLiteError, ValueError):
         >>> checkpoint.from_bytes({"w": jnp.ones(2)}, data, policy="mixed_bfloat16")
         Traceback (most recent call last):
         jmp_lite._errors.PolicyMismatchError: The checkpoint was written under policy 'p=full,c=f16,o=full'...
+    """
+
+
+class InvalidOpError(JmpLiteError, TypeError):
+    """Something that is neither a class of operations nor a function was given for a primitive.
+
+    Example:
+        >>> jmp.register_op("exp", "float32")
+        Traceback (most recent call last):
+        jmp_lite._errors.InvalidOpError: 'float32' cannot stand for primitive 'exp'...
+        >>> jmp.autocast(jnp.exp, "mixed_bfloat16", ops={"exp": jmp.OpClass.DENY})(jnp.zeros(())).dtype
+        dtype('float32')
+    """
+
+
+class InvalidRuleError(JmpLiteError, ValueError):
+    """A rule or a setting of autocast that means nothing.
+
+    Example:
+        >>> jmp.Rule("head", precision="fast")
+        Traceback (most recent call last):
+        jmp_lite._errors.InvalidRuleError: precision must be 'auto', 'full', 'low' or a 16-bit dtype, got 'fast'...
+        >>> jmp.Rule("head", precision="full").precision
+        'full'
     """
 
 

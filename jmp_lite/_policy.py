@@ -258,7 +258,7 @@ def _prefixes(path: str) -> Iterator[str]:
         yield "/".join(segments[:stop])
 
 
-def _compile(key: str) -> re.Pattern[str]:
+def compile_pattern(key: str) -> re.Pattern[str]:
     """Compiles a key of a ``PolicyMap`` to a pattern that finds it as whole segments of a path."""
     try:
         with warnings.catch_warnings():
@@ -315,7 +315,7 @@ class PolicyMap:
         entries = sorted((key, get_policy(policy)) for key, policy in policies.items())
         object.__setattr__(self, "policies", tuple(entries))
         object.__setattr__(self, "default", get_policy(default))
-        object.__setattr__(self, "_patterns", tuple(_compile(key) for key, _ in entries))
+        object.__setattr__(self, "_patterns", tuple(compile_pattern(key) for key, _ in entries))
 
     def policy_for(self, path: str) -> Policy:
         """Returns the policy of the module or parameter at a path such as ``decoder/layers_3/kernel``."""
@@ -332,7 +332,8 @@ class PolicyMap:
             )
         return matches[0][1] if matches else self.default
 
-    def _all_policies(self) -> list[Policy]:
+    def all_policies(self) -> list[Policy]:
+        """Returns the default policy and those of all patterns."""
         return [self.default, *(policy for _, policy in self.policies)]
 
     def _cast(self, tree: T, cast: Callable[[Policy, Any], Any]) -> T:
@@ -352,13 +353,13 @@ class PolicyMap:
             SlowDtypeWarning: Once, if the device has no fast units for a dtype that the map asks for.
         """
         if _holds_jax_arrays(tree):
-            for dtype in {policy.compute_dtype for policy in self._all_policies()}:
+            for dtype in {policy.compute_dtype for policy in self.all_policies()}:
                 warn_if_slow(dtype)
         return self._cast(tree, lambda policy, leaf: cast_leaf(leaf, policy.compute_dtype, policy.named_dtypes))
 
     def cast_to_output(self, tree: T) -> T:
         """Casts the model's outputs, which have no module path, to the ``output_dtype`` of the default policy."""
-        named = frozenset[DType]().union(*(policy.named_dtypes for policy in self._all_policies()))
+        named = frozenset[DType]().union(*(policy.named_dtypes for policy in self.all_policies()))
         return cast_floating(tree, self.default.output_dtype, named)
 
     def with_output_dtype(self, output_dtype: Any) -> "PolicyMap":

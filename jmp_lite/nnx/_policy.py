@@ -1,18 +1,18 @@
-"""Policies for Flax NNX: functions of modules in mixed precision, with every update of state kept."""
+"""Policies for functions of NNX modules, at the boundary and at each module, with every update of state kept."""
 
 import contextlib
 import contextvars
 import functools
 import inspect
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
 
 from jmp_lite._policy import Policy, PolicyMap, get_policy
-from jmp_lite._tree import Opaque, keep_carry, keep_dtypes, undo_cast
+from jmp_lite._tree import keep_carry, keep_dtypes, undo_cast
+from jmp_lite.nnx._modules import derived_class, is_leaf, is_node, objects, original_class, public_methods, unbound
 
 
 class _Caller(NamedTuple):
@@ -23,8 +23,6 @@ class _Caller(NamedTuple):
 
 
 _CALLER: contextvars.ContextVar[_Caller | None] = contextvars.ContextVar("jmp_lite_nnx_caller", default=None)
-#: Where a class whose methods cast keeps the class that it was made from.
-_UNCAST = "_jmp_lite_uncast_class"
 #: How NNX calls the transformations whose carry must keep its dtype.
 _LOOPS = ("scan", "while_loop", "fori_loop")
 
@@ -77,20 +75,19 @@ def with_policy(fn: Callable[..., Any], policy: str | Policy | PolicyMap) -> Cal
     References:
         Policies of whole modules are those of Haiku's ``mixed_precision`` (github.com/google-deepmind/dm-haiku).
     """
-    owner = fn if isinstance(fn, nnx.Module) else getattr(fn, "__self__", None)
-    if isinstance(owner, nnx.Module):
-        method: Any = _call_module if owner is fn else fn.__func__  # type: ignore[attr-defined]
-        return functools.partial(with_policy(method, policy), owner)
+    function, owner = unbound(fn)
+    if owner is not None:
+        return functools.partial(with_policy(function, policy), owner)
     resolved = get_policy(policy)
     policies = resolved if isinstance(resolved, PolicyMap) else PolicyMap({}, resolved)
     boundary = policies.default
 
     @functools.wraps(fn)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=_is_leaf)
-        copy = _WorkingCopy([leaf for leaf in leaves if _is_node(leaf)], policies)
+        leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_leaf)
+        copy = _WorkingCopy([leaf for leaf in leaves if is_node(leaf)], policies)
         nodes = iter(copy.nodes)
-        cast = [next(nodes) if _is_node(leaf) else boundary.cast_to_compute(leaf) for leaf in leaves]
+        cast = [next(nodes) if is_node(leaf) else boundary.cast_to_compute(leaf) for leaf in leaves]
         cast_args, cast_kwargs = jax.tree.unflatten(treedef, cast)
         token = _CALLER.set(_Caller(boundary, _active_loops()))
         try:
@@ -103,21 +100,8 @@ def with_policy(fn: Callable[..., Any], policy: str | Policy | PolicyMap) -> Cal
     return wrapped
 
 
-def _call_module(module: Any, *args: Any, **kwargs: Any) -> Any:
-    return module(*args, **kwargs)
-
-
-def _is_node(value: Any) -> bool:
-    """Whether a value has an identity that must be kept: a module, a variable, ``nnx.Rngs``, an optimiser."""
-    return isinstance(value, (nnx.Pytree, nnx.Variable))
-
-
-def _is_leaf(value: Any) -> bool:
-    return _is_node(value) or isinstance(value, Opaque)
-
-
 def _map_arrays(cast: Callable[[Any], Any], tree: Any, node: Callable[[Any], Any] = lambda node: node) -> Any:
-    return jax.tree.map(lambda leaf: node(leaf) if _is_node(leaf) else cast(leaf), tree, is_leaf=_is_leaf)
+    return jax.tree.map(lambda leaf: node(leaf) if is_node(leaf) else cast(leaf), tree, is_leaf=is_leaf)
 
 
 class _WorkingCopy:
@@ -127,15 +111,15 @@ class _WorkingCopy:
         self.policies = policies
         self.casts: list[tuple[Any, Any, Any]] = []
         self.shared: list[tuple[Any, Any]] = []
-        objects = list(_objects(originals))
+        found = list(objects(originals))
         self.inputs = [not isinstance(original, nnx.Module) for original in originals]
-        self.activations = {id(v) for _, node in objects for v in _cached_activations(node)}
+        self.activations = {id(v) for _, node in found for v in _cached_activations(node)}
         graphdef, state = nnx.split(originals, graph=True)
         self.nodes = nnx.merge(graphdef, nnx.map_state(self._cast, state))
-        copies = [copy for _, copy in _objects(self.nodes)]
-        for (path, _), copy in zip(objects, copies, strict=True):
+        copies = [copy for _, copy in objects(self.nodes)]
+        for (path, _), copy in zip(found, copies, strict=True):
             _make_casting(copy, policies, self._policy_of(path))
-        self.objects = [(original, copy, dict(vars(copy))) for (_, original), copy in zip(objects, copies, strict=True)]
+        self.objects = [(original, copy, dict(vars(copy))) for (_, original), copy in zip(found, copies, strict=True)]
         self.originals = {id(copy): original for original, copy, _ in [*self.casts, *self.objects]}
 
     def _policy_of(self, path: tuple[Any, ...]) -> Policy:
@@ -185,11 +169,6 @@ class _WorkingCopy:
         setattr(original, name, nnx.data(value) if nnx.has_data(value) else value)
 
 
-def _objects(nodes: list[Any]) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """Yields the mutable objects of a graph, each once, with their paths."""
-    return ((path, node) for path, node in nnx.iter_graph(nodes, graph=True) if isinstance(node, nnx.Pytree))
-
-
 def _read(variable: Any) -> Any:
     """Returns the value of a variable, which may live in a mutable array."""
     value = variable.get_raw_value()
@@ -214,8 +193,8 @@ def _keep_dtype(variable: Any, before: Any) -> None:
 
 def _make_casting(module: Any, policies: PolicyMap, policy: Policy) -> None:
     """Turns a module of the working copy into one whose public methods cast."""
-    cls: Any = vars(type(module)).get(_UNCAST, type(module))
-    names = tuple(name for name in dir(cls) if _is_public_method(cls, name))
+    cls = original_class(module)
+    names = public_methods(cls)
     if isinstance(module, nnx.Module) and not isinstance(module, (nnx.List, nnx.Dict)) and names:
         is_pytree = not jax.tree_util.all_leaves([module])
         object.__setattr__(module, "__class__", _casting_class(cls, names, policies, policy, is_pytree))
@@ -229,21 +208,13 @@ def _cached_activations(node: Any) -> list[Any]:
     return [v for v in vars(node).values() if isinstance(v, nnx.Cache)] if is_attention else []
 
 
-def _is_public_method(cls: type, name: str) -> bool:
-    if name == "__call__":
-        return True
-    own = not name.startswith("_") and not hasattr(nnx.Module, name) and not issubclass(cls, nnx.RNNCellBase)
-    return own and inspect.isfunction(inspect.getattr_static(cls, name))
-
-
 @functools.cache
 def _casting_class(cls: type, names: tuple[str, ...], policies: PolicyMap, policy: Policy, is_pytree: bool) -> type:
     """Derives a class whose methods cast. One per policy of a map: NNX caches traces by class."""
     del policies
     method = _cell_method if issubclass(cls, nnx.RNNCellBase) else _method
-    namespace: dict[str, Any] = {name: method(inspect.getattr_static(cls, name), policy) for name in names}
-    namespace |= {_UNCAST: cls, "__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return types.new_class(cls.__name__, (cls,), {"pytree": is_pytree}, lambda body: body.update(namespace))
+    methods = {name: method(inspect.getattr_static(cls, name), policy) for name in names}
+    return derived_class(cls, methods, is_pytree=is_pytree)
 
 
 def _method(function: Any, policy: Policy) -> Callable[..., Any]:
@@ -294,7 +265,7 @@ def _call_as(module: Any, policy: Policy, function: Any, args: tuple[Any, ...], 
 
 
 def _has_nodes(tree: Any) -> bool:
-    return any(map(_is_node, jax.tree.leaves(tree, is_leaf=_is_leaf)))
+    return any(map(is_node, jax.tree.leaves(tree, is_leaf=is_leaf)))
 
 
 def _active_loops() -> tuple[int, ...]:

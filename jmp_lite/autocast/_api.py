@@ -1,0 +1,176 @@
+"""``autocast``: any function in mixed precision."""
+
+import functools
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, ParamSpec, TypeVar
+
+import jax
+import numpy as np
+
+from jmp_lite._dtypes import warn_if_slow
+from jmp_lite._errors import InvalidRuleError
+from jmp_lite._policy import Policy, PolicyMap
+from jmp_lite.autocast import _control_flow, _custom_rules
+from jmp_lite.autocast._dot import accumulate_in
+from jmp_lite.autocast._interpreter import Interpreter
+from jmp_lite.autocast._ops import Op, checked
+from jmp_lite.autocast._rules import Rule, Settings, checked_settings
+from jmp_lite.autocast._save import saves_low
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+HANDLERS = {**_control_flow.HANDLERS, **_custom_rules.HANDLERS}
+
+
+def autocast(
+    fun: Callable[P, R],
+    policy: str | Policy | PolicyMap,
+    *,
+    rules: Rule | Sequence[Rule] = (),
+    ops: Mapping[str, Op] | None = None,
+    dot: Callable[..., Any] | None = None,
+    accumulate: Any = None,
+    save: str = "all",
+) -> Callable[P, R]:
+    """Runs a function in mixed precision: products in the compute dtype, what is fragile in float32.
+
+    The function is any that ``jax.jit`` takes: Flax, Haiku, Equinox or bare JAX, written for float32. Its matrix
+    products and convolutions run in the compute dtype, forward and backward; exponentials, logarithms, roots and sums,
+    and with them norms, softmax and losses, run in float32; the rest follows its operands. This holds inside ``jit``,
+    ``scan``, ``while_loop``, ``cond``, ``checkpoint``, ``shard_map``, ``pmap`` and functions with rules of their own.
+    Linear algebra, random numbers, callbacks, kernels, integers, complex numbers and float64 are left as they are.
+
+    Arguments, results and gradients keep the dtypes that they have without ``autocast``. Arrays among the arguments
+    are traced; Python numbers, strings and other leaves stay what they are.
+
+    Apply it to the loss, not to the whole training step: an optimiser is no place for 16 bits.
+
+    Args:
+        fun: The function.
+        policy: A policy, a policy string, or a ``PolicyMap`` whose patterns are matched on name scopes. Only
+            ``compute_dtype`` acts: 16 bits, or float32 to leave everything as it is.
+        rules: Precisions for scopes and primitives, tried in order before the policy.
+        ops: Maps names of primitives to an ``OpClass``, or to a function ``op(*operands, **params)`` that takes the
+            place of the primitive; for this function only (see ``register_op``).
+        dot: Takes the place of ``lax.dot_general`` for products in the compute dtype, and has its signature.
+        accumulate: ``jnp.float32`` to ask for sums of products in float32 (which accelerators keep anyway) before the
+            result is rounded to the compute dtype. ``None`` leaves that to the compiler.
+        save: ``"all"`` keeps what the backward pass needs; ``"low"`` keeps no large float32 array, and computes the
+            inside of norms and softmax again.
+
+    Returns:
+        A function with the signature of ``fun``.
+
+    Raises:
+        InvalidPolicyError: If the compute dtype has fewer than 16 bits.
+        InvalidRuleError: If a rule or a setting means nothing.
+        InvalidOpError: If something in ``ops`` is neither a class nor a function.
+        UnknownDtypeError: If the policy string cannot be parsed.
+
+    Warns:
+        SlowDtypeWarning: When called, once, if the device has no fast units for the compute dtype.
+
+    Example:
+        >>> def loss(w, x):
+        ...     return jnp.mean(jax.nn.softmax(x @ w)[:, 0])
+        >>> w, x = jnp.ones((4, 3)), jnp.ones((2, 4))
+        >>> value, grad = jax.value_and_grad(jmp.autocast(loss, "mixed_bfloat16"))(w, x)
+        >>> value.dtype, grad.dtype
+        (dtype('float32'), dtype('float32'))
+        >>> for decision in jmp.explain(jax.grad(loss), "mixed_bfloat16")(w, x):
+        ...     if decision.primitive == "dot_general":
+        ...         print(decision.in_dtypes)
+        ('bfloat16', 'bfloat16')
+        ('bfloat16', 'bfloat16')
+
+    References:
+        ``torch.autocast``; TensorFlow's ``auto_mixed_precision``. Micikevicius et al., "Mixed Precision Training",
+        arXiv:1710.03740.
+    """
+    return wrap(fun, settings_from(policy, rules=rules, ops=ops, dot=dot, accumulate=accumulate), save)
+
+
+def settings_from(
+    policy: str | Policy | PolicyMap,
+    *,
+    rules: Rule | Sequence[Rule],
+    ops: Mapping[str, Op] | None,
+    dot: Callable[..., Any] | None,
+    accumulate: Any,
+    root: str = "",
+) -> Settings:
+    """Checks what the user gave."""
+    if accumulate is not None and dot is not None:
+        raise InvalidRuleError("dot and accumulate both replace the matrix product: give one of them.")
+    product = dot if accumulate is None else accumulate_in(accumulate)
+    checked_ops = {name: checked(name, op) for name, op in (ops or {}).items()}
+    return checked_settings(policy, rules, checked_ops, product, root)
+
+
+@functools.cache
+def _interpreter(settings: Settings) -> Interpreter:
+    """One interpreter per settings: functions wrapped anew at every step find the programs retyped before."""
+    return Interpreter(settings, HANDLERS)
+
+
+def wrap(fun: Callable[P, R], settings: Settings, save: str) -> Callable[P, R]:
+    """Wraps a function under settings that have been checked."""
+    if save not in ("all", "low"):
+        raise InvalidRuleError(f"save must be 'all' or 'low', got {save!r}.")
+
+    @functools.wraps(fun)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        for dtype in settings.dtypes:
+            warn_if_slow(dtype)
+        traced = trace(fun, args, kwargs)
+        run: Callable[..., Any] = functools.partial(_interpreter(settings).run, traced.jaxpr)
+        if save == "low":
+            run = jax.checkpoint(run, policy=saves_low)
+        return traced.output(run(traced.arrays))  # type: ignore[no-any-return]
+
+    return wrapped
+
+
+class Traced(NamedTuple):
+    """A call of a function as a program, with the arrays it was called with."""
+
+    jaxpr: Any
+    arrays: list[Any]
+    output: Callable[[list[Any]], Any]
+    """Puts the results into the tree that the function returned."""
+
+
+def trace(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:
+    """Traces a call. Leaves that are not arrays stay out of the program, on the way in and on the way out."""
+    leaves, treedef = jax.tree.flatten((args, kwargs))
+    outputs: list[Any] = []
+
+    def on_arrays(*arrays: Any) -> list[Any]:
+        remaining = iter(arrays)
+        call_args, call_kwargs = jax.tree.unflatten(
+            treedef, [next(remaining) if _is_array(leaf) else leaf for leaf in leaves]
+        )
+        results, result_tree = jax.tree.flatten(fun(*call_args, **call_kwargs))
+        is_array = [isinstance(result, jax.Array) for result in results]
+        outputs[:] = [result_tree, is_array, [r for r, traced in zip(results, is_array, strict=True) if not traced]]
+        return list(itertools.compress(results, is_array))
+
+    arrays = [leaf for leaf in leaves if _is_array(leaf)]
+    jaxpr = jax.make_jaxpr(on_arrays)(*arrays)
+    result_tree, is_array, constants = outputs
+
+    def output(results: list[Any]) -> Any:
+        traced, untraced = iter(results), iter(constants)
+        return jax.tree.unflatten(result_tree, [next(traced if array else untraced) for array in is_array])
+
+    return Traced(jaxpr, [_as_jax(array) for array in arrays], output)
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, (jax.Array, np.ndarray, np.generic)) or hasattr(leaf, "aval")
+
+
+def _as_jax(array: Any) -> Any:
+    return jax.numpy.asarray(array) if isinstance(array, (np.ndarray, np.generic)) else array

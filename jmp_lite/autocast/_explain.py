@@ -1,0 +1,143 @@
+"""``explain``: what autocast would do to every equation, and why."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, overload
+
+import jax
+
+from jmp_lite._policy import Policy, PolicyMap
+from jmp_lite.autocast._api import HANDLERS, settings_from, trace
+from jmp_lite.autocast._interpreter import Interpreter, Record
+from jmp_lite.autocast._ops import Op
+from jmp_lite.autocast._rules import Rule, Settings
+
+_COLUMNS = ("scope", "primitive", "class", "tag", "operands", "results", "reason", "source")
+#: Longer entries of a column are cut, in the middle of the dots.
+_WIDEST = 44
+
+
+class Explanation(Sequence[Record]):
+    """The decisions about a program, in its order; what a loop or a call holds follows it. Printed as a table.
+
+    Example:
+        >>> explanation = jmp.explain(jnp.exp, "mixed_bfloat16")(jnp.ones(3))
+        >>> len(explanation), explanation[0].in_dtypes
+        (1, ('float32',))
+    """
+
+    def __init__(self, records: Sequence[Record]) -> None:
+        self._records = tuple(records)
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Explanation": ...
+    def __getitem__(self, index: int | slice) -> "Record | Explanation":
+        if isinstance(index, slice):
+            return Explanation(self._records[index])
+        return self._records[index]
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self._records)
+
+    def __str__(self) -> str:
+        rows = [_COLUMNS, *map(_row, self._records)]
+        widths = [min(_WIDEST, max(map(len, column))) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(_cut(cell, w).ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
+        return "\n".join(line.rstrip() for line in lines)
+
+    __repr__ = __str__
+
+
+def _row(record: Record) -> tuple[str, ...]:
+    in_dtypes, out_dtypes = (", ".join(map(_short, dtypes)) for dtypes in (record.in_dtypes, record.out_dtypes))
+    return (
+        record.scope,
+        record.primitive,
+        record.op_class,
+        record.tag,
+        in_dtypes,
+        out_dtypes,
+        record.reason,
+        record.source,
+    )
+
+
+def _short(dtype: str) -> str:
+    return dtype.replace("bfloat", "bf").replace("float", "f").replace("uint", "u").replace("int", "i")
+
+
+def _cut(cell: str, width: int) -> str:
+    if len(cell) <= width:
+        return cell
+    head = (width - 3) // 2
+    return f"{cell[:head]}...{cell[len(cell) - (width - 3 - head) :]}"
+
+
+def explain(
+    fun: Callable[..., Any],
+    policy: str | Policy | PolicyMap,
+    *,
+    rules: Rule | Sequence[Rule] = (),
+    ops: Mapping[str, Op] | None = None,
+    dot: Callable[..., Any] | None = None,
+    accumulate: Any = None,
+) -> Callable[..., Explanation]:
+    """Tells what ``autocast`` does to every equation of a function, and why. Nothing is computed.
+
+    Give ``jax.grad(fun)`` to see the backward pass.
+
+    Args:
+        fun: The function.
+        policy: As for ``autocast``.
+        rules: As for ``autocast``.
+        ops: As for ``autocast``.
+        dot: As for ``autocast``.
+        accumulate: As for ``autocast``.
+
+    Returns:
+        A function with the arguments of ``fun`` (arrays, or ``jax.ShapeDtypeStruct`` in their place) that returns an
+        ``Explanation``: a sequence of records with the fields ``scope`` (name scopes), ``source`` (file and line),
+        ``primitive``, ``op_class``, ``tag`` (how precise the results are), ``in_dtypes``, ``out_dtypes`` and
+        ``reason``.
+
+    Raises:
+        InvalidRuleError: As ``autocast``, and so for the other errors.
+
+    Example:
+        >>> explanation = jmp.explain(lambda x, w: jnp.exp(x @ w), "mixed_bfloat16")(jnp.ones((2, 3)), jnp.ones((3, 4)))
+        >>> for decision in explanation:
+        ...     print(decision.primitive, decision.in_dtypes, decision.tag)
+        dot_general ('bfloat16', 'bfloat16') LOW
+        exp ('float32',) HIGH
+
+    References:
+        TensorFlow's ``auto_mixed_precision`` writes the same to a file when asked for its debug log.
+    """
+    settings = settings_from(policy, rules=rules, ops=ops, dot=dot, accumulate=accumulate)
+    return lambda *args, **kwargs: explain_call(fun, settings, args, kwargs)
+
+
+def explain_call(fun: Callable[..., Any], settings: Settings, args: Any, kwargs: Any) -> Explanation:
+    """Explains one call under settings that have been checked."""
+    interpreter = Interpreter(settings, HANDLERS, keeps_records=True)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        traced = trace(fun, args, kwargs)
+        return interpreter.run(traced.jaxpr, traced.arrays)
+
+    leaves, treedef = jax.tree.flatten((args, kwargs))
+    is_shape = [isinstance(leaf, jax.ShapeDtypeStruct) or hasattr(leaf, "aval") for leaf in leaves]
+    shapes = [leaf for leaf, traced in zip(leaves, is_shape, strict=True) if traced]
+
+    def on_shapes(*arrays: Any) -> Any:
+        remaining = iter(arrays)
+        merged = [next(remaining) if traced else leaf for leaf, traced in zip(leaves, is_shape, strict=True)]
+        call_args, call_kwargs = jax.tree.unflatten(treedef, merged)
+        return run(*call_args, **call_kwargs)
+
+    jax.eval_shape(on_shapes, *shapes)
+    return Explanation(interpreter.records)

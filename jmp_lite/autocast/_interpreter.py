@@ -1,0 +1,314 @@
+"""Evaluates a program with a dtype and a tag per value: the loop of ``jax.core.eval_jaxpr``, with a decision inside.
+
+A program is given by its jaxpr. Every variable that was float32 there may be held in a compute dtype here; each
+equation runs where ``_decide`` says. Equations that hold programs themselves are served by ``_control_flow`` and
+``_custom_rules``, which come back here through ``retype``.
+"""
+
+import dataclasses
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jmp_lite._compat import (
+    Atom,
+    Equation,
+    Jaxpr,
+    Literal,
+    Var,
+    as_traced,
+    bind,
+    program,
+    scope_names,
+    source_line,
+    with_weak_type,
+)
+from jmp_lite._dtypes import FLOAT32, DType
+from jmp_lite.autocast import _regions
+from jmp_lite.autocast._decide import decide, repeats_something_smaller
+from jmp_lite.autocast._demand import Demands, Want, Wants
+from jmp_lite.autocast._ops import Op, OpClass, classify
+from jmp_lite.autocast._rules import Precision, Settings
+from jmp_lite.autocast._values import Tag, Value, cast, is_eligible
+
+Handler = Callable[["Interpreter", "Call"], list[Value]]
+
+
+class Record(NamedTuple):
+    """What was decided about an equation; the fields of ``jmp.explain``."""
+
+    scope: str
+    source: str
+    primitive: str
+    op_class: str
+    tag: str
+    in_dtypes: tuple[str, ...]
+    out_dtypes: tuple[str, ...]
+    reason: str
+
+
+def _dtypes(arrays: Sequence[Any]) -> tuple[str, ...]:
+    return tuple(str(getattr(array, "dtype", type(array).__name__)) for array in arrays)
+
+
+class Retyped(NamedTuple):
+    """A program traced anew at other dtypes: the jaxpr, what is known of its results, and the decisions in it."""
+
+    jaxpr: Jaxpr
+    results: tuple[tuple[Tag, bool], ...]
+    records: tuple[Record, ...]
+
+    @property
+    def dtypes(self) -> list[Any]:
+        """The dtypes of the results; ``None`` for what has none."""
+        return [getattr(aval, "dtype", None) for aval in self.jaxpr.out_avals]
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """An equation that holds programs, with its operands as arrays, for the handler that serves it."""
+
+    eqn: Equation
+    operands: list[Value]
+    scope: str
+    wants: Wants
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The parameters of the equation."""
+        return self.eqn.params
+
+    @property
+    def arrays(self) -> list[Any]:
+        """The operands as they are held."""
+        return [value.array for value in self.operands]
+
+    def original(self, index: int) -> Any:
+        """Returns an operand in the dtype that it was written for."""
+        array = self.operands[index].array
+        return cast(array, FLOAT32) if is_eligible(self.eqn.invars[index].aval) else array
+
+    def bind(self, arrays: Sequence[Any], **changed: Any) -> list[Any]:
+        """Applies the primitive to other arrays, with some parameters changed."""
+        return bind(self.eqn, arrays, {**self.params, **changed})
+
+
+class Frame:
+    """The variables of one program while it is evaluated."""
+
+    def __init__(self, jaxpr: Jaxpr, operands: Sequence[Value], settings: Settings) -> None:
+        self.jaxpr, consts = program(jaxpr)
+        self.settings = settings
+        self.values: dict[Var, Value] = {}
+        self.casts: dict[tuple[Var, DType], Any] = {}
+        for v, const in zip(self.jaxpr.constvars, consts, strict=True):
+            self.values[v] = Value(const, self._tag_of_constant(const))
+        self.values.update(zip(self.jaxpr.invars, operands, strict=True))
+        results = {v for v in self.jaxpr.outvars if isinstance(v, Var)}
+        last_use = {v: i for i, eqn in enumerate(self.jaxpr.eqns) for v in eqn.invars if isinstance(v, Var)}
+        self.unused_after: dict[int, list[Var]] = {}
+        for v, index in last_use.items():
+            if v not in results:
+                self.unused_after.setdefault(index, []).append(v)
+
+    def _tag_of_constant(self, const: Any) -> Tag:
+        """A number that no compute dtype can hold (a mask of -1e9 in float16) keeps what it meets in float32."""
+        if isinstance(const, jax.Array) or np.size(const) != 1 or not np.issubdtype(np.result_type(const), np.floating):
+            return Tag.NEUTRAL
+        return Tag.NEUTRAL if self.settings.holds_exactly(float(np.reshape(const, ()))) else Tag.HIGH
+
+    def read(self, atom: Atom) -> Value:
+        """Returns a variable as it is held, or the value of a literal."""
+        if isinstance(atom, Literal):
+            return Value(atom.val, self._tag_of_constant(atom.val), is_broadcast=True)
+        return self.values[atom]
+
+    def array(self, atom: Atom, dtype: DType | None) -> Any:
+        """Returns a variable cast to a dtype if it was float32 in the original program; casts are made once."""
+        if isinstance(atom, Literal):
+            in_half = is_eligible(atom.aval) and dtype not in (None, FLOAT32)
+            return np.asarray(atom.val, dtype) if in_half else atom.val
+        held = self.values[atom].array
+        if dtype is None or not is_eligible(atom.aval) or held.dtype == dtype:
+            return held
+        if (atom, dtype) not in self.casts:
+            self.casts[atom, dtype] = cast(held, dtype)
+        return self.casts[atom, dtype]
+
+    def write(self, eqn: Equation, values: Sequence[Value]) -> None:
+        """Assigns the results of an equation."""
+        self.values.update(zip(eqn.outvars, values, strict=True))
+
+    def forget(self, index: int) -> None:
+        """Drops what no equation after this one reads."""
+        for v in self.unused_after.get(index, ()):
+            held = self.values.pop(v)
+            for dtype in (FLOAT32, *self.settings.dtypes) if is_eligible(v.aval) else ():
+                self.casts.pop((v, dtype), None)
+            del held
+
+
+class Interpreter:
+    """Evaluates programs under some settings, and keeps the programs that it retyped for the next time."""
+
+    def __init__(self, settings: Settings, handlers: Mapping[str, Handler], *, keeps_records: bool = False) -> None:
+        self.settings = settings
+        self.handlers = handlers
+        self.keeps_records = keeps_records
+        self.records: list[Record] = []
+        self.demands = Demands(settings.ops_by_name)
+        self._retyped: Any = weakref.WeakKeyDictionary()
+
+    def run(self, jaxpr: Jaxpr, arrays: Sequence[Any]) -> list[Any]:
+        """Evaluates a whole program, whose results get the dtypes that they were written for."""
+        values = self.evaluate(jaxpr, [Value(array) for array in arrays], scope="")
+        return [_restore(value.array, v.aval) for value, v in zip(values, program(jaxpr)[0].outvars, strict=True)]
+
+    def evaluate(self, jaxpr: Jaxpr, operands: Sequence[Value], scope: str, wants: Wants | None = None) -> list[Value]:
+        """Evaluates a program: one decision per equation.
+
+        Args:
+            jaxpr: A program, closed or open.
+            operands: Its inputs, as they are held.
+            scope: Name scope that it is called in.
+            wants: What the consumers of its results want; nothing in particular by default.
+        """
+        frame = Frame(jaxpr, operands, self.settings)
+        demands = self.demands.of(frame.jaxpr, wants or (Want.MIXED,) * len(frame.jaxpr.outvars))
+        for index, eqn in enumerate(frame.jaxpr.eqns):
+            with as_traced(eqn):
+                frame.write(eqn, self._equation(frame, eqn, scope, tuple(demands.get(v) for v in eqn.outvars)))
+            frame.forget(index)
+        return [frame.read(v) for v in frame.jaxpr.outvars]
+
+    def retype(
+        self,
+        jaxpr: Jaxpr,
+        operands: Sequence[Value],
+        scope: str,
+        wants: Wants | None = None,
+        forced: tuple[DType | None, ...] | None = None,
+    ) -> Retyped:
+        """Traces a program anew for operands as they are held; the same question gets the same jaxpr.
+
+        Args:
+            jaxpr: A program, closed or open.
+            operands: What it will be called with.
+            scope: Name scope that it is called in.
+            wants: What the consumers of its results want.
+            forced: Dtypes that results must have; ``None`` for those that may have any.
+        """
+        inner, consts = program(jaxpr)
+        if not (self.settings.depends_on_scope or self.keeps_records):
+            scope = _regions.innermost(scope) or ""
+        dtypes = tuple(getattr(value.array, "dtype", None) for value in operands)
+        known = tuple((value.tag, value.is_broadcast) for value in operands)
+        found = self._retyped.setdefault(jaxpr if consts else inner, {})
+        key = (dtypes, known, scope, wants, forced)
+        if key not in found:
+
+            def evaluate(*arrays: Any) -> list[Value]:
+                operands = [Value(array, *about) for array, about in zip(arrays, known, strict=True)]
+                return self.evaluate(jaxpr, operands, scope, wants)
+
+            avals = [_with_dtype(v.aval, dtype) for v, dtype in zip(inner.invars, dtypes, strict=True)]
+            found[key] = self._trace(evaluate, avals, forced or (None,) * len(inner.outvars))
+        retyped: Retyped = found[key]
+        return retyped
+
+    def _trace(self, evaluate: Callable[..., list[Value]], avals: Sequence[Any], forced: Sequence[Any]) -> Retyped:
+        results: list[tuple[Tag, bool]] = []
+
+        def run(*arrays: Any) -> list[Any]:
+            values = evaluate(*arrays)
+            results[:] = [(value.tag, value.is_broadcast) for value in values]
+            return [v.array if dtype is None else cast(v.array, dtype) for v, dtype in zip(values, forced, strict=True)]
+
+        outer, self.records = self.records, []
+        try:
+            return Retyped(jax.make_jaxpr(run)(*avals), tuple(results), tuple(self.records))
+        finally:
+            self.records = outer
+
+    def results(self, retyped: Retyped, arrays: Sequence[Any]) -> list[Value]:
+        """Pairs what a retyped program returned with what is known of it, and keeps the record of its decisions."""
+        self.records.extend(retyped.records)
+        return [Value(array, *known) for array, known in zip(arrays, retyped.results, strict=True)]
+
+    def _equation(self, frame: Frame, eqn: Equation, scope: str, wants: Wants) -> list[Value]:
+        name = eqn.primitive.name
+        scope = "/".join(filter(None, (scope, scope_names(eqn.source_info.name_stack))))
+        precision = self.settings.precision(scope, name)
+        op, why = classify(eqn, self.settings.ops_by_name)
+        operands = [frame.read(v) for v in eqn.invars]
+        position = len(self.records)
+        if op is OpClass.NESTED and name in self.handlers and not precision.leaves_whole:
+            call = Call(eqn, [_as_array(v, value) for v, value in zip(eqn.invars, operands, strict=True)], scope, wants)
+            arrays, values, reason = call.arrays, self.handlers[name](self, call), why
+        else:
+            dtype, tags, reason = decide(eqn, operands, (op, why), precision, wants)
+            arrays = [frame.array(v, dtype) for v in eqn.invars]
+            is_broadcast = repeats_something_smaller(eqn, operands)
+            results = _apply(eqn, arrays, op, precision, dtype)
+            values = [Value(array, _tag(array, tag), is_broadcast) for array, tag in zip(results, tags, strict=True)]
+        if self.keeps_records:
+            op_class = op.value if isinstance(op, OpClass) else "replaced"
+            tag = "/".join(dict.fromkeys(value.tag.name for value in values))
+            about = (scope, source_line(eqn), name, op_class, tag)
+            dtypes = _dtypes(arrays), _dtypes([value.array for value in values])
+            self.records.insert(position, Record(*about, *dtypes, reason))
+        return values
+
+
+def _apply(eqn: Equation, arrays: Sequence[Any], op: Op, precision: Precision, dtype: DType | None) -> list[Any]:
+    """Runs the primitive of an equation, or what takes its place, on operands that have been cast."""
+    if dtype is None or dtype == FLOAT32:
+        return bind(eqn, arrays, eqn.params)
+    if not isinstance(op, OpClass):
+        results = op(*arrays, **eqn.params)
+        return list(results) if eqn.primitive.multiple_results else [results]
+    params = _params_at(eqn.params, dtype)
+    if eqn.primitive.name == "dot_general" and op is OpClass.ALLOW and precision.dot is not None:
+        if params.get("out_sharding") is None:
+            params.pop("out_sharding", None)
+        return [cast(precision.dot(*arrays, **params), dtype)]
+    return bind(eqn, arrays, params)
+
+
+def _params_at(params: dict[str, Any], dtype: DType) -> dict[str, Any]:
+    """Returns the parameters of an equation that was written for float32, for a compute dtype."""
+    changed = dict(params)
+    if "preferred_element_type" in params:
+        changed["preferred_element_type"] = dtype
+    if params.get("out_dtype") is not None:
+        changed["out_dtype"] = dtype
+    if isinstance(params.get("precision"), (jax.lax.DotAlgorithm, jax.lax.DotAlgorithmPreset)):
+        changed["precision"] = None  # an algorithm names the dtypes of its operands
+    return changed
+
+
+def _tag(array: Any, tag: Tag) -> Tag:
+    """What takes the place of a primitive may return float32 where the primitive would not."""
+    return Tag.HIGH if tag is Tag.LOW and array.dtype == FLOAT32 else tag
+
+
+def _as_array(atom: Atom, value: Value) -> Value:
+    if isinstance(atom, Literal):
+        return value._replace(array=np.asarray(atom.val, atom.aval.dtype))  # type: ignore[attr-defined]
+    return value
+
+
+def _with_dtype(aval: Any, dtype: Any) -> Any:
+    return (
+        aval
+        if dtype is None or not is_eligible(aval) or dtype == FLOAT32
+        else aval.update(dtype=dtype, weak_type=False)
+    )
+
+
+def _restore(array: Any, aval: Any) -> Any:
+    """Gives a result the dtype and the weak type that it was written with."""
+    return with_weak_type(array, aval) if isinstance(aval, jax.core.ShapedArray) else array

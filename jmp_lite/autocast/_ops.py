@@ -1,0 +1,250 @@
+"""Which precision each primitive of JAX wants: one table, with the reason for every family.
+
+Primitives are known by name, so that the table holds for every supported version of JAX. A primitive that is not in it
+runs on the dtypes it was written for.
+
+References:
+    PyTorch, ``aten/src/ATen/autocast_mode.h``; TensorFlow, ``auto_mixed_precision_lists.h``. Both see whole layers, a
+    jaxpr holds what they are made of: norms, softmax and losses follow from the classes of logarithms, exponentials,
+    roots and sums, and from the search for what they depend on (``_demand.py``).
+"""
+
+import enum
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from jmp_lite._compat import Equation, Primitive
+from jmp_lite._errors import InvalidOpError
+
+
+class OpClass(enum.Enum):
+    """What autocast does with a primitive.
+
+    Example:
+        >>> jmp.OpClass.ALLOW.name, jmp.OpClass("exact") is jmp.OpClass.EXACT
+        ('ALLOW', True)
+    """
+
+    ALLOW = "allow"
+    """Runs in the compute dtype."""
+    DENY = "deny"
+    """Runs in float32."""
+    FOLLOW = "follow"
+    """Runs in the precision of its operands, or of its consumers where they agree."""
+    EXACT = "exact"
+    """Runs on the dtypes it was written for, whatever those are."""
+    NESTED = "nested"
+    """Holds other programs: they are autocast in their turn."""
+
+
+class Family(NamedTuple):
+    """Primitives that are alike."""
+
+    op_class: OpClass
+    reason: str
+    primitives: str
+
+
+_MOVEMENT = "moves whole arrays: cheaper after a cast to 16 bits"
+_PER_OPERAND = "treats each operand by itself: every one keeps its precision"
+
+#: The last family of this table is what stands for primitives that are not in it.
+FAMILIES = (
+    Family(
+        OpClass.ALLOW,
+        "matrix products and convolutions: their units run 16-bit operands and add up in float32",
+        "dot_general conv_general_dilated ragged_dot_general scaled_dot",
+    ),
+    Family(
+        OpClass.DENY,
+        "steep or singular functions: a rounded argument or result costs many digits",
+        """exp exp2 expm1 log log1p log2 pow rsqrt sqrt cbrt sin cos tan asin acos atan atan2 sinh cosh asinh acosh
+        atanh erf_inv erfc lgamma digamma polygamma igamma igammac igamma_grad_a random_gamma_grad
+        regularized_incomplete_beta zeta bessel_i0e bessel_i1e polynomial one_minus_square nextafter""",
+    ),
+    Family(
+        OpClass.DENY,
+        "sums and products of many terms: rounding adds up",
+        """reduce_sum reduce_prod reduce cumsum cumprod cumlogsumexp reduce_window_sum reduce_window scatter-add
+        scatter-sub scatter-mul""",
+    ),
+    Family(
+        OpClass.FOLLOW,
+        "mild arithmetic: as precise as its operands",
+        """add sub mul div rem neg abs sign max min clamp square integer_pow tanh logistic erf floor ceil round add_any
+        mul_add reduce_max reduce_min cummax cummin reduce_window_max reduce_window_min select_and_scatter_add
+        select_and_gather_add symmetric_product""",
+    ),
+    Family(
+        OpClass.FOLLOW,
+        _MOVEMENT,
+        """broadcast_in_dim broadcast_to reshape transpose squeeze expand_dims rev slice copy copy_p stop_gradient
+        all_gather all_gather_invariant all_gather_reduced all_to_all ppermute pbroadcast sharding_constraint
+        layout_constraint reshard mesh_cast unreduced_reshard relayout with_memory_space_constraint""",
+    ),
+    Family(
+        OpClass.FOLLOW,
+        "selects and rearranges: as precise as its operands",
+        """dynamic_slice dynamic_update_slice gather concatenate pad select_n tile top_k approx_top_k argmax
+        argmin iota eq ne lt le gt ge eq_to lt_to le_to is_finite convert_element_type real imag name custom_lin
+        reduce_precision stack unstack split zeros_like empty_like reduce_scatter unreduced_psum unreduced_pmax
+        unreduced_pmin unreduced_reduce_scatter""",
+    ),
+    Family(
+        OpClass.FOLLOW,
+        _PER_OPERAND,
+        """optimization_barrier psum psum_invariant pmax pmin sort device_put pvary pcast preduced reduced_vary_cast
+        reduced_vary_cast_p vary_unreduced_cast vary_unreduced_cast_p to_vma""",
+    ),
+    Family(
+        OpClass.NESTED,
+        "holds programs, which are autocast in their turn",
+        """jit closed_call remat2 checkpoint scan while cond custom_jvp_call custom_vjp_call
+        custom_vmap_call composite xla_metadata_call linear_call shard_map run_state""",
+    ),
+    Family(
+        OpClass.EXACT,
+        "linear algebra and transforms: solvers need the digits they were written for",
+        """cholesky cholesky_update lu lu_pivots_to_permutation qr geqrf geqp3 ormqr householder_product eig eigh svd
+        schur hessenberg triangular_solve tridiagonal tridiagonal_solve custom_linear_solve fft""",
+    ),
+    Family(
+        OpClass.EXACT,
+        "random numbers: the same bits with and without autocast",
+        """random_bits random_clone random_fold_in random_gamma random_seed random_split random_unwrap random_wrap
+        rng_bit_generator rng_uniform threefry2x32 threefry4x32 philox2x32 philox4x32 iota_2x32_shape""",
+    ),
+    Family(
+        OpClass.EXACT,
+        "bits, integers and complex numbers",
+        """bitcast_convert_type and or xor not shift_left shift_right_arithmetic shift_right_logical clz
+        population_count mulhi reduce_and reduce_or reduce_xor complex conj to_edtype from_edtype""",
+    ),
+    Family(
+        OpClass.EXACT,
+        "writes into arrays: results have the dtype of the array written to",
+        "scatter scatter-min scatter-max select_and_scatter",
+    ),
+    Family(
+        OpClass.EXACT,
+        "mutable arrays: they keep their dtype",
+        """get swap addupdate accum_grad_in_ref new_ref empty_ref free_ref freeze empty empty2 pin unpin box_get box_set
+        new_box new_log log_read log_extend get_global masked_load masked_swap""",
+    ),
+    Family(
+        OpClass.EXACT,
+        "calls out of the program: the other side expects the dtypes it was written for",
+        """pure_callback io_callback debug_callback debug_print inspect_sharding check ffi_call pallas_call
+        custom_partitioning call_exported call_hi_primitive call_hi_primitive_linearized cudnn_fusion core_map mpmd_map
+        jaxpr_call eval_jaxpr dot_product_attention_fwd dot_product_attention_fwd_wrapper dot_product_attention_bwd
+        dot_product_attention_bwd_wrapper dot_product_attention_fp8_fwd dot_product_attention_fp8_fwd_wrapper
+        dot_product_attention_fp8_bwd dot_product_attention_fp8_bwd_wrapper scaled_matmul scaled_matmul_wrapper""",
+    ),
+    Family(
+        OpClass.EXACT,
+        "pieces of transformations, of meshes, of kernels and of asynchronous communication",
+        """call core_call program_order after_all axis_index create_token create_linear custom_jvp_call_jaxpr dce_sink dim_as_value dimension_size
+        platform_index remat_opt run_scoped shape_assertion stage tie unreachable xla_metadata_value ragged_all_to_all
+        psend precv all_gather_start all_gather_done all_gather_reduced_start all_to_all_start all_to_all_done
+        pbroadcast_start pbroadcast_done pbroadcast_dynamic ppermute_start ppermute_done psum_start psum_done
+        psum_invariant_start unreduced_psum_start reduce_scatter_start reduce_scatter_done
+        unreduced_reduce_scatter_start delay multiple_of num_programs program_id reciprocal semaphore_read
+        semaphore_signal semaphore_wait""",
+    ),
+    Family(OpClass.EXACT, "unknown to the table: the dtypes it was written for are safe", ""),
+)
+
+_BY_NAME: dict[str, Family] = {name: family for family in FAMILIES for name in family.primitives.split()}
+_OUTER_PRODUCT = Family(OpClass.FOLLOW, "a product without contraction adds nothing up", "")
+_SMALL_POWER = Family(OpClass.FOLLOW, "a small positive power: as precise as its operand", "")
+_OTHER_POWER = Family(OpClass.DENY, "a large or negative power: a rounded argument costs many digits", "")
+
+#: Results of these have no more information than their operands: what is a copy of something smaller stays one.
+KEEPS_BROADCAST = frozenset({"reshape", "squeeze", "expand_dims", "transpose", "convert_element_type", "copy"}) | {
+    *("stop_gradient", "select_n", "neg", "add", "sub", "mul", "div", "max", "min", "exp")
+}
+
+Op = OpClass | Callable[..., Any]
+
+#: What users added; filled when modules are imported.
+_REGISTERED: dict[str, Op] = {}
+
+
+def register_op(primitive: "str | Primitive", op: Op) -> None:
+    """Tells autocast what to do with a primitive, everywhere.
+
+    Args:
+        primitive: A primitive, or its name as it appears in a jaxpr.
+        op: A class, or a function ``op(*operands, **params)`` that takes the place of the primitive. It is given the
+            operands, float32 ones in the compute dtype, with the parameters of the equation, and returns what the
+            primitive would, in any floating dtype.
+
+    Raises:
+        InvalidOpError: If ``op`` is neither, or ``OpClass.NESTED``, which only this library can serve.
+
+    Example:
+        >>> jmp.register_op("my_fused_attention", jmp.OpClass.ALLOW)
+
+    References:
+        ``torch.library.register_autocast``.
+    """
+    name = primitive if isinstance(primitive, str) else primitive.name
+    _REGISTERED[name] = checked(name, op)
+
+
+def checked(name: str, op: Any) -> Op:
+    """Returns what the user gave for a primitive, if it can be used."""
+    if op is OpClass.NESTED or not (isinstance(op, OpClass) or callable(op)):
+        raise InvalidOpError(
+            f"{op!r} cannot stand for primitive {name!r}. Give OpClass.ALLOW, DENY, FOLLOW or EXACT, or a function "
+            "of the operands and parameters."
+        )
+    checked_op: Op = op
+    return checked_op
+
+
+def family(name: str) -> Family:
+    """Returns the family that a primitive belongs to."""
+    return _BY_NAME.get(name, FAMILIES[-1])
+
+
+def is_known(name: str) -> bool:
+    """Whether the table holds a primitive."""
+    return name in _BY_NAME
+
+
+def moves_whole_arrays(name: str) -> bool:
+    """Whether a primitive does nothing but move arrays, so that a cast may come first."""
+    return family(name).reason is _MOVEMENT
+
+
+def treats_operands_separately(name: str) -> bool:
+    """Whether each result of a primitive depends on one operand alone."""
+    return family(name).reason is _PER_OPERAND
+
+
+def classify(eqn: Equation, ops: Mapping[str, Op]) -> tuple[Op, str]:
+    """Returns the class of an equation, or the function that takes its place, and the reason.
+
+    Args:
+        eqn: An equation of a jaxpr.
+        ops: What the user said for this function; it goes before what was registered, and before the table.
+    """
+    name = eqn.primitive.name
+    for source, table in (("given in ops", ops), ("registered", _REGISTERED)):
+        if name in table:
+            return table[name], source
+    if name == "integer_pow":
+        op_class, reason, _ = _SMALL_POWER if 1 <= eqn.params["y"] <= 3 else _OTHER_POWER
+    elif name == "dot_general" and _contracted_size(eqn) == 1:
+        op_class, reason, _ = _OUTER_PRODUCT
+    else:
+        op_class, reason, _ = family(name)
+    return op_class, reason
+
+
+def _contracted_size(eqn: Equation) -> Any:
+    (contracted, _), _ = eqn.params["dimension_numbers"]
+    shape = eqn.invars[0].aval.shape  # type: ignore[attr-defined]
+    return math.prod(shape[dimension] for dimension in contracted)

@@ -1,0 +1,122 @@
+"""Parts of a program with a precision of their own: decorators and context managers.
+
+A region is a name scope. Name scopes survive ``jit``, loops, custom rules and differentiation, so the backward pass of
+a region is in the region as well; where no autocast is at work, a region does nothing.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, TypeVar, overload
+
+import jax
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+#: What the name scopes of regions stand for.
+MODES = {"jmp.full_precision": "full", "jmp.low_precision": "low", "jmp.no_autocast": "off"}
+
+
+@overload
+def full_precision() -> AbstractContextManager[None]: ...
+@overload
+def full_precision(fun: F) -> F: ...
+def full_precision(fun: Any = None) -> Any:
+    """Keeps a part of a program in float32 under ``autocast``; what is made there stays float32 until the next product.
+
+    Args:
+        fun: The function to decorate. Without it, a context manager is returned.
+
+    Returns:
+        The function, or a context manager.
+
+    Example:
+        >>> @jmp.full_precision
+        ... def router(x, w):
+        ...     return x @ w
+        >>> x, w = jnp.ones((2, 4)), jnp.ones((4, 3))
+        >>> print(jmp.explain(router, "mixed_bfloat16")(x, w)[0].out_dtypes)
+        ('float32',)
+
+    References:
+        ``torch.autocast(enabled=False)`` with inputs cast to float32.
+    """
+    return _region("jmp.full_precision", fun)
+
+
+@overload
+def low_precision() -> AbstractContextManager[None]: ...
+@overload
+def low_precision(fun: F) -> F: ...
+def low_precision(fun: Any = None) -> Any:
+    """Keeps a part of a program in the compute dtype under ``autocast``, sums and exponentials too.
+
+    Linear algebra, random numbers and other operations that must stay exact do so here as well.
+
+    Args:
+        fun: The function to decorate. Without it, a context manager is returned.
+
+    Returns:
+        The function, or a context manager.
+
+    Example:
+        >>> def attention_weights(logits):
+        ...     with jmp.low_precision():
+        ...         return jax.nn.softmax(logits)
+        >>> decisions = jmp.explain(attention_weights, "mixed_bfloat16")(jnp.ones((2, 4)))
+        >>> {d.out_dtypes for d in decisions if d.primitive == "exp"}
+        {('bfloat16',)}
+    """
+    return _region("jmp.low_precision", fun)
+
+
+@overload
+def no_autocast() -> AbstractContextManager[None]: ...
+@overload
+def no_autocast(fun: F) -> F: ...
+def no_autocast(fun: Any = None) -> Any:
+    """Leaves a part of a program as it was written; its results count as untouched inputs of what follows.
+
+    Args:
+        fun: The function to decorate. Without it, a context manager is returned.
+
+    Returns:
+        The function, or a context manager.
+
+    Example:
+        >>> def loss(x, w):
+        ...     with jmp.no_autocast():
+        ...         table = x @ w
+        ...     return table
+        >>> print(jmp.explain(loss, "mixed_bfloat16")(jnp.ones((2, 4)), jnp.ones((4, 3)))[0].reason)
+        in a no_autocast region
+
+    References:
+        ``torch.autocast(enabled=False)``.
+    """
+    return _region("jmp.no_autocast", fun)
+
+
+def _region(scope: str, fun: Any) -> Any:
+    if fun is None:
+        return _named(scope)
+
+    @functools.wraps(fun)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with jax.named_scope(scope):
+            return fun(*args, **kwargs)
+
+    return wrapped
+
+
+@contextmanager
+def _named(scope: str) -> Iterator[None]:
+    with jax.named_scope(scope):
+        yield
+
+
+def innermost(scope: str) -> str | None:
+    """Returns the name scope of the innermost region that a scope lies in."""
+    if "jmp." not in scope:
+        return None
+    return next((name for name in reversed(scope.split("/")) if name in MODES), None)

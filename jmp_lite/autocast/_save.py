@@ -1,0 +1,29 @@
+"""What the backward pass may keep: activations in 16 bits, and not the float32 inside of norms and softmax."""
+
+import math
+from typing import Any
+
+from jmp_lite._dtypes import FLOAT32
+
+#: Float32 results that are dear to compute again, or small: they are saved.
+_WORTH_SAVING = frozenset(
+    {"dot_general", "conv_general_dilated", "ragged_dot_general", "scaled_dot", "reduce_sum", "reduce_max"}
+)
+#: Arrays below this size cost nothing to keep.
+_SMALL = 4096
+
+
+def saves_low(primitive: Any, *operands: Any, **params: Any) -> bool:
+    """A policy of ``jax.checkpoint``: says whether the result of a primitive may be saved for the backward pass.
+
+    Casts may be saved if they are to 16 bits or fewer. Other results may be unless they are large and made from
+    float32: those are computed again.
+    """
+    if primitive.name == "convert_element_type":
+        return bool(params["new_dtype"].itemsize < FLOAT32.itemsize)
+    if primitive.name in _WORTH_SAVING:
+        return True
+    dtypes = {aval.dtype for aval in operands if hasattr(aval, "dtype")}
+    shapes = [getattr(aval, "shape", ()) for aval in operands]
+    shapes.append(params.get("shape") or ())  # of what a broadcast makes of a small operand
+    return FLOAT32 not in dtypes or max(map(math.prod, shapes)) < _SMALL

@@ -1,0 +1,72 @@
+"""Autocast for ``model.apply``, with the paths of modules in place of name scopes."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+
+from jmp_lite._policy import Policy, PolicyMap
+from jmp_lite.autocast._api import settings_from, wrap
+from jmp_lite.autocast._ops import Op
+from jmp_lite.autocast._rules import Rule
+
+
+def autocast(
+    apply: Callable[..., Any],
+    policy: str | Policy | PolicyMap,
+    *,
+    rules: Rule | Sequence[Rule] = (),
+    ops: Mapping[str, Op] | None = None,
+    dot: Callable[..., Any] | None = None,
+    accumulate: Any = None,
+    save: str = "all",
+) -> Callable[..., Any]:
+    """Runs ``model.apply`` in mixed precision: ``autocast`` with the paths of a ``PolicyMap`` inside the model.
+
+    Paths are those inside ``params``, such as ``encoder/Dense_0``, as for ``linen.with_policy``. Parameters, statistics
+    and every other collection keep their dtypes, in and out; random numbers are the same bits; layers need no
+    ``dtype``.
+
+    Args:
+        apply: ``model.apply`` or another method of a bound signature, also as a ``functools.partial``.
+        policy: As for ``autocast``; patterns are matched on paths inside the model.
+        rules: As for ``autocast``; scopes start with the name of the model's class, which patterns need not.
+        ops: As for ``autocast``.
+        dot: As for ``autocast``.
+        accumulate: As for ``autocast``.
+        save: As for ``autocast``.
+
+    Returns:
+        A function with the signature of ``apply``.
+
+    Raises:
+        InvalidRuleError: As ``autocast``, and so for the other errors.
+
+    Example:
+        >>> import flax.linen as nn
+        >>> class Model(nn.Module):
+        ...     @nn.compact
+        ...     def __call__(self, x):
+        ...         return nn.Dense(1, name="head")(
+        ...             nn.BatchNorm(use_running_average=False)(nn.Dense(4, name="body")(x))
+        ...         )
+        >>> model, x = Model(), jnp.ones((2, 3))
+        >>> variables = model.init(jax.random.key(0), x)
+        >>> policies = jmp.PolicyMap({"head": "full"}, default="mixed_bfloat16")
+        >>> apply = jmp.linen.autocast(model.apply, policies)
+        >>> output, updated = apply(variables, x, mutable=["batch_stats"])
+        >>> output.dtype, updated["batch_stats"]["BatchNorm_0"]["mean"].dtype
+        (dtype('float32'), dtype('float32'))
+        >>> jaxpr = jax.make_jaxpr(lambda v, x: apply(v, x, mutable=["batch_stats"])[0])(variables, x)
+        >>> [str(eqn.invars[0].aval.dtype) for eqn in jaxpr.eqns if eqn.primitive.name == "dot_general"]
+        ['bfloat16', 'float32']
+
+    References:
+        ``torch.autocast``.
+    """
+    function: Any = apply.func if isinstance(apply, functools.partial) else apply
+    model = getattr(function, "__self__", None)
+    root = (model.name or type(model).__name__) if isinstance(model, nn.Module) else ""
+    settings = settings_from(policy, rules=rules, ops=ops, dot=dot, accumulate=accumulate, root=root)
+    return wrap(apply, settings, save)

@@ -1,0 +1,160 @@
+"""Autocast for functions of NNX modules: state updates survive, and modules have scopes."""
+
+import contextlib
+import contextvars
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jmp_lite._policy import Policy, PolicyMap
+from jmp_lite.autocast._api import settings_from, wrap
+from jmp_lite.autocast._ops import Op
+from jmp_lite.autocast._rules import Rule, Settings
+from jmp_lite.nnx._modules import derived_class, is_leaf, is_node, objects, original_class, public_methods, unbound
+
+#: Path of the module whose method is running.
+_PATH: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("jmp_lite_nnx_path", default=())
+_CONTEXT = "jmp_lite.nnx.autocast"
+
+
+def autocast(
+    fn: Callable[..., Any],
+    policy: str | Policy | PolicyMap,
+    *,
+    rules: Rule | Sequence[Rule] = (),
+    ops: Mapping[str, Op] | None = None,
+    dot: Callable[..., Any] | None = None,
+    accumulate: Any = None,
+    save: str = "all",
+) -> Callable[..., Any]:
+    """Runs a function of NNX modules in mixed precision; ``jmp_lite.autocast`` for arguments that are modules.
+
+    Modules, variables and ``nnx.Rngs`` may stand anywhere among the arguments. Whatever the function does to them
+    stays: running statistics, random counters, caches, new attributes. Variables keep their dtypes, random numbers
+    are the same bits, layers need no ``dtype``.
+
+    NNX opens no name scopes, so each method of a module runs in one here, named by its path in the module that was
+    passed, such as ``layers/0/attention``. Rules and the patterns of a ``PolicyMap`` are matched on these.
+
+    Args:
+        fn: A function of modules and any other arguments; a module or a bound method of one stands for the function
+            that is left when the module is given.
+        policy: As for ``autocast``; patterns are matched on paths of modules.
+        rules: As for ``autocast``.
+        ops: As for ``autocast``.
+        dot: As for ``autocast``.
+        accumulate: As for ``autocast``.
+        save: As for ``autocast``.
+
+    Returns:
+        A function with the signature of ``fn``. It can be given to ``nnx.jit``, ``nnx.value_and_grad`` and the like.
+
+    Raises:
+        InvalidRuleError: As ``autocast``, and so for the other errors.
+
+    Example:
+        >>> from flax import nnx
+        >>> class Model(nnx.Module):
+        ...     def __init__(self, rngs):
+        ...         self.body, self.norm = nnx.Linear(3, 4, rngs=rngs), nnx.BatchNorm(4, rngs=rngs)
+        ...
+        ...     def __call__(self, x):
+        ...         return self.norm(self.body(x))
+        >>> def loss(model, x):
+        ...     return jnp.mean((model(x) - 1) ** 2)
+        >>> model, x = Model(nnx.Rngs(0)), jnp.ones((2, 3))
+        >>> value, grads = nnx.value_and_grad(jmp.nnx.autocast(loss, "mixed_bfloat16"))(model, x)
+        >>> value.dtype, grads.body.kernel.dtype, model.norm.mean.dtype, bool(jnp.any(model.norm.mean[...] != 0))
+        (dtype('float32'), dtype('float32'), dtype('float32'), True)
+
+    References:
+        ``torch.autocast``. State crosses as in ``nnx.jit``: flax.readthedocs.io, "NNX graph".
+    """
+    function, owner = unbound(fn)
+    settings = settings_from(policy, rules=rules, ops=ops, dot=dot, accumulate=accumulate)
+    wrapped = functools.wraps(function)(lambda *args, **kwargs: _call(function, settings, save, args, kwargs))
+    return wrapped if owner is None else functools.partial(wrapped, owner)
+
+
+def _call(fn: Callable[..., Any], settings: Settings, save: str, args: Any, kwargs: Any) -> Any:
+    """Calls a function of modules as a pure function of their state, as ``nnx.jit`` does."""
+    nodes, others, layout = _partition((args, kwargs))
+
+    def pure(state: Any, others: list[Any]) -> tuple[Any, ...]:
+        with nnx.merge_context(_CONTEXT, inner=True) as context:
+            copies = context.merge(graphdef, state)
+        call_args, call_kwargs = _combine(copies, others, layout)
+        with _scopes(copies):
+            returned, *rest = _partition(fn(*call_args, **call_kwargs))
+        with nnx.split_context(_CONTEXT) as context:
+            return *rest, *context.split((copies, returned))
+
+    with nnx.update_context(_CONTEXT):
+        with nnx.split_context(_CONTEXT) as context:
+            graphdef, state = context.split(nodes)
+        results, layout_of_results, new_graphdef, new_state = wrap(pure, settings, save)(state, others)
+        with nnx.merge_context(_CONTEXT, inner=False) as context:
+            _, returned = context.merge(new_graphdef, new_state)
+    return _combine(returned, results, layout_of_results)
+
+
+def _partition(tree: Any) -> tuple[list[Any], list[Any], Any]:
+    """Splits a tree into what has an identity, the other leaves, and how they stood together."""
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=is_leaf)
+    nodes = [leaf for leaf in leaves if is_node(leaf)]
+    others = [leaf for leaf in leaves if not is_node(leaf)]
+    return nodes, others, (treedef, [is_node(leaf) for leaf in leaves])
+
+
+def _combine(nodes: list[Any], others: list[Any], layout: Any) -> Any:
+    treedef, is_node_at = layout
+    remaining_nodes, remaining_others = iter(nodes), iter(others)
+    return jax.tree.unflatten(treedef, [next(remaining_nodes if at else remaining_others) for at in is_node_at])
+
+
+# --- Name scopes ---
+
+
+@contextlib.contextmanager
+def _scopes(nodes: list[Any]) -> Iterator[None]:
+    """Gives the modules of a graph, for as long as the context lasts, methods that open a name scope."""
+    scoped = []
+    for path, module in objects(nodes):
+        cls = original_class(module)
+        names = public_methods(cls)
+        if isinstance(module, nnx.Module) and not isinstance(module, (nnx.List, nnx.Dict)) and names:
+            is_pytree = not jax.tree_util.all_leaves([module])
+            derived = _scoped_class(type(module), names, tuple(map(str, path[1:])), is_pytree)
+            scoped.append((module, type(module)))
+            object.__setattr__(module, "__class__", derived)
+    try:
+        yield
+    finally:
+        for module, cls in scoped:
+            object.__setattr__(module, "__class__", cls)
+
+
+@functools.cache
+def _scoped_class(cls: type, names: tuple[str, ...], path: tuple[str, ...], is_pytree: bool) -> type:
+    """Derives a class whose methods open a name scope. One per path: NNX caches traces by class."""
+    methods = {name: _in_scope(inspect.getattr_static(cls, name), path) for name in names}
+    return derived_class(cls, methods, is_pytree=is_pytree)
+
+
+def _in_scope(function: Any, path: tuple[str, ...]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def scoped_method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        outer = _PATH.get()
+        inner = path[len(outer) :] if path[: len(outer)] == outer else path
+        token = _PATH.set(path)
+        try:
+            with jax.named_scope("/".join(inner)) if inner else contextlib.nullcontext():
+                return function.__get__(self, type(self))(*args, **kwargs)
+        finally:
+            _PATH.reset(token)
+
+    return scoped_method

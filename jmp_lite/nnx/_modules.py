@@ -1,0 +1,64 @@
+"""What policies and autocast ask of NNX: which values have an identity, and classes whose methods do something more."""
+
+import inspect
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from flax import nnx
+
+from jmp_lite._tree import Opaque
+
+#: Where a derived class keeps the class that it was made from.
+_ORIGINAL = "_jmp_lite_original_class"
+
+
+def is_node(value: Any) -> bool:
+    """Whether a value has an identity that must be kept: a module, a variable, ``nnx.Rngs``, an optimiser."""
+    return isinstance(value, (nnx.Pytree, nnx.Variable))
+
+
+def is_leaf(value: Any) -> bool:
+    """Whether a value is not to be looked into as a pytree."""
+    return is_node(value) or isinstance(value, Opaque)
+
+
+def objects(nodes: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Yields the mutable objects of a graph, each once, with their paths."""
+    return ((path, node) for path, node in nnx.iter_graph(nodes, graph=True) if isinstance(node, nnx.Pytree))
+
+
+def unbound(fn: Callable[..., Any]) -> tuple[Callable[..., Any], Any]:
+    """Splits a module, or a bound method of one, into a function and the module; other functions have none."""
+    if isinstance(fn, nnx.Module):
+        return _call_module, fn
+    owner = getattr(fn, "__self__", None)
+    return (fn.__func__, owner) if isinstance(owner, nnx.Module) else (fn, None)  # type: ignore[attr-defined]
+
+
+def _call_module(module: Any, *args: Any, **kwargs: Any) -> Any:
+    return module(*args, **kwargs)
+
+
+def original_class(module: Any) -> Any:
+    """Returns the class that a module was given by its author."""
+    return vars(type(module)).get(_ORIGINAL, type(module))
+
+
+def public_methods(cls: type) -> tuple[str, ...]:
+    """Returns the names of the methods that others call; of recurrent cells, and of containers, only ``__call__``."""
+    return tuple(name for name in dir(cls) if _is_public_method(cls, name))
+
+
+def _is_public_method(cls: type, name: str) -> bool:
+    if name == "__call__":
+        return True
+    own = not name.startswith("_") and not hasattr(nnx.Module, name) and not issubclass(cls, nnx.RNNCellBase)
+    return own and inspect.isfunction(inspect.getattr_static(cls, name))
+
+
+def derived_class(cls: type, methods: dict[str, Any], *, is_pytree: bool) -> type:
+    """Derives a class that looks like the original, with other methods."""
+    namespace = {**methods, _ORIGINAL: cls, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    namespace["__doc__"] = cls.__doc__
+    return types.new_class(cls.__name__, (cls,), {"pytree": is_pytree}, lambda body: body.update(namespace))

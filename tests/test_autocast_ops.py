@@ -1,0 +1,113 @@
+"""The table of primitives: complete, without contradictions, and open to users."""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import checkify, pallas  # noqa: F401  their primitives are looked for as well
+from jax.extend.core import Primitive, primitives  # noqa: F401, TID251
+
+import jmp_lite as jmp
+from jmp_lite.autocast import _ops
+from jmp_lite.autocast._api import HANDLERS
+from jmp_lite.autocast._demand import CALLS
+
+#: Parts of a GPU kernel, which autocast never sees: it leaves the call of the kernel as it is.
+KERNEL_PACKAGES = ("jax._src.pallas.mosaic", "jax._src.pallas.triton", "jax.experimental.mosaic", "jax._src.tpu")
+
+
+def primitives_of_this_jax():
+    """Every primitive that a loaded module of JAX names."""
+    modules = [m for name, m in sys.modules.items() if name.startswith("jax") and not name.startswith(KERNEL_PACKAGES)]
+    values = [value for module in modules for value in vars(module).values()]
+    return sorted({value.name for value in values if isinstance(value, Primitive)})
+
+
+def test_every_primitive_of_this_jax_has_a_class():
+    names = primitives_of_this_jax()
+    assert len(names) > 250
+    unknown = [name for name in names if not _ops.is_known(name)]
+    assert not unknown, f"give these a family in jmp_lite/autocast/_ops.py: {unknown}"
+
+
+def test_a_primitive_has_one_family():
+    names = [name for family in _ops.FAMILIES for name in family.primitives.split()]
+    assert len(names) == len(set(names))
+
+
+def test_every_nested_primitive_has_a_handler_and_every_handler_is_nested():
+    nested = {name for f in _ops.FAMILIES if f.op_class is jmp.OpClass.NESTED for name in f.primitives.split()}
+    assert set(HANDLERS) <= nested
+    assert set(CALLS) <= nested
+    assert nested & set(primitives_of_this_jax()) <= set(HANDLERS)
+
+
+def test_every_family_says_why():
+    assert all(family.reason for family in _ops.FAMILIES)
+    assert _ops.family("a primitive of tomorrow").op_class is jmp.OpClass.EXACT
+
+
+def dtypes_of(fun, primitive, *args, **options):
+    records = jmp.explain(fun, "mixed_bfloat16", **options)(*args)
+    return {dtype for record in records if record.primitive == primitive for dtype in record.in_dtypes}
+
+
+X, W = jax.ShapeDtypeStruct((2, 8), jnp.float32), jax.ShapeDtypeStruct((8, 4), jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("power", "dtype"), [(1, "bfloat16"), (2, "bfloat16"), (3, "bfloat16"), (4, "float32"), (-1, "float32")]
+)
+def test_small_powers_follow_and_large_ones_run_in_float32(power, dtype):
+    assert dtypes_of(lambda x, w: jax.lax.integer_pow(x @ w, power), "integer_pow", X, W) == {dtype}
+
+
+def test_a_product_without_contraction_is_left_in_float32():
+    positions, frequencies = jax.ShapeDtypeStruct((64,), jnp.float32), jax.ShapeDtypeStruct((8,), jnp.float32)
+    assert dtypes_of(lambda p, f: jnp.einsum("i,j->ij", p, f), "dot_general", positions, frequencies) == {"float32"}
+
+
+# --- What users add ---
+
+
+@pytest.mark.parametrize(
+    ("op", "dtype"),
+    [(jmp.OpClass.ALLOW, "bfloat16"), (jmp.OpClass.DENY, "float32"), (jmp.OpClass.EXACT, "float32")],
+)
+def test_ops_reclassify_a_primitive_for_one_function(op, dtype):
+    assert dtypes_of(lambda x, w: jnp.tanh(x @ w), "tanh", X, W, ops={"tanh": op}) == {dtype}
+    assert dtypes_of(lambda x, w: jnp.tanh(x @ w), "tanh", X, W) == {"bfloat16"}
+
+
+def test_a_function_takes_the_place_of_a_primitive(rng):
+    x = jnp.asarray(rng.normal(size=(4, 8)), jnp.float32)
+    seen = []
+
+    def sine(operand, **params):
+        seen.append((operand.dtype, params))
+        return operand * 2
+
+    result = jmp.autocast(jnp.sin, "mixed_bfloat16", ops={"sin": sine})(x)
+    assert result.dtype == jnp.float32
+    np.testing.assert_array_equal(result, x.astype(jnp.bfloat16).astype(jnp.float32) * 2)
+    ((dtype, params),) = seen
+    assert dtype == jnp.bfloat16
+    assert params == jax.make_jaxpr(jnp.sin)(x).eqns[0].params
+
+
+def test_registered_ops_hold_everywhere_and_go_after_ops(monkeypatch):
+    monkeypatch.setattr(_ops, "_REGISTERED", {})
+    jmp.register_op(jax.extend.core.primitives.tanh_p, jmp.OpClass.DENY)
+    assert dtypes_of(lambda x, w: jnp.tanh(x @ w), "tanh", X, W) == {"float32"}
+    here = {"tanh": jmp.OpClass.FOLLOW}
+    assert dtypes_of(lambda x, w: jnp.tanh(x @ w), "tanh", X, W, ops=here) == {"bfloat16"}
+
+
+@pytest.mark.parametrize("op", ["allow", None, 16, jmp.OpClass.NESTED])
+def test_what_cannot_stand_for_a_primitive_is_refused(op):
+    with pytest.raises(jmp.InvalidOpError, match="'tanh'"):
+        jmp.register_op("tanh", op)
+    with pytest.raises(TypeError, match="OpClass.ALLOW"):
+        jmp.autocast(jnp.tanh, "mixed_bfloat16", ops={"tanh": op})
