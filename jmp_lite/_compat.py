@@ -1,27 +1,30 @@
-"""The only file that knows about versions of JAX and about libraries that may or may not be there."""
+"""The only file that knows about versions of JAX and about libraries that may or may not be there.
+
+``jax.extend`` is imported where it is used: it brings Pallas along, which takes longer than all of this library.
+"""
 
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import jax
-import jax.extend.core as jex
 import numpy as np
-from jax.extend import source_info_util
-from jax.extend.core.primitives import convert_element_type_p
 
 T = TypeVar("T")
 
 #: From jax 0.11 on, ``Jaxpr`` is both: a program, and a program with the arrays it closed over.
 Jaxpr: TypeAlias = Any
-Equation: TypeAlias = jex.JaxprEqn
-Atom: TypeAlias = jex.Var | jex.Literal
-Literal = jex.Literal
-Var = jex.Var
-DropVar = jex.DropVar
-Primitive = jex.Primitive
-jaxpr_as_fun = jex.jaxpr_as_fun
+Equation: TypeAlias = Any
+Var: TypeAlias = Any
+#: An operand: a variable or a literal.
+Atom: TypeAlias = Any
+
+
+class Primitive(Protocol):
+    """What is asked of a ``jax.extend.core.Primitive``."""
+
+    name: str
 
 
 def register_flax_serialization(
@@ -69,6 +72,18 @@ def open_jaxpr(closed: Jaxpr) -> tuple[Any, list[Any]]:
     return program(opened)[0], consts
 
 
+def is_literal(atom: Atom) -> bool:
+    """Whether an operand is a number written into the program."""
+    return hasattr(atom, "val")
+
+
+def run(closed: Jaxpr, *arrays: Any) -> list[Any]:
+    """Evaluates a program as it is."""
+    from jax.extend.core import jaxpr_as_fun
+
+    return list(jaxpr_as_fun(closed)(*arrays))
+
+
 def bind(eqn: Equation, operands: Sequence[Any], params: dict[str, Any]) -> list[Any]:
     """Applies the primitive of an equation to other operands, under other parameters."""
     results = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(params))
@@ -90,12 +105,16 @@ def scope_names(name_stack: Any) -> str:
 
 def source_line(eqn: Equation) -> str:
     """Returns the user's file and line that an equation comes from."""
-    return source_info_util.summarize(eqn.source_info)
+    from jax.extend import source_info_util
+
+    return str(source_info_util.summarize(eqn.source_info))
 
 
 @contextlib.contextmanager
 def as_traced(eqn: Equation) -> Iterator[None]:
     """Gives new equations the name scopes, the source line and the context (mesh, metadata) of an old one."""
+    from jax.extend import source_info_util
+
     name_stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
     with source_info_util.user_context(eqn.source_info.traceback, name_stack=name_stack), eqn.ctx.manager:
         yield
@@ -103,6 +122,8 @@ def as_traced(eqn: Equation) -> Iterator[None]:
 
 def with_weak_type(array: Any, aval: Any) -> Any:
     """Converts an array, or the value of a literal, to the dtype of an abstract value and to its weak type."""
+    from jax.extend.core.primitives import convert_element_type_p
+
     if not isinstance(array, jax.Array):
         array = np.asarray(array, aval.dtype)
     elif array.dtype == aval.dtype and array.weak_type == aval.weak_type:

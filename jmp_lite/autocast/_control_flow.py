@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jmp_lite._compat import Jaxpr, Literal, open_jaxpr, program, scan_counts
+from jmp_lite._compat import Jaxpr, is_literal, open_jaxpr, program, scan_counts
 from jmp_lite._dtypes import FLOAT32, DType
 from jmp_lite.autocast._interpreter import Call, Handler, Interpreter, Retyped
 from jmp_lite.autocast._values import Tag, Value, cast, is_eligible
@@ -203,10 +203,10 @@ def _stops_by_float(params: Mapping[str, Any]) -> bool:
 
 def _inputs_behind(jaxpr: Any, results: set[int]) -> set[int]:
     """Returns which inputs of a program some of its results depend on."""
-    needed = {jaxpr.outvars[k] for k in results if not isinstance(jaxpr.outvars[k], Literal)}
+    needed = {jaxpr.outvars[k] for k in results if not is_literal(jaxpr.outvars[k])}
     for eqn in reversed(jaxpr.eqns):
         if not needed.isdisjoint(eqn.outvars):
-            needed.update(v for v in eqn.invars if not isinstance(v, Literal))
+            needed.update(v for v in eqn.invars if not is_literal(v))
     return {index for index, v in enumerate(jaxpr.invars) if v in needed}
 
 

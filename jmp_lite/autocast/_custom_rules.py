@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import linear_call
 
-from jmp_lite._compat import jaxpr_as_fun
+from jmp_lite._compat import run
 from jmp_lite.autocast._interpreter import Call, Handler, Interpreter, Retyped
 from jmp_lite.autocast._values import Tag, Value, cast
 
@@ -39,8 +39,7 @@ class _Parts(NamedTuple):
         return [v.aval for v in self.call.eqn.invars]
 
     def run(self, *arguments: Any) -> list[Any]:
-        results: list[Any] = jaxpr_as_fun(self.inner.jaxpr)(*self.closed, *arguments)
-        return results
+        return run(self.inner.jaxpr, *self.closed, *arguments)
 
     def original(self, *arrays: Any) -> list[Any]:
         return self.call.bind(arrays)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from jmp_lite._compat import Equation, Literal
+from jmp_lite._compat import Atom, Equation, is_literal
 from jmp_lite._dtypes import FLOAT32, DType
 from jmp_lite.autocast._demand import Want, Wants
 from jmp_lite.autocast._ops import KEEPS_BROADCAST, Op, OpClass, moves_whole_arrays, treats_operands_separately
@@ -80,7 +80,7 @@ def _decide_conversion(eqn: Equation, operand: Value) -> Decision:
     source = eqn.invars[0].aval
     if is_eligible(source) and eqn.params["new_dtype"] == FLOAT32:
         return Decision(None, (operand.tag,), "already float32 in the original program: keeps its precision")
-    is_upcast = jnp.issubdtype(source.dtype, jnp.floating) and is_eligible(eqn.outvars[0].aval)  # type: ignore[attr-defined]
+    is_upcast = jnp.issubdtype(source.dtype, jnp.floating) and is_eligible(eqn.outvars[0].aval)
     return Decision(None, (Tag.HIGH if is_upcast else Tag.NEUTRAL,), "a cast of the original program")
 
 
@@ -108,8 +108,8 @@ def _follow(eqn: Equation, operands: Sequence[Value], compute_dtype: DType, want
     return Decision(FLOAT32, (Tag.NEUTRAL,) * len(eqn.outvars), "no decision has touched its operands yet")
 
 
-def _is_float_array(atom: object) -> bool:
-    return not isinstance(atom, Literal) and is_eligible(atom.aval)  # type: ignore[attr-defined]
+def _is_float_array(atom: Atom) -> bool:
+    return not is_literal(atom) and is_eligible(atom.aval)
 
 
 def _promotes(value: Value, operands: Sequence[Value]) -> bool:
@@ -127,13 +127,13 @@ def repeats_something_smaller(eqn: Equation, operands: Sequence[Value]) -> bool:
         return True
     if name == "broadcast_in_dim":
         source, result = eqn.invars[0], eqn.outvars[0]
-        grew = isinstance(source, Literal) or size(source.aval) != size(result.aval)
+        grew = is_literal(source) or size(source.aval) != size(result.aval)
         return grew or operands[0].is_broadcast
     return (
         name in KEEPS_BROADCAST
         and bool(operands)
         and all(
-            isinstance(v, Literal) or value.is_broadcast or getattr(v.aval, "ndim", 1) == 0
+            is_literal(v) or value.is_broadcast or getattr(v.aval, "ndim", 1) == 0
             for v, value in zip(eqn.invars, operands, strict=True)
         )
     )

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jmp_lite._compat import Atom, Equation, Jaxpr, Literal, Var, program
+from jmp_lite._compat import Atom, Equation, Jaxpr, Var, is_literal, program
 from jmp_lite.autocast._ops import Op, OpClass, classify, moves_whole_arrays, treats_operands_separately
 
 
@@ -104,7 +104,7 @@ class Demands:
 
 
 def _add(wants: dict[Var, Want], atom: Atom, want: Want | None) -> None:
-    if not isinstance(atom, Literal):
+    if not is_literal(atom):
         joined = meet(wants.get(atom), want)
         if joined is not None:
             wants[atom] = joined

@@ -17,10 +17,10 @@ from jmp_lite._compat import (
     Atom,
     Equation,
     Jaxpr,
-    Literal,
     Var,
     as_traced,
     bind,
+    is_literal,
     program,
     scope_names,
     source_line,
@@ -79,7 +79,8 @@ class Call:
     @property
     def params(self) -> dict[str, Any]:
         """The parameters of the equation."""
-        return self.eqn.params
+        params: dict[str, Any] = self.eqn.params
+        return params
 
     @property
     def arrays(self) -> list[Any]:
@@ -107,8 +108,8 @@ class Frame:
         for v, const in zip(self.jaxpr.constvars, consts, strict=True):
             self.values[v] = Value(const, self._tag_of_constant(const))
         self.values.update(zip(self.jaxpr.invars, operands, strict=True))
-        results = {v for v in self.jaxpr.outvars if isinstance(v, Var)}
-        last_use = {v: i for i, eqn in enumerate(self.jaxpr.eqns) for v in eqn.invars if isinstance(v, Var)}
+        results = {v for v in self.jaxpr.outvars if not is_literal(v)}
+        last_use = {v: i for i, eqn in enumerate(self.jaxpr.eqns) for v in eqn.invars if not is_literal(v)}
         self.unused_after: dict[int, list[Var]] = {}
         for v, index in last_use.items():
             if v not in results:
@@ -122,13 +123,13 @@ class Frame:
 
     def read(self, atom: Atom) -> Value:
         """Returns a variable as it is held, or the value of a literal."""
-        if isinstance(atom, Literal):
+        if is_literal(atom):
             return Value(atom.val, self._tag_of_constant(atom.val), is_broadcast=True)
         return self.values[atom]
 
     def array(self, atom: Atom, dtype: DType | None) -> Any:
         """Returns a variable cast to a dtype if it was float32 in the original program; casts are made once."""
-        if isinstance(atom, Literal):
+        if is_literal(atom):
             in_half = is_eligible(atom.aval) and dtype not in (None, FLOAT32)
             return np.asarray(atom.val, dtype) if in_half else atom.val
         held = self.values[atom].array
@@ -296,8 +297,8 @@ def _tag(array: Any, tag: Tag) -> Tag:
 
 
 def _as_array(atom: Atom, value: Value) -> Value:
-    if isinstance(atom, Literal):
-        return value._replace(array=np.asarray(atom.val, atom.aval.dtype))  # type: ignore[attr-defined]
+    if is_literal(atom):
+        return value._replace(array=np.asarray(atom.val, atom.aval.dtype))
     return value
 
 

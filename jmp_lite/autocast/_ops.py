@@ -144,13 +144,13 @@ FAMILIES = (
     Family(
         OpClass.EXACT,
         "pieces of transformations, of meshes, of kernels and of asynchronous communication",
-        """call core_call program_order after_all axis_index create_token create_linear custom_jvp_call_jaxpr dce_sink dim_as_value dimension_size
-        platform_index remat_opt run_scoped shape_assertion stage tie unreachable xla_metadata_value ragged_all_to_all
-        psend precv all_gather_start all_gather_done all_gather_reduced_start all_to_all_start all_to_all_done
-        pbroadcast_start pbroadcast_done pbroadcast_dynamic ppermute_start ppermute_done psum_start psum_done
-        psum_invariant_start unreduced_psum_start reduce_scatter_start reduce_scatter_done
-        unreduced_reduce_scatter_start delay multiple_of num_programs program_id reciprocal semaphore_read
-        semaphore_signal semaphore_wait""",
+        """call core_call program_order after_all axis_index create_token create_linear custom_jvp_call_jaxpr
+        dce_sink dim_as_value dimension_size platform_index remat_opt run_scoped shape_assertion stage tie
+        unreachable xla_metadata_value ragged_all_to_all psend precv all_gather_start all_gather_done
+        all_gather_reduced_start all_to_all_start all_to_all_done pbroadcast_start pbroadcast_done
+        pbroadcast_dynamic ppermute_start ppermute_done psum_start psum_done psum_invariant_start
+        unreduced_psum_start reduce_scatter_start reduce_scatter_done unreduced_reduce_scatter_start delay
+        multiple_of num_programs program_id reciprocal semaphore_read semaphore_signal semaphore_wait""",
     ),
     Family(OpClass.EXACT, "unknown to the table: the dtypes it was written for are safe", ""),
 )
@@ -246,5 +246,5 @@ def classify(eqn: Equation, ops: Mapping[str, Op]) -> tuple[Op, str]:
 
 def _contracted_size(eqn: Equation) -> Any:
     (contracted, _), _ = eqn.params["dimension_numbers"]
-    shape = eqn.invars[0].aval.shape  # type: ignore[attr-defined]
+    shape = eqn.invars[0].aval.shape
     return math.prod(shape[dimension] for dimension in contracted)
