@@ -1,7 +1,9 @@
-"""The command line: ``jmp-lite formats``, ``jmp-lite devices``, ``jmp-lite policy``."""
+"""The command line: ``jmp-lite formats``, ``jmp-lite devices``, ``jmp-lite policy``, ``jmp-lite explain``."""
 
 import argparse
-from collections.abc import Sequence
+import importlib
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +13,7 @@ import numpy as np
 from jmp_lite._dtypes import dtype_name, dtype_to_names, faster_dtype
 from jmp_lite._errors import JmpLiteError
 from jmp_lite._policy import get_policy
+from jmp_lite.autocast import explain as explain_autocast
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -62,6 +65,32 @@ def policy(spec: str) -> str:
     return _table(["field", "dtype"], rows)
 
 
+def explain(target: str, spec: str, *, grad: bool) -> str:
+    """Says what autocast does to every equation of a call.
+
+    Args:
+        target: ``module:function``, a function without parameters that returns ``(fun, *args)``; modules are looked for
+            in the working directory as well.
+        spec: A policy string.
+        grad: Whether to explain the gradient with respect to the first argument.
+
+    Raises:
+        JmpLiteError: If there is no such function.
+    """
+    module, _, name = target.partition(":")
+    sys.path.insert(0, "")
+    try:
+        fun, *args = getattr(importlib.import_module(module), name)()
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise JmpLiteError(
+            f"Cannot explain {target!r}: {error}. Write 'module:function', a function without parameters that "
+            "returns (fun, *args)."
+        ) from error
+    finally:
+        sys.path.remove("")
+    return str(explain_autocast(jax.grad(fun) if grad else fun, spec)(*args))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status.
 
@@ -69,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; ``None`` takes them from the process.
 
     Returns:
-        0, or 2 if a policy cannot be parsed.
+        0, or 2 if a policy cannot be parsed or there is nothing to explain.
 
     Example:
         >>> from jmp_lite import cli
@@ -88,9 +117,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser("devices", help="local devices, and formats that are slow on them")
     show = commands.add_parser("policy", help="what a policy string stands for")
     show.add_argument("spec", help="such as mixed_bfloat16 or p=f32,c=bf16")
+    decisions = commands.add_parser("explain", help="what autocast does to every equation of a function, and why")
+    decisions.add_argument("target", help="module:function, a function that returns (fun, *args)")
+    decisions.add_argument("--policy", default="mixed_bfloat16", dest="spec", help="default: %(default)s")
+    decisions.add_argument("--grad", action="store_true", help="explain the gradient")
     arguments = parser.parse_args(argv)
+    texts: dict[str, Callable[[], str]] = {
+        "formats": formats,
+        "devices": devices,
+        "policy": lambda: policy(arguments.spec),
+        "explain": lambda: explain(arguments.target, arguments.spec, grad=arguments.grad),
+    }
     try:
-        text = {"formats": formats, "devices": devices}.get(arguments.command, lambda: policy(arguments.spec))()
+        text = texts[arguments.command]()
     except JmpLiteError as error:
         parser.exit(2, f"jmp-lite: {error}\n")
     print(text)

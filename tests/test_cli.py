@@ -51,3 +51,43 @@ def test_module_runs_as_a_program(capsys, monkeypatch):
         runpy.run_module("jmp_lite", run_name="__main__")
     assert exit_.value.code == 0
     assert "bf16" in capsys.readouterr().out
+
+
+MODULE = """
+import jax.numpy as jnp
+
+def call():
+    return lambda w, x: jnp.sum(jnp.exp(x @ w)), jnp.ones((3, 4)), jnp.ones((2, 3))
+
+number = 3
+"""
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """The name of a module of the user's, in the working directory."""
+    (tmp_path / "explained_module.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    yield "explained_module"
+    sys.modules.pop("explained_module", None)
+
+
+@pytest.mark.parametrize(("arguments", "products"), [((), 1), (("--grad",), 2)])
+def test_explain_prints_a_line_per_equation(capsys, module, arguments, products):
+    """Forward one product, with the gradient two."""
+    path = list(sys.path)
+    assert cli.main(["explain", f"{module}:call", *arguments]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("dot_general" in line and "bf16, bf16" in line for line in lines) == products
+    assert sys.path == path
+
+
+@pytest.mark.parametrize(
+    "target", ["explained_module:cal", "explained_module:number", "no_such_module:call", "call", ""]
+)
+def test_explain_says_what_it_could_not_find(capsys, module, target):
+    """The message quotes the target and shows the form."""
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["explain", target])
+    assert exit_.value.code == 2
+    assert f"Cannot explain {target!r}" in capsys.readouterr().err

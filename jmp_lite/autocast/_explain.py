@@ -11,9 +11,9 @@ from jmp_lite.autocast._interpreter import Interpreter, Record
 from jmp_lite.autocast._ops import Op
 from jmp_lite.autocast._rules import Rule, Settings
 
-_COLUMNS = ("scope", "primitive", "class", "tag", "operands", "results", "reason", "source")
-#: Longer entries of a column are cut, in the middle of the dots.
-_WIDEST = 44
+_COLUMNS = ("scope", "primitive", "class", "tag", "operands", "results", "source", "reason")
+#: Longer entries are cut in the middle; not those of the last column.
+_WIDEST = 40
 
 
 class Explanation(Sequence[Record]):
@@ -45,25 +45,16 @@ class Explanation(Sequence[Record]):
 
     def __str__(self) -> str:
         rows = [_COLUMNS, *map(_row, self._records)]
-        widths = [min(_WIDEST, max(map(len, column))) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(_cut(cell, w).ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
-        return "\n".join(line.rstrip() for line in lines)
+        widths = [min(_WIDEST, max(map(len, column))) for column in list(zip(*rows, strict=True))[:-1]]
+        lines = ["  ".join([*map(_cut, row[:-1], widths), row[-1]]) for row in rows]
+        return "\n".join(lines)
 
     __repr__ = __str__
 
 
 def _row(record: Record) -> tuple[str, ...]:
-    in_dtypes, out_dtypes = (", ".join(map(_short, dtypes)) for dtypes in (record.in_dtypes, record.out_dtypes))
-    return (
-        record.scope,
-        record.primitive,
-        record.op_class,
-        record.tag,
-        in_dtypes,
-        out_dtypes,
-        record.reason,
-        record.source,
-    )
+    dtypes = [", ".join(map(_short, dtypes)) for dtypes in (record.in_dtypes, record.out_dtypes)]
+    return (record.scope, record.primitive, record.op_class, record.tag, *dtypes, record.source, record.reason)
 
 
 def _short(dtype: str) -> str:
@@ -72,7 +63,7 @@ def _short(dtype: str) -> str:
 
 def _cut(cell: str, width: int) -> str:
     if len(cell) <= width:
-        return cell
+        return cell.ljust(width)
     head = (width - 3) // 2
     return f"{cell[:head]}...{cell[len(cell) - (width - 3 - head) :]}"
 

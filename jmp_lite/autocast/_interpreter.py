@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jmp_lite._compat import (
@@ -312,4 +313,5 @@ def _with_dtype(aval: Any, dtype: Any) -> Any:
 
 def _restore(array: Any, aval: Any) -> Any:
     """Gives a result the dtype and the weak type that it was written with."""
-    return with_weak_type(array, aval) if isinstance(aval, jax.core.ShapedArray) else array
+    is_number = isinstance(aval, jax.core.ShapedArray) and not jnp.issubdtype(aval.dtype, jax.dtypes.extended)
+    return with_weak_type(array, aval) if is_number else array
