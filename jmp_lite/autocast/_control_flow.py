@@ -8,8 +8,9 @@ import jax.numpy as jnp
 
 from jmp_lite._compat import Jaxpr, is_literal, open_jaxpr, program, scan_counts
 from jmp_lite._dtypes import FLOAT32, DType
+from jmp_lite.autocast._demand import Want
 from jmp_lite.autocast._interpreter import Call, Handler, Interpreter, Retyped
-from jmp_lite.autocast._values import Tag, Value, cast, is_eligible
+from jmp_lite.autocast._values import Origin, Tag, Value, cast, is_eligible
 
 #: A carry that is used once, by one of these, and nowhere else, adds up: it stays float32.
 _ACCUMULATING = frozenset({"add", "add_any", "sub", "max", "min"})
@@ -95,8 +96,9 @@ def _cond(interpreter: Interpreter, call: Call) -> list[Value]:
         low = next((branch.dtypes[index] for branch in found if branch.results[index][0] is Tag.LOW), FLOAT32)
         disagree = is_eligible(v.aval) and len(dtypes) > 1
         forced.append((FLOAT32 if needs_float32 else low) if disagree else None)
-        known.append((max(tags), all(branch.results[index][1] for branch in found)))
-    agreed = retype(tuple(forced))
+        origins = {branch.results[index][1] for branch in found}
+        known.append((max(tags), origins.pop() if len(origins) == 1 else Origin.COMPUTED))
+    agreed = retype(tuple(forced)) if any(forced) else found
     for branch in agreed:
         interpreter.records.extend(branch.records)
     results = call.bind(call.arrays, branches=tuple(branch.jaxpr for branch in agreed))
@@ -118,8 +120,9 @@ def _scan(interpreter: Interpreter, call: Call) -> list[Value]:
     operands = list(call.operands)
     operands[carried] = [_carry(body, index, value) for index, value in enumerate(operands[carried], start=n_consts)]
     for _ in range(n_carry + 1):
-        forced = tuple(_float_dtype(value) for value in operands[carried])
-        inner = interpreter.retype(body, operands, call.scope, None, forced + (None,) * (_n_results(body) - n_carry))
+        wants = (*map(_want, operands[carried]), *call.wants[n_carry:])
+        forced = (*map(_float_dtype, operands[carried]), *[None] * (len(wants) - n_carry))
+        inner = interpreter.retype(body, operands, call.scope, wants, forced)
         too_low = [
             n_consts + index
             for index, value in enumerate(operands[carried])
@@ -128,7 +131,7 @@ def _scan(interpreter: Interpreter, call: Call) -> list[Value]:
         if not too_low:
             break
         for index in too_low:
-            operands[index] = Value(cast(operands[index].array, FLOAT32))
+            operands[index] = Value(cast(operands[index].array, FLOAT32), origin=Origin.INPUT)
     values = interpreter.results(inner, call.bind([value.array for value in operands], jaxpr=inner.jaxpr))
     carries = [
         Value(value.array, Tag.LOW if carry.tag is Tag.LOW else value.tag)
@@ -137,8 +140,8 @@ def _scan(interpreter: Interpreter, call: Call) -> list[Value]:
     return [*carries, *(Value(value.array, value.tag) for value in values[n_carry:])]
 
 
-def _n_results(jaxpr: Jaxpr) -> int:
-    return len(program(jaxpr)[0].outvars)
+def _want(carry: Value) -> Want:
+    return Want.MIXED if carry.tag is Tag.LOW else Want.HIGH
 
 
 def _float_dtype(value: Value) -> DType | None:
@@ -151,12 +154,12 @@ def _carry(body: Jaxpr, index: int, value: Value) -> Value:
     inner, _ = program(body)
     v = inner.invars[index]
     if not is_eligible(v.aval):
-        return value._replace(is_broadcast=False)
+        return value._replace(origin=Origin.INPUT)
     if _adds_up(inner, v):
-        return Value(cast(value.array, FLOAT32), Tag.HIGH)
+        return Value(cast(value.array, FLOAT32), Tag.HIGH, Origin.INPUT)
     if value.tag is Tag.LOW:
-        return Value(value.array, Tag.LOW)
-    return Value(cast(value.array, FLOAT32))
+        return Value(value.array, Tag.LOW, Origin.INPUT)
+    return Value(cast(value.array, FLOAT32), origin=Origin.INPUT)
 
 
 def _adds_up(jaxpr: Any, v: Any) -> bool:
@@ -179,11 +182,11 @@ def _while(interpreter: Interpreter, call: Call) -> list[Value]:
     if _stops_by_float(params):
         return _in_float32(call, call.bind([call.original(index) for index in range(len(call.operands))]))
     operands = [
-        value if n_cond <= index < n_cond + n_body else Value(call.original(index))
+        value if n_cond <= index < n_cond + n_body else Value(call.original(index), origin=Origin.INPUT)
         for index, value in enumerate(call.operands)
     ]
     forced = tuple(_float_dtype(value) for value in operands[n_cond + n_body :])
-    inner = interpreter.retype(params["body_jaxpr"], operands[n_cond:], call.scope, None, forced)
+    inner = interpreter.retype(params["body_jaxpr"], operands[n_cond:], call.scope, (Want.HIGH,) * len(forced), forced)
     interpreter.records.extend(inner.records)
     return _in_float32(call, call.bind([value.array for value in operands], body_jaxpr=inner.jaxpr))
 

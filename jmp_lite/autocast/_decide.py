@@ -10,7 +10,7 @@ from jmp_lite._dtypes import FLOAT32, DType
 from jmp_lite.autocast._demand import Want, Wants
 from jmp_lite.autocast._ops import KEEPS_BROADCAST, Op, OpClass, moves_whole_arrays, treats_operands_separately
 from jmp_lite.autocast._rules import Precision
-from jmp_lite.autocast._values import Tag, Value, is_as_large, is_eligible, size
+from jmp_lite.autocast._values import Origin, Tag, Value, is_as_large, is_eligible, size
 
 
 class Decision(NamedTuple):
@@ -48,8 +48,12 @@ def decide(
         return _in_half(eqn, precision.dtype, f"replaced by a function {why}")
     if op_class in (OpClass.EXACT, OpClass.NESTED):
         return _in_float32(eqn, why)
+    if op_class is OpClass.ALLOW and not (
+        _is_any_eligible(eqn.invars) and all(is_eligible(v.aval) for v in eqn.outvars)
+    ):
+        return _in_float32(eqn, "not a product of float32 arrays")
     if op_class is OpClass.ALLOW:
-        return _in_half(eqn, precision.dtype, why) if _results_are_eligible(eqn) else _untouched(eqn)
+        return _in_half(eqn, precision.dtype, why)
     if precision.mode == "low":
         return _in_half(eqn, precision.dtype, precision.reason)
     if op_class is OpClass.DENY:
@@ -58,17 +62,19 @@ def decide(
 
 
 def _in_float32(eqn: Equation, reason: str) -> Decision:
-    tags = tuple(Tag.HIGH if is_eligible(v.aval) else Tag.NEUTRAL for v in eqn.outvars)
-    return Decision(FLOAT32, tags, reason)
+    return Decision(FLOAT32, _tags(eqn, Tag.HIGH), reason)
 
 
 def _in_half(eqn: Equation, compute_dtype: DType, reason: str) -> Decision:
-    tags = tuple(Tag.LOW if is_eligible(v.aval) else Tag.NEUTRAL for v in eqn.outvars)
-    return Decision(compute_dtype, tags, reason)
+    return Decision(compute_dtype, _tags(eqn, Tag.LOW), reason)
 
 
-def _results_are_eligible(eqn: Equation) -> bool:
-    return all(is_eligible(v.aval) for v in eqn.outvars)
+def _tags(eqn: Equation, tag: Tag) -> tuple[Tag, ...]:
+    return tuple(tag if is_eligible(v.aval) else Tag.NEUTRAL for v in eqn.outvars)
+
+
+def _is_any_eligible(atoms: Sequence[Atom]) -> bool:
+    return any(is_eligible(v.aval) for v in atoms)
 
 
 def _untouched(eqn: Equation) -> Decision:
@@ -91,49 +97,57 @@ def _follow(eqn: Equation, operands: Sequence[Value], compute_dtype: DType, want
     if treats_operands_separately(eqn.primitive.name) and len(operands) == len(eqn.outvars):
         return Decision(None, tuple(value.tag for value in operands), "every operand keeps its precision")
     agreed = {want for want in wants if want is not None}
+    is_movement = moves_whole_arrays(eqn.primitive.name)
     tag = max(value.tag for value in floats)
-    if agreed == {Want.HIGH} and any(is_eligible(v.aval) for v in eqn.outvars):
+    if is_movement and (tag is Tag.LOW or (agreed == {Want.LOW} and tag is not Tag.HIGH)):
+        return _in_half(eqn, compute_dtype, "moved in the compute dtype, which costs least")
+    if agreed == {Want.HIGH} and _is_any_eligible(eqn.outvars):
         return _in_float32(eqn, "all that use it want float32")
-    if agreed == {Want.LOW} and tag is not Tag.HIGH and moves_whole_arrays(eqn.primitive.name):
-        return _in_half(eqn, compute_dtype, "moved after the cast: all that use it want the compute dtype")
-    if tag is Tag.HIGH:
-        return _in_float32(eqn, "follows an operand that needs float32")
     arrays = [value for v, value in zip(eqn.invars, operands, strict=True) if _is_float_array(v)]
-    if tag is Tag.LOW:
-        if any(_promotes(value, arrays) for value in arrays):
-            return _in_float32(eqn, "a float32 operand as large as the others promotes")
-        return _in_half(eqn, compute_dtype, "follows its operands")
-    if {value.array.dtype for value in arrays} == {compute_dtype}:
-        return Decision(compute_dtype, (Tag.NEUTRAL,) * len(eqn.outvars), "its operands are held in the compute dtype")
-    return Decision(FLOAT32, (Tag.NEUTRAL,) * len(eqn.outvars), "no decision has touched its operands yet")
+    whole = [value for value in arrays if not _is_repeated(value)] or floats
+    tag_of_whole = max(value.tag for value in whole)
+    if tag_of_whole is Tag.HIGH or (tag is Tag.HIGH and tag_of_whole is Tag.NEUTRAL):
+        return _in_float32(eqn, "follows an operand that needs float32")
+    if tag_of_whole is Tag.NEUTRAL and tag is Tag.NEUTRAL:
+        is_held_low = {value.array.dtype for value in whole} == {compute_dtype}
+        reason = "no decision has touched its operands yet"
+        return Decision(compute_dtype if is_held_low else FLOAT32, (Tag.NEUTRAL,) * len(eqn.outvars), reason)
+    if any(_promotes(value, arrays) for value in arrays):
+        return _in_float32(eqn, "a float32 argument as large as the others promotes")
+    if tag is Tag.HIGH or (tag is Tag.SOFT and len(whole) == 1 and len(arrays) > 1):
+        return _in_float32(eqn, "scaled or shifted by float32 statistics")._replace(tags=_tags(eqn, Tag.SOFT))
+    return _in_half(eqn, compute_dtype, "follows its operands")
 
 
 def _is_float_array(atom: Atom) -> bool:
     return not is_literal(atom) and is_eligible(atom.aval)
 
 
+def _is_repeated(value: Value) -> bool:
+    return value.origin is Origin.REPEATED or value.array.ndim == 0
+
+
 def _promotes(value: Value, operands: Sequence[Value]) -> bool:
-    """Whether an untouched float32 operand is data of its own right beside low ones: an accumulator, a parameter."""
-    array, tag, is_broadcast = value
-    if tag is not Tag.NEUTRAL or is_broadcast or array.dtype != FLOAT32 or array.ndim == 0 or size(array) == 1:
+    """Whether an operand is data of its own right beside low ones: a parameter being updated, an accumulator."""
+    array, tag, origin = value
+    if tag is not Tag.NEUTRAL or origin is not Origin.INPUT or array.dtype != FLOAT32 or size(array) == 1:
         return False
-    return any(other.tag is Tag.LOW and is_as_large(array, other.array) for other in operands)
+    return any(Tag.NEUTRAL < other.tag < Tag.HIGH and is_as_large(array, other.array) for other in operands)
 
 
-def repeats_something_smaller(eqn: Equation, operands: Sequence[Value]) -> bool:
-    """Whether the results of an equation hold no more information than a smaller array."""
+def origin_of_results(eqn: Equation, operands: Sequence[Value]) -> Origin:
+    """Returns where the results of an equation come from."""
+    return Origin.REPEATED if _repeats_something_smaller(eqn, operands) else Origin.COMPUTED
+
+
+def _repeats_something_smaller(eqn: Equation, operands: Sequence[Value]) -> bool:
     name = eqn.primitive.name
     if name == "iota":
         return True
     if name == "broadcast_in_dim":
         source, result = eqn.invars[0], eqn.outvars[0]
-        grew = is_literal(source) or size(source.aval) != size(result.aval)
-        return grew or operands[0].is_broadcast
-    return (
-        name in KEEPS_BROADCAST
-        and bool(operands)
-        and all(
-            is_literal(v) or value.is_broadcast or getattr(v.aval, "ndim", 1) == 0
-            for v, value in zip(eqn.invars, operands, strict=True)
-        )
+        return is_literal(source) or size(source.aval) != size(result.aval) or _is_repeated(operands[0])
+    return name in KEEPS_BROADCAST and all(
+        is_literal(v) or value.origin is Origin.REPEATED or getattr(v.aval, "ndim", 1) == 0
+        for v, value in zip(eqn.invars, operands, strict=True)
     )

@@ -29,11 +29,11 @@ from jmp_lite._compat import (
 )
 from jmp_lite._dtypes import FLOAT32, DType
 from jmp_lite.autocast import _regions
-from jmp_lite.autocast._decide import decide, repeats_something_smaller
+from jmp_lite.autocast._decide import decide, origin_of_results
 from jmp_lite.autocast._demand import Demands, Want, Wants
 from jmp_lite.autocast._ops import Op, OpClass, classify
 from jmp_lite.autocast._rules import Precision, Settings
-from jmp_lite.autocast._values import Tag, Value, cast, is_eligible
+from jmp_lite.autocast._values import Origin, Tag, Value, cast, is_eligible
 
 Handler = Callable[["Interpreter", "Call"], list[Value]]
 
@@ -59,7 +59,7 @@ class Retyped(NamedTuple):
     """A program traced anew at other dtypes: the jaxpr, what is known of its results, and the decisions in it."""
 
     jaxpr: Jaxpr
-    results: tuple[tuple[Tag, bool], ...]
+    results: tuple[tuple[Tag, Origin], ...]
     records: tuple[Record, ...]
 
     @property
@@ -107,7 +107,7 @@ class Frame:
         self.values: dict[Var, Value] = {}
         self.casts: dict[tuple[Var, DType], Any] = {}
         for v, const in zip(self.jaxpr.constvars, consts, strict=True):
-            self.values[v] = Value(const, self._tag_of_constant(const))
+            self.values[v] = Value(const, self._tag_of_constant(const), Origin.INPUT)
         self.values.update(zip(self.jaxpr.invars, operands, strict=True))
         results = {v for v in self.jaxpr.outvars if not is_literal(v)}
         last_use = {v: i for i, eqn in enumerate(self.jaxpr.eqns) for v in eqn.invars if not is_literal(v)}
@@ -117,15 +117,17 @@ class Frame:
                 self.unused_after.setdefault(index, []).append(v)
 
     def _tag_of_constant(self, const: Any) -> Tag:
-        """A number that no compute dtype can hold (a mask of -1e9 in float16) keeps what it meets in float32."""
-        if isinstance(const, jax.Array) or np.size(const) != 1 or not np.issubdtype(np.result_type(const), np.floating):
+        """A number that a compute dtype cannot hold (a mask of -1e9 in float16) keeps what it meets in float32."""
+        if isinstance(const, jax.Array) or np.result_type(const) != FLOAT32 or np.size(const) == 0:
             return Tag.NEUTRAL
-        return Tag.NEUTRAL if self.settings.holds_exactly(float(np.reshape(const, ()))) else Tag.HIGH
+        numbers = np.abs(np.asarray(const))
+        largest = np.max(numbers, where=np.isfinite(numbers), initial=0)
+        return Tag.NEUTRAL if self.settings.is_in_range(float(largest)) else Tag.HIGH
 
     def read(self, atom: Atom) -> Value:
         """Returns a variable as it is held, or the value of a literal."""
         if is_literal(atom):
-            return Value(atom.val, self._tag_of_constant(atom.val), is_broadcast=True)
+            return Value(atom.val, self._tag_of_constant(atom.val), Origin.REPEATED)
         return self.values[atom]
 
     def array(self, atom: Atom, dtype: DType | None) -> Any:
@@ -166,8 +168,10 @@ class Interpreter:
 
     def run(self, jaxpr: Jaxpr, arrays: Sequence[Any]) -> list[Any]:
         """Evaluates a whole program, whose results get the dtypes that they were written for."""
-        values = self.evaluate(jaxpr, [Value(array) for array in arrays], scope="")
-        return [_restore(value.array, v.aval) for value, v in zip(values, program(jaxpr)[0].outvars, strict=True)]
+        operands = [Value(array, origin=Origin.INPUT) for array in arrays]
+        results = program(jaxpr)[0].outvars
+        values = self.evaluate(jaxpr, operands, scope="", wants=(Want.HIGH,) * len(results))
+        return [_restore(value.array, v.aval) for value, v in zip(values, results, strict=True)]
 
     def evaluate(self, jaxpr: Jaxpr, operands: Sequence[Value], scope: str, wants: Wants | None = None) -> list[Value]:
         """Evaluates a program: one decision per equation.
@@ -207,7 +211,7 @@ class Interpreter:
         if not (self.settings.depends_on_scope or self.keeps_records):
             scope = _regions.innermost(scope) or ""
         dtypes = tuple(getattr(value.array, "dtype", None) for value in operands)
-        known = tuple((value.tag, value.is_broadcast) for value in operands)
+        known = tuple((value.tag, value.origin) for value in operands)
         found = self._retyped.setdefault(jaxpr if consts else inner, {})
         key = (dtypes, known, scope, wants, forced)
         if key not in found:
@@ -222,11 +226,11 @@ class Interpreter:
         return retyped
 
     def _trace(self, evaluate: Callable[..., list[Value]], avals: Sequence[Any], forced: Sequence[Any]) -> Retyped:
-        results: list[tuple[Tag, bool]] = []
+        results: list[tuple[Tag, Origin]] = []
 
         def run(*arrays: Any) -> list[Any]:
             values = evaluate(*arrays)
-            results[:] = [(value.tag, value.is_broadcast) for value in values]
+            results[:] = [(value.tag, value.origin) for value in values]
             return [v.array if dtype is None else cast(v.array, dtype) for v, dtype in zip(values, forced, strict=True)]
 
         outer, self.records = self.records, []
@@ -253,9 +257,9 @@ class Interpreter:
         else:
             dtype, tags, reason = decide(eqn, operands, (op, why), precision, wants)
             arrays = [frame.array(v, dtype) for v in eqn.invars]
-            is_broadcast = repeats_something_smaller(eqn, operands)
+            origin = origin_of_results(eqn, operands)
             results = _apply(eqn, arrays, op, precision, dtype)
-            values = [Value(array, _tag(array, tag), is_broadcast) for array, tag in zip(results, tags, strict=True)]
+            values = [Value(array, _tag(array, tag), origin) for array, tag in zip(results, tags, strict=True)]
         if self.keeps_records:
             op_class = op.value if isinstance(op, OpClass) else "replaced"
             tag = "/".join(dict.fromkeys(value.tag.name for value in values))

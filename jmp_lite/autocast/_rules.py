@@ -136,14 +136,14 @@ class Settings:
         """Resolves the precision of a primitive in a name scope."""
         return _resolve(self, scope, primitive if self.rules else "")
 
-    def holds_exactly(self, number: float) -> bool:
-        """Whether every compute dtype has a finite value near a number, and none but zero is rounded to zero."""
+    def is_in_range(self, number: float) -> bool:
+        """Whether no compute dtype rounds a number to infinity, or to zero."""
         return _is_in_range(number, self.dtypes)
 
 
 @functools.lru_cache(maxsize=4096)
 def _is_in_range(number: float, dtypes: frozenset[DType]) -> bool:
-    if number == 0 or not np.isfinite(number):
+    if number == 0:
         return True
     with np.errstate(over="ignore", under="ignore"):
         rounded = [float(np.asarray(number, np.float32).astype(dtype)) for dtype in dtypes]

@@ -16,16 +16,29 @@ class Tag(enum.IntEnum):
     """An input, a parameter, a constant: no decision has touched it yet."""
     LOW = 1
     """Made by a matrix product, or from one: held in the compute dtype."""
-    HIGH = 2
+    SOFT = 2
+    """LOW, scaled or shifted by float32 statistics as norms do: held in float32, but rounding it loses nothing more."""
+    HIGH = 3
     """Made by an operation that needs float32, or from one: held in float32."""
 
 
+class Origin(enum.Enum):
+    """Where a value comes from."""
+
+    INPUT = "input"
+    """An argument or a carry: a parameter, an accumulator, a state."""
+    REPEATED = "repeated"
+    """Something smaller, repeated: a bias, a mask, a scale, a statistic."""
+    COMPUTED = "computed"
+    """Anything else."""
+
+
 class Value(NamedTuple):
-    """An array as it is held, its tag, and whether it only repeats something smaller (a bias, a mask, a scale)."""
+    """An array as it is held, how precise it is, and where it comes from."""
 
     array: Any
     tag: Tag = Tag.NEUTRAL
-    is_broadcast: bool = False
+    origin: Origin = Origin.COMPUTED
 
 
 def is_eligible(aval: Any) -> bool:
