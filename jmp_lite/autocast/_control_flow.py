@@ -154,7 +154,7 @@ def _carry(body: Jaxpr, index: int, value: Value) -> Value:
     inner, _ = program(body)
     v = inner.invars[index]
     if not is_eligible(v.aval):
-        return value._replace(origin=Origin.INPUT)
+        return value._replace(origin=Origin.INPUT, number=None)
     if _adds_up(inner, v):
         return Value(cast(value.array, FLOAT32), Tag.HIGH, Origin.INPUT)
     if value.tag is Tag.LOW:

@@ -5,6 +5,7 @@ differentiating (or batching) the original equation, and the program found that 
 dtypes finds what it expects, and residuals still cross from the forward to the backward pass in the compute dtype.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -51,6 +52,7 @@ class _Parts(NamedTuple):
 
 
 def _parts(interpreter: Interpreter, call: Call, parameter: str = "call_jaxpr") -> _Parts:
+    call = dataclasses.replace(call, operands=interpreter.rounded(call, parameter))
     inner = interpreter.retype(call.params[parameter], call.operands, call.scope, call.wants)
     return _Parts(interpreter, call, inner, call.params.get("num_consts", 0))
 
@@ -66,6 +68,7 @@ def _cast_floating(array: Any, dtype: Any) -> Any:
 
 def _custom_jvp(interpreter: Interpreter, call: Call) -> list[Value]:
     parts = _parts(interpreter, call)
+    call = parts.call
     n = parts.n_closed
     function = jax.custom_jvp(parts.run)
 
@@ -88,6 +91,7 @@ def _custom_jvp(interpreter: Interpreter, call: Call) -> list[Value]:
 
 def _custom_vjp(interpreter: Interpreter, call: Call) -> list[Value]:
     parts = _parts(interpreter, call)
+    call = parts.call
     n, n_results = parts.n_closed, len(parts.inner.results)
     function = jax.custom_vjp(parts.run)
     backward: dict[str, Any] = {}  # what the forward pass learns about the backward one: its tree and dtypes
@@ -126,6 +130,7 @@ def _held(array: Any) -> Value:
 
 def _custom_vmap(interpreter: Interpreter, call: Call) -> list[Value]:
     parts = _parts(interpreter, call, "call")
+    call = parts.call
     function = jax.custom_batching.custom_vmap(parts.run)
 
     @function.def_vmap
@@ -146,6 +151,7 @@ def _custom_vmap(interpreter: Interpreter, call: Call) -> list[Value]:
 def _linear_call(interpreter: Interpreter, call: Call) -> list[Value]:
     """A linear function with a transpose of its own; ``num_res`` operands are not linear."""
     parts = _parts(interpreter, call, "callee")
+    call = parts.call
     n = call.params["num_callee_consts"] + call.params["num_res"]
     dtypes = [getattr(array, "dtype", None) for array in call.arrays[n:]]
 

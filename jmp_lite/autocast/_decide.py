@@ -1,14 +1,21 @@
 """Decides, for one equation, in which dtype it runs and how precise its results are. Pure: nothing is computed here."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
 from jmp_lite._compat import Atom, Equation, is_literal
 from jmp_lite._dtypes import FLOAT32, DType
 from jmp_lite.autocast._demand import Want, Wants
-from jmp_lite.autocast._ops import KEEPS_BROADCAST, Op, OpClass, moves_whole_arrays, treats_operands_separately
+from jmp_lite.autocast._ops import (
+    KEEPS_BROADCAST,
+    Op,
+    OpClass,
+    moves_whole_arrays,
+    picks_values,
+    treats_operands_separately,
+)
 from jmp_lite.autocast._rules import Precision
 from jmp_lite.autocast._values import Origin, Tag, Value, is_as_large, is_eligible, size
 
@@ -96,23 +103,25 @@ def _follow(eqn: Equation, operands: Sequence[Value], compute_dtype: DType, want
         return _untouched(eqn)
     if treats_operands_separately(eqn.primitive.name) and len(operands) == len(eqn.outvars):
         return Decision(None, tuple(value.tag for value in operands), "every operand keeps its precision")
+    if number_of_results(eqn, operands) is not None:
+        return Decision(FLOAT32, (operands[0].tag,), "a number, which can be had in any precision")
     agreed = {want for want in wants if want is not None}
-    is_movement = moves_whole_arrays(eqn.primitive.name)
-    tag = max(value.tag for value in floats)
-    if is_movement and (tag is Tag.LOW or (agreed == {Want.LOW} and tag is not Tag.HIGH)):
+    arrays = [value for v, value in zip(eqn.invars, operands, strict=True) if _is_float_array(v)]
+    whole = [value for value in arrays if not _is_repeated(value, eqn.outvars[0].aval.shape)] or floats
+    tag, tag_of_whole = (max(value.tag for value in values) for values in (floats, whole))
+    if agreed == {Want.LOW} and tag is not Tag.HIGH and moves_whole_arrays(eqn.primitive.name):
         return _in_half(eqn, compute_dtype, "moved in the compute dtype, which costs least")
+    if all(value.tag is Tag.LOW for value in whole) and tag is Tag.LOW and _rounds_nothing_away(eqn, floats):
+        return _in_half(eqn, compute_dtype, "as precise in the compute dtype as its operands")
     if agreed == {Want.HIGH} and _is_any_eligible(eqn.outvars):
         return _in_float32(eqn, "all that use it want float32")
-    arrays = [value for v, value in zip(eqn.invars, operands, strict=True) if _is_float_array(v)]
-    whole = [value for value in arrays if not _is_repeated(value)] or floats
-    tag_of_whole = max(value.tag for value in whole)
     if tag_of_whole is Tag.HIGH or (tag is Tag.HIGH and tag_of_whole is Tag.NEUTRAL):
         return _in_float32(eqn, "follows an operand that needs float32")
     if tag_of_whole is Tag.NEUTRAL and tag is Tag.NEUTRAL:
         is_held_low = {value.array.dtype for value in whole} == {compute_dtype}
         reason = "no decision has touched its operands yet"
         return Decision(compute_dtype if is_held_low else FLOAT32, (Tag.NEUTRAL,) * len(eqn.outvars), reason)
-    if any(_promotes(value, arrays) for value in arrays):
+    if any(_promotes(value, whole) for value in whole):
         return _in_float32(eqn, "a float32 argument as large as the others promotes")
     if tag is Tag.HIGH or (tag is Tag.SOFT and len(whole) == 1 and len(arrays) > 1):
         return _in_float32(eqn, "scaled or shifted by float32 statistics")._replace(tags=_tags(eqn, Tag.SOFT))
@@ -123,14 +132,23 @@ def _is_float_array(atom: Atom) -> bool:
     return not is_literal(atom) and is_eligible(atom.aval)
 
 
-def _is_repeated(value: Value) -> bool:
-    return value.origin is Origin.REPEATED or value.array.ndim == 0
+def _is_repeated(value: Value, shape: Sequence[Any]) -> bool:
+    """Whether an operand has less to say than the result, such as a bias, a mean, a scale."""
+    own = value.array.shape
+    return value.origin is Origin.REPEATED or not own or any(a == 1 != b for a, b in zip(own, shape, strict=False))
+
+
+def _rounds_nothing_away(eqn: Equation, operands: Sequence[Value]) -> bool:
+    """Whether an operation on low operands is as good in the compute dtype: it picks values, or scales by a number."""
+    name = eqn.primitive.name
+    is_scaled = name in ("mul", "div") and any(value.number is not None for value in operands)
+    return is_scaled or picks_values(name) or moves_whole_arrays(name)
 
 
 def _promotes(value: Value, operands: Sequence[Value]) -> bool:
     """Whether an operand is data of its own right beside low ones: a parameter being updated, an accumulator."""
-    array, tag, origin = value
-    if tag is not Tag.NEUTRAL or origin is not Origin.INPUT or array.dtype != FLOAT32 or size(array) == 1:
+    array, tag, origin, _ = value
+    if tag is not Tag.NEUTRAL or origin is not Origin.INPUT or array.dtype != FLOAT32:
         return False
     return any(Tag.NEUTRAL < other.tag < Tag.HIGH and is_as_large(array, other.array) for other in operands)
 
@@ -140,13 +158,21 @@ def origin_of_results(eqn: Equation, operands: Sequence[Value]) -> Origin:
     return Origin.REPEATED if _repeats_something_smaller(eqn, operands) else Origin.COMPUTED
 
 
+def number_of_results(eqn: Equation, operands: Sequence[Value]) -> float | None:
+    """Returns the number that the result of an equation repeats, if it is known."""
+    moves = moves_whole_arrays(eqn.primitive.name) or eqn.primitive.name == "convert_element_type"
+    is_one_array = len(eqn.outvars) == 1 and is_eligible(eqn.outvars[0].aval)
+    return operands[0].number if moves and is_one_array and is_eligible(eqn.invars[0].aval) else None
+
+
 def _repeats_something_smaller(eqn: Equation, operands: Sequence[Value]) -> bool:
     name = eqn.primitive.name
     if name == "iota":
         return True
     if name == "broadcast_in_dim":
         source, result = eqn.invars[0], eqn.outvars[0]
-        return is_literal(source) or size(source.aval) != size(result.aval) or _is_repeated(operands[0])
+        is_copy = operands[0].origin is Origin.REPEATED
+        return is_copy or is_literal(source) or size(source.aval) != size(result.aval)
     return name in KEEPS_BROADCAST and all(
         is_literal(v) or value.origin is Origin.REPEATED or getattr(v.aval, "ndim", 1) == 0
         for v, value in zip(eqn.invars, operands, strict=True)

@@ -29,11 +29,11 @@ from jmp_lite._compat import (
 )
 from jmp_lite._dtypes import FLOAT32, DType
 from jmp_lite.autocast import _regions
-from jmp_lite.autocast._decide import decide, origin_of_results
+from jmp_lite.autocast._decide import decide, number_of_results, origin_of_results
 from jmp_lite.autocast._demand import Demands, Want, Wants
 from jmp_lite.autocast._ops import Op, OpClass, classify
 from jmp_lite.autocast._rules import Precision, Settings
-from jmp_lite.autocast._values import Origin, Tag, Value, cast, is_eligible
+from jmp_lite.autocast._values import Origin, Tag, Value, as_dtype, cast, is_eligible
 
 Handler = Callable[["Interpreter", "Call"], list[Value]]
 
@@ -59,7 +59,7 @@ class Retyped(NamedTuple):
     """A program traced anew at other dtypes: the jaxpr, what is known of its results, and the decisions in it."""
 
     jaxpr: Jaxpr
-    results: tuple[tuple[Tag, Origin], ...]
+    results: tuple[tuple[Tag, Origin, float | None], ...]
     records: tuple[Record, ...]
 
     @property
@@ -127,19 +127,20 @@ class Frame:
     def read(self, atom: Atom) -> Value:
         """Returns a variable as it is held, or the value of a literal."""
         if is_literal(atom):
-            return Value(atom.val, self._tag_of_constant(atom.val), Origin.REPEATED)
+            number = float(atom.val) if is_eligible(atom.aval) and not np.isnan(atom.val) else None
+            return Value(atom.val, self._tag_of_constant(atom.val), Origin.REPEATED, number)
         return self.values[atom]
 
     def array(self, atom: Atom, dtype: DType | None) -> Any:
         """Returns a variable cast to a dtype if it was float32 in the original program; casts are made once."""
         if is_literal(atom):
             in_half = is_eligible(atom.aval) and dtype not in (None, FLOAT32)
-            return np.asarray(atom.val, dtype) if in_half else atom.val
-        held = self.values[atom].array
+            return as_dtype(atom.val, dtype) if in_half else atom.val
+        held, number = self.values[atom].array, self.values[atom].number
         if dtype is None or not is_eligible(atom.aval) or held.dtype == dtype:
             return held
         if (atom, dtype) not in self.casts:
-            self.casts[atom, dtype] = cast(held, dtype)
+            self.casts[atom, dtype] = cast(held, dtype) if number is None else _full_like(held, number, dtype)
         return self.casts[atom, dtype]
 
     def write(self, eqn: Equation, values: Sequence[Value]) -> None:
@@ -211,7 +212,7 @@ class Interpreter:
         if not (self.settings.depends_on_scope or self.keeps_records):
             scope = _regions.innermost(scope) or ""
         dtypes = tuple(getattr(value.array, "dtype", None) for value in operands)
-        known = tuple((value.tag, value.origin) for value in operands)
+        known = tuple(value[1:] for value in operands)
         found = self._retyped.setdefault(jaxpr if consts else inner, {})
         key = (dtypes, known, scope, wants, forced)
         if key not in found:
@@ -226,11 +227,11 @@ class Interpreter:
         return retyped
 
     def _trace(self, evaluate: Callable[..., list[Value]], avals: Sequence[Any], forced: Sequence[Any]) -> Retyped:
-        results: list[tuple[Tag, Origin]] = []
+        results: list[tuple[Tag, Origin, float | None]] = []
 
         def run(*arrays: Any) -> list[Any]:
             values = evaluate(*arrays)
-            results[:] = [(value.tag, value.origin) for value in values]
+            results[:] = [value[1:] for value in values]
             return [v.array if dtype is None else cast(v.array, dtype) for v, dtype in zip(values, forced, strict=True)]
 
         outer, self.records = self.records, []
@@ -238,6 +239,21 @@ class Interpreter:
             return Retyped(jax.make_jaxpr(run)(*avals), tuple(results), tuple(self.records))
         finally:
             self.records = outer
+
+    def rounded(self, call: Call, parameter: str) -> list[Value]:
+        """Returns the operands of a call; those that lose nothing by it are rounded, unless float32 is wanted inside.
+
+        What the call saves for its backward pass, and the gradient it returns, are then held in the compute dtype.
+        """
+        inner, _ = program(call.params[parameter])
+        wants = self.demands.of(inner, call.wants)
+        dtype = self.settings.precision(call.scope, call.eqn.primitive.name).dtype
+        return [
+            Value(cast(value.array, dtype), Tag.LOW, value.origin)
+            if value.tag is Tag.SOFT and wants.get(v) is not Want.HIGH
+            else value
+            for v, value in zip(inner.invars, call.operands, strict=True)
+        ]
 
     def results(self, retyped: Retyped, arrays: Sequence[Any]) -> list[Value]:
         """Pairs what a retyped program returned with what is known of it, and keeps the record of its decisions."""
@@ -257,9 +273,9 @@ class Interpreter:
         else:
             dtype, tags, reason = decide(eqn, operands, (op, why), precision, wants)
             arrays = [frame.array(v, dtype) for v in eqn.invars]
-            origin = origin_of_results(eqn, operands)
+            origin, number = origin_of_results(eqn, operands), number_of_results(eqn, operands)
             results = _apply(eqn, arrays, op, precision, dtype)
-            values = [Value(array, _tag(array, tag), origin) for array, tag in zip(results, tags, strict=True)]
+            values = [Value(array, _tag(array, tag), origin, number) for array, tag in zip(results, tags, strict=True)]
         if self.keeps_records:
             op_class = op.value if isinstance(op, OpClass) else "replaced"
             tag = "/".join(dict.fromkeys(value.tag.name for value in values))
@@ -267,6 +283,12 @@ class Interpreter:
             dtypes = _dtypes(arrays), _dtypes([value.array for value in values])
             self.records.insert(position, Record(*about, *dtypes, reason))
         return values
+
+
+def _full_like(array: Any, number: float, dtype: DType) -> Any:
+    """Makes an array of one number anew: a cast of the old one would be kept for the backward pass."""
+    value = as_dtype(number, dtype)
+    return value if array.ndim == 0 else jax.lax.full_like(array, value, dtype)
 
 
 def _apply(eqn: Equation, arrays: Sequence[Any], op: Op, precision: Precision, dtype: DType | None) -> list[Any]:

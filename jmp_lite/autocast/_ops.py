@@ -47,6 +47,7 @@ class Family(NamedTuple):
 
 
 _MOVEMENT = "moves whole arrays: cheaper after a cast to 16 bits"
+_PICKING = "picks values: exact in the precision of its operands"
 _PER_OPERAND = "treats each operand by itself: every one keeps its precision"
 
 #: The last family of this table is what stands for primitives that are not in it.
@@ -72,9 +73,8 @@ FAMILIES = (
     Family(
         OpClass.FOLLOW,
         "mild arithmetic: as precise as its operands",
-        """add sub mul div rem neg abs sign max min clamp square integer_pow tanh logistic erf floor ceil round add_any
-        mul_add reduce_max reduce_min cummax cummin reduce_window_max reduce_window_min select_and_scatter_add
-        select_and_gather_add symmetric_product""",
+        """add sub mul div rem square integer_pow tanh logistic erf floor ceil round add_any mul_add
+        select_and_scatter_add select_and_gather_add symmetric_product""",
     ),
     Family(
         OpClass.FOLLOW,
@@ -85,11 +85,16 @@ FAMILIES = (
     ),
     Family(
         OpClass.FOLLOW,
-        "selects and rearranges: as precise as its operands",
-        """dynamic_slice dynamic_update_slice gather concatenate pad select_n tile top_k approx_top_k argmax
-        argmin iota eq ne lt le gt ge eq_to lt_to le_to is_finite convert_element_type real imag name custom_lin
-        reduce_precision stack unstack split zeros_like empty_like reduce_scatter unreduced_psum unreduced_pmax
-        unreduced_pmin unreduced_reduce_scatter""",
+        _PICKING,
+        """dynamic_slice dynamic_update_slice gather concatenate pad select_n tile stack unstack split neg abs sign max
+        min clamp reduce_max reduce_min cummax cummin reduce_window_max reduce_window_min top_k approx_top_k argmax
+        argmin eq ne lt le gt ge eq_to lt_to le_to is_finite name""",
+    ),
+    Family(
+        OpClass.FOLLOW,
+        "changes form: as precise as its operands",
+        """iota convert_element_type real imag custom_lin reduce_precision zeros_like empty_like reduce_scatter
+        unreduced_psum unreduced_pmax unreduced_pmin unreduced_reduce_scatter""",
     ),
     Family(
         OpClass.FOLLOW,
@@ -217,6 +222,11 @@ def is_known(name: str) -> bool:
 def moves_whole_arrays(name: str) -> bool:
     """Whether a primitive does nothing but move arrays, so that a cast may come first."""
     return family(name).reason is _MOVEMENT
+
+
+def picks_values(name: str) -> bool:
+    """Whether every element of the results is an element of the operands, or the sign or place of one."""
+    return family(name).reason is _PICKING
 
 
 def treats_operands_separately(name: str) -> bool:

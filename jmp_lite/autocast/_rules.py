@@ -13,6 +13,7 @@ from jmp_lite._errors import InvalidPolicyError, InvalidRuleError, UnknownDtypeE
 from jmp_lite._policy import Policy, PolicyMap, compile_pattern, get_policy
 from jmp_lite.autocast import _regions
 from jmp_lite.autocast._ops import Op
+from jmp_lite.autocast._values import is_in_range
 
 #: ``Module.method``, as Linen names the scope of any method but ``__call__``.
 _METHOD = re.compile(r"\.[A-Za-z_]\w*(?=/|\Z)")
@@ -137,17 +138,8 @@ class Settings:
         return _resolve(self, scope, primitive if self.rules else "")
 
     def is_in_range(self, number: float) -> bool:
-        """Whether no compute dtype rounds a number to infinity, or to zero."""
-        return _is_in_range(number, self.dtypes)
-
-
-@functools.lru_cache(maxsize=4096)
-def _is_in_range(number: float, dtypes: frozenset[DType]) -> bool:
-    if number == 0:
-        return True
-    with np.errstate(over="ignore", under="ignore"):
-        rounded = [float(np.asarray(number, np.float32).astype(dtype)) for dtype in dtypes]
-    return all(np.isfinite(value) and value != 0 for value in rounded)
+        """Whether all compute dtypes hold a number to within their rounding error."""
+        return all(is_in_range(number, dtype) for dtype in self.dtypes)
 
 
 @functools.lru_cache(maxsize=65536)

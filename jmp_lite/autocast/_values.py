@@ -1,12 +1,15 @@
 """What the interpreter knows of a value besides its array."""
 
 import enum
+import functools
 import math
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
-from jmp_lite._dtypes import FLOAT32
+from jmp_lite._dtypes import FLOAT32, DType
 
 
 class Tag(enum.IntEnum):
@@ -34,11 +37,12 @@ class Origin(enum.Enum):
 
 
 class Value(NamedTuple):
-    """An array as it is held, how precise it is, and where it comes from."""
+    """An array as it is held, how precise it is, where it comes from, and the number that all its elements are."""
 
     array: Any
     tag: Tag = Tag.NEUTRAL
     origin: Origin = Origin.COMPUTED
+    number: float | None = None
 
 
 def is_eligible(aval: Any) -> bool:
@@ -57,6 +61,25 @@ def is_as_large(a: Any, b: Any) -> bool:
         return bool(size(a) >= size(b))
     except jax.core.InconclusiveDimensionOperation:
         return False
+
+
+def as_dtype(number: Any, dtype: Any) -> Any:
+    """Casts a number of the program; float32's largest becomes the largest of a dtype with the same exponents."""
+    with np.errstate(over="ignore", under="ignore"):
+        rounded = np.asarray(number, FLOAT32).astype(dtype)
+    if np.isinf(rounded) and np.isfinite(number):
+        largest = jnp.finfo(dtype).max  # type: ignore[no-untyped-call]
+        return np.asarray(np.copysign(largest, number), dtype)
+    return rounded
+
+
+@functools.lru_cache(maxsize=4096)
+def is_in_range(number: float, dtype: DType) -> bool:
+    """Whether a dtype holds a number to within its rounding error: neither infinity nor zero takes its place."""
+    if number == 0 or not math.isfinite(number):
+        return True
+    held = float(as_dtype(number, dtype))
+    return held != 0 and abs(number) <= abs(held) * (1 + float(jnp.finfo(dtype).eps))  # type: ignore[no-untyped-call]
 
 
 def cast(array: Any, dtype: Any) -> Any:
