@@ -98,6 +98,12 @@ def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
     return len(consts), len(carry)
 
 
+def manual_axes(params: dict[str, Any]) -> set[Any]:
+    """Returns the mesh axes that a shard_map makes manual."""
+    name = "newly_manual_axes" if "newly_manual_axes" in params else "manual_axes"
+    return set(params[name])
+
+
 def scope_names(name_stack: Any) -> str:
     """Returns the name scopes of an equation, joined by slashes; marks such as ``jvp`` are no scopes."""
     return "/".join(entry.name for entry in name_stack.stack if type(entry).__name__ == "Scope")

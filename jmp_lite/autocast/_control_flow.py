@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jmp_lite._compat import Jaxpr, is_literal, open_jaxpr, program, scan_counts
+from jmp_lite._compat import Jaxpr, is_literal, manual_axes, open_jaxpr, program, scan_counts
 from jmp_lite._dtypes import FLOAT32, DType
 from jmp_lite.autocast._demand import Want
 from jmp_lite.autocast._interpreter import Call, Handler, Interpreter, Retyped
@@ -56,7 +56,7 @@ def _shard_map(interpreter: Interpreter, call: Call) -> list[Value]:
         mesh=params["mesh"],
         in_specs=tuple(params["in_specs"]),
         out_specs=tuple(params["out_specs"]),
-        axis_names=set(params["manual_axes"]),
+        axis_names=manual_axes(params),
         check_vma=params["check_vma"],
     )(*call.arrays)
     return [value._replace(array=array) for value, array in zip(known, results, strict=True)]
@@ -216,6 +216,7 @@ def _inputs_behind(jaxpr: Any, results: set[int]) -> set[int]:
 HANDLERS: Mapping[str, Handler] = {
     "jit": _call("jaxpr"),
     "closed_call": _call("call_jaxpr"),
+    "eval_jaxpr": _call("call_jaxpr"),
     "xla_metadata_call": _call("jaxpr"),
     "composite": _composite,
     "remat2": _open_call,

@@ -19,20 +19,13 @@ from jmp_lite.autocast._values import Tag, Value, cast
 
 
 class _Parts(NamedTuple):
-    """A call of a custom function: what it closed over, its arguments, and the function at the dtypes they have."""
+    """A call of a custom function without its arguments: rules outlive the call, and must not keep its tracers."""
 
     interpreter: Interpreter
     call: Call
     inner: Retyped
-    n_closed: int
-
-    @property
-    def closed(self) -> list[Any]:
-        return self.call.arrays[: self.n_closed]
-
-    @property
-    def arguments(self) -> list[Any]:
-        return self.call.arrays[self.n_closed :]
+    closed: list[Any]
+    """What the function closed over: the first operands."""
 
     @property
     def avals(self) -> list[Any]:
@@ -45,16 +38,25 @@ class _Parts(NamedTuple):
     def original(self, *arrays: Any) -> list[Any]:
         return self.call.bind(arrays)
 
+    def operands(self, arguments: Sequence[Any]) -> list[Value]:
+        """Pairs arguments with what is known of them."""
+        arrays = [*self.closed, *arguments]
+        return [known._replace(array=array) for known, array in zip(self.call.operands, arrays, strict=True)]
+
     def evaluate(self, fun: Callable[..., Any], avals: Sequence[Any], operands: Sequence[Value]) -> list[Any]:
         """Traces a function of the original equation at the original dtypes, and autocasts it."""
         jaxpr = jax.make_jaxpr(fun)(*avals)
         return [value.array for value in self.interpreter.evaluate(jaxpr, operands, self.call.scope)]
 
 
-def _parts(interpreter: Interpreter, call: Call, parameter: str = "call_jaxpr") -> _Parts:
-    call = dataclasses.replace(call, operands=interpreter.rounded(call, parameter))
-    inner = interpreter.retype(call.params[parameter], call.operands, call.scope, call.wants)
-    return _Parts(interpreter, call, inner, call.params.get("num_consts", 0))
+def _parts(interpreter: Interpreter, call: Call, parameter: str = "call_jaxpr") -> tuple[_Parts, list[Any]]:
+    """Splits a call into what its rules may keep, and the arguments."""
+    operands = interpreter.rounded(call, parameter)
+    inner = interpreter.retype(call.params[parameter], operands, call.scope, call.wants)
+    n_closed = call.params.get("num_consts", 0)
+    arrays = [value.array for value in operands]
+    known = dataclasses.replace(call, operands=[value._replace(array=None) for value in operands])
+    return _Parts(interpreter, known, inner, arrays[:n_closed]), arrays[n_closed:]
 
 
 def _like(arrays: Sequence[Any], dtypes: Sequence[Any]) -> list[Any]:
@@ -67,9 +69,8 @@ def _cast_floating(array: Any, dtype: Any) -> Any:
 
 
 def _custom_jvp(interpreter: Interpreter, call: Call) -> list[Value]:
-    parts = _parts(interpreter, call)
-    call = parts.call
-    n = parts.n_closed
+    parts, arguments = _parts(interpreter, call)
+    n = len(parts.closed)
     function = jax.custom_jvp(parts.run)
 
     @function.defjvp
@@ -81,20 +82,20 @@ def _custom_jvp(interpreter: Interpreter, call: Call) -> list[Value]:
             return [*outs, *tangents_out]
 
         avals = [*parts.avals, *(aval.to_tangent_aval() for aval in parts.avals[n:])]
-        operands = [value._replace(array=array) for value, array in zip(call.operands[n:], primals, strict=True)]
-        results = parts.evaluate(jvp, avals, [*call.operands[:n], *operands, *map(Value, tangents)])
+        results = parts.evaluate(jvp, avals, [*parts.operands(primals), *map(Value, tangents)])
         dtypes = parts.inner.dtypes
         return _like(results[: len(dtypes)], dtypes), _like(results[len(dtypes) :], dtypes)
 
-    return interpreter.results(parts.inner, function(*parts.arguments))
+    return interpreter.results(parts.inner, function(*arguments))
 
 
 def _custom_vjp(interpreter: Interpreter, call: Call) -> list[Value]:
-    parts = _parts(interpreter, call)
-    call = parts.call
-    n, n_results = parts.n_closed, len(parts.inner.results)
-    function = jax.custom_vjp(parts.run)
+    parts, arguments = _parts(interpreter, call)
+    n, n_results = len(parts.closed), len(parts.inner.results)
+    dtypes = [getattr(array, "dtype", None) for array in arguments]
+    wanted = [v.aval.to_tangent_aval() for v in call.eqn.outvars]
     backward: dict[str, Any] = {}  # what the forward pass learns about the backward one: its tree and dtypes
+    function = jax.custom_vjp(parts.run)
 
     def forward(*arguments: Any) -> tuple[list[Any], list[Any]]:
         def vjp(*arrays: Any) -> list[Any]:
@@ -103,22 +104,19 @@ def _custom_vjp(interpreter: Interpreter, call: Call) -> list[Value]:
             backward["avals"] = [jax.typeof(residual) for residual in residuals]
             return [*outs, *residuals]
 
-        operands = [value._replace(array=array) for value, array in zip(call.operands[n:], arguments, strict=True)]
-        results = parts.evaluate(vjp, parts.avals, [*call.operands[:n], *operands])
+        results = parts.evaluate(vjp, parts.avals, parts.operands(arguments))
         return _like(results[:n_results], parts.inner.dtypes), results[n_results:]
 
     def pull_back(residuals: list[Any], cotangents: Any) -> tuple[Any, ...]:
-        def vjp(residuals: Any, cotangents: Any) -> Any:
-            return jax.tree.unflatten(backward["tree"], residuals)(cotangents)
+        def vjp(*arrays: Any) -> Any:
+            residuals, cotangents = arrays[: len(backward["avals"])], arrays[len(backward["avals"]) :]
+            return jax.tree.unflatten(backward["tree"], residuals)(list(cotangents))
 
-        wanted = [v.aval.to_tangent_aval() for v in call.eqn.outvars]
-        jaxpr = jax.make_jaxpr(vjp)(backward["avals"], wanted)
-        operands = [_held(array) for array in [*residuals, *cotangents]]
-        results = [value.array for value in interpreter.evaluate(jaxpr, operands, call.scope)]
-        return tuple(_like(results, [getattr(array, "dtype", None) for array in parts.arguments]))
+        results = parts.evaluate(vjp, [*backward["avals"], *wanted], [_held(a) for a in (*residuals, *cotangents)])
+        return tuple(_like(results, dtypes))
 
     function.defvjp(forward, pull_back)
-    return interpreter.results(parts.inner, function(*parts.arguments))
+    return interpreter.results(parts.inner, function(*arguments))
 
 
 def _held(array: Any) -> Value:
@@ -129,8 +127,7 @@ def _held(array: Any) -> Value:
 
 
 def _custom_vmap(interpreter: Interpreter, call: Call) -> list[Value]:
-    parts = _parts(interpreter, call, "call")
-    call = parts.call
+    parts, arguments = _parts(interpreter, call, "call")
     function = jax.custom_batching.custom_vmap(parts.run)
 
     @function.def_vmap
@@ -141,29 +138,30 @@ def _custom_vmap(interpreter: Interpreter, call: Call) -> list[Value]:
             jax.ShapeDtypeStruct((axis_size, *aval.shape) if is_batched else aval.shape, aval.dtype)
             for aval, is_batched in zip(parts.avals, in_batched, strict=True)
         ]
-        operands = [value._replace(array=array) for value, array in zip(call.operands, arrays, strict=True)]
-        results = parts.evaluate(batched, avals, operands)
+        results = parts.evaluate(batched, avals, parts.operands(arrays))
         return _like(results, parts.inner.dtypes), [True] * len(results)
 
-    return interpreter.results(parts.inner, function(*parts.arguments))
+    return interpreter.results(parts.inner, function(*arguments))
 
 
 def _linear_call(interpreter: Interpreter, call: Call) -> list[Value]:
     """A linear function with a transpose of its own; ``num_res`` operands are not linear."""
-    parts = _parts(interpreter, call, "callee")
-    call = parts.call
+    parts, arguments = _parts(interpreter, call, "callee")
     n = call.params["num_callee_consts"] + call.params["num_res"]
-    dtypes = [getattr(array, "dtype", None) for array in call.arrays[n:]]
+    dtypes = [getattr(array, "dtype", None) for array in arguments[n:]]
+    wanted = [v.aval for v in call.eqn.outvars]
 
     def transpose(fixed: list[Any], cotangents: list[Any]) -> list[Any]:
         def transposed(*arrays: Any) -> Any:
-            return jax.linear_transpose(lambda *a: parts.original(*arrays[:n], *a), *parts.avals[n:])(list(arrays[n:]))
+            linear = jax.linear_transpose(lambda *a: parts.original(*arrays[:n], *a), *parts.avals[n:])
+            return linear(list(arrays[n:]))
 
-        avals = [*parts.avals[:n], *(v.aval for v in call.eqn.outvars)]
-        operands = [value._replace(array=array) for value, array in zip(call.operands[:n], fixed, strict=True)]
-        return _like(parts.evaluate(transposed, avals, [*operands, *map(_held, cotangents)]), dtypes)
+        known = zip(parts.call.operands[:n], fixed, strict=True)
+        operands = [value._replace(array=array) for value, array in known]
+        results = parts.evaluate(transposed, [*parts.avals[:n], *wanted], [*operands, *map(_held, cotangents)])
+        return _like(results, dtypes)
 
-    results = linear_call(lambda fixed, linear: parts.run(*fixed, *linear), transpose, call.arrays[:n], call.arrays[n:])
+    results = linear_call(lambda fixed, linear: parts.run(*fixed, *linear), transpose, arguments[:n], arguments[n:])
     return interpreter.results(parts.inner, results)
 
 

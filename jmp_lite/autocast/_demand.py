@@ -34,6 +34,7 @@ CALLS = {
     "checkpoint": "jaxpr",
     "shard_map": "jaxpr",
     "closed_call": "call_jaxpr",
+    "eval_jaxpr": "call_jaxpr",
     "custom_jvp_call": "call_jaxpr",
     "custom_vjp_call": "call_jaxpr",
     "custom_vmap_call": "call",

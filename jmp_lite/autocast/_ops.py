@@ -105,7 +105,7 @@ FAMILIES = (
     Family(
         OpClass.NESTED,
         "holds programs, which are autocast in their turn",
-        """jit closed_call remat2 checkpoint scan while cond custom_jvp_call custom_vjp_call
+        """jit closed_call eval_jaxpr remat2 checkpoint scan while cond custom_jvp_call custom_vjp_call
         custom_vmap_call composite xla_metadata_call linear_call shard_map run_state""",
     ),
     Family(
@@ -142,7 +142,7 @@ FAMILIES = (
         "calls out of the program: the other side expects the dtypes it was written for",
         """pure_callback io_callback debug_callback debug_print inspect_sharding check ffi_call pallas_call
         custom_partitioning call_exported call_hi_primitive call_hi_primitive_linearized cudnn_fusion core_map mpmd_map
-        jaxpr_call eval_jaxpr dot_product_attention_fwd dot_product_attention_fwd_wrapper dot_product_attention_bwd
+        jaxpr_call  dot_product_attention_fwd dot_product_attention_fwd_wrapper dot_product_attention_bwd
         dot_product_attention_bwd_wrapper dot_product_attention_fp8_fwd dot_product_attention_fp8_fwd_wrapper
         dot_product_attention_fp8_bwd dot_product_attention_fp8_bwd_wrapper scaled_matmul scaled_matmul_wrapper""",
     ),

@@ -1,7 +1,10 @@
 """What the backward pass may keep: activations in 16 bits, and not the float32 inside of norms and softmax."""
 
+import contextlib
 import math
 from typing import Any
+
+import numpy as np
 
 from jmp_lite._dtypes import FLOAT32
 
@@ -26,4 +29,6 @@ def saves_low(primitive: Any, *operands: Any, **params: Any) -> bool:
     dtypes = {aval.dtype for aval in operands if hasattr(aval, "dtype")}
     shapes = [getattr(aval, "shape", ()) for aval in operands]
     shapes.append(params.get("shape") or ())  # of what a broadcast makes of a small operand
+    with contextlib.suppress(ValueError):  # arithmetic repeats what has a dimension of 1
+        shapes.append(np.broadcast_shapes(*shapes))
     return FLOAT32 not in dtypes or max(map(math.prod, shapes)) < _SMALL
