@@ -1,5 +1,6 @@
 """The JAX that every test and doctest meets: eight CPU devices, strict promotion, one seed."""
 
+import importlib.metadata
 import os
 import random
 from collections.abc import Iterator
@@ -8,6 +9,12 @@ from collections.abc import Iterator
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Workers of pytest-xdist inherit the environment and with it the seed of the run.
 SEED = int(os.environ.setdefault("JMP_LITE_SEED", str(random.SystemRandom().getrandbits(32))))
+
+# XLA on CPU in jaxlib 0.11 and 0.12 miscompiles bfloat16: a residual block that ends in a mean gives NaN unless this
+# fusion is off. Later versions may have lost the flag, and XLA aborts on flags that it does not know.
+_flag, _flags = "--xla_cpu_experimental_ynn_fusion_type=", os.environ.get("XLA_FLAGS", "")
+if importlib.metadata.version("jaxlib").startswith(("0.11.", "0.12.")) and _flag not in _flags:
+    os.environ["XLA_FLAGS"] = f"{_flags} {_flag}".strip()
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

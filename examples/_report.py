@@ -117,14 +117,14 @@ def draw(results: list[Result], title: str, file: Path) -> None:
     """Draws loss, test accuracy and loss scale over the steps."""
     with plt.rc_context(STYLE):
         figure, (loss, accuracy, scale) = plt.subplots(1, 3, figsize=(13, 4.6), layout="constrained")
-        lines = _line_styles(len(results))
+        lines = line_styles(len(results))
         for result, line in zip(results, lines, strict=True):
-            _draw_loss(loss, result.history, line)
+            draw_loss(loss, result.history, line)
             _draw_accuracy(accuracy, result.history, line)
-            _draw_loss_scale(scale, result.history, line)
+            draw_loss_scale(scale, result.history, line)
         _finish_loss(loss)
         _finish_accuracy(accuracy)
-        _finish_loss_scale(scale, [r.name for r in results if not _is_scaled(r.history)])
+        finish_loss_scale(scale, [r.name for r in results if not is_scaled(r.history)])
         for panel in (loss, accuracy, scale):
             panel.set(xlabel="step", xlim=(0, 1.02 * max(len(r.history.steps) for r in results)))
             panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
@@ -134,8 +134,8 @@ def draw(results: list[Result], title: str, file: Path) -> None:
         plt.close(figure)
 
 
-def _line_styles(count: int) -> list[dict[str, Any]]:
-    """Each thinner than the one below, so that curves that lie on top of each other stay visible."""
+def line_styles(count: int) -> list[dict[str, Any]]:
+    """One style per curve, each thinner than the one below, so that curves on top of each other stay visible."""
     first = max(0, 3 - count)  # a run alone gets a strong colour
     return [
         {
@@ -157,7 +157,8 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)
 
 
-def _draw_loss(panel: plt.Axes, history: History, line: dict[str, Any]) -> None:
+def draw_loss(panel: plt.Axes, history: History, line: dict[str, Any]) -> None:
+    """Draws the loss of every step, and its running mean over it."""
     loss = history.curve("loss")
     steps = np.arange(1, len(loss) + 1)
     panel.plot(steps, loss, color=line["color"], alpha=0.25, linewidth=0.7, zorder=1)
@@ -170,12 +171,14 @@ def _draw_accuracy(panel: plt.Axes, history: History, line: dict[str, Any]) -> N
     panel.plot(steps, 100 * np.array(accuracy), **marker, **line)
 
 
-def _is_scaled(history: History) -> bool:
+def is_scaled(history: History) -> bool:
+    """Whether the run had a loss scale."""
     return bool(np.any(history.curve("loss_scale") != 1))
 
 
-def _draw_loss_scale(panel: plt.Axes, history: History, line: dict[str, Any]) -> None:
-    if not _is_scaled(history):
+def draw_loss_scale(panel: plt.Axes, history: History, line: dict[str, Any]) -> None:
+    """Draws the loss scale of a run that has one, and marks the steps it skipped."""
+    if not is_scaled(history):
         return
     scale = history.curve("loss_scale")
     panel.plot(np.arange(1, len(scale) + 1), scale, drawstyle="steps-post", **line)
@@ -206,7 +209,8 @@ def _finish_accuracy(panel: plt.Axes) -> None:
         panel.text(0.99, 11, "chance", transform=panel.get_yaxis_transform(), ha="right", color="0.35", fontsize=9)
 
 
-def _finish_loss_scale(panel: plt.Axes, unscaled: list[str]) -> None:
+def finish_loss_scale(panel: plt.Axes, unscaled: list[str]) -> None:
+    """Labels the panel, and names the runs without a loss scale."""
     panel.set_title("Loss scale")
     if panel.lines:
         panel.set_ylabel("factor on the loss")

@@ -266,7 +266,7 @@ def compile_pattern(key: str) -> re.Pattern[str]:
             re.compile(key)
             return re.compile(rf"(?:^|/)(?:{key})(?:/|\Z)")
     except re.error as error:
-        raise UnknownDtypeError(f"Pattern {key!r} of the PolicyMap is no regular expression: {error}.") from None
+        raise UnknownDtypeError(f"Pattern {key!r} is no regular expression: {error}.") from None
 
 
 @dataclasses.dataclass(frozen=True, init=False, repr=False)

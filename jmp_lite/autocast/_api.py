@@ -14,8 +14,8 @@ from jmp_lite._policy import Policy, PolicyMap
 from jmp_lite.autocast import _control_flow, _custom_rules
 from jmp_lite.autocast._dot import accumulate_in
 from jmp_lite.autocast._interpreter import Interpreter
-from jmp_lite.autocast._ops import Op, checked
-from jmp_lite.autocast._rules import Rule, Settings, checked_settings
+from jmp_lite.autocast._ops import Op, checked_ops
+from jmp_lite.autocast._rules import Rule, Settings, checked_dot, checked_settings
 from jmp_lite.autocast._save import saves_low
 
 P = ParamSpec("P")
@@ -105,11 +105,10 @@ def settings_from(
     if accumulate is not None and dot is not None:
         raise InvalidRuleError("dot and accumulate both replace the matrix product: give one of them.")
     product = dot if accumulate is None else accumulate_in(accumulate)
-    checked_ops = {name: checked(name, op) for name, op in (ops or {}).items()}
-    return checked_settings(policy, rules, checked_ops, product, root)
+    return checked_settings(policy, rules, checked_ops(ops), checked_dot(product), root)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=128)
 def _interpreter(settings: Settings) -> Interpreter:
     """One interpreter per settings: functions wrapped anew at every step find the programs retyped before."""
     return Interpreter(settings, HANDLERS)

@@ -61,6 +61,8 @@ def decide(
         return _in_float32(eqn, "not a product of float32 arrays")
     if op_class is OpClass.ALLOW:
         return _in_half(eqn, precision.dtype, why)
+    if precision.mode == "low" and _is_made_of_exact_values(eqn, operands):
+        return _in_float32(eqn, "made of random numbers or other results that are as written")
     if precision.mode == "low":
         return _in_half(eqn, precision.dtype, precision.reason)
     if op_class is OpClass.DENY:
@@ -153,9 +155,17 @@ def _promotes(value: Value, operands: Sequence[Value]) -> bool:
     return any(Tag.NEUTRAL < other.tag < Tag.HIGH and is_as_large(array, other.array) for other in operands)
 
 
-def origin_of_results(eqn: Equation, operands: Sequence[Value]) -> Origin:
+def origin_of_results(eqn: Equation, operands: Sequence[Value], op: Op) -> Origin:
     """Returns where the results of an equation come from."""
+    if op is OpClass.EXACT or _is_made_of_exact_values(eqn, operands):
+        return Origin.EXACT
     return Origin.REPEATED if _repeats_something_smaller(eqn, operands) else Origin.COMPUTED
+
+
+def _is_made_of_exact_values(eqn: Equation, operands: Sequence[Value]) -> bool:
+    arrays = [value for v, value in zip(eqn.invars, operands, strict=True) if _is_float_array(v)]
+    origins = {value.origin for value in arrays}
+    return Origin.EXACT in origins and origins <= {Origin.EXACT, Origin.REPEATED}
 
 
 def number_of_results(eqn: Equation, operands: Sequence[Value]) -> float | None:

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jmp_lite._errors import InvalidRuleError
+from jmp_lite._dtypes import FLOAT32, parse_dtype
+from jmp_lite._errors import InvalidRuleError, UnknownDtypeError
 
 
 def accumulate_in(dtype: Any) -> Callable[..., Any]:
@@ -22,7 +23,11 @@ def accumulate_in(dtype: Any) -> Callable[..., Any]:
     Raises:
         InvalidRuleError: If the dtype is not float32, which is what matrix units add up in.
     """
-    if np.dtype(dtype) != jnp.float32:
+    try:
+        is_float32 = (parse_dtype(dtype) if isinstance(dtype, str) else np.dtype(dtype)) == FLOAT32
+    except (TypeError, UnknownDtypeError):
+        is_float32 = False
+    if not is_float32:
         raise InvalidRuleError(f"accumulate must be float32 or None, got {dtype!r}.")
     return _accumulating_dot
 
@@ -38,23 +43,29 @@ def _dot(lhs: Any, rhs: Any, dimension_numbers: Any, params: Any, dtype: Any) ->
 
 
 def _product(lhs: Any, rhs: Any, dimension_numbers: Any, params: Any) -> Any:
-    """A product of 16-bit arrays, in float32.
-
-    XLA:CPU (jaxlib 0.10 to 0.12) stops at run time on some batched products of bfloat16 that return float32. There the
-    operands are cast up first, which changes no digit: products of 16-bit numbers are exact in float32.
-    """
-    dot = functools.partial(lax.dot_general, dimension_numbers=dimension_numbers, preferred_element_type=jnp.float32)
-
-    def upcast(lhs: Any, rhs: Any) -> Any:
-        return dot(lhs.astype(jnp.float32), rhs.astype(jnp.float32), **dict(params))
-
-    def native(lhs: Any, rhs: Any) -> Any:
-        return dot(lhs, rhs, **dict(params))
-
+    """A product of 16-bit arrays, in float32."""
+    upcast, native = _products(dimension_numbers, params)
     if isinstance(lhs, jax.core.Tracer) or isinstance(rhs, jax.core.Tracer):
         return lax.platform_dependent(lhs, rhs, cpu=upcast, default=native)
     on_cpu = {device.platform for device in lhs.devices()} == {"cpu"}
     return (upcast if on_cpu else native)(lhs, rhs)
+
+
+@functools.lru_cache(maxsize=4096)
+def _products(dimension_numbers: Any, params: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Returns the product for CPUs and for other platforms; the same functions each time, so that JAX knows them.
+
+    XLA:CPU (jaxlib 0.10 to 0.12) stops at run time on some batched products of bfloat16 that return float32. There the
+    operands are cast up first, which changes no digit: products of 16-bit numbers are exact in float32.
+    """
+
+    def native(lhs: Any, rhs: Any) -> Any:
+        return lax.dot_general(lhs, rhs, dimension_numbers, preferred_element_type=jnp.float32, **dict(params))
+
+    def upcast(lhs: Any, rhs: Any) -> Any:
+        return native(lhs.astype(jnp.float32), rhs.astype(jnp.float32))
+
+    return upcast, native
 
 
 def _dot_forward(lhs: Any, rhs: Any, *static: Any) -> tuple[Any, Any]:
@@ -65,7 +76,9 @@ def _dot_backward(dimension_numbers: Any, params: Any, dtype: Any, operands: Any
     def dot(lhs: Any, rhs: Any) -> Any:
         return lax.dot_general(lhs, rhs, dimension_numbers, preferred_element_type=dtype, **dict(params))
 
-    of_lhs, of_rhs = jax.vjp(dot, *operands)[1](cotangent)
+    lhs, rhs = operands
+    [of_lhs] = jax.linear_transpose(lambda lhs: dot(lhs, rhs), lhs)(cotangent)
+    [of_rhs] = jax.linear_transpose(lambda rhs: dot(lhs, rhs), rhs)(cotangent)
     return of_lhs, of_rhs
 
 

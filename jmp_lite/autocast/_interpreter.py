@@ -28,6 +28,7 @@ from jmp_lite._compat import (
     with_weak_type,
 )
 from jmp_lite._dtypes import FLOAT32, DType
+from jmp_lite._errors import InvalidOpError
 from jmp_lite.autocast import _regions
 from jmp_lite.autocast._decide import decide, number_of_results, origin_of_results
 from jmp_lite.autocast._demand import Demands, Want, Wants
@@ -132,13 +133,18 @@ class Frame:
         return self.values[atom]
 
     def array(self, atom: Atom, dtype: DType | None) -> Any:
-        """Returns a variable cast to a dtype if it was float32 in the original program; casts are made once."""
+        """Returns a variable cast to a dtype if it was float32 in the original program.
+
+        Casts are made once, except those of inputs: a weight used many times gets its gradient added up in float32.
+        """
         if is_literal(atom):
             in_half = is_eligible(atom.aval) and dtype not in (None, FLOAT32)
             return as_dtype(atom.val, dtype) if in_half else atom.val
         held, number = self.values[atom].array, self.values[atom].number
         if dtype is None or not is_eligible(atom.aval) or held.dtype == dtype:
             return held
+        if self.values[atom].origin is Origin.INPUT:
+            return cast(held, dtype)
         if (atom, dtype) not in self.casts:
             self.casts[atom, dtype] = cast(held, dtype) if number is None else _full_like(held, number, dtype)
         return self.casts[atom, dtype]
@@ -165,6 +171,7 @@ class Interpreter:
         self.keeps_records = keeps_records
         self.records: list[Record] = []
         self.demands = Demands(settings.ops_by_name)
+        self._precisions: dict[tuple[str, str], Precision] = {}
         self._retyped: Any = weakref.WeakKeyDictionary()
 
     def run(self, jaxpr: Jaxpr, arrays: Sequence[Any]) -> list[Any]:
@@ -240,6 +247,13 @@ class Interpreter:
         finally:
             self.records = outer
 
+    def precision(self, scope: str, primitive: str) -> Precision:
+        """Resolves the precision of a primitive in a name scope, once."""
+        key = (scope, primitive if self.settings.rules else "")
+        if key not in self._precisions:
+            self._precisions[key] = self.settings.precision(scope, primitive)
+        return self._precisions[key]
+
     def rounded(self, call: Call, parameter: str) -> list[Value]:
         """Returns the operands of a call; those that lose nothing by it are rounded, unless float32 is wanted inside.
 
@@ -247,7 +261,7 @@ class Interpreter:
         """
         inner, _ = program(call.params[parameter])
         wants = self.demands.of(inner, call.wants)
-        dtype = self.settings.precision(call.scope, call.eqn.primitive.name).dtype
+        dtype = self.precision(call.scope, call.eqn.primitive.name).dtype
         return [
             Value(cast(value.array, dtype), Tag.LOW, value.origin)
             if value.tag is Tag.SOFT and wants.get(v) is not Want.HIGH
@@ -263,7 +277,7 @@ class Interpreter:
     def _equation(self, frame: Frame, eqn: Equation, scope: str, wants: Wants) -> list[Value]:
         name = eqn.primitive.name
         scope = "/".join(filter(None, (scope, scope_names(eqn.source_info.name_stack))))
-        precision = self.settings.precision(scope, name)
+        precision = self.precision(scope, name)
         op, why = classify(eqn, self.settings.ops_by_name)
         operands = [frame.read(v) for v in eqn.invars]
         position = len(self.records)
@@ -273,7 +287,7 @@ class Interpreter:
         else:
             dtype, tags, reason = decide(eqn, operands, (op, why), precision, wants)
             arrays = [frame.array(v, dtype) for v in eqn.invars]
-            origin, number = origin_of_results(eqn, operands), number_of_results(eqn, operands)
+            origin, number = origin_of_results(eqn, operands, op), number_of_results(eqn, operands)
             results = _apply(eqn, arrays, op, precision, dtype)
             values = [Value(array, _tag(array, tag), origin, number) for array, tag in zip(results, tags, strict=True)]
         if self.keeps_records:
@@ -297,13 +311,31 @@ def _apply(eqn: Equation, arrays: Sequence[Any], op: Op, precision: Precision, d
         return bind(eqn, arrays, eqn.params)
     if not isinstance(op, OpClass):
         results = op(*arrays, **eqn.params)
-        return list(results) if eqn.primitive.multiple_results else [results]
+        return _checked(eqn, list(results) if eqn.primitive.multiple_results else [results])
     params = _params_at(eqn.params, dtype)
     if eqn.primitive.name == "dot_general" and op is OpClass.ALLOW and precision.dot is not None:
         if params.get("out_sharding") is None:
             params.pop("out_sharding", None)
-        return [cast(precision.dot(*arrays, **params), dtype)]
+        return [cast(precision.dot(*arrays, params.pop("dimension_numbers"), **params), dtype)]
     return bind(eqn, arrays, params)
+
+
+def _checked(eqn: Equation, results: list[Any]) -> list[Any]:
+    """Checks what a user's function returned in the place of a primitive."""
+    expected = [v.aval for v in eqn.outvars]
+    is_alike = len(results) == len(expected) and all(
+        isinstance(result, jax.Array)
+        and result.shape == aval.shape
+        and (result.dtype == aval.dtype or (is_eligible(aval) and jnp.issubdtype(result.dtype, jnp.floating)))
+        for result, aval in zip(results, expected, strict=False)
+    )
+    if not is_alike:
+        found = ", ".join(str(jax.typeof(r)) if isinstance(r, jax.Array) else repr(r) for r in results)
+        raise InvalidOpError(
+            f"The function in the place of {eqn.primitive.name!r} returned {found}. It must return "
+            f"{', '.join(map(str, expected))}; any floating dtype will do for float32."
+        )
+    return results
 
 
 def _params_at(params: dict[str, Any], dtype: DType) -> dict[str, Any]:

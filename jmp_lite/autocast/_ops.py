@@ -195,15 +195,24 @@ def register_op(primitive: "str | Primitive", op: Op) -> None:
         ``torch.library.register_autocast``.
     """
     name = primitive if isinstance(primitive, str) else primitive.name
-    _REGISTERED[name] = checked(name, op)
+    _REGISTERED.update(checked_ops({name: op}))
 
 
-def checked(name: str, op: Any) -> Op:
-    """Returns what the user gave for a primitive, if it can be used."""
-    if op is OpClass.NESTED or not (isinstance(op, OpClass) or callable(op)):
+def checked_ops(ops: Any) -> dict[str, Op]:
+    """Returns what the user gave for primitives, by name, if it can be used."""
+    if not (ops is None or isinstance(ops, Mapping)):
+        raise InvalidOpError(f"ops must map names of primitives to classes or functions, got {ops!r}.")
+    items = [] if ops is None else ops.items()
+    named = {str(getattr(primitive, "name", primitive)): op for primitive, op in items}
+    return {name: _checked(name, op) for name, op in named.items()}
+
+
+def _checked(name: str, op: Any) -> Op:
+    is_function = callable(op) and getattr(op, "__hash__", None) is not None
+    if op is OpClass.NESTED or not (isinstance(op, OpClass) or is_function):
         raise InvalidOpError(
-            f"{op!r} cannot stand for primitive {name!r}. Give OpClass.ALLOW, DENY, FOLLOW or EXACT, or a function "
-            "of the operands and parameters."
+            f"{op!r} cannot stand for primitive {name!r}. Give OpClass.ALLOW, DENY, FOLLOW or EXACT, or a hashable "
+            "function of the operands and parameters."
         )
     checked_op: Op = op
     return checked_op

@@ -3,9 +3,10 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from jmp_lite._dtypes import ACCEPTED_NAMES, FLOAT32, DType, parse_dtype
@@ -17,6 +18,17 @@ from jmp_lite.autocast._values import is_in_range
 
 #: ``Module.method``, as Linen names the scope of any method but ``__call__``.
 _METHOD = re.compile(r"\.[A-Za-z_]\w*(?=/|\Z)")
+
+
+class Precision(NamedTuple):
+    """What holds for an equation: a mode (auto, full, low, off), a compute dtype, a matrix product, and why."""
+
+    mode: str
+    dtype: DType
+    dot: Callable[..., Any] | None
+    reason: str = ""
+    leaves_whole: bool = False
+    """Whether an equation that holds programs runs as it was written, programs included."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +69,18 @@ class Rule:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "precision", _checked_precision(self.precision))
-        for pattern in (self.scope, self.primitive):
+        for field in ("scope", "primitive"):
+            pattern = getattr(self, field)
+            if not (pattern is None or isinstance(pattern, str)):
+                raise InvalidRuleError(f"{field} must be a regular expression or None, got {pattern!r}.")
             if pattern is not None:
                 compile_pattern(pattern)
+        if _is_precision(self.primitive):
+            raise InvalidRuleError(
+                f"primitive is {self.primitive!r}, which is a precision. Write Rule({self.scope!r}, "
+                f"precision={self.primitive!r})."
+            )
+        checked_dot(self.dot)
 
     def matches(self, scope: str, primitive: str) -> bool:
         """Whether the rule holds for a primitive in a scope."""
@@ -67,19 +88,48 @@ class Rule:
             return False
         return self.scope is None or any(compile_pattern(self.scope).search(path) for path in _readings(scope))
 
+    def applied_to(self, precision: Precision) -> Precision:
+        """Returns what holds where the rule matches, given what would hold without it."""
+        is_whole = self.precision == "full" and self.primitive is not None
+        dot = self.dot or precision.dot
+        if not isinstance(self.precision, str):
+            return Precision("auto", self.precision, dot, str(self))
+        if self.precision != "full" and precision.dtype.itemsize >= FLOAT32.itemsize:
+            return precision
+        return Precision(self.precision, precision.dtype, dot, str(self), leaves_whole=is_whole)
+
     def __str__(self) -> str:
         wanted = [("scope", self.scope), ("primitive", self.primitive)]
         return "rule for " + (", ".join(f"{key} {value!r}" for key, value in wanted if value is not None) or "all")
 
 
-def _checked_precision(precision: Any) -> Any:
-    if isinstance(precision, str) and precision in ("auto", "full", "low"):
-        return precision
+_MODES = ("auto", "full", "low")
+
+
+def checked_dot(dot: Any) -> Any:
+    """Returns what the user gave in the place of a matrix product, if it can be called."""
+    if dot is not None and not callable(dot):
+        raise InvalidRuleError(f"dot must be a function with the signature of lax.dot_general, got {dot!r}.")
+    return dot
+
+
+def _dtype(precision: Any) -> DType | None:
     try:
         dtype = parse_dtype(precision) if isinstance(precision, str) else np.dtype(precision)
     except (TypeError, UnknownDtypeError):
-        dtype = None
-    if dtype is None or dtype.itemsize != 2 or dtype.kind not in "fV":
+        return None
+    return dtype if dtype.itemsize == 2 and jnp.issubdtype(dtype, jnp.floating) else None
+
+
+def _is_precision(text: str | None) -> bool:
+    return text is not None and (text in _MODES or _dtype(text) is not None)
+
+
+def _checked_precision(precision: Any) -> Any:
+    if isinstance(precision, str) and precision in _MODES:
+        return precision
+    dtype = _dtype(precision) if precision is not None else None
+    if dtype is None:
         raise InvalidRuleError(
             f"precision must be 'auto', 'full', 'low' or a 16-bit dtype, got {precision!r}. Write for example "
             "Rule('head', precision='full')."
@@ -91,17 +141,6 @@ def _readings(scope: str) -> tuple[str, ...]:
     """Returns a scope as it is, and without the names of methods: what ``encoder.decode`` calls is in ``encoder``."""
     plain = _METHOD.sub("", scope)
     return (scope,) if plain == scope else (scope, plain)
-
-
-class Precision(NamedTuple):
-    """What holds for an equation: a mode (auto, full, low, off), a compute dtype, a matrix product, and why."""
-
-    mode: str
-    dtype: DType
-    dot: Callable[..., Any] | None
-    reason: str = ""
-    leaves_whole: bool = False
-    """Whether an equation that holds programs runs as it was written, programs included."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,39 +174,26 @@ class Settings:
 
     def precision(self, scope: str, primitive: str) -> Precision:
         """Resolves the precision of a primitive in a name scope."""
-        return _resolve(self, scope, primitive if self.rules else "")
+        policy = self.policy.policy_for(_path_in_model(scope, self.root))
+        dtype, is_full = policy.compute_dtype, policy.compute_dtype.itemsize >= FLOAT32.itemsize
+        in_policy = Precision("full" if is_full else "auto", dtype, self.dot, "compute dtype of the policy is float32")
+        region = _regions.innermost(scope)
+        if region is not None:
+            mode = "full" if is_full and _regions.MODES[region] == "low" else _regions.MODES[region]
+            return in_policy._replace(
+                mode=mode, reason=f"in a {region.removeprefix('jmp.')} region", leaves_whole=mode == "off"
+            )
+        rule = next((rule for rule in self.rules if rule.matches(scope, primitive)), None)
+        return in_policy if rule is None else rule.applied_to(in_policy)
 
     def is_in_range(self, number: float) -> bool:
         """Whether all compute dtypes hold a number to within their rounding error."""
         return all(is_in_range(number, dtype) for dtype in self.dtypes)
 
 
-@functools.lru_cache(maxsize=65536)
-def _resolve(settings: Settings, scope: str, primitive: str) -> Precision:
-    policy = settings.policy.policy_for(_path_in_model(settings, scope))
-    dtype, dot = policy.compute_dtype, settings.dot
-    is_full = dtype.itemsize >= FLOAT32.itemsize
-    in_policy = Precision("full" if is_full else "auto", dtype, dot, "compute dtype of the policy is float32")
-    region = _regions.innermost(scope)
-    if region is not None:
-        mode = "full" if is_full and _regions.MODES[region] == "low" else _regions.MODES[region]
-        return Precision(mode, dtype, dot, f"in a {region.removeprefix('jmp.')} region", leaves_whole=mode == "off")
-    for rule in settings.rules:
-        if rule.matches(scope, primitive):
-            is_dtype = not isinstance(rule.precision, str)
-            mode = "auto" if is_dtype else rule.precision
-            if mode != "full" and is_full and not is_dtype:
-                return in_policy
-            chosen = rule.precision if is_dtype else dtype
-            return Precision(
-                mode, chosen, rule.dot or dot, str(rule), leaves_whole=mode == "full" and rule.primitive is not None
-            )
-    return in_policy
-
-
-def _path_in_model(settings: Settings, scope: str) -> str:
+def _path_in_model(scope: str, root: str) -> str:
     path = _readings(scope)[-1]
-    return path.removeprefix(settings.root).removeprefix("/") if settings.root else path
+    return path.removeprefix(root).removeprefix("/") if root else path
 
 
 def checked_settings(
@@ -179,12 +205,12 @@ def checked_settings(
         InvalidPolicyError: If the compute dtype has fewer than 16 bits.
         InvalidRuleError: If something among the rules is no rule.
     """
-    rules = (rules,) if isinstance(rules, Rule) else tuple(rules)
-    for rule in rules:
-        if not isinstance(rule, Rule):
-            raise InvalidRuleError(
-                f"rules must be a sequence of Rule, got {rule!r}. Write Rule(scope, primitive, ...)."
-            )
+    rules = (rules,) if isinstance(rules, Rule) else rules
+    if not (isinstance(rules, Sequence) and all(isinstance(rule, Rule) for rule in rules)):
+        raise InvalidRuleError(
+            f"rules must be a sequence of Rule, got {rules!r}. Write rules=[Rule(scope, primitive, precision)]."
+        )
+    rules = tuple(rules)
     settings = Settings(get_policy(policy), rules, tuple(sorted(ops.items(), key=lambda item: item[0])), dot, root)
     for dtype in settings.dtypes:
         if dtype.itemsize < 2:

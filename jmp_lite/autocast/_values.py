@@ -32,6 +32,8 @@ class Origin(enum.Enum):
     """An argument or a carry: a parameter, an accumulator, a state."""
     REPEATED = "repeated"
     """Something smaller, repeated: a bias, a mask, a scale, a statistic."""
+    EXACT = "exact"
+    """An operation that runs as written, such as a random number, or arithmetic on nothing else."""
     COMPUTED = "computed"
     """Anything else."""
 

@@ -1,0 +1,372 @@
+"""Laws of autocast that hold for every function: a table of functions, multiplied with the ways to run them."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import jaxprs
+import numpy as np
+import pytest
+from autocast_cases import CASES
+from autocast_cases_common import EVERY, GRAD_OF, JIT, LAYER, OF_GRAD, mesh, x_and_w
+from jax.experimental import checkify
+from jax.sharding import PartitionSpec as P
+from support import assert_identical, compilations, raw
+
+import jmp_lite as jmp
+
+LOW, FULL = "mixed_bfloat16", "float32"
+every_case = pytest.mark.parametrize("name", CASES)
+
+
+@pytest.fixture
+def case(name):
+    """A case of the table, in what it runs in."""
+    with CASES[name].context():
+        yield CASES[name]
+
+
+@pytest.fixture
+def args(case, rng):
+    return case.args(rng)
+
+
+# --- Arguments that are arrays and those that are not ---
+
+
+def is_array(x):
+    return isinstance(x, (jax.Array, np.ndarray, np.generic))
+
+
+def is_float(x):
+    return is_array(x) and jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def split(args, kwargs):
+    """The arrays among arguments, and what is left of the arguments without them."""
+    leaves, structure = jax.tree.flatten((args, kwargs))
+    return [x for x in leaves if is_array(x)], (structure, tuple(jax.Array if is_array(x) else x for x in leaves))
+
+
+def joined(arrays, rest):
+    structure, leaves = rest
+    arrays = iter(arrays)
+    return jax.tree.unflatten(structure, [next(arrays) if x is jax.Array else x for x in leaves])
+
+
+def of_arrays(transform):
+    """A transformation such as jit for functions whose arguments are not all arrays."""
+
+    def transformed(fun):
+        @functools.cache
+        def of_rest(rest):
+            def run(arrays):
+                args, kwargs = joined(arrays, rest)
+                return fun(*args, **kwargs)
+
+            return transform(run)
+
+        def call(*args, **kwargs):
+            arrays, rest = split(args, kwargs)
+            return of_rest(rest)(arrays)
+
+        return call
+
+    return transformed
+
+
+jitted = of_arrays(jax.jit)
+shapes = of_arrays(lambda run: functools.partial(jax.eval_shape, run))
+lowered = of_arrays(lambda run: lambda arrays: jax.jit(run).lower(arrays).as_text())
+equations = of_arrays(lambda run: lambda arrays: list(jaxprs._equations(jax.make_jaxpr(run)(arrays).jaxpr, "")))
+
+
+def weighed(out):
+    """A number that depends on every float of a tree, each with a weight of its own."""
+    total = jnp.float32(0)
+    for x in filter(lambda x: is_array(x) and jnp.issubdtype(x.dtype, jnp.inexact), jax.tree.leaves(out)):
+        parts = [x.real, x.imag] if jnp.iscomplexobj(x) else [x]
+        for part in parts:
+            weights = jnp.cos(1 + jnp.arange(part.size, dtype=jnp.float32)).astype(part.dtype)
+            total += jnp.sum(part * weights.reshape(part.shape)).astype(jnp.float32)
+    return total
+
+
+def gradient(fun):
+    """The gradients of the weighed output with respect to every float among the arguments."""
+
+    def run(*args, **kwargs):
+        leaves, structure = jax.tree.flatten((args, kwargs))
+        places = [i for i, x in enumerate(leaves) if is_float(x)]
+
+        def loss(floats):
+            new = list(leaves)
+            for i, x in zip(places, floats, strict=True):
+                new[i] = x
+            args, kwargs = jax.tree.unflatten(structure, new)
+            return weighed(fun(*args, **kwargs))
+
+        return jax.grad(loss)([leaves[i] for i in places])
+
+    return run
+
+
+def in_modes(case, cast):
+    """The value of a case and its gradient, cast inside and outside of grad: those that the case has."""
+    low = cast(case.fun)
+    modes = {JIT: low, GRAD_OF: gradient(low), OF_GRAD: cast(gradient(case.fun))}
+    return {mode: fun for mode, fun in modes.items() if mode in case.modes}
+
+
+def together(functions):
+    """Several functions of the same arguments as one, for one compilation."""
+    return lambda *args, **kwargs: {mode: fun(*args, **kwargs) for mode, fun in functions.items()}
+
+
+def unchanged(fun):
+    return fun
+
+
+def to(policy):
+    return lambda fun: jmp.autocast(fun, policy)
+
+
+# --- Comparing ---
+
+
+def kind(leaf):
+    return (jax.typeof(leaf), getattr(leaf, "weak_type", False)) if hasattr(leaf, "dtype") else leaf
+
+
+def assert_same_kind(actual, expected):
+    """Asserts that structure, shapes, dtypes and weak types are those of the original program."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
+        assert kind(a) == kind(b), f"{jax.tree_util.keystr(path)}: {kind(a)} is not {kind(b)}"
+
+
+def wide(leaf):
+    return np.asarray(leaf).astype(np.complex128)
+
+
+def assert_near(actual, expected, *, error, exact=(), whole=False, where="value"):
+    """Asserts that floats are off by so much at most, relative to the largest of their array, and all else identical.
+
+    Args:
+        actual: The tree.
+        expected: What it should be.
+        error: The largest error.
+        exact: Leaves that must be identical.
+        whole: Whether the error is that of all arrays together, as a vector, relative to its length.
+        where: What is compared, for the message.
+    """
+    assert_same_kind(actual, expected)
+    differences, lengths = [], []
+    for i, (a, b) in enumerate(zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)):
+        if i in exact or not (is_array(b) and jnp.issubdtype(b.dtype, jnp.inexact)):
+            assert raw(a) == raw(b), f"{where}: leaf {i}: {a!r} is not {b!r}"
+            continue
+        np.testing.assert_array_equal(np.isfinite(wide(a)), np.isfinite(wide(b)))
+        lengths.append(np.where(np.isfinite(b), wide(b), 0))
+        differences.append(np.where(np.isfinite(b), wide(a), 0) - lengths[-1])
+        if not whole:
+            off = np.max(np.abs(differences[-1]), initial=0) / np.max(np.abs(lengths[-1]), initial=1e-30)
+            assert off <= error, f"{where}: leaf {i} is off by {off:.4f}, {error:.4f} allowed"
+    if whole and lengths:
+        norm = lambda xs: np.linalg.norm(np.concatenate([np.ravel(x) for x in xs]))  # noqa: E731
+        off = norm(differences) / norm(lengths)
+        assert off <= error, f"{where}: off by {off:.4f}, {error:.4f} allowed"
+
+
+# --- Laws ---
+
+
+@every_case
+def test_values_and_gradients_are_near(name, case, args):
+    """Under jit, values and gradients are those of float32 but for roundings, with autocast in grad or around it."""
+    low, plain = (jitted(together(in_modes(case, cast)))(*args, **case.kwargs) for cast in (to(LOW), unchanged))
+    assert_near(low.pop(JIT), plain[JIT], error=case.depth * LAYER, exact=case.exact)
+    exact = EVERY if case.exact is EVERY else ()
+    for mode, found in low.items():
+        assert_near(found, plain[mode], error=case.grad_depth * LAYER, exact=exact, whole=case.whole, where=mode)
+
+
+@every_case
+def test_eager_calls_are_near(name, case, args, rng):
+    """Without jit values are near and of the same kind, and a second call compiles nothing that need not be."""
+    low, more = jmp.autocast(case.fun, LOW), case.args(rng)
+    found, expected = low(*args, **case.kwargs), case.fun(*args, **case.kwargs)
+    assert_near(found, expected, error=case.depth * LAYER)
+    with compilations() as without:
+        case.fun(*more, **case.kwargs)
+    with compilations() as compiled:
+        low(*more, **case.kwargs)
+    assert without or not compiled
+
+
+@every_case
+def test_shapes_are_those_of_the_function(name, case, args):
+    """Under eval_shape, shapes, dtypes and weak types are those of the function, and of its gradient in both orders."""
+    plain = in_modes(case, unchanged)
+    for mode, low in in_modes(case, to(LOW)).items():
+        assert_same_kind(shapes(low)(*args, **case.kwargs), shapes(plain[mode])(*args, **case.kwargs))
+
+
+# A derivative of a program that was traced before adds up in another order than that of a Python function which holds
+# derivatives itself; autocast traces, and so does this.
+traced = of_arrays(functools.partial(jax.jit, inline=True))
+
+
+def without_names(text):
+    """A lowered program with its functions numbered in the order in which they are met."""
+    numbers = {}
+    return re.sub(r"@[\w.]+", lambda found: f"@{numbers.setdefault(found[0], len(numbers))}", text)
+
+
+@every_case
+def test_float32_is_the_plain_function(name, case, args):
+    """Autocast to float32 gives the bits of the function and of its gradient, in both orders."""
+    full, plain = (in_modes(case, cast) for cast in (to(FULL), traced))
+    texts = [[without_names(lowered(f)(*args, **case.kwargs)) for f in modes.values()] for modes in (full, plain)]
+    if texts[0] != texts[1]:  # else they are the same programs, which give the same bits
+        assert_identical(*(jitted(together(modes))(*args, **case.kwargs) for modes in (full, plain)))
+
+
+PRODUCTS = (*jaxprs.CONTRACTIONS, "ragged_dot_general")
+
+
+def adds_up(eqn):
+    """Whether the product is one with contraction: others have nothing to gain from the compute dtype."""
+    if eqn.primitive.name != "dot_general":
+        return eqn.primitive.name in PRODUCTS
+    (contracted, _), _ = eqn.params["dimension_numbers"]
+    return any(eqn.invars[0].aval.shape[axis] > 1 for axis in contracted)
+
+
+def products(fun, args, kwargs):
+    """The dtypes of the two operands of every product, also of those in loops and calls."""
+    found = (eqn for _, eqn in equations(fun)(*args, **kwargs) if adds_up(eqn))
+    return [tuple(str(x.aval.dtype) for x in eqn.invars[:2]) for eqn in found]
+
+
+@every_case
+def test_what_should_be_low_is_low(name, case, args):
+    """No product of a case stays in float32, forward or backward, in either order, but for exempt modes."""
+    plain, low = (in_modes(case, cast) for cast in (unchanged, to(LOW)))
+    for mode in set(low) & set(case.low):
+        before, after = (products(modes[mode], args, case.kwargs) for modes in (plain, low))
+        assert [pair for pair in after if "float32" in pair] == [], mode
+        assert ("float32",) * 2 not in before or ("bfloat16",) * 2 in after, mode
+
+
+# --- Transformations around autocast: each makes another function of two arrays out of a function of two ---
+
+
+def layers(x, w):
+    return jax.nn.gelu(x @ w) @ w
+
+
+def donated(fun):
+    run = jax.jit(fun, donate_argnums=0)
+
+    def call(x, w):
+        mine = jnp.array(x, copy=True)
+        out = run(mine, w)
+        assert mine.is_deleted()
+        return out
+
+    return call
+
+
+def symbolic(fun):
+    """Exported once for every batch size."""
+
+    def call(x, w):
+        (batch,) = jax.export.symbolic_shape("b")
+        shapes = jax.ShapeDtypeStruct((batch, 16), x.dtype), jax.ShapeDtypeStruct(w.shape, w.dtype)
+        run = jax.export.export(jax.jit(fun))(*shapes)
+        return run.call(x, w), run.call(x[:3], w)
+
+    return call
+
+
+def placed(fun):
+    sharding = jax.sharding.NamedSharding(mesh(), P("d"))
+    run = jax.jit(fun, in_shardings=(sharding, None), out_shardings=sharding)
+
+    def call(x, w):
+        out = run(x, w)
+        assert out.sharding.is_equivalent_to(sharding, 2)
+        return out
+
+    return call
+
+
+def on_explicit_mesh(fun):
+    def call(x, w):
+        with jax.set_mesh(mesh(explicit=True)):
+            out = jax.jit(fun)(jax.device_put(x, P("d", None)), jax.device_put(w, P(None, None)))
+            assert jax.typeof(out).sharding.spec == P("d", None)
+            return np.asarray(out)
+
+    return call
+
+
+def checkified(fun):
+    def call(x, w):
+        error, out = jax.jit(checkify.checkify(fun, errors=checkify.float_checks))(x, w)
+        assert error.get() is None
+        failure, _ = jax.jit(checkify.checkify(fun, errors=checkify.float_checks))(x * np.float32(np.nan), w)
+        assert failure.get() is not None
+        return out
+
+    return call
+
+
+def in_shard_map(fun):
+    return jax.shard_map(fun, mesh=mesh(), in_specs=(P("d"), P()), out_specs=P("d"))
+
+
+def total(fun):
+    return lambda x, w: jnp.sum(fun(x, w) ** 2)
+
+
+CALLED_AS_THEY_ARE = {
+    "donation": donated,
+    "symbolic batch": symbolic,
+    "placement": placed,
+    "explicit mesh": on_explicit_mesh,
+    "checkify": checkified,
+}
+AROUND = {
+    "shard_map": in_shard_map,
+    "pmap": lambda fun: lambda x, w: jax.pmap(fun, in_axes=(0, None))(x[:, None], w),
+    "vmap": lambda fun: jax.vmap(fun, in_axes=(0, None)),
+    "vmap of grad": lambda fun: jax.vmap(jax.grad(total(fun), 1), in_axes=(0, None)),
+    "remat": lambda fun: jax.grad(jax.checkpoint(total(fun)), (0, 1)),
+    "scan": lambda fun: lambda x, w: jax.lax.scan(lambda h, _: (jnp.tanh(fun(h, w)),) * 2, x, length=2),
+    "scan, grad": lambda fun: jax.grad(
+        total(lambda x, w: jax.lax.scan(lambda h, _: (fun(h, w), None), x, length=2)[0])
+    ),
+    "cond": lambda fun: lambda x, w: jax.lax.cond(w[0, 0] < 1e9, fun, lambda x, w: x, x, w),
+    "jvp": lambda fun: lambda x, w: jax.jvp(fun, (x, w), (w[:8], w)),
+    "linearize": lambda fun: lambda x, w: jax.linearize(fun, x, w)[1](w[:8], w),
+    "vjp": lambda fun: lambda x, w: jax.vjp(fun, x, w)[1](x),
+    "jacobian": lambda fun: lambda x, w: jax.jacfwd(lambda v: fun(v, w))(x[0]),
+    "hessian": lambda fun: lambda x, w: jax.hessian(lambda v: total(fun)(v, w))(x[0]),
+    "grad of grad": lambda fun: jax.grad(lambda x, w: jnp.sum(jax.grad(total(fun))(x, w) ** 2), 1),
+    "autocast": to(LOW),
+    "autocast to float32": to(FULL),
+}
+
+
+ALL_AROUND = CALLED_AS_THEY_ARE | {name: lambda fun, t=t: jax.jit(t(fun)) for name, t in AROUND.items()}
+
+
+@pytest.mark.parametrize("transform", ALL_AROUND.values(), ids=ALL_AROUND)
+def test_transformations_around_autocast(transform, rng):
+    """What is made of autocast of a function is near what is made of the function."""
+    x, w = x_and_w(rng)
+    # Second derivatives take the two layers four times, first ones twice.
+    assert_near(transform(jmp.autocast(layers, LOW))(x, w), transform(layers)(x, w), error=8 * LAYER)
