@@ -3,6 +3,7 @@
 import functools
 import re
 
+import autocast_models
 import jax
 import jax.numpy as jnp
 import jaxprs
@@ -17,7 +18,11 @@ from support import assert_identical, compilations, raw
 import jmp_lite as jmp
 
 LOW, FULL = "mixed_bfloat16", "float32"
-every_case = pytest.mark.parametrize("name", CASES)
+#: Whole models take most of the time; continuous integration runs them too.
+SLOW = {*autocast_models.CASES, "random numbers", "shard_map, sums scattered", "shard_map, weights gathered"}
+every_case = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CASES]
+)
 
 
 @pytest.fixture
