@@ -161,3 +161,96 @@ def test_masks_survive(policy, least, rng):
     assert relative(weights, fun(x, w)) < 4 * ULP
     grads = jax.grad(lambda x, w: jnp.sum(jmp.autocast(fun, policy)(x, w)[:, 0]))(x, w)
     assert np.all(np.isfinite(grads))
+
+
+# --- Programs whose meaning hangs on a few digits ---
+
+
+def memory_reused_at_every_step(x, q):
+    memory = x @ jnp.eye(8)
+    return lax.scan(lambda c, qt: (c + jnp.mean(memory * qt), None), jnp.float32(0), q)[0] / len(q)
+
+
+@pytest.mark.parametrize("order", ["grad(autocast)", "autocast(grad)"])
+def test_gradients_of_what_a_scan_reuses_are_added_up_in_float32(order):
+    """In bfloat16 the sum of 4096 equal numbers would stop at the 256th."""
+    args = jnp.ones((8, 8)), jnp.ones((4096, 8, 8))
+    inside = jax.grad(low(memory_reused_at_every_step))
+    gradient = inside if order == "grad(autocast)" else low(jax.grad(memory_reused_at_every_step))
+    np.testing.assert_array_equal(gradient(*args), jax.grad(memory_reused_at_every_step)(*args))
+
+
+def decay_of_a_product(h, w):
+    return lax.scan(lambda e, _: (0.999 * e, None), h @ w, None, length=1000)[0]
+
+
+def coordinates_and_offsets(x, w):
+    places = jnp.arange(1024.0) + (x @ w)[:, 0]
+    return jax.scipy.ndimage.map_coordinates(jnp.arange(1024.0), [places], order=1)
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize(
+    ("fun", "args"),
+    [
+        (decay_of_a_product, (np.ones((2, 8), np.float32), np.ones((8, 2), np.float32))),
+        (coordinates_and_offsets, (np.zeros((1024, 2), np.float32), np.zeros((2, 2), np.float32))),
+    ],
+    ids=["decay", "coordinates"],
+)
+def test_states_and_places_keep_their_digits(fun, args, policy):
+    """A moving average that starts from a product; places in an array that come from one."""
+    np.testing.assert_allclose(jmp.autocast(fun, policy)(*args), fun(*args), rtol=1e-6)
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_scores_of_a_beam_are_added_up_in_float32(policy, rng):
+    """Scores of -45 have a spacing of 0.25 in bfloat16, more than lies between the beams."""
+    w, h0 = (jnp.asarray(rng.normal(size=shape) / 3, jnp.float32) for shape in ((8, 8), (4, 8)))
+
+    def beam(w, h0):
+        def step(carry, _):
+            score, h = carry
+            total = jnp.reshape(score[:, None] + jax.nn.log_softmax(h @ w), -1)
+            score, place = lax.top_k(total, 4)
+            return (score, jnp.tanh(h[place // 8])), None
+
+        return lax.scan(step, (jnp.array([0, -1e9, -1e9, -1e9]), h0), None, length=30)[0][0]
+
+    np.testing.assert_allclose(jmp.autocast(beam, policy)(w, h0), beam(w, h0), rtol=2**-9)
+
+
+def masked_by_an_array(q, mask):
+    smallest = float(jnp.finfo(jnp.float32).min)
+    scores = q @ q.T + jnp.where(mask > 0, jnp.zeros((4, 4)), jnp.full((4, 4), smallest))
+    return jax.nn.softmax(lax.cond(q[0, 0] > 0, lambda s: s, lambda s: s * 2, scores))
+
+
+def masked_in_a_map(q, mask):
+    smallest = float(jnp.finfo(jnp.float32).min)
+    return lax.map(jax.nn.softmax, q @ q.T + (1 - mask) * smallest)
+
+
+@pytest.mark.parametrize("fun", [masked_by_an_array, masked_in_a_map])
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_a_row_masked_with_the_smallest_number_is_no_nan(fun, policy):
+    """That number is beyond bfloat16, and would become minus infinity."""
+    np.testing.assert_array_equal(jmp.autocast(fun, policy)(jnp.ones((4, 4)), jnp.zeros((4, 4)))[0], 0.25)
+
+
+def test_a_mutable_array_that_is_closed_over_is_left_alone():
+    ref = jax.new_ref(jnp.zeros((4, 8)))
+
+    def add(x):
+        ref[...] += x
+        return x.sum()
+
+    for call in (jmp.autocast(add, "mixed_bfloat16"), jax.jit(jmp.autocast(add, "mixed_bfloat16"))):
+        assert call(jnp.ones((4, 8))) == 32
+    assert ref[...].sum() == 64
+
+
+def test_random_numbers_are_the_same_bits_in_a_low_region(key):
+    draw = jmp.low_precision(lambda key: (jax.random.normal(key, (1000,)), jax.random.bernoulli(key, 0.3, (1000,))))
+    for found, expected in zip(jmp.autocast(draw, "mixed_bfloat16")(key), draw(key), strict=True):
+        np.testing.assert_array_equal(found, expected)

@@ -168,7 +168,9 @@ def trace(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, (jax.Array, np.ndarray, np.generic)) or hasattr(leaf, "aval")
+    if isinstance(leaf, (np.ndarray, np.generic)):
+        return leaf.dtype.kind not in "OSUmM"
+    return isinstance(leaf, jax.Array) or hasattr(leaf, "aval")
 
 
 def _as_jax(array: Any) -> Any:

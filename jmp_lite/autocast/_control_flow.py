@@ -12,8 +12,8 @@ from jmp_lite.autocast._demand import Want
 from jmp_lite.autocast._interpreter import Call, Handler, Interpreter, Retyped
 from jmp_lite.autocast._values import Origin, Tag, Value, cast, is_eligible
 
-#: A carry that is used once, by one of these, and nowhere else, adds up: it stays float32.
-_ACCUMULATING = frozenset({"add", "add_any", "sub", "max", "min"})
+#: A carry that is used by these alone is a sum, a moving average, a state: it stays float32.
+_ACCUMULATING = frozenset({"add", "add_any", "sub", "mul", "div", "neg", "max", "min"})
 
 
 # --- Calls ---
@@ -111,13 +111,14 @@ def _cond(interpreter: Interpreter, call: Call) -> list[Value]:
 def _scan(interpreter: Interpreter, call: Call) -> list[Value]:
     """A carry is low if it starts low and the body keeps it low; one that adds up stays float32.
 
-    Constants are passed as they are held. A cast of a weight outside the loop would make its backward pass add up the
-    gradient in the compute dtype; XLA moves the cast out of the loop by itself.
+    Constants go in as float32, and are cast inside: the backward pass adds up their gradients over all iterations, in
+    the dtype in which they went in. XLA moves such casts out of the loop by itself.
     """
     body = call.params["jaxpr"]
     n_consts, n_carry = scan_counts(call.params)
     carried = slice(n_consts, n_consts + n_carry)
     operands = list(call.operands)
+    operands[:n_consts] = map(_constant, operands[:n_consts])
     operands[carried] = [_carry(body, index, value) for index, value in enumerate(operands[carried], start=n_consts)]
     for _ in range(n_carry + 1):
         wants = (*map(_want, operands[carried]), *call.wants[n_carry:])
@@ -149,6 +150,12 @@ def _float_dtype(value: Value) -> DType | None:
     return dtype if dtype is not None and jnp.issubdtype(dtype, jnp.floating) else None
 
 
+def _constant(value: Value) -> Value:
+    if value.tag is not Tag.LOW:
+        return value
+    return Value(cast(value.array, FLOAT32), Tag.SOFT, Origin.INPUT)
+
+
 def _carry(body: Jaxpr, index: int, value: Value) -> Value:
     """Returns how a carry enters the loop."""
     inner, _ = program(body)
@@ -163,13 +170,9 @@ def _carry(body: Jaxpr, index: int, value: Value) -> Value:
 
 
 def _adds_up(jaxpr: Any, v: Any) -> bool:
-    """Whether an input of a loop body is used once, by an addition or the like that is a result of the body."""
+    """Whether a loop body does nothing with an input but arithmetic."""
     users = [eqn for eqn in jaxpr.eqns if any(atom is v for atom in eqn.invars)]
-    return (
-        len(users) == 1
-        and users[0].primitive.name in _ACCUMULATING
-        and any(users[0].outvars[0] is result for result in jaxpr.outvars)
-    )
+    return bool(users) and all(eqn.primitive.name in _ACCUMULATING for eqn in users)
 
 
 def _while(interpreter: Interpreter, call: Call) -> list[Value]:

@@ -17,7 +17,7 @@ from jmp_lite.autocast._ops import (
     treats_operands_separately,
 )
 from jmp_lite.autocast._rules import Precision
-from jmp_lite.autocast._values import Origin, Tag, Value, is_as_large, is_eligible, size
+from jmp_lite.autocast._values import Origin, Tag, Value, exceeds, is_as_large, is_eligible, size
 
 
 class Decision(NamedTuple):
@@ -113,12 +113,20 @@ def _follow(eqn: Equation, operands: Sequence[Value], compute_dtype: DType, want
     tag, tag_of_whole = (max(value.tag for value in values) for values in (floats, whole))
     if agreed == {Want.LOW} and tag is not Tag.HIGH and moves_whole_arrays(eqn.primitive.name):
         return _in_half(eqn, compute_dtype, "moved in the compute dtype, which costs least")
+    if (
+        tag is Tag.SOFT
+        and len(floats) == 1
+        and (picks_values(eqn.primitive.name) or moves_whole_arrays(eqn.primitive.name))
+    ):
+        return Decision(None, _tags(eqn, Tag.SOFT), "moved or picked as it is held")
     if all(value.tag is Tag.LOW for value in whole) and tag is Tag.LOW and _rounds_nothing_away(eqn, floats):
         return _in_half(eqn, compute_dtype, "as precise in the compute dtype as its operands")
-    if agreed == {Want.HIGH} and _is_any_eligible(eqn.outvars):
+    if (agreed == {Want.HIGH} or Want.STRICT in agreed) and _is_any_eligible(eqn.outvars):
         return _in_float32(eqn, "all that use it want float32")
     if tag_of_whole is Tag.HIGH or (tag is Tag.HIGH and tag_of_whole is Tag.NEUTRAL):
         return _in_float32(eqn, "follows an operand that needs float32")
+    if tag_of_whole is Tag.NEUTRAL and any(exceeds(value.number, compute_dtype) for value in floats):
+        return _in_float32(eqn, "made of a number that the compute dtype cannot hold")
     if tag_of_whole is Tag.NEUTRAL and tag is Tag.NEUTRAL:
         is_held_low = {value.array.dtype for value in whole} == {compute_dtype}
         reason = "no decision has touched its operands yet"
@@ -178,7 +186,7 @@ def number_of_results(eqn: Equation, operands: Sequence[Value]) -> float | None:
 def _repeats_something_smaller(eqn: Equation, operands: Sequence[Value]) -> bool:
     name = eqn.primitive.name
     if name == "iota":
-        return True
+        return len(eqn.params["shape"]) > 1
     if name == "broadcast_in_dim":
         source, result = eqn.invars[0], eqn.outvars[0]
         is_copy = operands[0].origin is Origin.REPEATED

@@ -14,12 +14,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jmp_lite._compat import Atom, Equation, Jaxpr, Var, is_literal, program
-from jmp_lite.autocast._ops import Op, OpClass, classify, moves_whole_arrays, treats_operands_separately
+from jmp_lite.autocast._ops import (
+    Op,
+    OpClass,
+    classify,
+    moves_whole_arrays,
+    rounds_to_integers,
+    treats_operands_separately,
+)
+from jmp_lite.autocast._values import is_eligible
 
 
 class Want(enum.Enum):
     """What all consumers of a variable agree on; ``None`` stands for no consumer."""
 
+    STRICT = "float32, whatever others want: to be rounded to an integer"
     HIGH = "float32"
     LOW = "compute dtype"
     MIXED = "either"
@@ -45,6 +54,8 @@ def meet(a: Want | None, b: Want | None) -> Want | None:
     """Joins the wants of two consumers."""
     if a is None or a is b:
         return b
+    if Want.STRICT in (a, b):
+        return Want.STRICT
     return a if b is None else Want.MIXED
 
 
@@ -86,17 +97,23 @@ class Demands:
             inner_wants = self.of(inner, of_results)
             return [inner_wants.get(v) for v in program(inner)[0].invars]
         if treats_operands_separately(name) and len(eqn.invars) == len(eqn.outvars):
-            return [Want.HIGH if want is Want.HIGH else Want.MIXED for want in of_results]
+            return [want if want in (Want.STRICT, Want.HIGH) else Want.MIXED for want in of_results]
         return [self._of_operand(eqn, of_results)] * len(eqn.invars)
 
-    def _of_operand(self, eqn: Equation, of_results: Wants) -> Want:
+    def _of_operand(self, eqn: Equation, of_results: Wants) -> Want | None:
         op, _ = classify(eqn, self.ops)
+        if rounds_to_integers(eqn):
+            return Want.STRICT
         if op is OpClass.DENY:
             return Want.HIGH
         if op is OpClass.ALLOW or not isinstance(op, OpClass):
             return Want.LOW
         if op is OpClass.FOLLOW:
+            if not any(is_eligible(v.aval) for v in eqn.outvars):
+                return None  # a comparison of low values is as good as they are
             agreed = {want for want in of_results if want is not None}
+            if Want.STRICT in agreed:
+                return Want.STRICT
             if agreed == {Want.HIGH}:
                 return Want.HIGH
             if agreed == {Want.LOW} and moves_whole_arrays(eqn.primitive.name):

@@ -119,7 +119,11 @@ class Frame:
 
     def _tag_of_constant(self, const: Any) -> Tag:
         """A number that a compute dtype cannot hold (a mask of -1e9 in float16) keeps what it meets in float32."""
-        if isinstance(const, jax.Array) or np.result_type(const) != FLOAT32 or np.size(const) == 0:
+        if (
+            not isinstance(const, (np.ndarray, np.generic, float))
+            or np.result_type(const) != FLOAT32
+            or np.size(const) == 0
+        ):
             return Tag.NEUTRAL
         numbers = np.abs(np.asarray(const))
         largest = np.max(numbers, where=np.isfinite(numbers), initial=0)
@@ -264,7 +268,7 @@ class Interpreter:
         dtype = self.precision(call.scope, call.eqn.primitive.name).dtype
         return [
             Value(cast(value.array, dtype), Tag.LOW, value.origin)
-            if value.tag is Tag.SOFT and wants.get(v) is not Want.HIGH
+            if value.tag is Tag.SOFT and wants.get(v) not in (Want.HIGH, Want.STRICT)
             else value
             for v, value in zip(inner.invars, call.operands, strict=True)
         ]

@@ -14,6 +14,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
+
 from jmp_lite._compat import Equation, Primitive
 from jmp_lite._errors import InvalidOpError
 
@@ -66,6 +68,11 @@ FAMILIES = (
     ),
     Family(
         OpClass.DENY,
+        "steps: a rounded argument lands on another one",
+        "floor ceil round",
+    ),
+    Family(
+        OpClass.DENY,
         "sums and products of many terms: rounding adds up",
         """reduce_sum reduce_prod reduce cumsum cumprod cumlogsumexp reduce_window_sum reduce_window scatter-add
         scatter-sub scatter-mul""",
@@ -73,7 +80,7 @@ FAMILIES = (
     Family(
         OpClass.FOLLOW,
         "mild arithmetic: as precise as its operands",
-        """add sub mul div rem square integer_pow tanh logistic erf floor ceil round add_any mul_add
+        """add sub mul div rem square integer_pow tanh logistic erf add_any mul_add
         select_and_scatter_add select_and_gather_add symmetric_product""",
     ),
     Family(
@@ -261,6 +268,13 @@ def classify(eqn: Equation, ops: Mapping[str, Op]) -> tuple[Op, str]:
     else:
         op_class, reason, _ = family(name)
     return op_class, reason
+
+
+def rounds_to_integers(eqn: Equation) -> bool:
+    """Whether an equation turns floats into integers, such as coordinates into places in an array."""
+    name = eqn.primitive.name
+    is_cast = name == "convert_element_type" and jnp.issubdtype(eqn.params["new_dtype"], jnp.integer)
+    return is_cast or name in ("floor", "ceil", "round")
 
 
 def _contracted_size(eqn: Equation) -> Any:

@@ -71,7 +71,7 @@ def as_dtype(number: Any, dtype: Any) -> Any:
         rounded = np.asarray(number, FLOAT32).astype(dtype)
     if np.isinf(rounded) and np.isfinite(number):
         largest = jnp.finfo(dtype).max  # type: ignore[no-untyped-call]
-        return np.asarray(np.copysign(largest, number), dtype)
+        return np.copysign(np.asarray(largest, dtype), np.asarray(np.sign(number), dtype))
     return rounded
 
 
@@ -82,6 +82,12 @@ def is_in_range(number: float, dtype: DType) -> bool:
         return True
     held = float(as_dtype(number, dtype))
     return held != 0 and abs(number) <= abs(held) * (1 + float(jnp.finfo(dtype).eps))  # type: ignore[no-untyped-call]
+
+
+def exceeds(number: float | None, dtype: DType) -> bool:
+    """Whether a known number is finite and above the largest of a dtype, if only by a rounding."""
+    largest = float(jnp.finfo(dtype).max)  # type: ignore[no-untyped-call]
+    return number is not None and math.isfinite(number) and abs(number) > largest
 
 
 def cast(array: Any, dtype: Any) -> Any:
