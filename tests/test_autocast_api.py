@@ -7,6 +7,7 @@ import weakref
 
 import flax.linen as nn
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import jaxprs
 import numpy as np
@@ -298,8 +299,8 @@ def test_low_residuals(rng):
     assert [a for a in kept["low"] if a.dtype == jnp.float32 and a.size >= 4096] == []
     values = {name: jax.jit(jax.value_and_grad(losses[name]))(variables) for name in ("all", "low")}
     np.testing.assert_allclose(values["low"][0], values["all"][0], rtol=2**-8)  # XLA may skip a rounding in one of them
-    for a, b in zip(*(jax.tree.leaves(value[1]) for value in values.values()), strict=True):
-        np.testing.assert_allclose(a, b, atol=2**-7 * float(jnp.max(jnp.abs(a))) + 1e-6)
+    kept_all, kept_low = (jax.flatten_util.ravel_pytree(value[1])[0] for value in values.values())
+    assert jnp.linalg.norm(kept_low - kept_all) <= 2**-6 * jnp.linalg.norm(kept_all)
 
 
 # --- Explanations ---

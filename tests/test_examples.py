@@ -369,3 +369,17 @@ def test_pod_notices_a_cluster(example, monkeypatch, name, value, several):
     assert not pod.in_cluster()
     monkeypatch.setenv(name, value)
     assert pod.in_cluster() is several
+
+
+# --- gpt.py -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_character_gpt_reports_samples_and_draws(run, tmp_path):
+    """A few steps: all precisions start from the same weights, so their losses are as near as the roundings."""
+    output = run("gpt.py", "--steps", 3, "--output", "out")
+    row = re.compile(r"^ (\S+) +([\d.]+) +[+-][\d.]+% +\S+ +\d+ ", re.MULTILINE)
+    losses = {policy: float(loss) for policy, loss in row.findall(output)}
+    assert tuple(losses) == POLICIES
+    np.testing.assert_allclose(list(losses.values()), losses["float32"], rtol=0.02)
+    assert_is_a_picture(tmp_path / "out" / "gpt.png")
