@@ -257,7 +257,7 @@ def integers(rng):
     return jnp.asarray(rng.integers(0, 9, 8), jnp.int32), jnp.asarray(rng.integers(0, 2, 8), bool), *apart(rng)
 
 
-def statics(x, w, *, mask=None, activation="relu", train=False, scale=2):
+def variables(x, w, *, mask=None, activation="relu", train=False, scale=2):
     h = x @ w if mask is None else x
     return {"h": getattr(jax.nn, activation)(h) * scale if train else h, "mask": mask}
 
@@ -311,7 +311,7 @@ DTYPES = {
         lambda s, x, w: (s * 2, x @ w * s), lambda rng: (jnp.asarray(3.0), *normal((8, 16), (16, 16))(rng)), exact=(0,)
     ),
     "Python scalars": Case(lambda x, w: {"h": x * 2 @ w, "n": 3, "f": 0.1, "on": True}, exact=(0, 2, 3)),
-    "static keywords": Case(statics, apart, {"activation": "silu", "train": True, "mask": None, "scale": 2}),
+    "static keywords": Case(variables, apart, {"activation": "silu", "train": True, "mask": None, "scale": 2}),
     "trees": Case(pytree, trees),
     "bit cast": Case(
         lambda x, w: lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.uint32), jnp.float32),

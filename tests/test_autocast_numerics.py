@@ -254,3 +254,13 @@ def test_random_numbers_are_the_same_bits_in_a_low_region(key):
     draw = jmp.low_precision(lambda key: (jax.random.normal(key, (1000,)), jax.random.bernoulli(key, 0.3, (1000,))))
     for found, expected in zip(jmp.autocast(draw, "mixed_bfloat16")(key), draw(key), strict=True):
         np.testing.assert_array_equal(found, expected)
+
+
+def test_a_parameter_scaled_by_a_low_number_keeps_its_digits(rng):
+    """Weight decay by a factor that comes from a product: the parameter is data of its own."""
+    p, x = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((64, 64), (1, 16)))
+
+    def decayed(p, x):
+        return p * (1 - 1e-4 * jnp.tanh(x @ x.T)[0, 0])
+
+    np.testing.assert_allclose(low(decayed)(p, x), decayed(p, x), rtol=2**-20)

@@ -113,21 +113,18 @@ def _follow(eqn: Equation, operands: Sequence[Value], compute_dtype: DType, want
     tag, tag_of_whole = (max(value.tag for value in values) for values in (floats, whole))
     if agreed == {Want.LOW} and tag is not Tag.HIGH and moves_whole_arrays(eqn.primitive.name):
         return _in_half(eqn, compute_dtype, "moved in the compute dtype, which costs least")
-    if (
-        tag is Tag.SOFT
-        and len(floats) == 1
-        and (picks_values(eqn.primitive.name) or moves_whole_arrays(eqn.primitive.name))
-    ):
+    is_rearranged = picks_values(eqn.primitive.name) or moves_whole_arrays(eqn.primitive.name)
+    if tag is Tag.SOFT and len(floats) == 1 and is_rearranged:
         return Decision(None, _tags(eqn, Tag.SOFT), "moved or picked as it is held")
     if all(value.tag is Tag.LOW for value in whole) and tag is Tag.LOW and _rounds_nothing_away(eqn, floats):
         return _in_half(eqn, compute_dtype, "as precise in the compute dtype as its operands")
     if (agreed == {Want.HIGH} or Want.STRICT in agreed) and _is_any_eligible(eqn.outvars):
         return _in_float32(eqn, "all that use it want float32")
-    if tag_of_whole is Tag.HIGH or (tag is Tag.HIGH and tag_of_whole is Tag.NEUTRAL):
-        return _in_float32(eqn, "follows an operand that needs float32")
+    if tag_of_whole is Tag.HIGH or tag > tag_of_whole is Tag.NEUTRAL:
+        return _in_float32(eqn, "follows an operand that needs float32, or is of float32 as a whole")
     if tag_of_whole is Tag.NEUTRAL and any(exceeds(value.number, compute_dtype) for value in floats):
         return _in_float32(eqn, "made of a number that the compute dtype cannot hold")
-    if tag_of_whole is Tag.NEUTRAL and tag is Tag.NEUTRAL:
+    if tag_of_whole is Tag.NEUTRAL:
         is_held_low = {value.array.dtype for value in whole} == {compute_dtype}
         reason = "no decision has touched its operands yet"
         return Decision(compute_dtype if is_held_low else FLOAT32, (Tag.NEUTRAL,) * len(eqn.outvars), reason)

@@ -164,6 +164,19 @@ FAMILIES = (
         unreduced_psum_start reduce_scatter_start reduce_scatter_done unreduced_reduce_scatter_start delay
         multiple_of num_programs program_id reciprocal semaphore_read semaphore_signal semaphore_wait""",
     ),
+    Family(
+        OpClass.EXACT,
+        "sparse arrays and experiments of JAX: the dtypes they were written for",
+        """bcoo_dot_general bcoo_dot_general_sampled bcoo_extract bcoo_fromdense bcoo_sort_indices bcoo_spdot_general
+        bcoo_sum_duplicates bcoo_todense bcoo_transpose bcsr_dot_general bcsr_extract bcsr_fromdense bcsr_todense
+        coo_fromdense coo_matmat coo_matvec coo_spmm coo_spmv coo_todense csr_fromdense csr_matmat csr_matvec csr_spmm
+        csr_spmv csr_todense todense spsolve assert_consumed_value consume buffer_callback compute_on custom_fusion
+        einshape_lo fused_call fusible pack_dtype unpack_dtype rnn_fwd rnn_bwd shard_alike
+        global_array_to_host_local_array host_local_array_to_global_array thunky.all_gather thunky.all_reduce
+        thunky.all_to_all thunky.async_done thunky.async_start thunky.call_jax thunky.call_thunky_nested
+        thunky.collective_group thunky.collective_permute thunky.cond thunky.copy thunky.custom_call
+        thunky.inline_constant thunky.memset thunky.memzero thunky.ptx_kernel thunky.reduce_scatter thunky.while""",
+    ),
     Family(OpClass.EXACT, "unknown to the table: the dtypes it was written for are safe", ""),
 )
 
