@@ -23,6 +23,8 @@ BASES = {
     "AmbiguousLossScaleError": ValueError,
     "LossScaleStalledError": RuntimeError,
     "PolicyMismatchError": ValueError,
+    "InvalidOpError": TypeError,
+    "InvalidRuleError": ValueError,
 }
 
 

@@ -163,7 +163,7 @@ def test_any_text_is_a_pattern_or_a_clean_error(text):
 )
 def test_pattern_that_is_no_regular_expression(pattern, reason):
     """A broken pattern is quoted with what Python says about it, when the map is built."""
-    text = f"Pattern {pattern!r} of the PolicyMap is no regular expression: {reason}."
+    text = f"Pattern {pattern!r} is no regular expression: {reason}."
     with pytest.raises(jmp.UnknownDtypeError, match=exactly(text)):
         jmp.PolicyMap({"ok": "f32", pattern: "f32"}, DEFAULT)
 
