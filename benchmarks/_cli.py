@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Protocol, TypeVar
 
-from benchmarks import _designs, _report
+from benchmarks import _command, _designs, _report
 
 TREES = ("one", "65", "300")
 GRADS = ("float32", "float16")
@@ -28,16 +27,9 @@ R = TypeVar("R", bound=Row)
 
 def parser(module: str, description: str | None) -> argparse.ArgumentParser:
     """A parser with the options common to the step benchmarks."""
-    made = argparse.ArgumentParser(
-        prog=f"python -m {module}",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    made = _command.parser(module, description, quick="a tiny tree and float32", baseline="bare Optax")
     made.add_argument("--trees", nargs="+", choices=_designs.TREES, help="parameter trees (default: one 65 300)")
     made.add_argument("--grads", nargs="+", choices=GRADS, help="gradient dtypes (default: all)")
-    made.add_argument("--skip-peers", action="store_true", help="only bare Optax and jmp_lite")
-    made.add_argument("--quick", action="store_true", help="a tiny tree and float32; written nowhere unless --out")
-    made.add_argument("--out", type=Path, help="results file (default: benchmarks/RESULTS.md)")
     return made
 
 
@@ -46,8 +38,7 @@ def parse(made: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse
     options = made.parse_args(argv)
     options.trees = options.trees or (["tiny"] if options.quick else list(TREES))
     options.grads = options.grads or (["float32"] if options.quick else list(GRADS))
-    if not options.out and not options.quick:
-        options.out = _report.RESULTS
+    _command.fill_in_results_file(options)
     return options
 
 
@@ -77,10 +68,7 @@ def tables(
             rows += measured
             heading = f"### {_designs.TREES[tree]}, {grad_dtype} gradients"
             cells = _report.table(header, [row.cells() for row in measured])
-            parts.append("\n\n".join([heading, cells, *notes]))
-            sys.stdout.write(f"{parts[-1]}\n\n")
-            sys.stdout.flush()
+            parts.append(_command.show("\n\n".join([heading, cells, *notes])))
         held = "\n".join(target.line() for target in targets(rows))
-        parts.append(f"`{FUSED}` on this tree:\n\n{held}")
-        sys.stdout.write(f"{parts[-1]}\n\n")
+        parts.append(_command.show(f"`{FUSED}` on this tree:\n\n{held}"))
     return "\n\n".join(parts)

@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from benchmarks import _peers
+
 LOSS_SCALE = 2.0**15
 NEVER = 2**30
 
@@ -225,15 +227,7 @@ def available(skip_peers: bool = False) -> tuple[dict[str, Design], dict[str, st
     Returns:
       The designs by name, bare Optax first, and for each that is missing the reason.
     """
-    wanted = {BARE: bare, IDLE: idle, **OURS} if skip_peers else ALL
-    designs: dict[str, Design] = {}
-    missing: dict[str, str] = {}
-    for name, build in wanted.items():
-        try:
-            designs[name] = build()
-        except ImportError as error:
-            missing[name] = str(error)
-    return designs, missing
+    return _peers.build({BARE: bare, IDLE: idle, **OURS} if skip_peers else ALL)
 
 
 def compiled(design: Design, params: Any, grads: Any, sharding: Any = None) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from benchmarks import _peers
 from benchmarks._models import Loss, Task
 
 COMPUTE = jnp.bfloat16
@@ -115,12 +116,4 @@ def available(skip_peers: bool = False) -> tuple[dict[str, Design], dict[str, st
     Returns:
       The designs by name, and for each that is missing the reason.
     """
-    wanted = {FLOAT32: float32, BY_HAND: by_hand, **({} if skip_peers else PEERS), **OURS}
-    designs: dict[str, Design] = {}
-    missing: dict[str, str] = {}
-    for name, build in wanted.items():
-        try:
-            designs[name] = build()
-        except ImportError as error:
-            missing[name] = str(error)
-    return designs, missing
+    return _peers.build({FLOAT32: float32, BY_HAND: by_hand, **({} if skip_peers else PEERS), **OURS})

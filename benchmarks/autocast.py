@@ -11,16 +11,14 @@ import gc
 import math
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from benchmarks import _jaxprs, _models, _precisions, _report
+from benchmarks import _command, _jaxprs, _models, _precisions, _report
 
 MODULE = "benchmarks.autocast"
 HEADER = (
@@ -213,13 +211,8 @@ def avoid_wrong_code() -> None:
 
 def parser(module: str, description: str | None) -> argparse.ArgumentParser:
     """The options common to this benchmark and to the one without a device."""
-    made = argparse.ArgumentParser(
-        prog=f"python -m {module}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = _command.parser(module, description, quick="tiny models", baseline="Flax")
     made.add_argument("--models", nargs="+", choices=_models.TASKS, help="default: gpt resnet")
-    made.add_argument("--skip-peers", action="store_true", help="only Flax and jmp_lite")
-    made.add_argument("--quick", action="store_true", help="tiny models; written nowhere unless --out")
-    made.add_argument("--out", type=Path, help="results file (default: benchmarks/RESULTS.md)")
     return made
 
 
@@ -227,16 +220,8 @@ def parse(made: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse
     """Parses the command line and fills in the defaults that depend on `--quick`."""
     options = made.parse_args(argv)
     options.models = options.models or (["tiny-gpt", "tiny-resnet"] if options.quick else ["gpt", "resnet"])
-    if not options.out and not options.quick:
-        options.out = _report.RESULTS
+    _command.fill_in_results_file(options)
     return options
-
-
-def show(part: str) -> str:
-    """Prints a part of the report as soon as it is there."""
-    sys.stdout.write(f"{part}\n\n")
-    sys.stdout.flush()
-    return part
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -267,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         hand = rows[_precisions.BY_HAND]
         table = _report.table(HEADER, [row.cells(hand) for row in rows.values()])
         held = "\n".join(target.line() for target in targets(rows))
-        parts.append(show(f"### {task.title}\n\n{table}\n\n`{_precisions.AUTOCAST}` on this model:\n\n{held}"))
+        parts.append(_command.show(f"### {task.title}\n\n{table}\n\n`{_precisions.AUTOCAST}` on this model:\n\n{held}"))
     if options.out:
         section = f"autocast, {device.platform}, jax {jax.__version__}"
         title = f"Gradients in bfloat16 on {device.platform.upper()}, jax {jax.__version__}"

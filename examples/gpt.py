@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import _devices
-import _digits_options
 import _gpt_data
 import _gpt_model
 import _gpt_report
+import _options
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,9 +39,9 @@ TEMPERATURE = 0.8
 def parser() -> argparse.ArgumentParser:
     """The options, with their defaults."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, positive, names = options.add_argument, _digits_options.positive, ", ".join(_digits_options.POLICIES)
+    add, positive, names = options.add_argument, _options.positive, ", ".join(_options.POLICIES)
     about = f"any policies, of which autocast takes the compute dtype; all (the default): {names}"
-    add("--policy", type=_digits_options.policy, nargs="+", default=["all"], metavar="POLICY", help=about)
+    add("--policy", type=_options.policy, nargs="+", default=["all"], metavar="POLICY", help=about)
     add("--steps", type=positive, default=1200, help="default: %(default)s")
     add("--batch-size", type=positive, default=16, help="excerpts in a step; default: %(default)s")
     add("--seed", type=int, default=0, help="of the batches, the parameters and the sample; default: %(default)s")
@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Parses the command line; readies the CPU for bfloat16."""
     parsed = parser().parse_args(arguments)
-    names = [name for text in parsed.policy for name in (_digits_options.POLICIES if text == "all" else (text,))]
+    names = [name for text in parsed.policy for name in (_options.POLICIES if text == "all" else (text,))]
     parsed.policy = list(dict.fromkeys(names))
     _devices.avoid_wrong_code()
     return parsed

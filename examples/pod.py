@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _digits_options import policy, positive
+from _options import policy, positive
 
 import jmp_lite as jmp
 

@@ -80,6 +80,14 @@ def parse_dtype(value: str) -> DType:
     return dtype
 
 
+def dtype_or_none(value: Any) -> DType | None:
+    """Returns the dtype that a name, or anything that NumPy takes for a dtype, stands for, or ``None``."""
+    try:
+        return parse_dtype(value) if isinstance(value, str) else np.dtype(value) if value is not None else None
+    except (TypeError, UnknownDtypeError):
+        return None
+
+
 def dtype_name(dtype: DType) -> str:
     """Returns the name of a floating dtype that comes first in ``dtype_to_names``, such as "bf16"."""
     return dtype_to_names[dtype.type][0]

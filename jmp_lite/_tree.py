@@ -4,6 +4,7 @@ One rule decides what a cast touches: arrays whose dtype is a standard floating 
 one that the caller names. Everything else is handed through as the same object.
 """
 
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -23,6 +24,8 @@ from jmp_lite._errors import NonScalarPredicateError, UnselectableLeafError
 
 T = TypeVar("T")
 Path = tuple[Any, ...]
+#: The structure of a tree, and which of its leaves were chosen.
+Layout = tuple[Any, list[bool]]
 
 
 class Opaque:
@@ -36,6 +39,23 @@ def _is_opaque(node: Any) -> bool:
 def is_array(leaf: Any) -> bool:
     """Whether a leaf is a JAX or NumPy array or a NumPy scalar."""
     return isinstance(leaf, (jax.Array, np.ndarray, np.generic))
+
+
+def partition(
+    tree: Any, is_chosen: Callable[[Any], bool], is_leaf: Callable[[Any], bool] | None = None
+) -> tuple[list[Any], list[Any], Layout]:
+    """Splits the leaves of a tree into those chosen, the others, and how they stand together."""
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=is_leaf)
+    chosen = [is_chosen(leaf) for leaf in leaves]
+    others = [leaf for leaf, flag in zip(leaves, chosen, strict=True) if not flag]
+    return list(itertools.compress(leaves, chosen)), others, (treedef, chosen)
+
+
+def combine(chosen: Iterable[Any], others: Iterable[Any], layout: Layout) -> Any:
+    """Undoes ``partition``, with other leaves in the same places."""
+    treedef, flags = layout
+    remaining, remaining_others = iter(chosen), iter(others)
+    return jax.tree.unflatten(treedef, [next(remaining if flag else remaining_others) for flag in flags])
 
 
 def is_inexact(leaf: Any) -> bool:

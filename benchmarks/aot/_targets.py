@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
+from collections.abc import Callable, Sequence
 
 import jax
 from jax.experimental import topologies
@@ -96,3 +98,15 @@ def devices(target: str, count: int = 1) -> list[jax.Device]:
         size = "v5e:2x2" if count <= 4 else "v5e:2x4"
         topology = topologies.get_topology_desc(platform="tpu", topology_name=size)
     return list(topology.devices[:count])
+
+
+def for_each(targets: Sequence[str], report: Callable[[str], None]) -> None:
+    """Reports on the targets whose compilers are there; then exits with a message if some are not."""
+    unavailable: list[str] = []
+    for target in targets:
+        try:
+            report(target)
+        except TargetUnavailableError as error:
+            unavailable.append(str(error))
+    if unavailable:
+        sys.exit("\n".join(unavailable))

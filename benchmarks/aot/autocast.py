@@ -20,7 +20,7 @@ _targets.configure()
 
 import jax  # noqa: E402
 
-from benchmarks import _hlo, _models, _precisions, _report, autocast  # noqa: E402
+from benchmarks import _command, _hlo, _models, _precisions, _report, autocast  # noqa: E402
 from benchmarks.aot.step import COMPILERS  # noqa: E402
 
 MODULE = "benchmarks.aot.autocast"
@@ -118,7 +118,7 @@ def report(target: str, options: argparse.Namespace) -> None:
         found = measure(designs, task, device)
         held = "\n".join(limit.line() for limit in targets(found))
         parts.append(
-            autocast.show(f"### {task.title}\n\n{table(found)}\n\n`{_precisions.AUTOCAST}` on this model:\n\n{held}")
+            _command.show(f"### {task.title}\n\n{table(found)}\n\n`{_precisions.AUTOCAST}` on this model:\n\n{held}")
         )
     if options.out:
         section = f"autocast, {target} without a device, jax {jax.__version__}"
@@ -131,14 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     made = autocast.parser(MODULE, __doc__)
     made.add_argument("--targets", nargs="+", choices=_targets.TARGETS, default=list(_targets.TARGETS))
     options = autocast.parse(made, argv)
-    unavailable: list[str] = []
-    for target in options.targets:
-        try:
-            report(target, options)
-        except _targets.TargetUnavailableError as error:
-            unavailable.append(str(error))
-    if unavailable:
-        sys.exit("\n".join(unavailable))
+    _targets.for_each(options.targets, lambda target: report(target, options))
 
 
 if __name__ == "__main__":

@@ -108,14 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = _cli.parser(MODULE, __doc__)
     parser.add_argument("--targets", nargs="+", choices=_targets.TARGETS, default=list(_targets.TARGETS))
     options = _cli.parse(parser, argv)
-    unavailable: list[str] = []
-    for target in options.targets:
-        try:
-            report(target, options)
-        except _targets.TargetUnavailableError as error:
-            unavailable.append(str(error))
-    if unavailable:
-        sys.exit("\n".join(unavailable))
+    _targets.for_each(options.targets, lambda target: report(target, options))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """``autocast``: any function in mixed precision."""
 
 import functools
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
@@ -11,6 +10,7 @@ import numpy as np
 from jmp_lite._dtypes import warn_if_slow
 from jmp_lite._errors import InvalidRuleError
 from jmp_lite._policy import Policy, PolicyMap
+from jmp_lite._tree import combine, is_array, partition
 from jmp_lite.autocast import _control_flow, _custom_rules
 from jmp_lite.autocast._dot import accumulate_in
 from jmp_lite.autocast._interpreter import Interpreter
@@ -141,36 +141,32 @@ class Traced(NamedTuple):
     """Puts the results into the tree that the function returned."""
 
 
-def trace(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:
-    """Traces a call. Leaves that are not arrays stay out of the program, on the way in and on the way out."""
-    leaves, treedef = jax.tree.flatten((args, kwargs))
-    outputs: list[Any] = []
-
-    def on_arrays(*arrays: Any) -> list[Any]:
-        remaining = iter(arrays)
-        call_args, call_kwargs = jax.tree.unflatten(
-            treedef, [next(remaining) if _is_array(leaf) else leaf for leaf in leaves]
-        )
-        results, result_tree = jax.tree.flatten(fun(*call_args, **call_kwargs))
-        is_array = [isinstance(result, jax.Array) for result in results]
-        outputs[:] = [result_tree, is_array, [r for r, traced in zip(results, is_array, strict=True) if not traced]]
-        return list(itertools.compress(results, is_array))
-
-    arrays = [leaf for leaf in leaves if _is_array(leaf)]
-    jaxpr = jax.make_jaxpr(on_arrays)(*arrays)
-    result_tree, is_array, constants = outputs
-
-    def output(results: list[Any]) -> Any:
-        traced, untraced = iter(results), iter(constants)
-        return jax.tree.unflatten(result_tree, [next(traced if array else untraced) for array in is_array])
-
-    return Traced(jaxpr, [_as_jax(array) for array in arrays], output)
-
-
-def _is_array(leaf: Any) -> bool:
+def is_traced(leaf: Any) -> bool:
+    """Whether a leaf of the arguments is an array that JAX can trace."""
     if isinstance(leaf, (np.ndarray, np.generic)):
         return leaf.dtype.kind not in "OSUmM"
-    return isinstance(leaf, jax.Array) or hasattr(leaf, "aval")
+    return is_array(leaf) or hasattr(leaf, "aval")
+
+
+def trace(
+    fun: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    is_traced: Callable[[Any], bool] = is_traced,
+) -> Traced:
+    """Traces a call. Leaves that are not arrays stay out of the program, on the way in and on the way out."""
+    arrays, others, layout = partition((args, kwargs), is_traced)
+    rest: list[Any] = []
+
+    def on_arrays(*arrays: Any) -> list[Any]:
+        call_args, call_kwargs = combine(arrays, others, layout)
+        output = fun(*call_args, **call_kwargs)
+        results, constants, layout_of_results = partition(output, lambda leaf: isinstance(leaf, jax.Array))
+        rest[:] = constants, layout_of_results
+        return results
+
+    jaxpr = jax.make_jaxpr(on_arrays)(*arrays)
+    return Traced(jaxpr, [_as_jax(array) for array in arrays], lambda results: combine(results, *rest))
 
 
 def _as_jax(array: Any) -> Any:

@@ -64,7 +64,7 @@ def _shard_map(interpreter: Interpreter, call: Call) -> list[Value]:
 
 def _run_state(interpreter: Interpreter, call: Call) -> list[Value]:
     """References keep their dtype, so their contents go in and come out in it."""
-    arrays = [call.original(index) for index in range(len(call.operands))]
+    arrays = call.originals
     operands = [Value(v.aval) for v in program(call.params["jaxpr"])[0].invars]
     inner = interpreter.retype(call.params["jaxpr"], operands, call.scope)
     jaxpr, consts = open_jaxpr(inner.jaxpr)
@@ -183,11 +183,9 @@ def _while(interpreter: Interpreter, call: Call) -> list[Value]:
     params = call.params
     n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
     if _stops_by_float(params):
-        return _in_float32(call, call.bind([call.original(index) for index in range(len(call.operands))]))
-    operands = [
-        value if n_cond <= index < n_cond + n_body else Value(call.original(index), origin=Origin.INPUT)
-        for index, value in enumerate(call.operands)
-    ]
+        return _in_float32(call, call.bind(call.originals))
+    operands = [Value(array, origin=Origin.INPUT) for array in call.originals]
+    operands[n_cond : n_cond + n_body] = call.operands[n_cond : n_cond + n_body]
     forced = tuple(_float_dtype(value) for value in operands[n_cond + n_body :])
     inner = interpreter.retype(params["body_jaxpr"], operands[n_cond:], call.scope, (Want.HIGH,) * len(forced), forced)
     interpreter.records.extend(inner.records)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jmp_lite._compat import Atom, Equation, is_literal
 from jmp_lite._dtypes import FLOAT32, DType
-from jmp_lite.autocast._demand import Want, Wants
+from jmp_lite.autocast._demand import WANTS_FLOAT32, Want, Wants, agreed
 from jmp_lite.autocast._ops import (
     KEEPS_BROADCAST,
     Op,
@@ -107,18 +107,19 @@ def _follow(eqn: Equation, operands: Sequence[Value], compute_dtype: DType, want
         return Decision(None, tuple(value.tag for value in operands), "every operand keeps its precision")
     if number_of_results(eqn, operands) is not None:
         return Decision(FLOAT32, (operands[0].tag,), "a number, which can be had in any precision")
-    agreed = {want for want in wants if want is not None}
+    name, want = eqn.primitive.name, agreed(wants)
     arrays = [value for v, value in zip(eqn.invars, operands, strict=True) if _is_float_array(v)]
     whole = [value for value in arrays if not _is_repeated(value, eqn.outvars[0].aval.shape)] or floats
     tag, tag_of_whole = (max(value.tag for value in values) for values in (floats, whole))
-    if agreed == {Want.LOW} and tag is not Tag.HIGH and moves_whole_arrays(eqn.primitive.name):
+    if want is Want.LOW and tag is not Tag.HIGH and moves_whole_arrays(name):
         return _in_half(eqn, compute_dtype, "moved in the compute dtype, which costs least")
-    is_rearranged = picks_values(eqn.primitive.name) or moves_whole_arrays(eqn.primitive.name)
+    is_rearranged = picks_values(name) or moves_whole_arrays(name)
     if tag is Tag.SOFT and len(floats) == 1 and is_rearranged:
         return Decision(None, _tags(eqn, Tag.SOFT), "moved or picked as it is held")
-    if all(value.tag is Tag.LOW for value in whole) and tag is Tag.LOW and _rounds_nothing_away(eqn, floats):
+    is_scaled = name in ("mul", "div") and any(value.number is not None for value in floats)
+    if all(value.tag is Tag.LOW for value in whole) and tag is Tag.LOW and (is_rearranged or is_scaled):
         return _in_half(eqn, compute_dtype, "as precise in the compute dtype as its operands")
-    if (agreed == {Want.HIGH} or Want.STRICT in agreed) and _is_any_eligible(eqn.outvars):
+    if want in WANTS_FLOAT32 and _is_any_eligible(eqn.outvars):
         return _in_float32(eqn, "all that use it want float32")
     if tag_of_whole is Tag.HIGH or tag > tag_of_whole is Tag.NEUTRAL:
         return _in_float32(eqn, "follows an operand that needs float32, or is of float32 as a whole")
@@ -143,13 +144,6 @@ def _is_repeated(value: Value, shape: Sequence[Any]) -> bool:
     """Whether an operand has less to say than the result, such as a bias, a mean, a scale."""
     own = value.array.shape
     return value.origin is Origin.REPEATED or not own or any(a == 1 != b for a, b in zip(own, shape, strict=False))
-
-
-def _rounds_nothing_away(eqn: Equation, operands: Sequence[Value]) -> bool:
-    """Whether an operation on low operands is as good in the compute dtype: it picks values, or scales by a number."""
-    name = eqn.primitive.name
-    is_scaled = name in ("mul", "div") and any(value.number is not None for value in operands)
-    return is_scaled or picks_values(name) or moves_whole_arrays(name)
 
 
 def _promotes(value: Value, operands: Sequence[Value]) -> bool:

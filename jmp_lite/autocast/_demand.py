@@ -9,6 +9,7 @@ References:
 """
 
 import enum
+import functools
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -35,6 +36,7 @@ class Want(enum.Enum):
 
 
 Wants = tuple[Want | None, ...]
+WANTS_FLOAT32 = frozenset({Want.STRICT, Want.HIGH})
 
 #: Primitives whose operands and results are those of the program they hold, with the parameter that holds it.
 CALLS = {
@@ -57,6 +59,11 @@ def meet(a: Want | None, b: Want | None) -> Want | None:
     if Want.STRICT in (a, b):
         return Want.STRICT
     return a if b is None else Want.MIXED
+
+
+def agreed(wants: Wants) -> Want | None:
+    """Joins the wants of all results of an equation."""
+    return functools.reduce(meet, wants, None)
 
 
 class Demands:
@@ -97,7 +104,7 @@ class Demands:
             inner_wants = self.of(inner, of_results)
             return [inner_wants.get(v) for v in program(inner)[0].invars]
         if treats_operands_separately(name) and len(eqn.invars) == len(eqn.outvars):
-            return [want if want in (Want.STRICT, Want.HIGH) else Want.MIXED for want in of_results]
+            return [want if want in WANTS_FLOAT32 else Want.MIXED for want in of_results]
         return [self._of_operand(eqn, of_results)] * len(eqn.invars)
 
     def _of_operand(self, eqn: Equation, of_results: Wants) -> Want | None:
@@ -111,13 +118,9 @@ class Demands:
         if op is OpClass.FOLLOW:
             if not any(is_eligible(v.aval) for v in eqn.outvars):
                 return None  # a comparison of low values is as good as they are
-            agreed = {want for want in of_results if want is not None}
-            if Want.STRICT in agreed:
-                return Want.STRICT
-            if agreed == {Want.HIGH}:
-                return Want.HIGH
-            if agreed == {Want.LOW} and moves_whole_arrays(eqn.primitive.name):
-                return Want.LOW
+            want = agreed(of_results)
+            if want in WANTS_FLOAT32 or (want is Want.LOW and moves_whole_arrays(eqn.primitive.name)):
+                return want
         return Want.MIXED
 
 

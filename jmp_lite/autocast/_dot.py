@@ -6,11 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from jmp_lite._dtypes import FLOAT32, parse_dtype
-from jmp_lite._errors import InvalidRuleError, UnknownDtypeError
+from jmp_lite._dtypes import FLOAT32, dtype_or_none
+from jmp_lite._errors import InvalidRuleError
 
 
 def accumulate_in(dtype: Any) -> Callable[..., Any]:
@@ -23,11 +22,7 @@ def accumulate_in(dtype: Any) -> Callable[..., Any]:
     Raises:
         InvalidRuleError: If the dtype is not float32, which is what matrix units add up in.
     """
-    try:
-        is_float32 = (parse_dtype(dtype) if isinstance(dtype, str) else np.dtype(dtype)) == FLOAT32
-    except (TypeError, UnknownDtypeError):
-        is_float32 = False
-    if not is_float32:
+    if dtype_or_none(dtype) != FLOAT32:
         raise InvalidRuleError(f"accumulate must be float32 or None, got {dtype!r}.")
     return _accumulating_dot
 

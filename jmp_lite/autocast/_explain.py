@@ -1,15 +1,16 @@
 """``explain``: what autocast would do to every equation, and why."""
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
 import jax
 
 from jmp_lite._policy import Policy, PolicyMap
-from jmp_lite.autocast._api import HANDLERS, settings_from, trace
+from jmp_lite.autocast._api import HANDLERS, is_traced, settings_from, trace
 from jmp_lite.autocast._interpreter import Interpreter, Record
 from jmp_lite.autocast._ops import Op
-from jmp_lite.autocast._rules import Rule, Settings
+from jmp_lite.autocast._rules import Rule
 
 _COLUMNS = ("scope", "primitive", "class", "tag", "operands", "results", "source", "reason")
 #: Longer entries are cut in the middle; not those of the last column.
@@ -109,26 +110,11 @@ def explain(
         TensorFlow's ``auto_mixed_precision`` writes the same to a file when asked for its debug log.
     """
     settings = settings_from(policy, rules=rules, ops=ops, dot=dot, accumulate=accumulate)
-    return lambda *args, **kwargs: explain_call(fun, settings, args, kwargs)
 
+    def explained(*args: Any, **kwargs: Any) -> Explanation:
+        interpreter = Interpreter(settings, HANDLERS, keeps_records=True)
+        traced = trace(fun, args, kwargs, lambda leaf: is_traced(leaf) or isinstance(leaf, jax.ShapeDtypeStruct))
+        jax.eval_shape(functools.partial(interpreter.run, traced.jaxpr), traced.arrays)
+        return Explanation(interpreter.records)
 
-def explain_call(fun: Callable[..., Any], settings: Settings, args: Any, kwargs: Any) -> Explanation:
-    """Explains one call under settings that have been checked."""
-    interpreter = Interpreter(settings, HANDLERS, keeps_records=True)
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        traced = trace(fun, args, kwargs)
-        return interpreter.run(traced.jaxpr, traced.arrays)
-
-    leaves, treedef = jax.tree.flatten((args, kwargs))
-    is_shape = [isinstance(leaf, jax.ShapeDtypeStruct) or hasattr(leaf, "aval") for leaf in leaves]
-    shapes = [leaf for leaf, traced in zip(leaves, is_shape, strict=True) if traced]
-
-    def on_shapes(*arrays: Any) -> Any:
-        remaining = iter(arrays)
-        merged = [next(remaining) if traced else leaf for leaf, traced in zip(leaves, is_shape, strict=True)]
-        call_args, call_kwargs = jax.tree.unflatten(treedef, merged)
-        return run(*call_args, **call_kwargs)
-
-    jax.eval_shape(on_shapes, *shapes)
-    return Explanation(interpreter.records)
+    return explained

@@ -31,7 +31,7 @@ from jmp_lite._dtypes import FLOAT32, DType
 from jmp_lite._errors import InvalidOpError
 from jmp_lite.autocast import _regions
 from jmp_lite.autocast._decide import decide, number_of_results, origin_of_results
-from jmp_lite.autocast._demand import Demands, Want, Wants
+from jmp_lite.autocast._demand import WANTS_FLOAT32, Demands, Want, Wants
 from jmp_lite.autocast._ops import Op, OpClass, classify
 from jmp_lite.autocast._rules import Precision, Settings
 from jmp_lite.autocast._values import Origin, Tag, Value, as_dtype, cast, is_eligible
@@ -89,10 +89,11 @@ class Call:
         """The operands as they are held."""
         return [value.array for value in self.operands]
 
-    def original(self, index: int) -> Any:
-        """Returns an operand in the dtype that it was written for."""
-        array = self.operands[index].array
-        return cast(array, FLOAT32) if is_eligible(self.eqn.invars[index].aval) else array
+    @property
+    def originals(self) -> list[Any]:
+        """The operands in the dtypes that they were written for."""
+        pairs = zip(self.eqn.invars, self.arrays, strict=True)
+        return [cast(array, FLOAT32) if is_eligible(v.aval) else array for v, array in pairs]
 
     def bind(self, arrays: Sequence[Any], **changed: Any) -> list[Any]:
         """Applies the primitive to other arrays, with some parameters changed."""
@@ -160,10 +161,9 @@ class Frame:
     def forget(self, index: int) -> None:
         """Drops what no equation after this one reads."""
         for v in self.unused_after.get(index, ()):
-            held = self.values.pop(v)
-            for dtype in (FLOAT32, *self.settings.dtypes) if is_eligible(v.aval) else ():
+            del self.values[v]
+            for dtype in (FLOAT32, *self.settings.dtypes):
                 self.casts.pop((v, dtype), None)
-            del held
 
 
 class Interpreter:
@@ -268,7 +268,7 @@ class Interpreter:
         dtype = self.precision(call.scope, call.eqn.primitive.name).dtype
         return [
             Value(cast(value.array, dtype), Tag.LOW, value.origin)
-            if value.tag is Tag.SOFT and wants.get(v) not in (Want.HIGH, Want.STRICT)
+            if value.tag is Tag.SOFT and wants.get(v) not in WANTS_FLOAT32
             else value
             for v, value in zip(inner.invars, call.operands, strict=True)
         ]
@@ -366,11 +366,8 @@ def _as_array(atom: Atom, value: Value) -> Value:
 
 
 def _with_dtype(aval: Any, dtype: Any) -> Any:
-    return (
-        aval
-        if dtype is None or not is_eligible(aval) or dtype == FLOAT32
-        else aval.update(dtype=dtype, weak_type=False)
-    )
+    is_changed = is_eligible(aval) and dtype != FLOAT32
+    return aval.update(dtype=dtype, weak_type=False) if is_changed else aval
 
 
 def _restore(array: Any, aval: Any) -> Any:

@@ -186,9 +186,12 @@ _SMALL_POWER = Family(OpClass.FOLLOW, "a small positive power: as precise as its
 _OTHER_POWER = Family(OpClass.DENY, "a large or negative power: a rounded argument costs many digits", "")
 
 #: Results of these have no more information than their operands: what is a copy of something smaller stays one.
-KEEPS_BROADCAST = frozenset({"reshape", "squeeze", "expand_dims", "transpose", "convert_element_type", "copy"}) | {
-    *("stop_gradient", "select_n", "neg", "add", "sub", "mul", "div", "max", "min", "exp")
-}
+KEEPS_BROADCAST = frozenset(
+    {
+        *("reshape", "squeeze", "expand_dims", "transpose", "convert_element_type", "copy", "stop_gradient"),
+        *("select_n", "neg", "add", "sub", "mul", "div", "max", "min", "exp"),
+    }
+)
 
 Op = OpClass | Callable[..., Any]
 

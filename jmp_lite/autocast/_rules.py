@@ -7,10 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 
-from jmp_lite._dtypes import ACCEPTED_NAMES, FLOAT32, DType, parse_dtype
-from jmp_lite._errors import InvalidPolicyError, InvalidRuleError, UnknownDtypeError
+from jmp_lite._dtypes import ACCEPTED_NAMES, FLOAT32, DType, dtype_or_none
+from jmp_lite._errors import InvalidPolicyError, InvalidRuleError
 from jmp_lite._policy import Policy, PolicyMap, compile_pattern, get_policy
 from jmp_lite.autocast import _regions
 from jmp_lite.autocast._ops import Op
@@ -113,22 +112,19 @@ def checked_dot(dot: Any) -> Any:
     return dot
 
 
-def _dtype(precision: Any) -> DType | None:
-    try:
-        dtype = parse_dtype(precision) if isinstance(precision, str) else np.dtype(precision)
-    except (TypeError, UnknownDtypeError):
-        return None
-    return dtype if dtype.itemsize == 2 and jnp.issubdtype(dtype, jnp.floating) else None
+def _half_dtype(precision: Any) -> DType | None:
+    dtype = dtype_or_none(precision)
+    return dtype if dtype is not None and dtype.itemsize == 2 and jnp.issubdtype(dtype, jnp.floating) else None
 
 
 def _is_precision(text: str | None) -> bool:
-    return text is not None and (text in _MODES or _dtype(text) is not None)
+    return text is not None and (text in _MODES or _half_dtype(text) is not None)
 
 
 def _checked_precision(precision: Any) -> Any:
     if isinstance(precision, str) and precision in _MODES:
         return precision
-    dtype = _dtype(precision) if precision is not None else None
+    dtype = _half_dtype(precision)
     if dtype is None:
         raise InvalidRuleError(
             f"precision must be 'auto', 'full', 'low' or a 16-bit dtype, got {precision!r}. Write for example "

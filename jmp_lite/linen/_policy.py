@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 
 from jmp_lite._policy import Policy, PolicyMap, get_policy
-from jmp_lite._tree import is_array, keep_carry, keep_dtypes, map_leaves, undo_cast
+from jmp_lite._tree import combine, is_array, keep_carry, keep_dtypes, map_leaves, partition, undo_cast
 
 _INITS = ("init", "init_with_output", "lazy_init")
 #: Keywords of ``apply`` that Flax takes for itself; all others go to the module.
@@ -39,8 +39,7 @@ def with_policy(apply: Callable[..., Any], policy: str | Policy | PolicyMap) -> 
 
     Args:
         apply: ``model.apply``, ``model.init``, ``model.init_with_output``, or a function with the signature of
-        ``apply``;
-            also as a ``functools.partial``, which is where ``mutable`` may be fixed in advance.
+            ``apply``; also as a ``functools.partial``, which is where ``mutable`` may be fixed in advance.
         policy: A policy, a policy string or a map. Paths of a map are those inside ``params``, such as
             ``encoder/Dense_0``; the default policy is that of the model itself.
 
@@ -111,16 +110,15 @@ def _dtypes_of_cache(apply: Any, policy: Any, variables: Any, args: Any, kwargs:
     controls = {"mutable": True, "method": kwargs.get("method")}
     kwargs = {name: value for name, value in kwargs.items() if name == "rngs" or name not in _CONTROLS}
     rest = {name: collection for name, collection in variables.items() if name != "cache"}
-    leaves, treedef = jax.tree.flatten((rest, args, kwargs))
-    is_traced = [is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves]
+    arrays, others, layout = partition(
+        (rest, args, kwargs), lambda leaf: is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
+    )
 
     def cache_of(arrays: list[Any]) -> Any:
-        remaining = iter(arrays)
-        merged = [next(remaining) if traced else leaf for leaf, traced in zip(leaves, is_traced, strict=True)]
-        rest, args, kwargs = jax.tree.unflatten(treedef, merged)
+        rest, args, kwargs = combine(arrays, others, layout)
         return _apply_with_policy(apply, policy)(rest, *args, **kwargs, **controls)[1]["cache"]
 
-    shapes = jax.eval_shape(cache_of, [leaf for leaf, traced in zip(leaves, is_traced, strict=True) if traced])
+    shapes = jax.eval_shape(cache_of, arrays)
     return {path: shape.dtype for path, shape in _by_path(shapes).items()}
 
 

@@ -11,10 +11,11 @@ import jax
 from flax import nnx
 
 from jmp_lite._policy import Policy, PolicyMap
+from jmp_lite._tree import combine, partition
 from jmp_lite.autocast._api import settings_from, wrap
 from jmp_lite.autocast._ops import Op
 from jmp_lite.autocast._rules import Rule, Settings
-from jmp_lite.nnx._modules import derived_class, is_leaf, is_node, objects, original_class, public_methods, unbound
+from jmp_lite.nnx._modules import change_class, derived_class, is_leaf, is_node, objects, unbound
 
 #: Path of the module whose method is running.
 _PATH: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("jmp_lite_nnx_path", default=())
@@ -82,14 +83,14 @@ def autocast(
 
 def _call(fn: Callable[..., Any], settings: Settings, save: str, args: Any, kwargs: Any) -> Any:
     """Calls a function of modules as a pure function of their state, as ``nnx.jit`` does."""
-    nodes, others, layout = _partition((args, kwargs))
+    nodes, others, layout = partition((args, kwargs), is_node, is_leaf)
 
     def pure(state: Any, others: list[Any]) -> tuple[Any, ...]:
         with nnx.merge_context(_CONTEXT, inner=True) as context:
             copies = context.merge(graphdef, state)
-        call_args, call_kwargs = _combine(copies, others, layout)
+        call_args, call_kwargs = combine(copies, others, layout)
         with _scopes(copies):
-            returned, *rest = _partition(fn(*call_args, **call_kwargs))
+            returned, *rest = partition(fn(*call_args, **call_kwargs), is_node, is_leaf)
         with nnx.split_context(_CONTEXT) as context:
             return *rest, *context.split((copies, returned))
 
@@ -99,21 +100,7 @@ def _call(fn: Callable[..., Any], settings: Settings, save: str, args: Any, kwar
         results, layout_of_results, new_graphdef, new_state = wrap(pure, settings, save)(state, others)
         with nnx.merge_context(_CONTEXT, inner=False) as context:
             _, returned = context.merge(new_graphdef, new_state)
-    return _combine(returned, results, layout_of_results)
-
-
-def _partition(tree: Any) -> tuple[list[Any], list[Any], Any]:
-    """Splits a tree into what has an identity, the other leaves, and how they stood together."""
-    leaves, treedef = jax.tree.flatten(tree, is_leaf=is_leaf)
-    nodes = [leaf for leaf in leaves if is_node(leaf)]
-    others = [leaf for leaf in leaves if not is_node(leaf)]
-    return nodes, others, (treedef, [is_node(leaf) for leaf in leaves])
-
-
-def _combine(nodes: list[Any], others: list[Any], layout: Any) -> Any:
-    treedef, is_node_at = layout
-    remaining_nodes, remaining_others = iter(nodes), iter(others)
-    return jax.tree.unflatten(treedef, [next(remaining_nodes if at else remaining_others) for at in is_node_at])
+    return combine(returned, results, layout_of_results)
 
 
 # --- Name scopes ---
@@ -122,24 +109,18 @@ def _combine(nodes: list[Any], others: list[Any], layout: Any) -> Any:
 @contextlib.contextmanager
 def _scopes(nodes: list[Any]) -> Iterator[None]:
     """Gives the modules of a graph, for as long as the context lasts, methods that open a name scope."""
-    scoped = []
-    for path, module in objects(nodes):
-        cls = original_class(module)
-        names = public_methods(cls)
-        if isinstance(module, nnx.Module) and not isinstance(module, (nnx.List, nnx.Dict)) and names:
-            is_pytree = not jax.tree_util.all_leaves([module])
-            derived = _scoped_class(type(module), names, tuple(map(str, path[1:])), is_pytree)
-            scoped.append((module, type(module)))
-            object.__setattr__(module, "__class__", derived)
+    modules: list[tuple[Any, Any, Any]] = [(path, module, type(module)) for path, module in objects(nodes)]
+    for path, module, cls in modules:
+        change_class(module, functools.partial(_scoped_class, cls, tuple(map(str, path[1:]))))
     try:
         yield
     finally:
-        for module, cls in scoped:
+        for _, module, cls in modules:
             object.__setattr__(module, "__class__", cls)
 
 
 @functools.cache
-def _scoped_class(cls: type, names: tuple[str, ...], path: tuple[str, ...], is_pytree: bool) -> type:
+def _scoped_class(cls: type, path: tuple[str, ...], names: tuple[str, ...], is_pytree: bool) -> type:
     """Derives a class whose methods open a name scope. One per path: NNX caches traces by class."""
     methods = {name: _in_scope(inspect.getattr_static(cls, name), path) for name in names}
     return derived_class(cls, methods, is_pytree=is_pytree)

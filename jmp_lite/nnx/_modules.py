@@ -5,6 +5,7 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 from flax import nnx
 
 from jmp_lite._tree import Opaque
@@ -45,7 +46,20 @@ def original_class(module: Any) -> Any:
     return vars(type(module)).get(_ORIGINAL, type(module))
 
 
-def public_methods(cls: type) -> tuple[str, ...]:
+def change_class(module: Any, derive: Callable[[tuple[str, ...], bool], type]) -> None:
+    """Gives a module, if it has methods that others call, a class derived from its own.
+
+    Args:
+        module: Any object of a graph.
+        derive: Makes the class, from the names of those methods and from whether the class is a pytree.
+    """
+    names = _public_methods(original_class(module))
+    if isinstance(module, nnx.Module) and not isinstance(module, (nnx.List, nnx.Dict)) and names:
+        is_pytree = not jax.tree_util.all_leaves([module])
+        object.__setattr__(module, "__class__", derive(names, is_pytree))
+
+
+def _public_methods(cls: type) -> tuple[str, ...]:
     """Returns the names of the methods that others call; of recurrent cells, and of containers, only ``__call__``."""
     return tuple(name for name in dir(cls) if _is_public_method(cls, name))
 

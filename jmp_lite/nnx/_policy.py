@@ -12,7 +12,7 @@ from flax import nnx
 
 from jmp_lite._policy import Policy, PolicyMap, get_policy
 from jmp_lite._tree import keep_carry, keep_dtypes, undo_cast
-from jmp_lite.nnx._modules import derived_class, is_leaf, is_node, objects, original_class, public_methods, unbound
+from jmp_lite.nnx._modules import change_class, derived_class, is_leaf, is_node, objects, original_class, unbound
 
 
 class _Caller(NamedTuple):
@@ -193,11 +193,7 @@ def _keep_dtype(variable: Any, before: Any) -> None:
 
 def _make_casting(module: Any, policies: PolicyMap, policy: Policy) -> None:
     """Turns a module of the working copy into one whose public methods cast."""
-    cls = original_class(module)
-    names = public_methods(cls)
-    if isinstance(module, nnx.Module) and not isinstance(module, (nnx.List, nnx.Dict)) and names:
-        is_pytree = not jax.tree_util.all_leaves([module])
-        object.__setattr__(module, "__class__", _casting_class(cls, names, policies, policy, is_pytree))
+    change_class(module, functools.partial(_casting_class, original_class(module), policies, policy))
     if isinstance(module, nnx.Embed) and module.dtype == module.param_dtype:  # its way of saying None
         object.__setattr__(module, "dtype", policy.compute_dtype)
 
@@ -209,7 +205,7 @@ def _cached_activations(node: Any) -> list[Any]:
 
 
 @functools.cache
-def _casting_class(cls: type, names: tuple[str, ...], policies: PolicyMap, policy: Policy, is_pytree: bool) -> type:
+def _casting_class(cls: type, policies: PolicyMap, policy: Policy, names: tuple[str, ...], is_pytree: bool) -> type:
     """Derives a class whose methods cast. One per policy of a map: NNX caches traces by class."""
     del policies
     method = _cell_method if issubclass(cls, nnx.RNNCellBase) else _method
