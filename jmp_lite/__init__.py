@@ -6,6 +6,9 @@ A drop-in for jmp: ``import jmp_lite as jmp``.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+# Gradients of a scaled loss, in one piece (below) or accumulated over microbatches.
+from jmp_lite._accumulate import accumulate_gradients as accumulate_gradients
+
 # Policies: which dtype parameters, computation and outputs have.
 from jmp_lite._dtypes import dtype_to_names as dtype_to_names
 from jmp_lite._dtypes import half_dtype as half_dtype
@@ -15,10 +18,17 @@ from jmp_lite._dtypes import parse_dtype as parse_dtype
 # Errors and warnings.
 from jmp_lite._errors import AmbiguousLossScaleError as AmbiguousLossScaleError
 from jmp_lite._errors import AmbiguousPolicyError as AmbiguousPolicyError
+from jmp_lite._errors import CheckpointMismatchError as CheckpointMismatchError
+from jmp_lite._errors import CheckpointNotFoundError as CheckpointNotFoundError
+from jmp_lite._errors import ClusterError as ClusterError
+from jmp_lite._errors import CorruptCheckpointError as CorruptCheckpointError
+from jmp_lite._errors import CorruptCheckpointWarning as CorruptCheckpointWarning
 from jmp_lite._errors import InvalidLossScaleError as InvalidLossScaleError
+from jmp_lite._errors import InvalidMicrobatchError as InvalidMicrobatchError
 from jmp_lite._errors import InvalidOpError as InvalidOpError
 from jmp_lite._errors import InvalidPolicyError as InvalidPolicyError
 from jmp_lite._errors import InvalidRuleError as InvalidRuleError
+from jmp_lite._errors import InvalidShardingError as InvalidShardingError
 from jmp_lite._errors import JmpLiteError as JmpLiteError
 from jmp_lite._errors import LossDtypeError as LossDtypeError
 from jmp_lite._errors import LossScaleNotFoundError as LossScaleNotFoundError
@@ -58,6 +68,7 @@ from jmp_lite.autocast import register_op as register_op
 
 if TYPE_CHECKING:
     from jmp_lite import checkpoint as checkpoint
+    from jmp_lite import distributed as distributed
     from jmp_lite import linen as linen
     from jmp_lite import nnx as nnx
     from jmp_lite import optim as optim
@@ -70,18 +81,25 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 # Loaded on first use (PEP 562), so that ``import jmp_lite`` needs neither Optax nor Flax nor Orbax.
-_CHAPTERS = frozenset({"checkpoint", "linen", "nnx", "optim"})
+_CHAPTERS = frozenset({"checkpoint", "distributed", "linen", "nnx", "optim"})
 _FROM_OPTIM = frozenset({"LossScaledState", "apply_gradients", "check_loss_scale", "loss_scaled", "metrics"})
 
 __all__ = [
     "AmbiguousLossScaleError",
     "AmbiguousPolicyError",
+    "CheckpointMismatchError",
+    "CheckpointNotFoundError",
+    "ClusterError",
+    "CorruptCheckpointError",
+    "CorruptCheckpointWarning",
     "DynamicLossScale",
     "Explanation",
     "InvalidLossScaleError",
+    "InvalidMicrobatchError",
     "InvalidOpError",
     "InvalidPolicyError",
     "InvalidRuleError",
+    "InvalidShardingError",
     "JmpLiteError",
     "LossDtypeError",
     "LossScale",
@@ -100,6 +118,7 @@ __all__ = [
     "TracedStaticScaleError",
     "UnknownDtypeError",
     "UnselectableLeafError",
+    "accumulate_gradients",
     "all_finite",
     "apply_gradients",
     "autocast",
@@ -107,6 +126,7 @@ __all__ = [
     "cast_to_half",
     "check_loss_scale",
     "checkpoint",
+    "distributed",
     "dtype_to_names",
     "explain",
     "full_precision",

@@ -4,8 +4,9 @@
 """
 
 import contextlib
+import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 import jax
@@ -19,6 +20,9 @@ Equation: TypeAlias = Any
 Var: TypeAlias = Any
 #: An operand: a variable or a literal.
 Atom: TypeAlias = Any
+
+#: Name scope that autocast leaves alone.
+NO_AUTOCAST = "jmp.no_autocast"
 
 
 class Primitive(Protocol):
@@ -50,6 +54,17 @@ def leaves_are_local() -> bool:
     if mesh.axis_names:
         return len(mesh.manual_axes) == len(mesh.axis_names)
     return jax.device_count() == 1
+
+
+def varying_axes(array: Any) -> frozenset[Any]:
+    """Returns the manual mesh axes along which an array is known to differ; none where JAX does not keep track."""
+    axes: frozenset[Any] = jax.typeof(array).manual_axis_type.varying
+    return axes
+
+
+def sharding_in_type(aval: Any) -> Any:
+    """Returns the sharding that is part of the type of an array, on an explicit mesh; ``None`` elsewhere."""
+    return aval.sharding if jax.sharding.AxisType.Explicit in aval.sharding.mesh.axis_types else None
 
 
 # --- Programs ---
@@ -134,3 +149,50 @@ def with_weak_type(array: Any, aval: Any) -> Any:
     elif array.dtype == aval.dtype and array.weak_type == aval.weak_type:
         return array
     return convert_element_type_p.bind(array, new_dtype=aval.dtype, weak_type=aval.weak_type, sharding=None)
+
+
+# --- Primitives ---
+
+
+def bilinear_primitive(
+    name: str,
+    impl: Callable[..., Any],
+    transpose: Callable[..., Any],
+    batch: Callable[..., Any],
+    impls_by_platform: Mapping[str, Callable[..., Any]],
+) -> Any:
+    """Makes a primitive that is linear in each of its two operands.
+
+    Args:
+        name: Name that jaxprs show.
+        impl: Computes it: ``impl(lhs, rhs, **params)``.
+        transpose: ``transpose(cotangent, lhs, rhs, **params)`` returns the cotangent of the operand that is given as an
+            abstract value.
+        batch: The rule of ``vmap``: ``batch(operands, dimensions, **params) -> (result, dimension)``.
+        impls_by_platform: What is compiled instead of ``impl`` for some platforms.
+    """
+    from jax.extend.core import Primitive
+    from jax.interpreters import ad, batching, mlir
+
+    def of_lhs(cotangent: Any, lhs: Any, rhs: Any, **params: Any) -> Any:
+        return transpose(cotangent, lhs.aval, rhs, **params)
+
+    def of_rhs(cotangent: Any, lhs: Any, rhs: Any, **params: Any) -> Any:
+        return transpose(cotangent, lhs, rhs.aval, **params)
+
+    def evaluate(lhs: Any, rhs: Any, **params: Any) -> Any:
+        [platform] = {device.platform for device in lhs.devices()}
+        return impls_by_platform.get(platform, impl)(lhs, rhs, **params)
+
+    def abstract_eval(*avals: Any, **params: Any) -> Any:
+        return jax.make_jaxpr(functools.partial(impl, **params))(*avals).out_avals[0]
+
+    primitive = Primitive(name)
+    primitive.def_impl(evaluate)
+    primitive.def_abstract_eval(abstract_eval)
+    ad.defbilinear(primitive, of_lhs, of_rhs)
+    batching.primitive_batchers[primitive] = batch
+    mlir.register_lowering(primitive, mlir.lower_fun(impl, multiple_results=False))
+    for platform, other in impls_by_platform.items():
+        mlir.register_lowering(primitive, mlir.lower_fun(other, multiple_results=False), platform=platform)
+    return primitive

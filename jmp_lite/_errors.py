@@ -11,13 +11,20 @@
     ├── NonScalarPredicateError   ValueError      a verdict that is not one boolean
     ├── UnselectableLeafError     TypeError       two unlike leaves that are not arrays
     ├── LossDtypeError            TypeError       a loss function that does not return a real number
+    ├── InvalidMicrobatchError    ValueError      a batch that cannot be split as asked
     ├── LossScaleNotFoundError    ValueError      no loss scale in the state
     ├── AmbiguousLossScaleError   ValueError      more than one, and no name to tell them apart
     ├── LossScaleStalledError     RuntimeError    nothing but skipped steps at the lowest scale
     ├── PolicyMismatchError       ValueError      a checkpoint written under another policy
+    ├── CheckpointMismatchError   ValueError      a state and a checkpoint that do not belong together
+    ├── CheckpointNotFoundError   FileNotFoundError  no checkpoint where one was asked for
+    ├── CorruptCheckpointError    RuntimeError    a checkpoint that is damaged, and no good one before it
+    ├── InvalidShardingError      ValueError      shardings that cannot be gathered from
+    ├── ClusterError              RuntimeError    the processes of a job do not find each other
     ├── InvalidOpError            TypeError       something that cannot stand for a primitive in autocast
     └── InvalidRuleError          ValueError      a rule or a setting of autocast that means nothing
     SlowDtypeWarning              UserWarning     a format that this accelerator cannot run fast
+    CorruptCheckpointWarning      UserWarning     a damaged checkpoint that was passed over
 
 Rule for a new one: ``<what is wrong>Error``, a builtin that users already catch as second base, a docstring with code
 that fails and code that works, and a message that quotes the input and says what to do.
@@ -118,6 +125,21 @@ class LossDtypeError(JmpLiteError, TypeError):
     """
 
 
+class InvalidMicrobatchError(JmpLiteError, ValueError):
+    """A batch cannot be split into the microbatches asked for.
+
+    Example:
+        >>> jmp.accumulate_gradients(lambda w, x: jnp.mean(w * x), 4)(1.0, jnp.ones(6), state=jmp.NoOpLossScale())
+        Traceback (most recent call last):
+        jmp_lite._errors.InvalidMicrobatchError: Argument 1 is float32[6]: 6 rows do not divide into steps=4 ...
+        >>> loss, _ = jmp.accumulate_gradients(lambda w, x: jnp.mean(w * x), 3)(
+        ...     1.0, jnp.ones(6), state=jmp.NoOpLossScale()
+        ... )
+        >>> print(loss)
+        1.0
+    """
+
+
 class LossScaleNotFoundError(JmpLiteError, ValueError):
     """A state that should hold a loss scale holds none.
 
@@ -169,6 +191,69 @@ class PolicyMismatchError(JmpLiteError, ValueError):
     """
 
 
+class CheckpointMismatchError(JmpLiteError, ValueError):
+    """A state and a checkpoint do not belong together: they differ in structure, shapes, dtypes, or in the run.
+
+    Example:
+        >>> import tempfile
+        >>> path = f"{tempfile.mkdtemp()}/step_1"
+        >>> jmp.checkpoint.save(path, {"w": jnp.ones(2)}, policy="full")
+        >>> jmp.checkpoint.restore(path, {"w": jnp.zeros(3)}, policy="full")
+        Traceback (most recent call last):
+        jmp_lite._errors.CheckpointMismatchError: Checkpoint and template differ: 'w' is float32[2] in the checkpoint...
+        >>> jmp.checkpoint.restore(path, {"w": jnp.zeros(2)}, policy="full")
+        {'w': Array([1., 1.], dtype=float32)}
+    """
+
+
+class CheckpointNotFoundError(JmpLiteError, FileNotFoundError):
+    """There is no checkpoint where one was asked for.
+
+    Example:
+        >>> jmp.checkpoint.restore("no_such_run", {"w": jnp.zeros(2)}, policy="full")
+        Traceback (most recent call last):
+        jmp_lite._errors.CheckpointNotFoundError: There is no checkpoint in ...no_such_run...
+    """
+
+
+class CorruptCheckpointError(JmpLiteError, RuntimeError):
+    """A checkpoint is damaged, and there is no good one to fall back to.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> path = pathlib.Path(tempfile.mkdtemp(), "step_1")
+        >>> jmp.checkpoint.save(path, {"w": jnp.ones(2)}, policy="full")
+        >>> _ = (path / "header" / "metadata").write_text("{}")
+        >>> jmp.checkpoint.restore(path, {"w": jnp.zeros(2)}, policy="full")
+        Traceback (most recent call last):
+        jmp_lite._errors.CorruptCheckpointError: The checkpoint in ...step_1 is damaged...
+    """
+
+
+class ClusterError(JmpLiteError, RuntimeError):
+    """The processes of a job do not find each other, or a process was told something that cannot be.
+
+    Example:
+        >>> jmp.distributed.initialize("10.0.0.1:1234", num_processes=2)
+        Traceback (most recent call last):
+        jmp_lite._errors.ClusterError: coordinator_address='10.0.0.1:1234', num_processes=2 given without process_id...
+        >>> jmp.distributed.initialize("10.0.0.1:1234", num_processes=2, process_id=1)  # doctest: +SKIP
+        True
+    """
+
+
+class InvalidShardingError(JmpLiteError, ValueError):
+    """Something that is no sharding of these parameters, or one that cannot be gathered from.
+
+    Example:
+        >>> jmp.distributed.gather_params({"w": jnp.ones(8)}, "data", "mixed_bfloat16")
+        Traceback (most recent call last):
+        jmp_lite._errors.InvalidShardingError: A sharding must be a NamedSharding, a PartitionSpec or None, got...
+        >>> jmp.distributed.gather_params({"w": jnp.ones(8)}, jax.P(), "mixed_bfloat16")["w"].shape
+        (8,)
+    """
+
+
 class InvalidOpError(JmpLiteError, TypeError):
     """Something that is neither a class of operations nor a function was given for a primitive.
 
@@ -198,5 +283,14 @@ class SlowDtypeWarning(UserWarning):
 
     Example:
         >>> issubclass(jmp.SlowDtypeWarning, UserWarning)
+        True
+    """
+
+
+class CorruptCheckpointWarning(UserWarning):
+    """A checkpoint is damaged or was not written to its end; the run goes on from the last good one before it.
+
+    Example:
+        >>> issubclass(jmp.CorruptCheckpointWarning, UserWarning)
         True
     """

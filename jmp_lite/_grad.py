@@ -17,7 +17,19 @@ from jmp_lite._loss_scale import (
 )
 from jmp_lite._tree import all_finite, cast_to_at_least_float32, is_array, is_inexact
 
-_Gradient = tuple[jax.Array, Any, list[Any]]
+#: Loss, auxiliary output, and the gradients of the inexact leaves.
+Gradient = tuple[jax.Array, Any, list[Any]]
+
+
+def positions_among(args: tuple[Any, ...], argnums: int | Sequence[int], name: str = "argnums") -> tuple[int, ...]:
+    """Returns the positions, from the front, of the positional arguments that are named, or raises ``TypeError``."""
+    numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    if not all(-len(args) <= i < len(args) for i in numbers):
+        raise TypeError(f"{name}={argnums} does not fit a call with {len(args)} positional arguments.")
+    positions = tuple(i % len(args) for i in numbers)
+    if len(set(positions)) < len(positions):
+        raise TypeError(f"{name}={argnums} names an argument twice.")
+    return positions
 
 
 def _checked_loss(output: Any, has_aux: bool) -> tuple[jax.Array, Any]:
@@ -47,9 +59,9 @@ def _float0_zeros(leaf: Any) -> Any:
     return np.zeros(np.shape(leaf), jax.dtypes.float0)
 
 
-def _differentiate(
+def differentiate(
     fun: Callable[..., Any], has_aux: bool, args: tuple[Any, ...], argnums: tuple[int, ...]
-) -> tuple[Callable[[LossScale], _Gradient], Callable[[list[Any]], tuple[Any, ...]]]:
+) -> tuple[Callable[[LossScale], Gradient], Callable[[list[Any]], tuple[Any, ...]]]:
     """Prepares the derivative of the scaled loss with respect to the inexact leaves of some arguments.
 
     Returns:
@@ -69,7 +81,7 @@ def _differentiate(
         loss, aux = _checked_loss(fun(*new_args), has_aux)
         return loss_scale.scale(loss), (loss, aux)
 
-    def gradient(loss_scale: LossScale) -> _Gradient:
+    def gradient(loss_scale: LossScale) -> Gradient:
         values = [leaves[i] for i in inexact]
         grads, (loss, aux) = jax.grad(call, has_aux=True)(values, loss_scale)
         return loss, aux, grads
@@ -85,18 +97,18 @@ def _differentiate(
 
 
 def _retry(
-    gradient: Callable[[LossScale], _Gradient],
+    gradient: Callable[[LossScale], Gradient],
     loss_scale: LossScale,
     max_retries: int,
     axis_name: Any,
-) -> tuple[LossScale, _Gradient]:
+) -> tuple[LossScale, Gradient]:
     """Recomputes at ever lower scales, inside one ``lax.while_loop``, until the gradients are finite."""
     if not isinstance(loss_scale, DynamicLossScale):
         raise InvalidLossScaleError(
             f"max_retries={max_retries} needs a DynamicLossScale, which can be lowered; the state holds {loss_scale!r}."
         )
 
-    def attempt(scale: DynamicLossScale) -> tuple[DynamicLossScale, jax.Array, _Gradient]:
+    def attempt(scale: DynamicLossScale) -> tuple[DynamicLossScale, jax.Array, Gradient]:
         result = gradient(scale)
         return scale, all_finite(scale.unscale(result[2]), axis_name=axis_name), result
 
@@ -160,16 +172,12 @@ def scaled_value_and_grad(
     References:
         Micikevicius et al., "Mixed Precision Training", arXiv:1710.03740, section 3.2.
     """
-    positions = (argnums,) if isinstance(argnums, int) else tuple(argnums)
 
     @functools.wraps(fun)
     def wrapped(*args: Any, state: Any = None, **kwargs: Any) -> Any:
         at, loss_scale = find_loss_scale(state, name)
-        if not all(-len(args) <= i < len(args) for i in positions):
-            raise TypeError(f"argnums={argnums} does not fit a call with {len(args)} positional arguments.")
-        if len({i % len(args) for i in positions}) < len(positions):
-            raise TypeError(f"argnums={argnums} names an argument twice.")
-        gradient, assemble = _differentiate(functools.partial(fun, **kwargs), has_aux, args, positions)
+        positions = positions_among(args, argnums)
+        gradient, assemble = differentiate(functools.partial(fun, **kwargs), has_aux, args, positions)
         if max_retries > 0:
             loss_scale, (loss, aux, flat) = _retry(gradient, loss_scale, max_retries, axis_name)
         else:

@@ -203,12 +203,12 @@ def scalar_predicate(value: Any) -> jax.Array:
     is_boolean = isinstance(value, bool) or (is_array(value) and value.shape == () and value.dtype == np.bool_)
     if not is_boolean:
         raise NonScalarPredicateError(
-            f"expected boolean scalar, got {_describe(value)}. Reduce it first, for example with jmp_lite.all_finite."
+            f"expected boolean scalar, got {describe(value)}. Reduce it first, for example with jmp_lite.all_finite."
         )
     return jnp.asarray(value)
 
 
-def _describe(leaf: Any) -> str:
+def describe(leaf: Any) -> str:
     """Writes an array as ``float32[2, 3]``, anything else as Python does."""
     return f"{leaf.dtype}{list(leaf.shape)}" if is_array(leaf) else repr(leaf)
 
@@ -217,7 +217,9 @@ def agree(verdict: jax.Array, axis_name: Any) -> jax.Array:
     """Returns whether a verdict holds on every device along the named mapped axes (``None``: as it is)."""
     if axis_name is None:
         return verdict
-    agreed: jax.Array = jax.lax.pmin(verdict.astype(jnp.int32), axis_name) > 0
+    # The comparison is always true: it makes the verdict vary over all of the axes, as a collective over them demands.
+    everywhere = verdict & (jax.lax.axis_index(axis_name) >= 0)
+    agreed: jax.Array = jax.lax.pmin(everywhere.astype(jnp.int32), axis_name) > 0
     return agreed
 
 
@@ -280,7 +282,7 @@ def _select_leaf(pred: jax.Array, path: Path, on_true: Any, on_false: Any) -> An
     if not numeric and (on_true is on_false or np.array_equal(on_true, on_false)):
         return on_true
     raise UnselectableLeafError(
-        f"Leaf {path_string(path)!r} is {_describe(on_true)} in one tree and {_describe(on_false)} in the other: only "
+        f"Leaf {path_string(path)!r} is {describe(on_true)} in one tree and {describe(on_false)} in the other: only "
         "arrays of one shape and compatible dtypes can be selected. Make the two alike, or keep them out of the tree."
     )
 

@@ -26,3 +26,13 @@ def contractions(fun, *args):
         for scope, eqn in _equations(jax.make_jaxpr(fun)(*args).jaxpr, "")
         if eqn.primitive.name in CONTRACTIONS
     ]
+
+
+def equations(name, fun, *args):
+    """The equations of one primitive in a function, those inside loops and calls included."""
+    return [eqn for _, eqn in _equations(jax.make_jaxpr(fun)(*args).jaxpr, "") if eqn.primitive.name == name]
+
+
+def primitives(fun, *args):
+    """The names of the primitives of a function, those inside loops and calls included."""
+    return [eqn.primitive.name for _, eqn in _equations(jax.make_jaxpr(fun)(*args).jaxpr, "")]

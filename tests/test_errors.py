@@ -19,13 +19,20 @@ BASES = {
     "NonScalarPredicateError": ValueError,
     "UnselectableLeafError": TypeError,
     "LossDtypeError": TypeError,
+    "InvalidMicrobatchError": ValueError,
     "LossScaleNotFoundError": ValueError,
     "AmbiguousLossScaleError": ValueError,
     "LossScaleStalledError": RuntimeError,
     "PolicyMismatchError": ValueError,
+    "CheckpointMismatchError": ValueError,
+    "CheckpointNotFoundError": FileNotFoundError,
+    "CorruptCheckpointError": RuntimeError,
+    "InvalidShardingError": ValueError,
+    "ClusterError": RuntimeError,
     "InvalidOpError": TypeError,
     "InvalidRuleError": ValueError,
 }
+WARNINGS = ["SlowDtypeWarning", "CorruptCheckpointWarning"]
 
 
 def defined():
@@ -35,7 +42,7 @@ def defined():
 
 def test_every_error_is_listed():
     """The table of bases, the module and the public names agree."""
-    assert {*BASES, "JmpLiteError", "SlowDtypeWarning"} == set(defined())
+    assert {*BASES, "JmpLiteError", *WARNINGS} == set(defined())
     assert all(value is getattr(jmp, name) for name, value in defined().items())
     assert set(defined()) <= set(jmp.__all__)
 
@@ -56,10 +63,11 @@ def test_only_the_predicate_error_is_an_assertion():
     assert ["NonScalarPredicateError"] == assertions
 
 
-def test_warning_is_a_user_warning_and_no_error():
+@pytest.mark.parametrize("name", WARNINGS)
+def test_warning_is_a_user_warning_and_no_error(name):
     """Filters for ``UserWarning`` catch it."""
-    assert issubclass(jmp.SlowDtypeWarning, UserWarning)
-    assert not issubclass(jmp.SlowDtypeWarning, jmp.JmpLiteError)
+    assert issubclass(defined()[name], UserWarning)
+    assert not issubclass(defined()[name], jmp.JmpLiteError)
 
 
 @pytest.mark.parametrize("name", [*BASES, "JmpLiteError"])

@@ -328,49 +328,6 @@ def test_checkpoint_written_in_part_is_the_one_before(example, tmp_path):
     assert checkpoint.load("initial", run) == ("initial", run)
 
 
-# --- pod.py -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_pod_trains_on_eight_simulated_devices(run):
-    output = run("pod.py", "--epochs", 5)
-    assert "mixed_float16 on 8 CPU devices of 1 host(s), 8 images each per step" in output
-    accuracy = [float(value) for value in re.findall(r"test accuracy ([\d.]+)%", output)]
-    assert len(accuracy) == 5
-    assert accuracy[-1] > 95
-    assert "all local replicas bit-identical: True" in output
-
-
-def test_pod_explains_bad_arguments(example, capsys):
-    parse = example("pod").parse
-    for arguments, message in [
-        (["--coordinator", "localhost:1234"], "--coordinator, --num-processes and --process-id go together"),
-        (["--policy", "all"], "choose one here"),
-    ]:
-        with pytest.raises(SystemExit, match="2"):
-            parse(arguments)
-        assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "several"),
-    [
-        ("SLURM_STEP_NUM_TASKS", "4", True),
-        ("SLURM_STEP_NUM_TASKS", "1", False),
-        ("OMPI_COMM_WORLD_SIZE", "2", True),
-        ("TPU_WORKER_HOSTNAMES", "host-0,host-1", True),
-        ("TPU_WORKER_HOSTNAMES", "localhost", False),
-    ],
-)
-def test_pod_notices_a_cluster(example, monkeypatch, name, value, several):
-    pod = example("pod")
-    for variable in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES", "TPU_WORKER_HOSTNAMES"):
-        monkeypatch.delenv(variable, raising=False)
-    assert not pod.in_cluster()
-    monkeypatch.setenv(name, value)
-    assert pod.in_cluster() is several
-
-
 # --- gpt.py -----------------------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from jax.experimental import topologies
 TARGETS = {"h100": "NVIDIA H100 80GB HBM3", "tpu": "TPU v5e"}
 """Name of each target on the command line, and the device compiled for."""
 
+_TPU_SLICES = {4: "v5e:2x2", 8: "v5e:2x4", 64: "v5e:8x8", 256: "v5e:16x16"}
 _MODULES = {"h100": ("jax_plugins.xla_cuda12", "nvidia.cuda_nvcc"), "tpu": ("libtpu",)}
 _ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
@@ -78,7 +80,7 @@ def devices(target: str, count: int = 1) -> list[jax.Device]:
 
     Args:
       target: a key of `TARGETS`.
-      count: number of devices, at most 8.
+      count: number of devices: up to 8 of one host, or 64 or 256 of several.
 
     Raises:
       TargetUnavailableError: the compiler's wheels are absent; the text says how to get them.
@@ -93,10 +95,11 @@ def devices(target: str, count: int = 1) -> list[jax.Device]:
             "install the compilers with: pip install 'jmp_lite[aot]'"
         )
     if target == "h100":
-        topology = topologies.get_topology_desc(platform="cuda", target_config=_H100, topology=f"1x1x{count}")
+        shape = f"1x{math.ceil(count / 8)}x{min(count, 8)}"
+        topology = topologies.get_topology_desc(platform="cuda", target_config=_H100, topology=shape)
     else:
-        size = "v5e:2x2" if count <= 4 else "v5e:2x4"
-        topology = topologies.get_topology_desc(platform="tpu", topology_name=size)
+        name = next(name for size, name in _TPU_SLICES.items() if count <= size)
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
     return list(topology.devices[:count])
 
 

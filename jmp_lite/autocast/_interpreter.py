@@ -22,17 +22,18 @@ from jmp_lite._compat import (
     as_traced,
     bind,
     is_literal,
+    leaves_are_local,
     program,
     scope_names,
     source_line,
     with_weak_type,
 )
 from jmp_lite._dtypes import FLOAT32, DType
-from jmp_lite._errors import InvalidOpError
 from jmp_lite.autocast import _regions
+from jmp_lite.autocast._apply import apply, has_wide_gradients
 from jmp_lite.autocast._decide import decide, number_of_results, origin_of_results
 from jmp_lite.autocast._demand import WANTS_FLOAT32, Demands, Want, Wants
-from jmp_lite.autocast._ops import Op, OpClass, classify
+from jmp_lite.autocast._ops import OpClass, classify
 from jmp_lite.autocast._rules import Precision, Settings
 from jmp_lite.autocast._values import Origin, Tag, Value, as_dtype, cast, is_eligible
 
@@ -154,6 +155,13 @@ class Frame:
             self.casts[atom, dtype] = cast(held, dtype) if number is None else _full_like(held, number, dtype)
         return self.casts[atom, dtype]
 
+    def weight_or_array(self, atom: Atom, dtype: DType | None) -> Any:
+        """Returns a variable that no decision has touched, such as a weight, as it is held; others cast to a dtype."""
+        if is_literal(atom) or not is_eligible(atom.aval):
+            return self.array(atom, dtype)
+        array, tag, _, number = self.values[atom]
+        return array if tag is Tag.NEUTRAL and number is None else self.array(atom, dtype)
+
     def write(self, eqn: Equation, values: Sequence[Value]) -> None:
         """Assigns the results of an equation."""
         self.values.update(zip(eqn.outvars, values, strict=True))
@@ -225,7 +233,7 @@ class Interpreter:
         dtypes = tuple(getattr(value.array, "dtype", None) for value in operands)
         known = tuple(value[1:] for value in operands)
         found = self._retyped.setdefault(jaxpr if consts else inner, {})
-        key = (dtypes, known, scope, wants, forced)
+        key = (dtypes, known, scope, wants, forced, leaves_are_local())
         if key not in found:
 
             def evaluate(*arrays: Any) -> list[Value]:
@@ -287,19 +295,22 @@ class Interpreter:
         position = len(self.records)
         if op is OpClass.NESTED and name in self.handlers and not precision.leaves_whole:
             call = Call(eqn, [_as_array(v, value) for v, value in zip(eqn.invars, operands, strict=True)], scope, wants)
-            arrays, values, reason = call.arrays, self.handlers[name](self, call), why
+            arrays, values, reason, is_wide = call.arrays, self.handlers[name](self, call), why, False
         else:
             dtype, tags, reason = decide(eqn, operands, (op, why), precision, wants)
-            arrays = [frame.array(v, dtype) for v in eqn.invars]
+            is_wide = has_wide_gradients(eqn, op, precision, dtype)
+            arrays = [frame.weight_or_array(v, dtype) if is_wide else frame.array(v, dtype) for v in eqn.invars]
             origin, number = origin_of_results(eqn, operands, op), number_of_results(eqn, operands)
-            results = _apply(eqn, arrays, op, precision, dtype)
+            results = apply(eqn, arrays, op, precision, dtype)
             values = [Value(array, _tag(array, tag), origin, number) for array, tag in zip(results, tags, strict=True)]
         if self.keeps_records:
             op_class = op.value if isinstance(op, OpClass) else "replaced"
             tag = "/".join(dict.fromkeys(value.tag.name for value in values))
             about = (scope, source_line(eqn), name, op_class, tag)
-            dtypes = _dtypes(arrays), _dtypes([value.array for value in values])
-            self.records.insert(position, Record(*about, *dtypes, reason))
+            in_dtypes, out_dtypes = _dtypes(arrays), _dtypes([value.array for value in values])
+            if is_wide:
+                in_dtypes = (str(dtype),) * len(arrays)
+            self.records.insert(position, Record(*about, in_dtypes, out_dtypes, reason))
         return values
 
 
@@ -307,51 +318,6 @@ def _full_like(array: Any, number: float, dtype: DType) -> Any:
     """Makes an array of one number anew: a cast of the old one would be kept for the backward pass."""
     value = as_dtype(number, dtype)
     return value if array.ndim == 0 else jax.lax.full_like(array, value, dtype)
-
-
-def _apply(eqn: Equation, arrays: Sequence[Any], op: Op, precision: Precision, dtype: DType | None) -> list[Any]:
-    """Runs the primitive of an equation, or what takes its place, on operands that have been cast."""
-    if dtype is None or dtype == FLOAT32:
-        return bind(eqn, arrays, eqn.params)
-    if not isinstance(op, OpClass):
-        results = op(*arrays, **eqn.params)
-        return _checked(eqn, list(results) if eqn.primitive.multiple_results else [results])
-    params = _params_at(eqn.params, dtype)
-    if eqn.primitive.name == "dot_general" and op is OpClass.ALLOW and precision.dot is not None:
-        if params.get("out_sharding") is None:
-            params.pop("out_sharding", None)
-        return [cast(precision.dot(*arrays, params.pop("dimension_numbers"), **params), dtype)]
-    return bind(eqn, arrays, params)
-
-
-def _checked(eqn: Equation, results: list[Any]) -> list[Any]:
-    """Checks what a user's function returned in the place of a primitive."""
-    expected = [v.aval for v in eqn.outvars]
-    is_alike = len(results) == len(expected) and all(
-        isinstance(result, jax.Array)
-        and result.shape == aval.shape
-        and (result.dtype == aval.dtype or (is_eligible(aval) and jnp.issubdtype(result.dtype, jnp.floating)))
-        for result, aval in zip(results, expected, strict=False)
-    )
-    if not is_alike:
-        found = ", ".join(str(jax.typeof(r)) if isinstance(r, jax.Array) else repr(r) for r in results)
-        raise InvalidOpError(
-            f"The function in the place of {eqn.primitive.name!r} returned {found}. It must return "
-            f"{', '.join(map(str, expected))}; any floating dtype will do for float32."
-        )
-    return results
-
-
-def _params_at(params: dict[str, Any], dtype: DType) -> dict[str, Any]:
-    """Returns the parameters of an equation that was written for float32, for a compute dtype."""
-    changed = dict(params)
-    if "preferred_element_type" in params:
-        changed["preferred_element_type"] = dtype
-    if params.get("out_dtype") is not None:
-        changed["out_dtype"] = dtype
-    if isinstance(params.get("precision"), (jax.lax.DotAlgorithm, jax.lax.DotAlgorithmPreset)):
-        changed["precision"] = None  # an algorithm names the dtypes of its operands
-    return changed
 
 
 def _tag(array: Any, tag: Tag) -> Tag:

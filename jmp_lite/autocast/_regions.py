@@ -11,10 +11,12 @@ from typing import Any, TypeVar, overload
 
 import jax
 
+from jmp_lite._compat import NO_AUTOCAST
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 #: What the name scopes of regions stand for.
-MODES = {"jmp.full_precision": "full", "jmp.low_precision": "low", "jmp.no_autocast": "off"}
+MODES = {"jmp.full_precision": "full", "jmp.low_precision": "low", NO_AUTOCAST: "off"}
 
 
 @overload
@@ -94,7 +96,7 @@ def no_autocast(fun: Any = None) -> Any:
     References:
         ``torch.autocast(enabled=False)``.
     """
-    return _region("jmp.no_autocast", fun)
+    return _region(NO_AUTOCAST, fun)
 
 
 def _region(scope: str, fun: Any) -> Any:

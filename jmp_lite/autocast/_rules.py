@@ -28,6 +28,8 @@ class Precision(NamedTuple):
     reason: str = ""
     leaves_whole: bool = False
     """Whether an equation that holds programs runs as it was written, programs included."""
+    reduce_dtype: DType = FLOAT32
+    """What gradients of weights are added up in, over devices."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,10 +94,10 @@ class Rule:
         is_whole = self.precision == "full" and self.primitive is not None
         dot = self.dot or precision.dot
         if not isinstance(self.precision, str):
-            return Precision("auto", self.precision, dot, str(self))
+            return precision._replace(mode="auto", dtype=self.precision, dot=dot, reason=str(self))
         if self.precision != "full" and precision.dtype.itemsize >= FLOAT32.itemsize:
             return precision
-        return Precision(self.precision, precision.dtype, dot, str(self), leaves_whole=is_whole)
+        return precision._replace(mode=self.precision, dot=dot, reason=str(self), leaves_whole=is_whole)
 
     def __str__(self) -> str:
         wanted = [("scope", self.scope), ("primitive", self.primitive)]
@@ -172,7 +174,9 @@ class Settings:
         """Resolves the precision of a primitive in a name scope."""
         policy = self.policy.policy_for(_path_in_model(scope, self.root))
         dtype, is_full = policy.compute_dtype, policy.compute_dtype.itemsize >= FLOAT32.itemsize
-        in_policy = Precision("full" if is_full else "auto", dtype, self.dot, "compute dtype of the policy is float32")
+        mode, reduce_dtype = "full" if is_full else "auto", policy.reduce_dtype or FLOAT32
+        reason = "compute dtype of the policy is float32"
+        in_policy = Precision(mode, dtype, self.dot, reason, reduce_dtype=reduce_dtype)
         region = _regions.innermost(scope)
         if region is not None:
             mode = "full" if is_full and _regions.MODES[region] == "low" else _regions.MODES[region]

@@ -112,7 +112,8 @@ def loss_scaled(
 
     Gradient accumulation belongs inside too: ``loss_scaled(optax.MultiSteps(inner, n).gradient_transformation())``
     skips one bad micro-step. ``MultiSteps`` around ``loss_scaled`` works while gradients are finite, but its
-    accumulator never loses a NaN again.
+    accumulator never loses a NaN again, and with ``should_skip_update_fn`` the scale never hears of one.
+    ``accumulate_gradients`` needs neither.
 
     Args:
         inner: Any Optax transformation; extra arguments of ``update`` reach it.

@@ -8,7 +8,7 @@ import numpy as np
 
 from jmp_lite._errors import LossScaleNotFoundError, LossScaleStalledError
 from jmp_lite._loss_scale import SMALLEST_SCALE, DynamicLossScale, LossScale, can_shrink
-from jmp_lite._tree import is_inexact, path_string
+from jmp_lite._tree import is_array, is_inexact, path_string
 from jmp_lite.optim._loss_scaled import LossScaledState
 
 
@@ -71,10 +71,23 @@ def _lowest(loss_scale: LossScale) -> float:
     return max(loss_scale.min_loss_scale, SMALLEST_SCALE)
 
 
-def _nonfinite_leaves(grads: Any) -> list[str]:
-    leaves = jax.tree_util.tree_leaves_with_path(grads)
-    bad = [path for path, x in leaves if is_inexact(x) and not jnp.isfinite(x).all()]
-    return [path_string(path) for path in bad]
+def _replicas(leaf: Any) -> list[int]:
+    """Returns where the last axis of flags is set; ``pmap`` puts an axis of devices, all alike, in front."""
+    return [] if leaf.ndim == 0 else np.flatnonzero(np.any(leaf, axis=tuple(range(leaf.ndim - 1)))).tolist()
+
+
+def _nonfinite_leaves(grads: Any) -> str:
+    """Names the leaves of gradients that are not finite, or those that ``distributed.nonfinite_leaves`` flagged."""
+    names, separator = [], ", "
+    for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
+        name = path_string(path)
+        if is_inexact(leaf) and not jnp.isfinite(leaf).all():
+            names.append(name)
+        elif is_array(leaf) and leaf.dtype == np.bool_ and np.any(leaf):
+            replicas = ", ".join(map(str, _replicas(leaf)))
+            separator = "; " if replicas else separator
+            names.append(f"{name} on replica{'s' if ',' in replicas else ''} {replicas}" if replicas else name)
+    return separator.join(names)
 
 
 def check_loss_scale(opt_state: Any, grads: Any = None, *, max_skips: int = 10) -> None:
@@ -85,7 +98,8 @@ def check_loss_scale(opt_state: Any, grads: Any = None, *, max_skips: int = 10) 
 
     Args:
         opt_state: Any pytree that holds states of ``loss_scaled``.
-        grads: Gradients of the last step, to name the leaves that are not finite.
+        grads: Gradients of the last step, to name the leaves that are not finite; or what
+            ``distributed.nonfinite_leaves`` returned for them, to name the replicas too.
         max_skips: Steps skipped in a row that are tolerated at the lowest scale, less one.
 
     Raises:
@@ -104,7 +118,7 @@ def check_loss_scale(opt_state: Any, grads: Any = None, *, max_skips: int = 10) 
         where = f" (state at {path!r})" if path else ""
         names = _nonfinite_leaves(grads)
         culprits = (
-            f"Not finite in the gradients given: {', '.join(names)}. "
+            f"Not finite in the gradients given: {names}. "
             if names
             else "Pass the gradients of a skipped step as grads= to see which leaves are not finite. "
         )

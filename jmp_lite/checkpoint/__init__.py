@@ -1,0 +1,15 @@
+"""Saving and restoring a whole train state: parameters, optimiser state with its loss scale, PRNG keys, policy.
+
+Two forms of the same: bytes through ``flax.serialization``, and directories through Orbax, one by one or managed. All
+need the extra ``jmp_lite[checkpoint]``. What is restored is bit-identical, so a resumed run continues as if it had not
+stopped. The policy travels with the state, because weights restored under another one would silently compute something
+else.
+"""
+
+from jmp_lite.checkpoint._bytes import from_bytes as from_bytes
+from jmp_lite.checkpoint._bytes import to_bytes as to_bytes
+from jmp_lite.checkpoint._directory import restore as restore
+from jmp_lite.checkpoint._directory import save as save
+from jmp_lite.checkpoint._manager import CheckpointManager as CheckpointManager
+
+__all__ = ["CheckpointManager", "from_bytes", "restore", "save", "to_bytes"]

@@ -1,0 +1,169 @@
+"""Digests of arrays that do not depend on how an array is spread over devices.
+
+Every element is hashed together with its position, and the hashes are added up modulo 2**32. Shards can thus be hashed
+where they are, and an array restored onto another mesh has the digest of the array that was saved. The hash of one
+element is a bijection of its bits, so a change of a single element is always noticed; other changes are overlooked with
+probability 2**-64. Formats of arrays on disk do not do this for us: OCDBT leaves the values of a checkpoint unchecked.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from numpy.typing import NDArray
+
+from jmp_lite.checkpoint._processes import gather, without_mesh
+
+#: Blocks up to so many bytes are hashed on the host, where nothing needs to be compiled for them.
+_SMALL = 1 << 16
+_UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
+_NARROW = (jnp.int4, jnp.uint4)
+_OFFSETS = (0x2545F491, 0xB5297A4D)
+
+
+# --- Hashes of one block, with NumPy or JAX -------------------------------------------------------
+
+
+def _mix(x: Any) -> Any:
+    """A bijection of uint32 in which every bit of the input moves every bit of the output."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = (x ^ (x >> np.uint32(shift))) * np.uint32(factor)
+    return x ^ (x >> np.uint32(16))
+
+
+def _sums(words: Any, starts: Any, strides: Any, xp: Any) -> Any:
+    """Two sums, uint32[2], over the words of a block that begins at ``starts`` of an array with such ``strides``."""
+    position = xp.arange(words.shape[-1], dtype=np.uint32).reshape((1,) * (words.ndim - 1) + (-1,))
+    for axis, size in enumerate(words.shape[:-1]):
+        along = (starts[axis] + xp.arange(size, dtype=np.uint32)) * strides[axis]
+        position = position + along.reshape([-1 if i == axis else 1 for i in range(words.ndim)])
+    return xp.stack([_mix(words ^ _mix(position + np.uint32(o))).sum(dtype=np.uint32) for o in _OFFSETS])
+
+
+def _host_words(array: NDArray[Any]) -> NDArray[np.uint32]:
+    """The bits of an array as uint32[*shape, width]."""
+    array = array.astype(np.int8) if array.dtype in _NARROW else array
+    flat = np.ascontiguousarray(array).reshape(-1)
+    words = flat.view(f"u{min(array.dtype.itemsize, 4)}").astype(np.uint32)
+    return words.reshape(*array.shape, _width(array.dtype))
+
+
+def _device_words(array: jax.Array) -> jax.Array:
+    """The same on a device."""
+    shape, width = array.shape, _width(array.dtype)
+    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+        array = jnp.stack([array.real, array.imag], axis=-1)
+    elif array.dtype == jnp.bool_:
+        array = array.astype(jnp.uint8)
+    elif array.dtype in _NARROW:
+        array = array.astype(jnp.int8)
+    words = lax.bitcast_convert_type(array, _UNSIGNED[array.dtype.itemsize]).astype(jnp.uint32)
+    return words.reshape(*shape, width)
+
+
+def _width(dtype: Any) -> int:
+    """How many uint32 hold one element."""
+    return int(max(1, dtype.itemsize // 4))
+
+
+# --- Hashes of all that this process has of a leaf ------------------------------------------------
+
+
+@functools.lru_cache
+def _program(mesh: jax.sharding.Mesh) -> Callable[..., jax.Array]:
+    """Hashes one block on each device of a mesh at once: one program, however many devices."""
+
+    def one(block: jax.Array, starts: jax.Array, strides: jax.Array) -> Any:
+        return _sums(_device_words(block), starts[0], strides, jnp)[None]
+
+    spec = jax.P("local")
+    program: Callable[..., jax.Array] = jax.jit(
+        jax.shard_map(one, mesh=mesh, in_specs=(spec, spec, jax.P()), out_specs=spec, check_vma=False)
+    )
+    return program
+
+
+def _hash_on_devices(blocks: Sequence[jax.Array], starts: NDArray[np.uint32], strides: NDArray[np.uint32]) -> jax.Array:
+    """Sums of blocks of one shape, each on its own device, as uint32[blocks, 2]."""
+    devices: list[Any] = [next(iter(block.sharding.device_set)) for block in blocks]
+    mesh = jax.sharding.Mesh(np.array(devices), ("local",))
+    memory = devices[0].default_memory().kind  # blocks in the memory of the host come to the device first
+    places = [jax.sharding.SingleDeviceSharding(device, memory_kind=memory) for device in devices]
+    stacked = jax.make_array_from_single_device_arrays(
+        (len(blocks) * blocks[0].shape[0], *blocks[0].shape[1:]),
+        jax.sharding.NamedSharding(mesh, jax.P("local"), memory_kind=memory),
+        [jax.device_put(block, place) for block, place in zip(blocks, places, strict=True)],
+    )
+    return _program(mesh)(stacked, starts, strides)
+
+
+def _is_shared(leaf: Any) -> bool:
+    """Whether the processes hold parts of one array, rather than each an array of its own."""
+    return isinstance(leaf, jax.Array) and (jax.process_count() == 1 or not leaf.is_fully_addressable)
+
+
+def _strides(shape: Sequence[int], width: int) -> NDArray[np.uint32]:
+    """Row-major strides in words, modulo 2**32."""
+    return np.array([width * math.prod(shape[axis + 1 :]) % 2**32 for axis in range(len(shape))], np.uint32)
+
+
+def _local_sums(leaf: Any) -> tuple[list[int], Any]:
+    """For every block of a leaf on this process, the number of the copy that it belongs to, and its two sums."""
+    if not _is_shared(leaf):
+        array = np.asarray(leaf)
+        strides = _strides(array.shape, _width(array.dtype))
+        return [jax.process_index()], _sums(_host_words(array), np.zeros_like(strides), strides, np)[None]
+    shards = leaf.addressable_shards
+    strides = _strides(leaf.shape, _width(leaf.dtype))
+    starts = np.array([[i.start or 0 for i in shard.index] for shard in shards]).astype(np.uint32)
+    copies = [shard.replica_id for shard in shards]
+    if shards[0].data.nbytes > _SMALL:
+        return copies, _hash_on_devices([shard.data for shard in shards], starts, strides)
+    words = [_host_words(np.asarray(shard.data)) for shard in shards]
+    return copies, np.stack([_sums(w, start, strides, np) for w, start in zip(words, starts, strict=True)])
+
+
+def _copies(leaf: Any) -> int:
+    """How often the whole leaf exists."""
+    if not _is_shared(leaf):
+        return int(jax.process_count())
+    blocks: list[str] = [str(index) for index in leaf.sharding.devices_indices_map(leaf.shape).values()]
+    return len(blocks) // len(set(blocks))
+
+
+def local_sums(leaves: Sequence[Any]) -> NDArray[np.uint32]:
+    """Hashes what this process has of the leaves: uint32[leaves, (first copy, all copies), 2]; not a collective."""
+    with without_mesh():
+        pending = [_local_sums(leaf) for leaf in leaves]
+    table = np.zeros((len(leaves), 2, 2), np.uint32)
+    for row, (copies, sums) in zip(table, pending, strict=True):
+        for copy, pair in zip(copies, np.asarray(sums), strict=True):
+            row[1] += pair
+            row[0] += pair if copy == 0 else np.zeros_like(pair)
+    return table
+
+
+def combine(leaves: Sequence[Any], sums: NDArray[np.uint32]) -> tuple[list[str], list[bool]]:
+    """Adds up the hashes of all processes; a collective."""
+    table = gather(sums).sum(axis=0, dtype=np.uint32)
+    times = np.array([_copies(leaf) for leaf in leaves], np.uint32)
+    alike = (table[:, 1] == table[:, 0] * times[:, None]).all(axis=1)
+    return [f"{first:08x}{second:08x}" for first, second in table[:, 0]], alike.tolist()
+
+
+def digests(leaves: Sequence[Any]) -> tuple[list[str], list[bool]]:
+    """Hashes the leaves of a state; a collective.
+
+    Args:
+        leaves: Arrays of any sharding, on this process or on many, NumPy arrays, Python numbers.
+
+    Returns:
+        For each leaf the digest of its first copy, and whether all copies (replicas on devices, or arrays of the same
+        name in the processes of a job) have the same.
+    """
+    return combine(leaves, local_sums(leaves))

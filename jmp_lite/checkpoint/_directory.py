@@ -1,0 +1,166 @@
+"""A train state as a directory, with Orbax."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from jmp_lite._errors import CheckpointNotFoundError, CorruptCheckpointError
+from jmp_lite._policy import PolicyLike
+from jmp_lite.checkpoint._digest import combine, local_sums
+from jmp_lite.checkpoint._processes import first_failure
+from jmp_lite.checkpoint._state import (
+    Header,
+    check_header,
+    check_loss_scales,
+    check_policy,
+    check_structure,
+    describe,
+    fill,
+    first_few,
+    named_leaves,
+    target,
+    to_store,
+    without_changed_scales,
+)
+
+T = TypeVar("T")
+
+
+def absolute(path: str | Path) -> epath.Path:
+    """The path from the root, as Orbax wants it; ``gs://...`` is one already."""
+    return epath.Path(path if "://" in str(path) else Path(path).absolute())
+
+
+def items(state: Any, policy: PolicyLike) -> ocp.args.Composite:
+    """What a checkpoint consists of; a collective."""
+    return ocp.args.Composite(
+        state=ocp.args.StandardSave(to_store(state)), header=ocp.args.JsonSave(describe(state, policy))
+    )
+
+
+def _together(path: epath.Path, act: Callable[[], T]) -> T:
+    """Runs something that may fail on a damaged checkpoint; if it fails in one process, all raise. A collective."""
+    result: Any = None
+    reason = cause = None
+    try:
+        result = act()
+    except Exception as error:  # noqa: BLE001 - whatever a parser of damaged files comes up with
+        reason, cause = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", error
+    if reason := first_failure(reason):
+        raise CorruptCheckpointError(f"The checkpoint in {path} is damaged. {reason.rstrip('.')}.") from cause
+    done: T = result
+    return done
+
+
+def _reader() -> ocp.Checkpointer:
+    """Reads without waiting for other processes: where one fails, the others would wait for ever."""
+    this = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"read_{this}"
+    )
+    return ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=alone)
+
+
+def _read_header(path: epath.Path) -> Header:
+    with _reader() as reader:
+        return check_header(reader.restore(path, args=ocp.args.Composite(header=ocp.args.JsonRestore())).header)
+
+
+def _read_state(path: epath.Path, header: Header, template: Any) -> Any:
+    leaves, treedef = jax.tree.flatten(template)
+    targets = [target(header["leaves"][name], leaf) for name, leaf in zip(named_leaves(template), leaves, strict=True)]
+    wanted = ocp.args.StandardRestore(jax.tree.unflatten(treedef, targets))
+    with _reader() as reader:
+        return reader.restore(path, args=ocp.args.Composite(state=wanted)).state
+
+
+def _check_values(path: epath.Path, header: Header, names: list[str], state: Any) -> None:
+    """Raises CorruptCheckpointError, in all processes, unless the arrays are those that were saved."""
+    leaves = jax.tree.leaves(state)
+    sums = _together(path, lambda: local_sums(leaves))
+    found = zip(names, *combine(leaves, sums), strict=True)
+    changed = [repr(name) for name, digest, alike in found if digest != header["leaves"][name]["digest"] or not alike]
+    if changed:
+        raise CorruptCheckpointError(
+            f"The checkpoint in {path} is damaged. The values of {first_few(changed)} are not those that were saved."
+        )
+
+
+def save(path: str | Path, state: Any, *, policy: PolicyLike) -> None:
+    """Writes a train state to a new directory with Orbax, atomically: it is there complete or not at all.
+
+    All processes of a job call it together.
+
+    Args:
+        path: Directory to create, such as ``run/step_1000``.
+        state: Any pytree of arrays, sharded or not, typed PRNG keys, and Python numbers.
+        policy: The policy it is trained under.
+
+    Raises:
+        CheckpointMismatchError: If copies of a leaf on several devices or processes differ.
+        ValueError: From Orbax, if the directory exists.
+
+    Example:
+        >>> import tempfile
+        >>> from jmp_lite import checkpoint
+        >>> directory = tempfile.mkdtemp()
+        >>> checkpoint.save(f"{directory}/step_1", {"w": jnp.array([1.0, 2.0])}, policy="mixed_float16")
+        >>> checkpoint.restore(f"{directory}/step_1", {"w": jnp.zeros(2)}, policy="mixed_float16")
+        {'w': Array([1., 2.], dtype=float32)}
+    """
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        checkpointer.save(absolute(path), args=items(state, policy))
+
+
+def restore(path: str | Path, template: T, *, policy: PolicyLike, migrate: bool = False) -> T:
+    """Restores what ``save`` wrote.
+
+    All processes of a job call it together, and all of them restore or all of them raise.
+
+    Args:
+        path: The directory.
+        template: A state of the same structure, shapes and dtypes, of arrays or ``jax.ShapeDtypeStruct``; restored
+            arrays get its shardings, over whatever devices and processes there are now.
+        policy: The policy that training goes on with.
+        migrate: Lets the policy change. Arrays are cast to the template's floating dtypes, and loss scales of another
+            class or with other fields are the template's own; everything else must match.
+
+    Returns:
+        The saved state, with every array compared with the digest that was taken when it was saved.
+
+    Raises:
+        PolicyMismatchError: If it was saved under another policy.
+        InvalidLossScaleError: If a loss scale in the template is of another class than the one saved.
+        CheckpointMismatchError: If structures, shapes or dtypes differ.
+        CheckpointNotFoundError: If there is no such checkpoint.
+        CorruptCheckpointError: If it is incomplete, cannot be read, or does not contain what was saved.
+
+    Example:
+        >>> from jmp_lite import checkpoint
+        >>> checkpoint.restore("no_such_run", {"w": jnp.zeros(2)}, policy="full")
+        Traceback (most recent call last):
+        jmp_lite._errors.CheckpointNotFoundError: There is no checkpoint in ...no_such_run...
+    """
+    place = absolute(path)
+    if first_failure(None if place.exists() else "missing"):
+        raise CheckpointNotFoundError(
+            f"There is no checkpoint in {place}. Check the path, or start from the beginning."
+        )
+    header = _together(place, lambda: _read_header(place))
+    put_back = None
+    stand_in: Any = template
+    if migrate:
+        stand_in, put_back = without_changed_scales(header, template)
+    else:
+        check_policy(header["policy"], policy, or_else=", or pass migrate=True")
+        check_loss_scales(header, template)
+    check_structure(header, stand_in, migrate=migrate)
+    state = _together(place, lambda: _read_state(place, header, stand_in))
+    _check_values(place, header, list(named_leaves(stand_in)), state)
+    filled = jax.tree.map(fill, stand_in, state)
+    restored: T = put_back(filled) if put_back else filled
+    return restored

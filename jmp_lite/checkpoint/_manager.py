@@ -1,0 +1,266 @@
+"""Checkpoints of a running job, written while it trains, with Orbax."""
+
+import re
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import jax
+import orbax.checkpoint as ocp
+
+from jmp_lite._errors import (
+    CheckpointMismatchError,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    CorruptCheckpointWarning,
+)
+from jmp_lite._policy import PolicyLike, get_policy
+from jmp_lite.checkpoint._directory import absolute, items, restore
+from jmp_lite.checkpoint._processes import first_failure, of_first_process
+
+T = TypeVar("T")
+
+_UNFINISHED = re.compile(r"(\d+)\.orbax-checkpoint-tmp.*")
+
+
+class CheckpointManager:
+    """Saves train states while training goes on, keeps the newest few, and finds the last good one.
+
+    A thin layer over ``orbax.checkpoint.CheckpointManager``: a checkpoint of step 100 is the directory ``100``, written
+    under another name and renamed when it is complete. On top of that, every array is stored with a digest and
+    compared with it when it is restored, because values that rot on disk pass Orbax unnoticed.
+
+    Several processes of one job use it together: they make the same calls in the same order, in a directory that all
+    of them see, and restore the same step.
+
+    Args:
+        directory: Where the checkpoints are; created if need be. One job writes to it at a time.
+        policy: The policy of the run. It is stored, and checked when restoring.
+        max_to_keep: How many checkpoints are kept, the newest. Two or more, so that one is left if one is damaged.
+        every: ``save`` takes multiples of this, and any step when the job is about to be preempted, where
+            ``jax.distributed`` tells.
+
+    Example:
+        >>> import tempfile
+        >>> directory = tempfile.mkdtemp()
+        >>> with jmp.checkpoint.CheckpointManager(directory, policy="mixed_float16", every=10) as manager:
+        ...     for step in range(1, 31):
+        ...         saved = manager.save(step, {"w": jnp.full(2, float(step)), "step": step})
+        >>> with jmp.checkpoint.CheckpointManager(directory, policy="mixed_float16") as manager:
+        ...     manager.restore({"w": jnp.zeros(2), "step": 0})
+        (30, {'step': 30, 'w': Array([30., 30.], dtype=float32)})
+
+    References:
+        Orbax, https://orbax.readthedocs.io; Mohan et al., CheckFreq, FAST 2021.
+    """
+
+    def __init__(self, directory: str | Path, *, policy: PolicyLike, max_to_keep: int = 3, every: int = 1) -> None:
+        self._policy = get_policy(policy)
+        self._every = every
+        when = ocp.checkpoint_managers.AnySavePolicy(
+            [
+                ocp.checkpoint_managers.FixedIntervalPolicy(every),
+                ocp.checkpoint_managers.PreemptionCheckpointingPolicy(),
+            ]
+        )
+        options = ocp.CheckpointManagerOptions(
+            save_decision_policy=when,
+            preservation_policy=ocp.checkpoint_managers.LatestN(max_to_keep),
+            lightweight_initialize=True,  # to list checkpoints, it need not open them
+        )
+        self._manager = ocp.CheckpointManager(absolute(directory), options=options)
+        self._damaged: set[int] = set()
+        self._tidy = False
+
+    def save(self, step: int, state: Any) -> bool:
+        """Starts to save a state, and returns when its arrays may be donated, changed or deleted.
+
+        The rest happens in the background: copying to disk, renaming the finished directory, deleting the oldest. An
+        error there is raised by the next call of any method.
+
+        Args:
+            step: Number of the step. It also names the checkpoint.
+            state: Any pytree of arrays, sharded or not, typed PRNG keys, and Python numbers such as the position in
+                the data. What is not sharded over all processes must be equal in all.
+
+        Returns:
+            Whether it is saved: False between multiples of ``every``, and for the step saved last.
+
+        Raises:
+            CheckpointMismatchError: If the directory has a later step, so that this run did not start from it, or if
+                copies of a leaf on several devices or processes differ.
+
+        Example:
+            >>> import tempfile
+            >>> with jmp.checkpoint.CheckpointManager(tempfile.mkdtemp(), policy="full", every=2) as manager:
+            ...     [manager.save(step, {"w": jnp.ones(2)}) for step in (1, 2, 3, 4)]
+            [False, True, False, True]
+        """
+        self._manager.check_for_errors()
+        self._make_room()
+        last = self._manager.latest_step()
+        if not self._manager.should_save(step):
+            if last is not None and step < last and step % self._every == 0:
+                raise CheckpointMismatchError(
+                    f"Step {step} is to be saved, but {self._manager.directory} has step {last} already. Restore from "
+                    "there first, or start the new run in a directory of its own."
+                )
+            return False
+        return bool(self._manager.save(step, args=items(state, self._policy), force=True))
+
+    def restore(self, template: T, *, step: int | None = None, migrate: bool = False) -> tuple[int, T]:
+        """Restores the last good checkpoint.
+
+        What is incomplete or damaged, for one process or for all, is passed over with a ``CorruptCheckpointWarning``.
+        The next ``save`` renames it to ``<step>.corrupt``.
+
+        Args:
+            template: A state of the same structure, shapes and dtypes, of arrays or ``jax.ShapeDtypeStruct``; restored
+                arrays get its shardings, over whatever devices and processes there are now.
+            step: Restores this step or nothing.
+            migrate: Lets the policy change. Arrays are cast to the template's floating dtypes, and loss scales of
+                another class or with other fields are the template's own; everything else must match.
+
+        Returns:
+            The step, and its state.
+
+        Raises:
+            PolicyMismatchError: If it was saved under another policy.
+            InvalidLossScaleError: If a loss scale in the template is of another class than the one saved.
+            CheckpointMismatchError: If structures, shapes or dtypes differ.
+            CheckpointNotFoundError: If there is no checkpoint, or none of this step.
+            CorruptCheckpointError: If there are only damaged ones; the message lists what was tried.
+
+        Example:
+            >>> import tempfile
+            >>> manager = jmp.checkpoint.CheckpointManager(tempfile.mkdtemp(), policy="full")
+            >>> manager.restore({"w": jnp.zeros(2)})
+            Traceback (most recent call last):
+            jmp_lite._errors.CheckpointNotFoundError: There is no checkpoint in ...
+            >>> _ = [manager.save(step, {"w": jnp.full(2, step * 0.5)}) for step in (1, 2)]
+            >>> manager.restore({"w": jnp.zeros(2)}, step=1)
+            (1, {'w': Array([0.5, 0.5], dtype=float32)})
+            >>> manager.close()
+        """
+        self.wait()
+        if step is not None:
+            path = self._manager.directory / str(step)
+            return step, restore(path, template, policy=self._policy, migrate=migrate)
+        steps, tried = self._steps(), dict[int, str]()
+        unfinished = self._unfinished(steps)
+        while (candidate := of_first_process(max(steps, default=-1))) >= 0:
+            path = self._manager.directory / str(candidate)
+            try:
+                state = restore(path, template, policy=self._policy, migrate=migrate)
+            except (CorruptCheckpointError, CheckpointNotFoundError) as error:
+                tried[candidate] = str(error)
+                steps = {earlier for earlier in steps if earlier < candidate}
+            else:
+                self._damaged = set(tried)
+                _warn({**unfinished, **tried}, after=candidate)
+                return candidate, state
+        if tried:
+            reasons = "".join(f"\n  step {number}: {reason}" for number, reason in {**unfinished, **tried}.items())
+            raise CorruptCheckpointError(
+                f"No checkpoint in {self._manager.directory} can be restored:{reasons}\nRepair one of them or bring "
+                "one back from elsewhere; to start from the beginning, use an empty directory."
+            )
+        _warn(unfinished)
+        raise CheckpointNotFoundError(
+            f"There is no checkpoint in {self._manager.directory}. Check the path, or start from the beginning."
+        )
+
+    def latest_step(self) -> int | None:
+        """Number of the newest checkpoint that is complete or being written, None if there is none.
+
+        Whether its contents are good shows when it is restored; steps that turned out damaged do not count.
+
+        Example:
+            >>> import tempfile
+            >>> with jmp.checkpoint.CheckpointManager(tempfile.mkdtemp(), policy="full") as manager:
+            ...     print(manager.latest_step(), manager.save(7, {"w": jnp.ones(2)}), manager.latest_step())
+            None True 7
+        """
+        return max(set(self._manager.all_steps()) - self._damaged, default=None)
+
+    def wait(self) -> None:
+        """Waits until the checkpoint being written is complete.
+
+        Example:
+            >>> import pathlib, tempfile
+            >>> directory = tempfile.mkdtemp()
+            >>> with jmp.checkpoint.CheckpointManager(directory, policy="full") as manager:
+            ...     started = manager.save(7, {"w": jnp.ones(2)})
+            ...     manager.wait()
+            ...     pathlib.Path(directory, "7").exists()
+            True
+        """
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, and stops the threads that write. Leaving the ``with`` block does it, too.
+
+        Example:
+            >>> import tempfile
+            >>> jmp.checkpoint.CheckpointManager(tempfile.mkdtemp(), policy="full").close()
+        """
+        self._manager.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def _steps(self) -> set[int]:
+        """Steps that have a directory now; Orbax keeps the list that it read when it was made."""
+        return {int(path.name) for path in self._manager.directory.iterdir() if path.name.isdecimal()}
+
+    def _unfinished(self, steps: Iterable[int]) -> dict[int, str]:
+        """Steps whose writing began but did not end, with the reason to pass them over."""
+        found = {}
+        for path in self._manager.directory.iterdir():
+            if (match := _UNFINISHED.fullmatch(path.name)) and int(match[1]) not in set(steps):
+                reason = "The job stopped while it wrote it, or another job is writing it now."
+                found[int(match[1])] = f"The checkpoint in {path} is incomplete. {reason}"
+        return found
+
+    def _make_room(self) -> None:
+        """Renames damaged checkpoints before the first save, which must not count among those to keep.
+
+        Those unfinished are removed: nobody will finish them.
+        """
+        if self._tidy and not self._damaged:
+            return
+        self._manager.wait_until_finished()
+        if jax.process_index() == 0:
+            directory = self._manager.directory
+            for step in self._damaged:
+                if (directory / str(step)).exists():
+                    (directory / str(step)).rename(_free(directory, f"{step}.corrupt"))
+            for path in [] if self._tidy else list(directory.iterdir()):
+                if _UNFINISHED.fullmatch(path.name):
+                    path.rmtree()
+        first_failure(None)  # the others wait
+        if self._damaged:
+            self._manager.reload()
+        self._damaged, self._tidy = set(), True
+
+
+def _free(directory: Any, name: str) -> Any:
+    """The first of ``name``, ``name.1``, ``name.2`` that does not exist."""
+    number, path = 0, directory / name
+    while path.exists():
+        number += 1
+        path = directory / f"{name}.{number}"
+    return path
+
+
+def _warn(tried: dict[int, str], *, after: int | None = None) -> None:
+    """Names every step that was passed over, the newest first."""
+    back = "to the beginning" if after is None else f"to step {after}"
+    for step in sorted((step for step in tried if after is None or step > after), reverse=True):
+        message = f"Step {step} cannot be restored, going back {back}. {tried[step]}"
+        warnings.warn(message, CorruptCheckpointWarning, stacklevel=3)

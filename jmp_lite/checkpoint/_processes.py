@@ -1,0 +1,43 @@
+"""What the processes of a job must do alike: they see one list of steps, and one failure is a failure of all."""
+
+import contextlib
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from numpy.typing import NDArray
+
+#: Bytes of a message that travel to the other processes.
+_LONGEST = 400
+
+
+def without_mesh() -> contextlib.AbstractContextManager[Any]:
+    """Hides the caller's mesh from programs that run on one device, or on a mesh of their own."""
+    return jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ()))
+
+
+def gather(array: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """Stacks the arrays of all processes, ``[processes, ...]``; a collective."""
+    if jax.process_count() == 1:
+        return array[None]
+    with without_mesh():
+        return np.asarray(multihost_utils.process_allgather(array))
+
+
+def of_first_process(number: int) -> int:
+    """Gives every process the number of process 0, which must lie in ``[-1, 2**64 - 1)``; a collective."""
+    halves = np.array([(number + 1) >> 32, (number + 1) & 0xFFFFFFFF], np.uint32)
+    high, low = (int(half) for half in gather(halves)[0])
+    return (high << 32 | low) - 1
+
+
+def first_failure(reason: str | None) -> str | None:
+    """Returns the reason of the first process that has one, None if all succeeded; a collective."""
+    if jax.process_count() == 1:
+        return reason
+    text = (reason or "").encode()[:_LONGEST].ljust(_LONGEST, b"\0")
+    for process, row in enumerate(gather(np.frombuffer(text, np.uint32))):
+        if found := row.tobytes().rstrip(b"\0"):
+            return f"{found.decode(errors='replace')} (seen by process {process})"
+    return None

@@ -1,0 +1,313 @@
+"""A train state as what is stored of it, the header that describes it, and the way back through a template."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jmp_lite._errors import CheckpointMismatchError, InvalidLossScaleError, PolicyMismatchError
+from jmp_lite._loss_scale import DynamicLossScale, NoOpLossScale, is_loss_scale
+from jmp_lite._policy import PolicyLike, get_policy
+from jmp_lite._tree import path_string
+from jmp_lite.checkpoint._digest import digests
+
+Header = dict[str, Any]
+
+_NUMBERS = (bool, int, float, complex)
+#: How many differences a message names.
+_NAMED = 3
+
+
+# --- Leaves ---------------------------------------------------------------------------------------
+
+
+def is_key(leaf: Any) -> bool:
+    """Whether a leaf, or what stands for it in a template, is a typed PRNG key."""
+    return isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def is_number(leaf: Any) -> bool:
+    """Whether a leaf is a Python number; NumPy's float64 is a float, but keeps its type."""
+    return isinstance(leaf, _NUMBERS) and not isinstance(leaf, np.generic)
+
+
+def _key_impl(keys: Any) -> Any:
+    """The generator of keys, abstract ones included."""
+    impl: list[Any] = []
+    jax.eval_shape(lambda k: impl.append(jax.random.key_impl(k)), jax.ShapeDtypeStruct(keys.shape, keys.dtype))
+    return impl[0]
+
+
+def key_data(leaf: Any) -> Any:
+    """Replaces typed PRNG keys, which no format can store, by their data."""
+    if not is_key(leaf):
+        return leaf
+    if isinstance(leaf, jax.Array):
+        return jax.random.key_data(leaf)
+    data = jax.eval_shape(jax.random.key_data, leaf)
+    return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=leaf.sharding)
+
+
+def wrap_key_data(template: Any, data: Any) -> Any:
+    """Makes keys of the template's implementation from their data."""
+    return jax.random.wrap_key_data(data, impl=_key_impl(template))
+
+
+def to_store(state: Any) -> Any:
+    """What Orbax is given: key data for keys, and copies of host arrays, which the program may change meanwhile.
+
+    Arrays that live in one process of several are host arrays too.
+    """
+
+    def stored(leaf: Any) -> Any:
+        leaf = key_data(leaf)
+        if is_number(leaf):
+            return leaf
+        is_global = isinstance(leaf, jax.Array) and (jax.process_count() == 1 or not leaf.is_fully_addressable)
+        return leaf if is_global else np.array(leaf)
+
+    return jax.tree.map(stored, state)
+
+
+def _sharding(leaf: Any) -> Any:
+    """Where the template wants a leaf, None for anywhere."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf.sharding
+    return leaf.sharding if isinstance(leaf, jax.Array) and leaf.committed else None
+
+
+# --- The header -----------------------------------------------------------------------------------
+
+
+def named_leaves(state: Any) -> dict[str, Any]:
+    """Leaves by path; paths that become one on disk are refused."""
+    leaves: dict[str, Any] = {}
+    on_disk: dict[str, str] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        name = path_string(path)
+        other = on_disk.setdefault(name.replace("/", "."), jax.tree_util.keystr(path))
+        if other != jax.tree_util.keystr(path):
+            raise CheckpointMismatchError(
+                f"{other} and {jax.tree_util.keystr(path)} would be stored under one name, {name!r}. Rename one."
+            )
+        leaves[name] = leaf
+    return leaves
+
+
+def _fields(scale: Any) -> list[str]:
+    """Names of the arrays of a loss scale."""
+    return [path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(scale)]
+
+
+def _loss_scales(state: Any) -> dict[str, dict[str, Any]]:
+    """Class and fields of every loss scale, by path."""
+    nodes = jax.tree_util.tree_leaves_with_path(state, is_leaf=is_loss_scale)
+    return {
+        path_string(path): {"class": type(node).__name__, "fields": _fields(node)}
+        for path, node in nodes
+        if is_loss_scale(node)
+    }
+
+
+def _type_of(leaf: Any) -> dict[str, Any]:
+    """Shape and dtype as the header has them; a Python number is a scalar of any dtype of its kind."""
+    if is_number(leaf):
+        return {"shape": [], "dtype": np.asarray(leaf).dtype.name, "number": True}
+    return {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "number": False}
+
+
+def _checksum(header: Header) -> str:
+    return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
+
+
+def describe(state: Any, policy: PolicyLike) -> Header:
+    """Describes a state by policy, loss scales, and shape, dtype and digest of every leaf; a collective.
+
+    Raises:
+        CheckpointMismatchError: If a leaf is replicated, on devices or on processes, and its copies differ.
+    """
+    leaves = named_leaves(state)
+    hashed, alike = digests([key_data(leaf) for leaf in leaves.values()])
+    drifted = [repr(name) for name, same in zip(leaves, alike, strict=True) if not same]
+    if drifted:
+        raise CheckpointMismatchError(
+            f"The copies of {first_few(drifted)} on different devices or processes differ, and only one of them would "
+            "be saved. Make them equal, or store them as one array sharded over the devices."
+        )
+    entries = {
+        name: {**_type_of(leaf), "digest": digest} for (name, leaf), digest in zip(leaves.items(), hashed, strict=True)
+    }
+    header = {"policy": str(get_policy(policy)), "loss_scales": _loss_scales(state), "leaves": entries}
+    return {**header, "checksum": _checksum(header)}
+
+
+def check_header(header: Any) -> Header:
+    """Returns the header as it was written.
+
+    Raises:
+        ValueError: If it was changed since.
+    """
+    body = {name: value for name, value in header.items() if name != "checksum"}
+    if header.get("checksum") != _checksum(body):
+        raise ValueError("its header was changed after it was written")
+    return body
+
+
+# --- Checks ---------------------------------------------------------------------------------------
+
+
+def first_few(items: list[str]) -> str:
+    """Names some, and counts the others."""
+    more = f" and {len(items) - _NAMED} more" if len(items) > _NAMED else ""
+    return ", ".join(items[:_NAMED]) + more
+
+
+def check_policy(saved: str, policy: PolicyLike, *, or_else: str = "") -> None:
+    """Raises PolicyMismatchError unless a checkpoint was written under this policy."""
+    expected = str(get_policy(policy))
+    if saved != expected:
+        raise PolicyMismatchError(
+            f"The checkpoint was written under policy {saved!r}, but is restored under {expected!r}. Restore it "
+            f"with the policy it was written under, and cast afterwards if you mean to change{or_else}."
+        )
+
+
+def changed_loss_scales(header: Header, template: Any) -> set[str]:
+    """Paths where checkpoint and template have loss scales of different kinds."""
+    saved = header["loss_scales"]
+    return {path for path, kind in _loss_scales(template).items() if path in saved and saved[path] != kind}
+
+
+def check_loss_scales(header: Header, template: Any) -> None:
+    """Raises InvalidLossScaleError if the class of a loss scale, or its fields, changed."""
+
+    def say(kind: dict[str, Any]) -> str:
+        return f"{kind['class']}({', '.join(kind['fields'])})"
+
+    for path in sorted(changed_loss_scales(header, template)):
+        raise InvalidLossScaleError(
+            f"The loss scale at {path!r} is a {say(header['loss_scales'][path])} in the checkpoint, but a "
+            f"{say(_loss_scales(template)[path])} in the template. Restore with the kind of loss scale it was saved "
+            "with, or pass migrate=True to go on with the template's own."
+        )
+
+
+def check_structure(header: Header, template: Any, *, migrate: bool) -> None:
+    """Raises CheckpointMismatchError, naming the first paths, unless the template fits the checkpoint."""
+    saved, wanted = header["leaves"], named_leaves(template)
+    missing = [repr(name) for name in saved if name not in wanted]
+    extra = [repr(name) for name in wanted if name not in saved]
+    if missing or extra:
+        only = [f"only the checkpoint has {first_few(missing)}"] if missing else []
+        only += [f"only the template has {first_few(extra)}"] if extra else []
+        raise CheckpointMismatchError(
+            f"Checkpoint and template differ in structure: {'; '.join(only)}. Restore into a state made by the same "
+            "program."
+        )
+    differing = [
+        f"{name!r} is {_say_type(saved[name])} in the checkpoint and {_say_type(_type_of(leaf))} in the template"
+        for name, leaf in wanted.items()
+        if not _fits(saved[name], leaf, migrate=migrate)
+    ]
+    if differing:
+        raise CheckpointMismatchError(
+            f"Checkpoint and template differ: {first_few(differing)}. Restore into a state of the same shapes and "
+            f"dtypes{'' if migrate else '; migrate=True casts from one floating dtype to another'}."
+        )
+
+
+def _say_type(entry: dict[str, Any]) -> str:
+    size = f"[{','.join(map(str, entry['shape']))}]"
+    return f"a Python number ({entry['dtype']})" if entry["number"] else f"{entry['dtype']}{size}"
+
+
+def _kind(dtype: str) -> Any:
+    """The family within which a cast keeps the meaning of a number."""
+    families = (jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating)
+    return next((f for f in families if not _is_key_type(dtype) and jnp.issubdtype(jnp.dtype(dtype), f)), dtype)
+
+
+def _is_key_type(dtype: str) -> bool:
+    return dtype.startswith("key<")
+
+
+def _fits(entry: dict[str, Any], leaf: Any, *, migrate: bool) -> bool:
+    """Whether a saved leaf can become the template's leaf."""
+    wanted = _type_of(leaf)
+    kind = _kind(entry["dtype"])
+    castable = entry["number"] or wanted["number"] or (migrate and kind in {jnp.floating, jnp.complexfloating})
+    alike = entry["dtype"] == wanted["dtype"] or (castable and kind == _kind(wanted["dtype"]))
+    return alike and entry["shape"] == wanted["shape"]
+
+
+# --- From storage to the template -----------------------------------------------------------------
+
+
+def without_changed_scales(header: Header, template: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """Replaces loss scales whose kind changed by stand-ins of the kind that was saved.
+
+    Returns:
+        The new template, and a function that puts the template's own loss scales into a state of its structure.
+    """
+    changed = changed_loss_scales(header, template)
+
+    def replace(path: Any, node: Any) -> Any:
+        at = path_string(path)
+        return _stand_in(header["loss_scales"][at]["fields"]) if at in changed and is_loss_scale(node) else node
+
+    def put_back(path: Any, node: Any, read: Any) -> Any:
+        return node if path_string(path) in changed and is_loss_scale(node) else read
+
+    stand_in = jax.tree_util.tree_map_with_path(replace, template, is_leaf=is_loss_scale)
+    return stand_in, lambda state: jax.tree_util.tree_map_with_path(put_back, template, state, is_leaf=is_loss_scale)
+
+
+def _stand_in(fields: list[str]) -> Any:
+    """A loss scale with these fields, whatever is in them."""
+    kinds = (NoOpLossScale(), DynamicLossScale(), DynamicLossScale(hysteresis=2))
+    kind = next((kind for kind in kinds if _fields(kind) == fields), kinds[0])
+    return jax.tree.map(np.asarray, kind)
+
+
+def target(entry: dict[str, Any], leaf: Any) -> Any:
+    """What Orbax is asked for: the saved dtype, in the template's place."""
+    leaf = key_data(leaf)
+    dtype = leaf.dtype if _is_key_type(entry["dtype"]) else jnp.dtype(entry["dtype"])
+    if entry["number"] or _sharding(leaf) is None:
+        return np.empty(np.shape(leaf), dtype)
+    return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=_sharding(leaf))
+
+
+def fill(leaf: Any, value: Any) -> Any:
+    """Gives what was read the kind, the dtype, the place and (for keys) the implementation of the template's leaf."""
+    if is_key(leaf):
+        return wrap_key_data(leaf, fill(key_data(leaf), value))
+    if is_number(leaf):
+        return type(leaf)(np.asarray(value).item())
+    if isinstance(value, np.ndarray):
+        value = _narrowed(value, leaf.dtype)
+    if isinstance(leaf, np.generic):
+        return value[()]
+    if isinstance(leaf, np.ndarray):
+        return value
+    sharding = _sharding(leaf)
+    if sharding is None:
+        return jnp.asarray(value)
+    if isinstance(value, np.ndarray):
+        return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+    return value.astype(leaf.dtype)
+
+
+def _narrowed(value: np.ndarray[Any, Any], dtype: Any) -> np.ndarray[Any, Any]:
+    """Casts; integers keep their value."""
+    cast = value.astype(dtype)
+    if jnp.issubdtype(dtype, jnp.integer) and not np.array_equal(cast, value):
+        raise CheckpointMismatchError(
+            f"The checkpoint has the number {value}, which {dtype} cannot hold. Use a wider dtype in the template, or "
+            "a Python int."
+        )
+    return cast

@@ -1,0 +1,8 @@
+"""Several devices and several hosts: what travels between them, in which dtype, and how they find each other."""
+
+from jmp_lite.distributed._cluster import initialize
+from jmp_lite.distributed._gather import gather_params
+from jmp_lite.distributed._reduce import reduce_gradients
+from jmp_lite.distributed._telemetry import nonfinite_leaves
+
+__all__ = ["gather_params", "initialize", "nonfinite_leaves", "reduce_gradients"]

@@ -1,0 +1,148 @@
+"""Parameters on their way to the devices that compute with them, and their gradients on the way back."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AxisType, PartitionSpec
+
+from jmp_lite._compat import NO_AUTOCAST, varying_axes
+from jmp_lite._dtypes import FLOAT32, DType
+from jmp_lite._errors import InvalidShardingError
+from jmp_lite._policy import PolicyLike, get_policy
+from jmp_lite._tree import is_array, path_string
+from jmp_lite.distributed._shardings import as_tuple, axes_of, manual, per_leaf, spec_of, tracked, without
+
+T = TypeVar("T")
+Move = Callable[[Any], Any]
+
+
+def gather_params(params: T, shardings: Any, policy: PolicyLike, *, axis_name: Any = None) -> T:
+    """Gathers sharded parameters: they travel in the compute dtype, their gradients in ``reduce_dtype``.
+
+    Call it inside the function that is differentiated, on the parameters as they are stored. Each shard is rounded to
+    the compute dtype before it is sent. The full parameter comes back in its own dtype, so that models, ``autocast``
+    and ``with_policy`` work on as if nothing had happened; XLA drops the casts in between. Parameters that are not
+    sharded neither travel nor lose digits.
+
+    The gradient with respect to a sharded parameter is the sum over devices, of which each keeps its shard
+    (reduce-scatter). Under ``jit`` XLA adds up right behind the product that makes the gradient, in the dtype of that
+    product: with ``autocast`` that is ``reduce_dtype``, with models that are cast by hand their own dtype.
+
+    Args:
+        params: Any pytree. Under ``jit`` global arrays; inside ``shard_map`` and ``pmap`` the shards of this device.
+        shardings: How they are stored: a pytree, or the prefix of one, of ``NamedSharding`` or ``PartitionSpec``
+            (``None``: replicated). Under ``jit`` a ``PartitionSpec`` needs ``jax.set_mesh``.
+        policy: Names the dtypes; a ``PolicyMap`` is asked by path.
+        axis_name: Name, or tuple of names, of the mesh axes to gather over; over others, parameters stay sharded. By
+            default all axes that the shardings name. Inside ``shard_map`` with ``check_vma``, parameters that are the
+            same on all devices along these axes are marked as varying, so that their gradients are summed in
+            ``reduce_dtype`` too.
+
+    Returns:
+        Parameters of the same structure and dtypes, full along these axes.
+
+    Raises:
+        InvalidShardingError: If something is no sharding, or cannot be gathered from.
+
+    Example:
+        >>> mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+        >>> sharding = jax.NamedSharding(mesh, jax.P("data"))
+        >>> params = jax.device_put({"w": jnp.linspace(0.0, 1.0, 16)}, sharding)
+        >>> @jax.jit
+        ... def predict(params, x):
+        ...     params = jmp.distributed.gather_params(params, sharding, "mixed_bfloat16")
+        ...     return x * params["w"]
+        >>> print(predict(params, 1.0)[1])
+        0.066894531
+
+    References:
+        Rajbhandari et al., "ZeRO", arXiv:1910.02054; Zhao et al., "PyTorch FSDP", arXiv:2304.11277, section 4.4
+        (``MixedPrecision(param_dtype, reduce_dtype)``).
+    """
+    policies, stored = get_policy(policy), per_leaf(shardings, params)
+    named = [axis for sharding in jax.tree.leaves(stored) for axis in axes_of(spec_of(sharding))]
+    axes = tuple(dict.fromkeys(named)) if axis_name is None else as_tuple(axis_name)
+
+    def gather(path: Any, leaf: Any, sharding: Any) -> Any:
+        place = path_string(path)
+        policy = policies.policy_for(place)
+        dtype, reduce_dtype = policy.compute_dtype, policy.reduce_dtype or FLOAT32
+        gathered = [axis for axis in axes if axis in axes_of(spec_of(sharding))]
+        if gathered:
+            return travel(leaf, dtype, reduce_dtype, *_moves(place, sharding, gathered))
+        same = tracked(axes) - varying_axes(leaf)
+        vary = functools.partial(lax.pcast, axis_name=tuple(same), to="varying")
+        return travel(leaf, FLOAT32, reduce_dtype, vary, vary) if same else leaf
+
+    with jax.named_scope(NO_AUTOCAST):
+        full: T = jax.tree_util.tree_map_with_path(gather, params, stored)
+    return full
+
+
+def travel(leaf: Any, dtype: DType, reduce_dtype: DType, there: Move, back: Move) -> Any:
+    """Moves an array in one dtype, and its gradient the opposite way in another; both keep the dtype of the array.
+
+    Args:
+        leaf: An array.
+        dtype: What it travels in, if that is narrower than its own.
+        reduce_dtype: What its gradient is added up in.
+        there: Moves it.
+        back: Moves a tangent of it; the transpose of this moves the gradient.
+    """
+    if not is_array(leaf) or not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return there(leaf)
+    narrow = dtype if dtype.itemsize < leaf.dtype.itemsize else leaf.dtype
+
+    @jax.custom_jvp
+    def move(leaf: Any) -> Any:
+        return there(leaf.astype(narrow)).astype(leaf.dtype)
+
+    @move.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        [tangent] = tangents
+        return move(*primals), back(tangent.astype(reduce_dtype)).astype(tangent.dtype)
+
+    return move(leaf)
+
+
+def _moves(place: str, sharding: Any, gathered: Sequence[Any]) -> tuple[Move, Move]:
+    """Returns how the shards of a parameter are gathered, and how those of a tangent are."""
+    mesh, local = jax.sharding.get_abstract_mesh(), manual(gathered)
+    if local:
+        if len(local) < len(gathered):
+            raise InvalidShardingError(
+                f"{place!r} is sharded as {sharding}, and of its axes only {local} are manual here. Gather over those "
+                f"first: axis_name={tuple(local)!r}."
+            )
+        move = functools.partial(_all_gather, place=place, spec=spec_of(sharding), gathered=gathered)
+        return move, move
+    full = without(sharding, gathered)
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    if all(types.get(axis) is AxisType.Explicit for axis in gathered):
+        reshard = functools.partial(jax.sharding.reshard, out_shardings=full)
+        return reshard, reshard
+    if isinstance(sharding, PartitionSpec) and not types:
+        raise InvalidShardingError(
+            f"{place!r} is sharded as {sharding}, but no mesh is set. Pass a NamedSharding, or call under jax.set_mesh."
+        )
+    constrain: Callable[..., Any] = lax.with_sharding_constraint
+    # Told both, XLA can neither gather before the cast nor gather once more for the backward pass.
+    return lambda x: constrain(constrain(x, sharding), full), lambda x: constrain(x, sharding)
+
+
+def _all_gather(array: Any, *, place: str, spec: PartitionSpec, gathered: Sequence[Any]) -> Any:
+    for dimension, entry in enumerate(spec):
+        names = axes_of((entry,))
+        chosen = [axis for axis in names if axis in gathered]
+        if chosen and len(chosen) < len(names):
+            raise InvalidShardingError(
+                f"Dimension {dimension} of {place!r} is sharded over {names}; gathered over {chosen} alone, its rows "
+                "would be out of order. Gather over all of them."
+            )
+        if chosen:
+            array = lax.all_gather(array, tuple(names), axis=dimension, tiled=True)
+    return array

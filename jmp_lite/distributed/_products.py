@@ -1,0 +1,123 @@
+"""Matrix products of 16-bit operands whose weight gradient leaves the product in float32.
+
+Under ``jit`` XLA adds up the gradient of a weight over devices right behind the product that makes it, in the dtype of
+that product; a cast that comes later is too late. So a float32 weight goes into the product as it is and is rounded
+inside, and its gradient comes out in float32. The operands of all three products are rounded to 16 bits.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jmp_lite._compat import bilinear_primitive, sharding_in_type
+from jmp_lite._dtypes import DType
+
+#: Parameters of ``dot_general``, but for the dtype of the result.
+Params = tuple[tuple[str, Any], ...]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def rounded_dot(lhs: Any, rhs: Any, compute_dtype: DType, params: Params) -> Any:
+    """Multiplies two arrays, rounded to a compute dtype; gradients have the dtypes that the arrays were given in."""
+    return _plain_dot(_rounded(lhs, compute_dtype), _rounded(rhs, compute_dtype), compute_dtype, params)
+
+
+def _jvp(compute_dtype: DType, params: Params, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    (lhs, rhs), (lhs_tangent, rhs_tangent) = (_rounded(x, compute_dtype) for x in primals), tangents
+
+    def linear(lhs: Any, rhs: Any, tangent: Any) -> Any:
+        dot = _plain_dot if tangent.dtype == compute_dtype else _linear_dot
+        return dot(lhs, rhs, compute_dtype, params)
+
+    terms = []
+    if not isinstance(lhs_tangent, SymbolicZero):
+        terms.append(linear(lhs_tangent, rhs, lhs_tangent))
+    if not isinstance(rhs_tangent, SymbolicZero):
+        terms.append(linear(lhs, rhs_tangent, rhs_tangent))
+    return _plain_dot(lhs, rhs, compute_dtype, params), functools.reduce(lax.add, terms)
+
+
+rounded_dot.defjvp(_jvp, symbolic_zeros=True)
+
+
+def _rounded(array: Any, dtype: Any) -> Any:
+    return array if array.dtype == dtype else lax.convert_element_type(array, dtype)
+
+
+def _plain_dot(lhs: Any, rhs: Any, compute_dtype: DType, params: Params) -> Any:
+    return lax.dot_general(lhs, rhs, **{**dict(params), "preferred_element_type": compute_dtype})
+
+
+def _linear_dot(lhs: Any, rhs: Any, compute_dtype: DType, params: Params) -> Any:
+    """The product as a function of a tangent: what it is transposed into returns the dtype of that tangent."""
+    static = {"out_sharding": None, "precision": None, **dict(params)}
+    return _primitive().bind(lhs, rhs, **static, preferred_element_type=compute_dtype, compute_dtype=compute_dtype)
+
+
+@functools.cache
+def _primitive() -> Any:
+    """It has the name and the parameters of the product that it is, for whoever reads a jaxpr.
+
+    XLA on the CPU (jaxlib 0.10 to 0.12) stops at run time on some products of bfloat16 that return float32. There the
+    result is rounded first.
+    """
+    return bilinear_primitive("dot_general", _product, _transpose, _batch, {"cpu": _product_on_cpu})
+
+
+def _product(lhs: Any, rhs: Any, *, compute_dtype: DType, **params: Any) -> Any:
+    return lax.dot_general(_rounded(lhs, compute_dtype), _rounded(rhs, compute_dtype), **params)
+
+
+def _product_on_cpu(lhs: Any, rhs: Any, *, preferred_element_type: DType, compute_dtype: DType, **params: Any) -> Any:
+    product = _product(lhs, rhs, compute_dtype=compute_dtype, preferred_element_type=compute_dtype, **params)
+    return _rounded(product, preferred_element_type)
+
+
+def _transpose(cotangent: Any, lhs: Any, rhs: Any, *, dimension_numbers: Any, **params: Any) -> Any:
+    """The cotangent of the operand that is given as an abstract value, in its dtype."""
+    contracted, batched = dimension_numbers
+    of_lhs = isinstance(lhs, jax.core.ShapedArray)
+    wanted, other = (lhs, rhs) if of_lhs else (rhs, lhs)
+    mine, its = (0, 1) if of_lhs else (1, 0)
+    kept, others_kept = (_kept(x, contracted[i], batched[i]) for x, i in ((wanted, mine), (other, its)))
+    first = len(batched[0]) + (len(kept) if of_lhs else 0)
+    in_cotangent = tuple(range(first, first + len(others_kept)))
+    dims = ((in_cotangent, others_kept), (tuple(range(len(batched[0]))), batched[its]))
+    pairs = sorted(zip(contracted[its], contracted[mine], strict=True))
+    axes = (*batched[mine], *kept, *(axis for _, axis in pairs))
+    result = {"preferred_element_type": wanted.dtype, "out_sharding": _sharding(wanted, axes)}
+    product = _primitive().bind(cotangent, other, dimension_numbers=dims, **{**params, **result})
+    return lax.transpose(product, [axes.index(axis) for axis in range(wanted.ndim)])
+
+
+def _kept(array: Any, contracted: Sequence[int], batched: Sequence[int]) -> tuple[int, ...]:
+    return tuple(axis for axis in range(array.ndim) if axis not in {*contracted, *batched})
+
+
+def _sharding(aval: Any, axes: Sequence[int]) -> NamedSharding | None:
+    """The sharding in the type of an array, with its axes permuted."""
+    sharding = sharding_in_type(aval)
+    permuted = sharding and PartitionSpec(*(sharding.spec[axis] for axis in axes))
+    return sharding and NamedSharding(sharding.mesh, permuted)
+
+
+def _batch(operands: Any, dimensions: Any, *, dimension_numbers: Any, **params: Any) -> tuple[Any, int]:
+    """Two batched operands have one more batch dimension; one alone has one more free dimension."""
+    is_mapped = [dimension is not None for dimension in dimensions]
+    lhs, rhs = (x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(operands, dimensions, strict=True))
+
+    def moved(axes: Any) -> list[tuple[int, ...]]:
+        return [tuple(axis + mapped for axis in of) for of, mapped in zip(axes, is_mapped, strict=True)]
+
+    contracted, batched = map(moved, dimension_numbers)
+    if all(is_mapped):
+        batched = [(0, *axes) for axes in batched]
+    product = _primitive().bind(lhs, rhs, dimension_numbers=((*contracted,), (*batched,)), **params)
+    free_before = 0 if is_mapped[0] else len(_kept(lhs, contracted[0], batched[0]))
+    return product, 0 if all(is_mapped) else len(batched[0]) + free_before

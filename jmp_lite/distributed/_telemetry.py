@@ -1,0 +1,47 @@
+"""Which gradient on which replica is not finite, known on all of them."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jmp_lite._tree import cast_to_at_least_float32, is_inexact, path_string
+
+
+def nonfinite_leaves(grads: Any, *, axis_name: Any = None) -> dict[str, jax.Array]:
+    """Returns, for each floating or complex leaf, whether it holds a NaN or an infinity, and on which replicas.
+
+    Call it inside the step and return the dict: it holds one boolean per leaf and replica, gathered in one collective
+    for all leaves together, and is the same on every device. ``check_loss_scale`` takes it in the place of gradients.
+
+    Args:
+        grads: Gradients, scaled or not, or any other tree.
+        axis_name: Name, or tuple of names, of mapped axes (``pmap``, ``shard_map``) to tell apart. Under ``jit`` with
+            sharded arrays leave it out: there is no replica to name.
+
+    Returns:
+        A dict from paths such as ``"decoder/w"`` to ``bool[]``, or with an axis ``bool[replicas]``, the replicas in the
+        order of ``jax.lax.axis_index(axis_name)``.
+
+    Example:
+        >>> grads = {"decoder": {"w": jnp.array([1.0, jnp.inf]), "b": jnp.ones(2)}}
+        >>> {path: bool(bad) for path, bad in jmp.distributed.nonfinite_leaves(grads).items()}
+        {'decoder/b': False, 'decoder/w': True}
+        >>> def replica(grads):
+        ...     return jmp.distributed.nonfinite_leaves(grads, axis_name="batch")
+        >>> print(jax.pmap(replica, "batch")({"w": jnp.array([1.0, jnp.nan, 1.0])})["w"][0])
+        [False  True False]
+
+    References:
+        The per-tensor ``found_inf`` of torch.amp.GradScaler, which stays on its device.
+    """
+    leaves = [(path_string(path), x) for path, x in jax.tree_util.tree_leaves_with_path(grads) if is_inexact(x)]
+    if not leaves:
+        return {}
+    bad = jnp.stack([~jnp.isfinite(cast_to_at_least_float32(x)).all() for _, x in leaves])
+    if axis_name is None:
+        return {path: bad[i] for i, (path, _) in enumerate(leaves)}
+    # The comparison is always true: it makes the flags vary over all of the axes, as a collective over them demands.
+    local = bad & (jax.lax.axis_index(axis_name) >= 0)
+    gathered = jax.lax.all_gather(local, axis_name, axis=1, to="invarying")
+    return {path: gathered[i] for i, (path, _) in enumerate(leaves)}

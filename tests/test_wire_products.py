@@ -1,0 +1,165 @@
+"""Laws of the product whose weight gradient is float32: it is ``lax.dot_general``, to every transformation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jaxprs import contractions, equations
+from support import assert_identical
+
+import jmp_lite as jmp
+from jmp_lite.distributed import _products
+from jmp_lite.distributed._products import rounded_dot
+
+DIMENSIONS = {
+    "matrices": ((4, 3), (3, 5), (((1,), (0,)), ((), ()))),
+    "transposed weight": ((4, 3), (5, 3), (((1,), (1,)), ((), ()))),
+    "weight first": ((3, 5), (4, 3), (((0,), (1,)), ((), ()))),
+    "sequences": ((2, 4, 3), (3, 5), (((2,), (0,)), ((), ()))),
+    "heads": ((2, 4, 3), (3, 2, 5), (((2,), (0,)), ((), ()))),
+    "two contracted, crossed": ((2, 4, 3), (3, 4, 5), (((1, 2), (1, 0)), ((), ()))),
+    "experts": ((2, 4, 3), (2, 3, 5), (((2,), (1,)), ((0,), (0,)))),
+    "experts last": ((4, 3, 2), (3, 5, 2), (((1,), (0,)), ((2,), (2,)))),
+    "vectors": ((3,), (3,), (((0,), (0,)), ((), ()))),
+}
+DTYPES = ["bfloat16", "float16"]
+cases = pytest.mark.parametrize("case", DIMENSIONS)
+dtypes = pytest.mark.parametrize("dtype", DTYPES)
+
+
+def operands(case, dtype, rng):
+    """Small whole numbers, so that every sum is exact; a 16-bit activation and a float32 weight, in both orders."""
+    lhs, rhs, _ = DIMENSIONS[case]
+    x, w = (rng.integers(-3, 4, shape).astype(np.float32) for shape in (lhs, rhs))
+    return jnp.asarray(x).astype(dtype), jnp.asarray(w)
+
+
+def functions(case, dtype):
+    """The product, and ``lax.dot_general`` of what is cast first."""
+    dims, dtype = DIMENSIONS[case][2], jnp.dtype(dtype)
+
+    def plain(x, w):
+        return lax.dot_general(x.astype(dtype), w.astype(dtype), dims, preferred_element_type=dtype)
+
+    return (lambda x, w: rounded_dot(x, w, dtype, (("dimension_numbers", dims),))), plain
+
+
+def total(fun):
+    """A scalar that is not linear in the product."""
+    return lambda x, w: jnp.sum(fun(x, w).astype(jnp.float32) ** 2)
+
+
+TRANSFORMS = {
+    "forward": lambda fun: fun,
+    "jit": jax.jit,
+    "gradient": lambda fun: jax.grad(total(fun), (0, 1)),
+    "compiled gradient": lambda fun: jax.jit(jax.grad(total(fun), (0, 1))),
+    "forward mode": lambda fun: lambda x, w: jax.jvp(fun, (x, w), (x, w)),
+    "forward mode in one": lambda fun: lambda x, w: jax.jvp(lambda w: fun(x, w), (w,), (w,)),
+    "linearize": lambda fun: lambda x, w: jax.linearize(fun, x, w)[1](x, w),
+    "hessian": lambda fun: jax.hessian(total(fun), 1),
+    "gradient of a gradient": lambda fun: jax.grad(
+        lambda x, w: jnp.sum(jax.grad(total(fun), 1)(x, w) ** 2) / 2**10, (0, 1)
+    ),
+    "checkpoint": lambda fun: jax.grad(jax.checkpoint(total(fun)), (0, 1)),
+    "vmap over x": lambda fun: lambda x, w: jax.vmap(fun, (0, None))(jnp.stack([x, 2 * x]), w),
+    "vmap over w": lambda fun: lambda x, w: jax.vmap(fun, (None, -1))(x, jnp.stack([w, 2 * w], -1)),
+    "vmap over both": lambda fun: lambda x, w: jax.vmap(fun, (0, 1))(jnp.stack([x, -x]), jnp.stack([w, w], 1)),
+    "gradients per example": lambda fun: (
+        lambda x, w: jax.vmap(jax.grad(total(fun), 1), (0, None))(jnp.stack([x, -x, 2 * x]), w)
+    ),
+    "gradient of vmap over x": lambda fun: (
+        lambda x, w: jax.grad(total(jax.vmap(fun, (0, None))), (0, 1))(jnp.stack([x, -x]), w)
+    ),
+    "gradient of vmap over w": lambda fun: (
+        lambda x, w: jax.grad(total(jax.vmap(fun, (None, 0))), (0, 1))(x, jnp.stack([w, 2 * w]))
+    ),
+}
+
+
+@cases
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_it_is_dot_general(case, transform, rng):
+    """Same values, dtypes and shapes, bit for bit, where all sums are exact."""
+    product, plain = (TRANSFORMS[transform](fun) for fun in functions(case, "bfloat16"))
+    x, w = operands(case, "bfloat16", rng)
+    assert_identical(product(x, w), plain(x, w))
+
+
+@cases
+@dtypes
+def test_operands_are_narrow_and_the_weight_gradient_is_not(case, dtype, rng):
+    """All three products take 16-bit operands; that which makes the gradient of the weight returns float32."""
+    product, _ = functions(case, dtype)
+    x, w = operands(case, dtype, rng)
+    grad = jax.grad(total(product), (0, 1))
+    assert [set(found) for _, found in contractions(grad, x, w)] == [{dtype}] * 3
+    results = [eqn.outvars[0].aval.dtype.name for eqn in equations("dot_general", grad, x, w)]
+    assert sorted(results) == sorted([dtype, dtype, "float32"])
+
+
+@dtypes
+def test_the_gradient_is_rounded_once(dtype, rng):
+    """Its error against float64 is that of a float32 sum, where a 16-bit product is off by half an ulp of its own.
+
+    The CPU rounds it first, so the product of other platforms is run eagerly, on matrices, where the CPU can.
+    """
+    x = jnp.asarray(rng.standard_normal((64, 16)), jnp.float32)
+    g = jnp.asarray(rng.standard_normal((64, 8)), dtype)
+    dims = {"dimension_numbers": (((0,), (0,)), ((), ())), "precision": None, "out_sharding": None}
+    found = _products._product(
+        x.astype(dtype), g, compute_dtype=jnp.dtype(dtype), preferred_element_type=jnp.float32, **dims
+    )
+    exact = np.asarray(x.astype(dtype), np.float64).T @ np.asarray(g, np.float64)
+    magnitude = np.abs(np.asarray(x.astype(dtype), np.float64)).T @ np.abs(np.asarray(g, np.float64))
+    assert np.max(np.abs(found - exact) / magnitude) < 64 * 2.0**-24
+
+
+POLICIES = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots without batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "nothing": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@pytest.mark.parametrize("saved", POLICIES)
+def test_residuals_are_those_of_dot_general(saved, rng):
+    """Checkpoint policies know it for the product that it is."""
+    dtype = jnp.dtype("bfloat16")
+    x, weights = jnp.ones((4, 8)), [jnp.asarray(rng.standard_normal((8, 8)), jnp.float32) for _ in range(3)]
+
+    def layers(dot):
+        def fun(weights, x):
+            for w in weights:
+                x = jnp.tanh(dot(x.astype(dtype), w).astype(jnp.float32))
+            return x.sum()
+
+        return fun if saved == "none" else jax.checkpoint(fun, policy=POLICIES[saved])
+
+    def residuals(dot):
+        _, pullback = jax.vjp(layers(dot), weights, x)
+        return sorted((leaf.shape, leaf.dtype.name) for leaf in jax.tree.leaves(pullback))
+
+    dims = (("dimension_numbers", (((1,), (0,)), ((), ()))),)
+    ours, plain = residuals(lambda x, w: rounded_dot(x, w, dtype, dims)), residuals(lambda x, w: x @ w.astype(dtype))
+    assert ours == plain
+
+
+def test_autocast_uses_it_where_devices_may_add_up(rng):
+    """Under ``jit`` on several devices, unless gradients are to be added up in 16 bits or it is one device's own."""
+    x, w = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((8, 4), (4, 2)))
+
+    def wide(policy, wrap=lambda fun: fun):
+        fun = wrap(jax.grad(lambda w, x: jmp.autocast(lambda w, x: x @ w, policy)(w, x).sum()))
+        return [eqn.params["preferred_element_type"] for eqn in equations("dot_general", fun, w, x)][-1] == jnp.float32
+
+    narrow = jmp.Policy("float32", "bfloat16", "float32", reduce_dtype="bfloat16")
+    assert wide("mixed_bfloat16")
+    assert not wide(narrow)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
+    P = jax.sharding.PartitionSpec
+    assert not wide(
+        "mixed_bfloat16", lambda fun: jax.shard_map(fun, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
+    )
