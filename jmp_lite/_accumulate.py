@@ -152,7 +152,8 @@ def accumulate_gradients(
     """Like ``scaled_value_and_grad``, for a batch that is taken in ``steps`` parts: the memory of one, the mean of all.
 
     One ``lax.scan`` runs over the microbatches, all with the same loss scale, and sums their gradients in float32. What
-    is left between them is that sum, as large as the parameters in float32. ``fun`` is traced once. If it returns a
+    is left between them is that sum, as large as the parameters in float32. ``fun`` is traced once; call it under
+    ``jit``, because each eager call compiles the scan anew. If it returns a
     mean over its rows, the result is the gradient of the mean over the whole batch.
 
     Microbatch ``i`` holds the rows ``i, i + steps, i + 2 * steps, ...``. So where ``jit`` has split the batch over

@@ -63,8 +63,17 @@ def varying_axes(array: Any) -> frozenset[Any]:
 
 
 def sharding_in_type(aval: Any) -> Any:
-    """Returns the sharding that is part of the type of an array, on an explicit mesh; ``None`` elsewhere."""
-    return aval.sharding if jax.sharding.AxisType.Explicit in aval.sharding.mesh.axis_types else None
+    """Returns the sharding that is part of the type of an array, under an explicit mesh; ``None`` elsewhere."""
+    if not mesh_is_explicit():
+        return None
+    mesh = jax.sharding.get_abstract_mesh()
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*[None] * aval.ndim))
+    return whole if aval.sharding.mesh.empty else aval.sharding
+
+
+def mesh_is_explicit() -> bool:
+    """Whether shardings are parts of types at this point of a trace."""
+    return jax.sharding.AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
 
 
 # --- Programs ---

@@ -103,8 +103,9 @@ def test_sums_in_float32_run_on_every_backend(shapes, rng):
 
 @pytest.mark.parametrize("order", list(ORDERS)[1:])
 def test_sums_in_float32_keep_backward_products_in_16_bits(order):
-    """Where matrix units are, products are of 16-bit operands, forward and backward; forward ones return float32."""
-    cast = functools.partial(jmp.autocast, policy=LOW, accumulate=jnp.float32)
+    """Products are of 16-bit operands, forward and backward; forward ones return float32."""
+    policy = jmp.Policy(jnp.float32, jnp.bfloat16, jnp.float32, reduce_dtype=jnp.bfloat16)
+    cast = functools.partial(jmp.autocast, policy=policy, accumulate=jnp.float32)
     with compiled_as_on("cuda"):
         equations = list(jaxprs._equations(jax.make_jaxpr(ORDERS[order](cast, layers))(X, W).jaxpr, ""))
     found = [eqn for _, eqn in equations if eqn.primitive.name == "dot_general"]

@@ -125,3 +125,9 @@ def test_stalled_training_names_the_replicas(where, message, devices):
     bad = ", ".join(name for name, at in where.items() if at)
     with pytest.raises(jmp.LossScaleStalledError, match=rf"Not finite in the gradients given: {bad}\. The"):
         jmp.check_loss_scale(state, scalars)
+
+
+def test_paths_that_read_alike_hide_nothing():
+    """A key with a slash in it and a nested key have one name; it is bad if either is."""
+    found = nonfinite_leaves({"a": {"b": jnp.array(jnp.nan)}, "a/b": jnp.array(1.0)})
+    assert {path: bool(bad) for path, bad in found.items()} == {"a/b": True}

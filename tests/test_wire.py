@@ -182,10 +182,32 @@ def test_models_see_nothing_of_it(rng):
     assert {dtype for _, dtypes in found for dtype in dtypes} == {"bfloat16"}
 
 
+@pytest.mark.parametrize("form", ["jit", "shard_map"])
+def test_double_precision_stays_double(form, rng):
+    """A policy that does not name float64 leaves it alone, on the wire too."""
+    with jax.enable_x64(True):
+        w = jnp.asarray(rng.standard_normal((16, 2)))
+        assert w.dtype == jnp.float64
+        loss = lambda w, sharding: jnp.sum(gather_params(w, sharding, "mixed_bfloat16") ** 3)  # noqa: E731
+        if form == "jit":
+            found = jax.jit(jax.grad(lambda w: loss(w, NamedSharding(AUTO, P(AXIS)))))(w)
+        else:
+            found = local(jax.grad(lambda w: loss(w, P(AXIS)) / DEVICES), P(AXIS), P(AXIS))(w)
+        np.testing.assert_allclose(found, 3 * w**2, rtol=1e-14)
+        means = jax.pmap(lambda x: reduce_gradients(x, AXIS), AXIS)(jnp.full((DEVICES, 1), 1e300))
+        assert_identical(means, jnp.full((DEVICES, 1), 1e300))
+
+
+def test_what_is_not_split_may_come_with_any_sharding():
+    """``jax.tree.map(lambda x: x.sharding, params)`` is a tree of shardings on one device as well."""
+    w = jax.device_put(jnp.ones(8), jax.devices()[3])
+    assert gather_params({"w": w}, {"w": w.sharding}, "mixed_bfloat16")["w"] is w
+
+
 BAD_SHARDINGS = {
     "a name": ("data", "must be a NamedSharding, a PartitionSpec or None, got 'data'"),
     "another tree": ({"v": P(AXIS)}, "no prefix of the tree"),
-    "no mesh": (P(AXIS), "'w' is sharded as .*no mesh is set. Pass a NamedSharding"),
+    "no mesh": (P(AXIS), "'data' is not an axis of a mesh here. No mesh is set. Pass a NamedSharding"),
 }
 
 
@@ -195,6 +217,18 @@ def test_bad_shardings(case):
     shardings, message = BAD_SHARDINGS[case]
     with pytest.raises(jmp.InvalidShardingError, match=message):
         gather_params({"w": jnp.ones(8)}, shardings, "mixed_bfloat16")
+
+
+def test_a_misspelt_axis_is_no_axis():
+    """Nothing is left ungathered in silence."""
+    for call in (
+        lambda: gather_params({"w": jnp.ones(8)}, NamedSharding(AUTO, P(AXIS)), "float32", axis_name="dat"),
+        lambda: local(lambda w: gather_params(w, P(AXIS), "float32", axis_name="dat"), P(AXIS), P(AXIS))(jnp.ones(8)),
+    ):
+        with pytest.raises(
+            jmp.InvalidShardingError, match=r"'dat' is not an axis of a mesh here. Known are \['data'\]"
+        ):
+            call()
 
 
 def test_rows_are_never_out_of_order():

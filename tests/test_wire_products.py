@@ -1,9 +1,14 @@
 """Laws of the product whose weight gradient is float32: it is ``lax.dot_general``, to every transformation."""
 
+import sys
+import unittest.mock
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax import lax
 from jaxprs import contractions, equations
 from support import assert_identical
@@ -24,6 +29,7 @@ DIMENSIONS = {
     "vectors": ((3,), (3,), (((0,), (0,)), ((), ()))),
 }
 DTYPES = ["bfloat16", "float16"]
+_rules = sys.modules["jmp_lite.autocast._rules"]
 cases = pytest.mark.parametrize("case", DIMENSIONS)
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
 
@@ -163,3 +169,116 @@ def test_autocast_uses_it_where_devices_may_add_up(rng):
     assert not wide(
         "mixed_bfloat16", lambda fun: jax.shard_map(fun, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
     )
+
+
+def _linen():
+    model = nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(2)])
+    params = model.init(jax.random.key(0), jnp.ones((4, 6)))
+    forward = jmp.linen.autocast(model.apply, "mixed_bfloat16")
+    return lambda params, x: forward(params, x).sum(), params
+
+
+def _nnx():
+    model = nnx.Sequential(nnx.Linear(6, 8, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(8, 2, rngs=nnx.Rngs(0)))
+    graphdef, params = nnx.split(model)
+    forward = jmp.nnx.autocast(lambda model, x: model(x), "mixed_bfloat16")
+    return lambda params, x: forward(nnx.merge(graphdef, params), x).sum(), params
+
+
+@pytest.mark.parametrize("make", [_linen, _nnx], ids=["linen", "nnx"])
+def test_gradients_of_flax_layers_leave_their_products_in_float32(make):
+    """The wrappers of both frameworks: weights in float32, activations in 16 bits."""
+    loss, params = make()
+    found = equations("dot_general", jax.grad(loss), params, jnp.ones((4, 6)))
+    results = [eqn.outvars[0].aval.dtype.name for eqn in found]
+    assert sorted(results) == ["bfloat16"] * 3 + ["float32"] * 2
+
+
+def _in_loop(x, w):
+    return jax.lax.fori_loop(0, 4, lambda i, h: jnp.tanh(h @ w.reshape(4, 8, 8)[i]), x)
+
+
+WAYS = {
+    "as it is": lambda x, w: x @ w.reshape(8, 32),
+    "transposed": lambda x, w: x @ w.reshape(32, 8).T,
+    "cut": lambda x, w: x @ w.reshape(4, 8, 8)[1] + x @ w.reshape(4, 8, 8)[2],
+    "split": lambda x, w: x @ jnp.split(w.reshape(8, 32), 2, axis=1)[1],
+    "joined": lambda x, w: x @ jnp.concatenate([w.reshape(8, 32)[:, :3], w.reshape(8, 32)[:, 5:]], axis=1),
+    "in a loop": _in_loop,
+    "scanned": lambda x, w: jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, w.reshape(4, 8, 8))[0],
+    "under checkpoint": lambda x, w: jax.checkpoint(lambda x, w: jnp.tanh(x @ w))(x, w.reshape(8, 32)),
+    "under vmap": lambda x, w: jax.vmap(lambda x: x @ w.reshape(8, 32))(x),
+    "in a branch": lambda x, w: jax.lax.cond(True, lambda: x @ w.reshape(8, 32), lambda: x @ -w.reshape(8, 32)),
+    "looked up and multiplied": lambda x, w: jnp.take(w.reshape(32, 8), jnp.arange(4), axis=0) @ w.reshape(32, 8).T,
+}
+
+
+@pytest.mark.parametrize("accumulate", [None, jnp.float32])
+@pytest.mark.parametrize("way", WAYS)
+def test_weights_that_were_moved_are_weights(way, accumulate, rng):
+    """Transposed, cut, joined, carried through loops: every product that makes a part of the gradient is float32."""
+    x, w = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((4, 8), (256,)))
+    fun = jmp.autocast(WAYS[way], "mixed_bfloat16", accumulate=accumulate)
+    grad = jax.grad(lambda w, x: fun(x, w).sum())
+    plain = jax.grad(lambda w, x: WAYS[way](x, w).sum())
+    forward = equations("dot_general", lambda w, x: WAYS[way](x, w), w, x)
+    found = [eqn for eqn in equations("dot_general", grad, w, x) if "compute_dtype" in eqn.params]
+    wide = [eqn for eqn in found if eqn.outvars[0].aval.dtype == jnp.float32]
+    assert len(wide) >= len(forward)
+    assert {v.aval.dtype.name for eqn in wide for v in eqn.invars} == {"bfloat16"}
+    np.testing.assert_allclose(grad(w, x), plain(w, x), atol=0.05 * float(jnp.max(jnp.abs(plain(w, x)))))
+
+
+def test_what_is_kept_for_the_backward_pass_is_what_one_device_keeps(rng):
+    """A scale is kept once, not once for every row, and a value that three products read is rounded once."""
+    x, params = (
+        jnp.ones((64, 16)),
+        {
+            "w": jnp.asarray(rng.standard_normal((16, 16)), jnp.float32),
+            "scale": jnp.ones(16),
+            "table": jnp.asarray(rng.standard_normal((64, 16)), jnp.float32),
+        },
+    )
+
+    def loss(params, x):
+        hidden = ((x @ params["w"]) * params["scale"][None] + params["scale"][None]) @ params["w"]
+        rows = jnp.take(params["table"], jnp.arange(64), axis=0)
+        return (hidden + rows @ params["w"] + rows @ params["w"].T).sum()
+
+    def residuals():
+        _, pullback = jax.vjp(jmp.autocast(loss, "mixed_bfloat16"), params, x)
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(pullback))
+
+    on_many = residuals()
+    with unittest.mock.patch.object(_rules, "leaves_are_local", lambda: True):
+        assert on_many <= residuals()
+
+
+EXPLICIT = jax.sharding.Mesh(
+    np.array(jax.devices()).reshape(4, 2), ("data", "model"), (jax.sharding.AxisType.Explicit,) * 2
+)
+EXPLICIT_CASES = {
+    "weights off the mesh": (lambda x, w: x @ w, None, None),
+    "weights split": (lambda x, w: x @ w, jax.P(None, "model"), None),
+    "per example": (lambda x, w: x @ w, None, (0, None)),
+    "per example, weights split": (lambda x, w: x @ w, jax.P(None, "model"), (0, None)),
+    "bias": (lambda x, w: (x @ w) * w[:1] + w[:1], None, None),
+}
+
+
+@pytest.mark.parametrize("case", EXPLICIT_CASES)
+def test_explicit_meshes(case, rng):
+    """Where shardings are in types, gradients have the types and the values that plain JAX gives them."""
+    fun, spec, axes = EXPLICIT_CASES[case]
+    x, w = (jnp.asarray(rng.integers(-3, 4, shape), jnp.float32) for shape in ((8, 4), (4, 4)))
+    with jax.set_mesh(EXPLICIT):
+        x = jax.device_put(x, jax.P("data", None))
+        w = w if spec is None else jax.device_put(w, spec)
+
+        def grad(fun):
+            loss = jax.grad(lambda x, w: (fun(x, w).astype(jnp.float32) ** 2).sum(), 1)
+            return jax.jit(jax.vmap(loss, axes) if axes else loss)(x, w)
+
+        found, plain = grad(jmp.autocast(fun, "mixed_bfloat16")), grad(fun)
+        assert jax.typeof(found) == jax.typeof(plain)
+        np.testing.assert_allclose(found, plain, atol=0.05 * float(jnp.max(jnp.abs(plain))))

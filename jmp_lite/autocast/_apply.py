@@ -6,28 +6,29 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jmp_lite._compat import Equation, bind, leaves_are_local, sharding_in_type
+from jmp_lite._compat import Equation, bind
 from jmp_lite._dtypes import FLOAT32, DType
 from jmp_lite._errors import InvalidOpError
-from jmp_lite.autocast._ops import Op, OpClass
+from jmp_lite.autocast._dot import accumulating_dot, product_of
+from jmp_lite.autocast._ops import GATHERS, Op, OpClass
 from jmp_lite.autocast._rules import Precision
 from jmp_lite.autocast._values import cast, is_eligible
 from jmp_lite.distributed._gather import travel
-from jmp_lite.distributed._products import rounded_dot
+from jmp_lite.distributed._products import repeat, rounded_scale
 
-#: Primitives whose gradient is a sum over devices.
-_GATHERS = frozenset({"all_gather", "all_gather_reduced"})
-#: Primitives that repeat what is smaller, so that its gradient is a sum over a batch.
-_REPEATS = frozenset({"broadcast_in_dim", "add", "sub", "mul", "div", "max", "min"})
+#: Primitives that repeat an operand with fewer elements, so that its gradient is a sum.
+_REPEATS = frozenset({"add", "sub", "mul"})
 
 
-def has_wide_gradients(eqn: Equation, op: Op, precision: Precision, dtype: DType | None) -> bool:
-    """Whether gradients of weights leave an equation in ``reduce_dtype``: devices may add them up right there."""
-    if not isinstance(op, OpClass) or dtype in (None, FLOAT32, precision.reduce_dtype):
+def takes_weights(eqn: Equation, op: Op, precision: Precision, dtype: DType | None) -> bool:
+    """Whether weights go into an equation as they are, to be rounded inside, so that their gradients are not."""
+    if not isinstance(op, OpClass) or dtype in (None, FLOAT32):
         return False
-    is_product = eqn.primitive is jax.lax.dot_general_p and op is OpClass.ALLOW and precision.dot is None
-    name = eqn.primitive.name
-    return name in _GATHERS or ((is_product or name in _REPEATS) and not leaves_are_local())
+    if eqn.primitive.name in GATHERS:
+        return dtype != precision.reduce_dtype
+    is_product = eqn.primitive is jax.lax.dot_general_p and op is OpClass.ALLOW
+    is_ours = precision.dot is None or precision.dot is accumulating_dot
+    return precision.widens_gradients and ((is_product and is_ours) or eqn.primitive.name in _REPEATS)
 
 
 def apply(eqn: Equation, arrays: Sequence[Any], op: Op, precision: Precision, dtype: DType | None) -> list[Any]:
@@ -38,32 +39,36 @@ def apply(eqn: Equation, arrays: Sequence[Any], op: Op, precision: Precision, dt
         results = op(*arrays, **eqn.params)
         return _checked(eqn, list(results) if eqn.primitive.multiple_results else [results])
     params = _params_at(eqn.params, dtype)
-    if eqn.primitive.name == "dot_general" and op is OpClass.ALLOW and precision.dot is not None:
+    is_product = eqn.primitive.name == "dot_general" and op is OpClass.ALLOW
+    if is_product and precision.dot is accumulating_dot:
+        return [product_of(arrays, params, dtype, accumulates=True)]
+    if is_product and precision.dot is not None:
         if params.get("out_sharding") is None:
             params.pop("out_sharding", None)
         return [cast(precision.dot(*arrays, params.pop("dimension_numbers"), **params), dtype)]
     if not any(getattr(array, "dtype", None) == FLOAT32 for array in arrays):
         return bind(eqn, arrays, params)
-    if eqn.primitive is jax.lax.dot_general_p:
-        del params["preferred_element_type"]
-        return [rounded_dot(*arrays, dtype, tuple(params.items()))]
-    if eqn.primitive.name in _GATHERS:
+    return [_of_weights(eqn, arrays, params, dtype, precision.reduce_dtype)]
+
+
+def _of_weights(eqn: Equation, arrays: Sequence[Any], params: dict[str, Any], dtype: DType, reduce_dtype: DType) -> Any:
+    """Runs an equation on weights, which are rounded inside."""
+    name, result = eqn.primitive.name, eqn.outvars[0].aval
+    if name == "dot_general":
+        return product_of(arrays, params, dtype, accumulates=False)
+    if name in GATHERS:
 
         def gather(array: Any) -> Any:
             return bind(eqn, [array], params)[0]
 
-        return [cast(travel(arrays[0], dtype, precision.reduce_dtype, gather, gather), dtype)]
-    if eqn.primitive.name == "broadcast_in_dim":
-        return [cast(bind(eqn, arrays, params)[0], dtype)]
-    return bind(eqn, [cast(_repeated(array, eqn.outvars[0].aval), dtype) for array in arrays], params)
-
-
-def _repeated(array: Any, result: Any) -> Any:
-    """Repeats an array before it is cast: then the sum that its gradient is comes before the cast back."""
-    if array.dtype != FLOAT32 or array.ndim != result.ndim or array.shape == result.shape:
-        return array
-    axes = tuple(range(result.ndim))
-    return jax.lax.broadcast_in_dim(array, result.shape, axes, out_sharding=sharding_in_type(result))
+        return cast(travel(arrays[0], dtype, reduce_dtype, gather, gather), dtype)
+    repeated = [array.ndim == result.ndim and array.shape != result.shape for array in arrays]
+    if name == "mul" and repeated[0] != repeated[1]:
+        weight, other = arrays if repeated[0] else arrays[::-1]
+        return rounded_scale(cast(other, dtype), weight)
+    # The sum that the gradient of a bias is comes before the cast back.
+    whole = [repeat(array, result) if is_small else array for array, is_small in zip(arrays, repeated, strict=True)]
+    return bind(eqn, [cast(array, dtype) for array in whole], params)[0]
 
 
 def _checked(eqn: Equation, results: list[Any]) -> list[Any]:

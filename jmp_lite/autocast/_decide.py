@@ -9,6 +9,7 @@ from jmp_lite._compat import Atom, Equation, is_literal
 from jmp_lite._dtypes import FLOAT32, DType
 from jmp_lite.autocast._demand import WANTS_FLOAT32, Want, Wants, agreed
 from jmp_lite.autocast._ops import (
+    GATHERS,
     KEEPS_BROADCAST,
     Op,
     OpClass,
@@ -17,7 +18,7 @@ from jmp_lite.autocast._ops import (
     treats_operands_separately,
 )
 from jmp_lite.autocast._rules import Precision
-from jmp_lite.autocast._values import Origin, Tag, Value, exceeds, is_as_large, is_eligible, size
+from jmp_lite.autocast._values import OF_WEIGHTS, Origin, Tag, Value, exceeds, is_as_large, is_eligible, size
 
 
 class Decision(NamedTuple):
@@ -67,7 +68,7 @@ def decide(
         return _in_half(eqn, precision.dtype, precision.reason)
     if op_class is OpClass.DENY:
         return _in_float32(eqn, why)
-    return _follow(eqn, operands, precision.dtype, wants)
+    return _follow(eqn, operands, precision, wants)
 
 
 def _in_float32(eqn: Equation, reason: str) -> Decision:
@@ -99,7 +100,8 @@ def _decide_conversion(eqn: Equation, operand: Value) -> Decision:
     return Decision(None, (Tag.HIGH if is_upcast else Tag.NEUTRAL,), "a cast of the original program")
 
 
-def _follow(eqn: Equation, operands: Sequence[Value], compute_dtype: DType, wants: Wants) -> Decision:
+def _follow(eqn: Equation, operands: Sequence[Value], precision: Precision, wants: Wants) -> Decision:
+    compute_dtype = precision.dtype
     floats = [value for v, value in zip(eqn.invars, operands, strict=True) if is_eligible(v.aval)]
     if not floats:
         return _untouched(eqn)
@@ -111,7 +113,8 @@ def _follow(eqn: Equation, operands: Sequence[Value], compute_dtype: DType, want
     arrays = [value for v, value in zip(eqn.invars, operands, strict=True) if _is_float_array(v)]
     whole = [value for value in arrays if not _is_repeated(value, eqn.outvars[0].aval.shape)] or floats
     tag, tag_of_whole = (max(value.tag for value in values) for values in (floats, whole))
-    if want is Want.LOW and tag is not Tag.HIGH and moves_whole_arrays(name):
+    is_moved_low = want is Want.LOW and tag is not Tag.HIGH and moves_whole_arrays(name)
+    if is_moved_low and not (precision.widens_gradients and name not in GATHERS and all(map(_is_weight, floats))):
         return _in_half(eqn, compute_dtype, "moved in the compute dtype, which costs least")
     is_rearranged = picks_values(name) or moves_whole_arrays(name)
     if tag is Tag.SOFT and len(floats) == 1 and is_rearranged:
@@ -136,6 +139,10 @@ def _follow(eqn: Equation, operands: Sequence[Value], compute_dtype: DType, want
     return _in_half(eqn, compute_dtype, "follows its operands")
 
 
+def _is_weight(value: Value) -> bool:
+    return value.tag is Tag.NEUTRAL and value.origin in OF_WEIGHTS
+
+
 def _is_float_array(atom: Atom) -> bool:
     return not is_literal(atom) and is_eligible(atom.aval)
 
@@ -154,11 +161,16 @@ def _promotes(value: Value, operands: Sequence[Value]) -> bool:
     return any(Tag.NEUTRAL < other.tag < Tag.HIGH and is_as_large(array, other.array) for other in operands)
 
 
-def origin_of_results(eqn: Equation, operands: Sequence[Value], op: Op) -> Origin:
+def origin_of_results(eqn: Equation, operands: Sequence[Value], op: Op, precision: Precision) -> Origin:
     """Returns where the results of an equation come from."""
     if op is OpClass.EXACT or _is_made_of_exact_values(eqn, operands):
         return Origin.EXACT
-    return Origin.REPEATED if _repeats_something_smaller(eqn, operands) else Origin.COMPUTED
+    if _repeats_something_smaller(eqn, operands):
+        return Origin.REPEATED
+    origins = {value.origin for v, value in zip(eqn.invars, operands, strict=True) if _is_float_array(v)}
+    name = eqn.primitive.name
+    moves = moves_whole_arrays(name) or name in ("dynamic_slice", "concatenate", "split") or precision.mode == "off"
+    return Origin.MOVED if moves and origins and origins <= OF_WEIGHTS else Origin.COMPUTED
 
 
 def _is_made_of_exact_values(eqn: Equation, operands: Sequence[Value]) -> bool:

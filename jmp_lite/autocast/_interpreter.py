@@ -30,12 +30,12 @@ from jmp_lite._compat import (
 )
 from jmp_lite._dtypes import FLOAT32, DType
 from jmp_lite.autocast import _regions
-from jmp_lite.autocast._apply import apply, has_wide_gradients
+from jmp_lite.autocast._apply import apply, takes_weights
 from jmp_lite.autocast._decide import decide, number_of_results, origin_of_results
 from jmp_lite.autocast._demand import WANTS_FLOAT32, Demands, Want, Wants
 from jmp_lite.autocast._ops import OpClass, classify
 from jmp_lite.autocast._rules import Precision, Settings
-from jmp_lite.autocast._values import Origin, Tag, Value, as_dtype, cast, is_eligible
+from jmp_lite.autocast._values import OF_WEIGHTS, Origin, Tag, Value, as_dtype, cast, is_eligible
 
 Handler = Callable[["Interpreter", "Call"], list[Value]]
 
@@ -156,11 +156,12 @@ class Frame:
         return self.casts[atom, dtype]
 
     def weight_or_array(self, atom: Atom, dtype: DType | None) -> Any:
-        """Returns a variable that no decision has touched, such as a weight, as it is held; others cast to a dtype."""
+        """Returns a weight as it is held; anything else cast to a dtype."""
         if is_literal(atom) or not is_eligible(atom.aval):
             return self.array(atom, dtype)
-        array, tag, _, number = self.values[atom]
-        return array if tag is Tag.NEUTRAL and number is None else self.array(atom, dtype)
+        array, tag, origin, number = self.values[atom]
+        is_weight = tag is Tag.NEUTRAL and number is None and origin in OF_WEIGHTS
+        return array if is_weight else self.array(atom, dtype)
 
     def write(self, eqn: Equation, values: Sequence[Value]) -> None:
         """Assigns the results of an equation."""
@@ -298,9 +299,9 @@ class Interpreter:
             arrays, values, reason, is_wide = call.arrays, self.handlers[name](self, call), why, False
         else:
             dtype, tags, reason = decide(eqn, operands, (op, why), precision, wants)
-            is_wide = has_wide_gradients(eqn, op, precision, dtype)
+            is_wide = takes_weights(eqn, op, precision, dtype)
             arrays = [frame.weight_or_array(v, dtype) if is_wide else frame.array(v, dtype) for v in eqn.invars]
-            origin, number = origin_of_results(eqn, operands, op), number_of_results(eqn, operands)
+            origin, number = origin_of_results(eqn, operands, op, precision), number_of_results(eqn, operands)
             results = apply(eqn, arrays, op, precision, dtype)
             values = [Value(array, _tag(array, tag), origin, number) for array, tag in zip(results, tags, strict=True)]
         if self.keeps_records:

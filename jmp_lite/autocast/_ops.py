@@ -193,6 +193,9 @@ KEEPS_BROADCAST = frozenset(
     }
 )
 
+#: Primitives that gather over devices: their gradient is a sum over devices.
+GATHERS = frozenset({"all_gather", "all_gather_reduced"})
+
 Op = OpClass | Callable[..., Any]
 
 #: What users added; filled when modules are imported.

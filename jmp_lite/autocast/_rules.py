@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
+from jmp_lite._compat import leaves_are_local
 from jmp_lite._dtypes import ACCEPTED_NAMES, FLOAT32, DType, dtype_or_none
 from jmp_lite._errors import InvalidPolicyError, InvalidRuleError
 from jmp_lite._policy import Policy, PolicyMap, compile_pattern, get_policy
@@ -30,6 +31,11 @@ class Precision(NamedTuple):
     """Whether an equation that holds programs runs as it was written, programs included."""
     reduce_dtype: DType = FLOAT32
     """What gradients of weights are added up in, over devices."""
+
+    @property
+    def widens_gradients(self) -> bool:
+        """Whether gradients of weights leave equations in float32, because devices may add them up right there."""
+        return self.dtype.itemsize < FLOAT32.itemsize and self.reduce_dtype != self.dtype and not leaves_are_local()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,12 +30,18 @@ class Origin(enum.Enum):
 
     INPUT = "input"
     """An argument or a carry: a parameter, an accumulator, a state."""
+    MOVED = "moved"
+    """An input that was transposed, reshaped, cut or left alone: still a parameter."""
     REPEATED = "repeated"
     """Something smaller, repeated: a bias, a mask, a scale, a statistic."""
     EXACT = "exact"
     """An operation that runs as written, such as a random number, or arithmetic on nothing else."""
     COMPUTED = "computed"
     """Anything else."""
+
+
+#: Origins of what parameters are held as.
+OF_WEIGHTS = frozenset({Origin.INPUT, Origin.MOVED})
 
 
 class Value(NamedTuple):

@@ -10,11 +10,11 @@ from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
 from jmp_lite._compat import NO_AUTOCAST, varying_axes
-from jmp_lite._dtypes import FLOAT32, DType
+from jmp_lite._dtypes import FLOAT32, DType, at_least_float32
 from jmp_lite._errors import InvalidShardingError
 from jmp_lite._policy import PolicyLike, get_policy
 from jmp_lite._tree import is_array, path_string
-from jmp_lite.distributed._shardings import as_tuple, axes_of, manual, per_leaf, spec_of, tracked, without
+from jmp_lite.distributed._shardings import as_tuple, axes_of, check_axes, manual, per_leaf, spec_of, tracked, without
 
 T = TypeVar("T")
 Move = Callable[[Any], Any]
@@ -29,8 +29,10 @@ def gather_params(params: T, shardings: Any, policy: PolicyLike, *, axis_name: A
     sharded neither travel nor lose digits.
 
     The gradient with respect to a sharded parameter is the sum over devices, of which each keeps its shard
-    (reduce-scatter). Under ``jit`` XLA adds up right behind the product that makes the gradient, in the dtype of that
-    product: with ``autocast`` that is ``reduce_dtype``, with models that are cast by hand their own dtype.
+    (reduce-scatter). Under ``jit`` XLA adds up right behind the operation that makes the gradient, in its dtype. With
+    ``autocast`` that is ``reduce_dtype`` for weights of matrix products, biases, scales and embeddings, also when they
+    are transposed, reshaped or cut before; it is the compute dtype for convolutions, for weights that are computed
+    from others, and with models that are cast by hand.
 
     Args:
         params: Any pytree. Under ``jit`` global arrays; inside ``shard_map`` and ``pmap`` the shards of this device.
@@ -66,36 +68,37 @@ def gather_params(params: T, shardings: Any, policy: PolicyLike, *, axis_name: A
     policies, stored = get_policy(policy), per_leaf(shardings, params)
     named = [axis for sharding in jax.tree.leaves(stored) for axis in axes_of(spec_of(sharding))]
     axes = tuple(dict.fromkeys(named)) if axis_name is None else as_tuple(axis_name)
+    check_axes(axes, stored)
 
     def gather(path: Any, leaf: Any, sharding: Any) -> Any:
         place = path_string(path)
         policy = policies.policy_for(place)
-        dtype, reduce_dtype = policy.compute_dtype, policy.reduce_dtype or FLOAT32
         gathered = [axis for axis in axes if axis in axes_of(spec_of(sharding))]
         if gathered:
-            return travel(leaf, dtype, reduce_dtype, *_moves(place, sharding, gathered))
+            return travel(leaf, policy.compute_dtype, policy.reduce_dtype, *_moves(place, sharding, gathered))
         same = tracked(axes) - varying_axes(leaf)
         vary = functools.partial(lax.pcast, axis_name=tuple(same), to="varying")
-        return travel(leaf, FLOAT32, reduce_dtype, vary, vary) if same else leaf
+        return travel(leaf, None, policy.reduce_dtype, vary, vary) if same else leaf
 
     with jax.named_scope(NO_AUTOCAST):
         full: T = jax.tree_util.tree_map_with_path(gather, params, stored)
     return full
 
 
-def travel(leaf: Any, dtype: DType, reduce_dtype: DType, there: Move, back: Move) -> Any:
+def travel(leaf: Any, dtype: DType | None, reduce_dtype: DType | None, there: Move, back: Move) -> Any:
     """Moves an array in one dtype, and its gradient the opposite way in another; both keep the dtype of the array.
 
     Args:
         leaf: An array.
-        dtype: What it travels in, if that is narrower than its own.
-        reduce_dtype: What its gradient is added up in.
+        dtype: What a float32 array travels in, if that is narrower. Others travel as they are.
+        reduce_dtype: What its gradient is added up in; ``None`` for float32, or its own dtype if that is wider.
         there: Moves it.
         back: Moves a tangent of it; the transpose of this moves the gradient.
     """
     if not is_array(leaf) or not jnp.issubdtype(leaf.dtype, jnp.floating):
         return there(leaf)
-    narrow = dtype if dtype.itemsize < leaf.dtype.itemsize else leaf.dtype
+    is_rounded = dtype is not None and leaf.dtype == FLOAT32 and dtype.itemsize < FLOAT32.itemsize
+    narrow, sum_dtype = dtype if is_rounded else leaf.dtype, reduce_dtype or at_least_float32(leaf.dtype)
 
     @jax.custom_jvp
     def move(leaf: Any) -> Any:
@@ -104,7 +107,7 @@ def travel(leaf: Any, dtype: DType, reduce_dtype: DType, there: Move, back: Move
     @move.defjvp
     def _(primals: Any, tangents: Any) -> Any:
         [tangent] = tangents
-        return move(*primals), back(tangent.astype(reduce_dtype)).astype(tangent.dtype)
+        return move(*primals), back(tangent.astype(sum_dtype)).astype(tangent.dtype)
 
     return move(leaf)
 
@@ -122,13 +125,15 @@ def _moves(place: str, sharding: Any, gathered: Sequence[Any]) -> tuple[Move, Mo
         return move, move
     full = without(sharding, gathered)
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    if all(types.get(axis) is AxisType.Explicit for axis in gathered):
+    explicit = [axis for axis in gathered if types.get(axis) is AxisType.Explicit]
+    if explicit and len(explicit) < len(gathered):
+        raise InvalidShardingError(
+            f"{place!r} is sharded as {sharding}, and of its axes only {explicit} are explicit. Gather over those "
+            f"first: axis_name={tuple(explicit)!r}."
+        )
+    if explicit:
         reshard = functools.partial(jax.sharding.reshard, out_shardings=full)
         return reshard, reshard
-    if isinstance(sharding, PartitionSpec) and not types:
-        raise InvalidShardingError(
-            f"{place!r} is sharded as {sharding}, but no mesh is set. Pass a NamedSharding, or call under jax.set_mesh."
-        )
     constrain: Callable[..., Any] = lax.with_sharding_constraint
     # Told both, XLA can neither gather before the cast nor gather once more for the backward pass.
     return lambda x: constrain(constrain(x, sharding), full), lambda x: constrain(x, sharding)

@@ -15,20 +15,29 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jmp_lite._compat import bilinear_primitive, sharding_in_type
-from jmp_lite._dtypes import DType
+from jmp_lite._compat import bilinear_primitive, mesh_is_explicit, sharding_in_type
+from jmp_lite._dtypes import FLOAT32, DType
 
 #: Parameters of ``dot_general``, but for the dtype of the result.
 Params = tuple[tuple[str, Any], ...]
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def rounded_dot(lhs: Any, rhs: Any, compute_dtype: DType, params: Params) -> Any:
-    """Multiplies two arrays, rounded to a compute dtype; gradients have the dtypes that the arrays were given in."""
-    return _plain_dot(_rounded(lhs, compute_dtype), _rounded(rhs, compute_dtype), compute_dtype, params)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
+def rounded_dot(lhs: Any, rhs: Any, compute_dtype: DType, params: Params, accumulates: bool = False) -> Any:
+    """Multiplies two arrays, rounded to a compute dtype; gradients have the dtypes that the arrays were given in.
+
+    Args:
+        lhs: Left operand, of the compute dtype or float32.
+        rhs: Right operand.
+        compute_dtype: A 16-bit dtype.
+        params: Of ``lax.dot_general``.
+        accumulates: Whether to ask for a float32 sum that is rounded afterwards.
+    """
+    dot = _accumulated_dot if accumulates else _plain_dot
+    return dot(_rounded(lhs, compute_dtype), _rounded(rhs, compute_dtype), compute_dtype, params)
 
 
-def _jvp(compute_dtype: DType, params: Params, primals: Any, tangents: Any) -> tuple[Any, Any]:
+def _dot_jvp(compute_dtype: DType, params: Params, accumulates: bool, primals: Any, tangents: Any) -> tuple[Any, Any]:
     (lhs, rhs), (lhs_tangent, rhs_tangent) = (_rounded(x, compute_dtype) for x in primals), tangents
 
     def linear(lhs: Any, rhs: Any, tangent: Any) -> Any:
@@ -40,10 +49,38 @@ def _jvp(compute_dtype: DType, params: Params, primals: Any, tangents: Any) -> t
         terms.append(linear(lhs_tangent, rhs, lhs_tangent))
     if not isinstance(rhs_tangent, SymbolicZero):
         terms.append(linear(lhs, rhs_tangent, rhs_tangent))
-    return _plain_dot(lhs, rhs, compute_dtype, params), functools.reduce(lax.add, terms)
+    dot = _accumulated_dot if accumulates else _plain_dot
+    return dot(lhs, rhs, compute_dtype, params), functools.reduce(lax.add, terms)
 
 
-rounded_dot.defjvp(_jvp, symbolic_zeros=True)
+rounded_dot.defjvp(_dot_jvp, symbolic_zeros=True)
+
+
+@jax.custom_jvp
+def rounded_scale(x: Any, scale: Any) -> Any:
+    """Multiplies a 16-bit array by a float32 one that is repeated along it; the gradient of that is float32.
+
+    The gradient is a sum along the repeated axes. It comes before the cast back, and what is kept for it is ``x``.
+    """
+    return lax.mul(x, _rounded(scale, x.dtype))
+
+
+def _scale_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
+    (x, scale), (x_tangent, scale_tangent) = primals, tangents
+    rounded, terms = _rounded(scale, x.dtype), []
+    if not isinstance(x_tangent, SymbolicZero):
+        terms.append(lax.mul(x_tangent, rounded))
+    if not isinstance(scale_tangent, SymbolicZero):
+        terms.append(lax.mul(x, _rounded(repeat(scale_tangent, jax.typeof(x)), x.dtype)))
+    return lax.mul(x, rounded), functools.reduce(lax.add, terms)
+
+
+rounded_scale.defjvp(_scale_jvp, symbolic_zeros=True)
+
+
+def repeat(array: Any, aval: Any) -> Any:
+    """Repeats an array along the axes where it has one element and another, of the same rank, has more."""
+    return lax.broadcast_in_dim(array, aval.shape, tuple(range(aval.ndim)), out_sharding=sharding_in_type(aval))
 
 
 def _rounded(array: Any, dtype: Any) -> Any:
@@ -52,6 +89,13 @@ def _rounded(array: Any, dtype: Any) -> Any:
 
 def _plain_dot(lhs: Any, rhs: Any, compute_dtype: DType, params: Params) -> Any:
     return lax.dot_general(lhs, rhs, **{**dict(params), "preferred_element_type": compute_dtype})
+
+
+def _accumulated_dot(lhs: Any, rhs: Any, compute_dtype: DType, params: Params) -> Any:
+    """A product that is added up in float32, then rounded."""
+    static = {"out_sharding": None, "precision": None, **dict(params)}
+    wide = _primitive().bind(lhs, rhs, **static, preferred_element_type=FLOAT32, compute_dtype=compute_dtype)
+    return lax.convert_element_type(wide, compute_dtype)
 
 
 def _linear_dot(lhs: Any, rhs: Any, compute_dtype: DType, params: Params) -> Any:
@@ -65,7 +109,7 @@ def _primitive() -> Any:
     """It has the name and the parameters of the product that it is, for whoever reads a jaxpr.
 
     XLA on the CPU (jaxlib 0.10 to 0.12) stops at run time on some products of bfloat16 that return float32. There the
-    result is rounded first.
+    operands are cast up first, which changes no digit: products of 16-bit numbers are exact in float32.
     """
     return bilinear_primitive("dot_general", _product, _transpose, _batch, {"cpu": _product_on_cpu})
 
@@ -75,8 +119,14 @@ def _product(lhs: Any, rhs: Any, *, compute_dtype: DType, **params: Any) -> Any:
 
 
 def _product_on_cpu(lhs: Any, rhs: Any, *, preferred_element_type: DType, compute_dtype: DType, **params: Any) -> Any:
-    product = _product(lhs, rhs, compute_dtype=compute_dtype, preferred_element_type=compute_dtype, **params)
-    return _rounded(product, preferred_element_type)
+    operands = [_rounded(x, compute_dtype) for x in (lhs, rhs)]
+    if preferred_element_type != compute_dtype:
+        operands = [x.astype(preferred_element_type) for x in operands]
+    return lax.dot_general(*operands, **{**params, "preferred_element_type": preferred_element_type})
+
+
+def _narrow_product(lhs: Any, rhs: Any, *, compute_dtype: DType, **params: Any) -> Any:
+    return _product(lhs, rhs, compute_dtype=compute_dtype, **{**params, "preferred_element_type": compute_dtype})
 
 
 def _transpose(cotangent: Any, lhs: Any, rhs: Any, *, dimension_numbers: Any, **params: Any) -> Any:
@@ -109,6 +159,10 @@ def _sharding(aval: Any, axes: Sequence[int]) -> NamedSharding | None:
 
 def _batch(operands: Any, dimensions: Any, *, dimension_numbers: Any, **params: Any) -> tuple[Any, int]:
     """Two batched operands have one more batch dimension; one alone has one more free dimension."""
+    if mesh_is_explicit():  # JAX knows how the mapped axis is sharded, and does not say
+        dtype = params["preferred_element_type"]
+        narrow = functools.partial(_narrow_product, dimension_numbers=dimension_numbers, **params)
+        return _rounded(jax.vmap(narrow, in_axes=tuple(dimensions))(*operands), dtype), 0
     is_mapped = [dimension is not None for dimension in dimensions]
     lhs, rhs = (x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(operands, dimensions, strict=True))
 

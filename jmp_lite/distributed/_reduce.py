@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from jmp_lite._compat import varying_axes
-from jmp_lite._dtypes import FLOAT32
 from jmp_lite._policy import PolicyLike, get_policy
 from jmp_lite._tree import cast_to_at_least_float32, is_array, is_inexact, path_string
 from jmp_lite.distributed._shardings import as_tuple, axes_of, per_leaf, spec_of, tracked
@@ -49,7 +48,7 @@ def reduce_gradients(grads: T, axis_name: Any, policy: PolicyLike = "float32", *
     References:
         ``reduce_dtype`` of PyTorch FSDP, arXiv:2304.11277; github.com/jax-ml/jax/issues/27496.
     """
-    axes, policies = as_tuple(axis_name), get_policy(policy)
+    axes, policies, stored = as_tuple(axis_name), get_policy(policy), per_leaf(shardings, grads)
     devices, known = math.prod(lax.axis_size(axis) for axis in axes), tracked(axes)
 
     def reduce(path: Any, leaf: Any, sharding: Any) -> Any:
@@ -60,9 +59,9 @@ def reduce_gradients(grads: T, axis_name: Any, policy: PolicyLike = "float32", *
         apart = tuple(axis for axis in axes if axis not in summed)
         if not apart:
             return share
-        dtype = policies.policy_for(path_string(path)).reduce_dtype or FLOAT32
+        dtype = policies.policy_for(path_string(path)).reduce_dtype or share.dtype
         narrow = share.astype(dtype) if jnp.issubdtype(share.dtype, jnp.floating) else share
         return lax.psum(narrow, apart).astype(share.dtype)
 
-    reduced: T = jax.tree_util.tree_map_with_path(reduce, grads, per_leaf(shardings, grads))
+    reduced: T = jax.tree_util.tree_map_with_path(reduce, grads, stored)
     return reduced

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from jmp_lite._compat import varying_axes
 from jmp_lite._errors import InvalidShardingError
@@ -33,7 +33,7 @@ def per_leaf(shardings: Any, tree: Any) -> Any:
 
 
 def _checked(sharding: Any) -> Any:
-    if sharding is None:
+    if sharding is None or (isinstance(sharding, Sharding) and sharding.is_fully_replicated):
         return PartitionSpec()
     if not isinstance(sharding, (NamedSharding, PartitionSpec)):
         raise InvalidShardingError(
@@ -41,6 +41,18 @@ def _checked(sharding: Any) -> Any:
             "jax.P('data')."
         )
     return sharding
+
+
+def check_axes(axes: Sequence[Any], stored: Any) -> None:
+    """Raises if an axis is none of the mesh that is set, nor of a mesh among some shardings."""
+    meshes = [leaf.mesh for leaf in jax.tree.leaves(stored) if isinstance(leaf, NamedSharding)]
+    known = {name for mesh in (jax.sharding.get_abstract_mesh(), *meshes) for name in mesh.axis_names}
+    for axis in axes:
+        if axis not in known:
+            names = f"Known are {sorted(known, key=str)}." if known else "No mesh is set."
+            raise InvalidShardingError(
+                f"{axis!r} is not an axis of a mesh here. {names} Pass a NamedSharding, or call under jax.set_mesh."
+            )
 
 
 def spec_of(sharding: Any) -> PartitionSpec:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jmp_lite._tree import cast_to_at_least_float32, is_inexact, path_string
+from jmp_lite.distributed._shardings import as_tuple
 
 
 def nonfinite_leaves(grads: Any, *, axis_name: Any = None) -> dict[str, jax.Array]:
@@ -40,8 +41,16 @@ def nonfinite_leaves(grads: Any, *, axis_name: Any = None) -> dict[str, jax.Arra
         return {}
     bad = jnp.stack([~jnp.isfinite(cast_to_at_least_float32(x)).all() for _, x in leaves])
     if axis_name is None:
-        return {path: bad[i] for i, (path, _) in enumerate(leaves)}
+        return _by_path(leaves, bad)
     # The comparison is always true: it makes the flags vary over all of the axes, as a collective over them demands.
-    local = bad & (jax.lax.axis_index(axis_name) >= 0)
-    gathered = jax.lax.all_gather(local, axis_name, axis=1, to="invarying")
-    return {path: gathered[i] for i, (path, _) in enumerate(leaves)}
+    axes = as_tuple(axis_name)
+    local = bad & (jax.lax.axis_index(axes) >= 0)
+    return _by_path(leaves, jax.lax.all_gather(local, axes, axis=1, to="invarying"))
+
+
+def _by_path(leaves: list[tuple[str, Any]], flags: jax.Array) -> dict[str, jax.Array]:
+    """Names the rows of an array; leaves whose paths read alike share one."""
+    named: dict[str, jax.Array] = {}
+    for (path, _), row in zip(leaves, flags, strict=True):
+        named[path] = named[path] | row if path in named else row
+    return named
