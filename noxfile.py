@@ -45,7 +45,14 @@ def coverage(session):
     """The suite again, slow tests included, under branch coverage."""
     session.install("-e", ".[test]")
     session.env["COVERAGE_FILE"] = str(pathlib.Path(session.create_tmp()) / "coverage")
-    session.run("pytest", "-m", "slow or not slow", "--cov", "--cov-branch", "--cov-fail-under=95", *session.posargs)
+    session.run("pytest", "-m", "not soak", "--cov", "--cov-branch", "--cov-fail-under=95", *session.posargs)
+
+
+@nox.session(python=PYTHONS)
+def soak(session):
+    """What is repeated many times: jobs killed at random steps and while they save, whole trainings in every mode."""
+    session.install("-e", ".[test]")
+    session.run("pytest", "-m", "soak", *session.posargs)
 
 
 @nox.session(python=PYTHONS)

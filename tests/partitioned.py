@@ -10,48 +10,42 @@ import pathlib
 import re
 import sys
 
-FOLDER = pathlib.Path(sys.argv[1])
-os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={FOLDER} --xla_dump_hlo_as_text "
-    "--xla_dump_hlo_pass_re=spmd-partitioning"
-)
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-from spread import MODES, Training, batch, parameters, scaled  # noqa: E402
-
-import jmp_lite as jmp  # noqa: E402
-from jmp_lite.distributed import _products  # noqa: E402
-
-jax.config.update("jax_num_cpu_devices", 8)
-# The product of other platforms, compiled but never run.
-_products._product_on_cpu = _products._product
-
-PATTERN = re.compile(
-    r"= \(?(\w+)\[([\d,]*)\]\S* (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)\("
-)
+OPCODES = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+PATTERN = re.compile(rf"= \(?(\w+)\[([\d,]*)\]\S* ({OPCODES})\(")
 
 
-def collectives(lowered):
+def collectives(lowered, folder):
     """Compiles a program and reads what the partitioner made of it: names, dtypes and shapes."""
-    before = set(FOLDER.rglob("*after_spmd-partitioning*"))
+    before = set(folder.rglob("*after_spmd-partitioning*"))
     lowered.compile()
-    [written] = [path for path in FOLDER.rglob("*jit_step*after_spmd-partitioning*") if path not in before]
+    [written] = [path for path in folder.rglob("*jit_step*after_spmd-partitioning*") if path not in before]
     return [(name, dtype, shape) for dtype, shape, name in PATTERN.findall(written.read_text())]
 
 
-def main():
+def main(folder):
     """Goes through modes and dtypes of sums."""
+    dump = f"--xla_dump_to={folder} --xla_dump_hlo_as_text --xla_dump_hlo_pass_re=spmd-partitioning"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {dump}"
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    jax.config.update("jax_num_cpu_devices", 8)
+    from spread import MODES, Training, batch, parameters, scaled
+
+    import jmp_lite as jmp
+    from jmp_lite.distributed import _products
+
+    _products._product_on_cpu = _products._product  # that of other platforms, compiled but never run
     rng, found = np.random.default_rng(0), {}
     for mode in MODES:
         for reduce in ("float32", "bfloat16"):
             if not mode.is_local:
                 policy = jmp.Policy(jnp.float32, jnp.bfloat16, jnp.float32, reduce_dtype=reduce)
                 training = Training(mode, policy, scaled(), parameters(rng))
-                found[f"{mode}, {reduce}"] = collectives(training.lowered(*batch(rng)))
+                found[f"{mode}, {reduce}"] = collectives(training.lowered(*batch(rng)), folder)
     json.dump(found, sys.stdout)
 
 
 if __name__ == "__main__":
-    main()
+    main(pathlib.Path(sys.argv[1]))

@@ -142,6 +142,7 @@ def test_nothing_is_kept_alive(holder, use, rng):
     assert [ref() for ref in alive] == [None] * 3
 
 
+@pytest.mark.slow
 def test_no_tracer_leaks(rng):
     with jax.checking_leaks():
         for use in USES.values():

@@ -91,7 +91,7 @@ def checksum(output):
 # --- One process, eight devices ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["jit", *(pytest.param(m, marks=pytest.mark.slow) for m in MODES if m != "jit")])
 def test_resumed_run_ends_with_the_same_bits(example, capsys, tmp_path, mode):
     """Stopped in the middle of an epoch, after which the loss scale grows."""
     pod, checkpoints = example("pod"), example("_pod_checkpoints")
@@ -185,7 +185,7 @@ def test_cluster_error_is_printed_without_a_traceback(start):
     assert output.startswith("error: coordinator_address must be 'host:port', got '10.0.0.1'.")
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_learns_the_digits(start, mode, policy):
@@ -261,7 +261,7 @@ def wait_for_step(job, folder, step):
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["jit", *(pytest.param(m, marks=pytest.mark.soak) for m in MODES if m != "jit")])
 def test_job_that_loses_a_process_ends_with_the_same_bits(start, tmp_path, rng, mode):
     """SIGTERM to one of two processes, as before a preemption; then ``kill -9``, as when a host dies."""
     arguments = ("--mode", mode, "--simulate", 1, "--batch-size", 32, "--steps", 40, "--checkpoint-every", 5)

@@ -59,7 +59,7 @@ def autocast(
         >>> output.dtype, updated["batch_stats"]["BatchNorm_0"]["mean"].dtype
         (dtype('float32'), dtype('float32'))
         >>> jaxpr = jax.make_jaxpr(lambda v, x: apply(v, x, mutable=["batch_stats"])[0])(variables, x)
-        >>> [str(eqn.invars[0].aval.dtype) for eqn in jaxpr.eqns if eqn.primitive.name == "dot_general"]
+        >>> [str(eqn.outvars[0].aval.dtype) for eqn in jaxpr.eqns if "dot_general" in str(eqn)]
         ['bfloat16', 'float32']
 
     References:

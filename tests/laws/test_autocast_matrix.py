@@ -197,6 +197,7 @@ def test_values_and_gradients_are_near(name, case, args):
         assert_near(found, plain[mode], error=case.grad_depth * LAYER, exact=exact, whole=case.whole, where=mode)
 
 
+@pytest.mark.slow
 @every_case
 def test_eager_calls_are_near(name, case, args, rng):
     """Without jit values are near and of the same kind, and a second call compiles nothing that need not be."""

@@ -71,7 +71,7 @@ def assert_resumes(uninterrupted, folder, processes, devices, **settings):
     return first, [job.output(process) for process in range(processes)]
 
 
-@pytest.mark.parametrize("number", [0, 1, *(pytest.param(n, marks=pytest.mark.slow) for n in range(2, 10))])
+@pytest.mark.parametrize("number", [0, *(pytest.param(n, marks=pytest.mark.soak) for n in range(1, 10))])
 def test_run_killed_at_any_step_ends_as_if_it_had_not_been(number, uninterrupted, tmp_path):
     """``kill -9`` of one process at a random step, restart: the final state has the same bits, on any hosts."""
     rng = np.random.default_rng([SEED, number])
@@ -86,7 +86,8 @@ def test_run_killed_at_any_step_ends_as_if_it_had_not_been(number, uninterrupted
     assert step - 2 * EVERY < first <= STEPS
 
 
-@pytest.mark.parametrize("number", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 6))])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [0, *(pytest.param(n, marks=pytest.mark.soak) for n in range(1, 6))])
 def test_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(number, tmp_path):
     """An unfinished checkpoint is not used, and the finished one before it is: only the steps since are lost."""
     rng = np.random.default_rng([SEED, 100 + number])
@@ -109,6 +110,7 @@ def test_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(number, tm
     assert {path.name for path in directory.iterdir()} == {str(step * EVERY) for step in (1, 2, 3)}
 
 
+@pytest.mark.slow
 def test_checkpoint_that_one_process_cannot_read_is_passed_over_by_all(uninterrupted, tmp_path):
     """All processes restore the same step, and all say why."""
     shutil.copytree(uninterrupted[2], tmp_path / "checkpoints")
@@ -139,7 +141,7 @@ def test_checkpoint_of_two_processes_is_restored_in_one(devices, uninterrupted):
     assert len(restored) == len(expected) - 1  # which has the position, too
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_infinity_on_one_device_of_one_host_skips_the_step_on_all(processes, tmp_path):
     """500 steps with random faults: the same bits on all devices, and the losses of one process with as many."""
     settings = {"seed": SEED, "steps": 500, "fault_rate": 0.05}
