@@ -88,7 +88,10 @@ TRANSFORMS = {
 LONG = {"hessian", "gradient of a gradient", "linearize", "checkpoint", "gradients per example", "forward mode in one"}
 UNLIKE = {"sequences", "two contracted, crossed", "experts last"}
 PAIRS = [
-    (case, transform) for case in DIMENSIONS for transform in TRANSFORMS if transform not in LONG or case in UNLIKE
+    pytest.param(case, name, marks=() if case in UNLIKE else pytest.mark.slow)
+    for case in DIMENSIONS
+    for name in TRANSFORMS
+    if name not in LONG or case in UNLIKE
 ]
 
 

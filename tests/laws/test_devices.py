@@ -25,7 +25,11 @@ def run(mode, policy, rng, params, *, devices, inner=optax.sgd, faults=()):
     return losses, verdicts, training.whole
 
 
-@modes
+@pytest.mark.parametrize(
+    "mode",
+    [mode if mode.form in ("jit", "pmap") else pytest.param(mode, marks=pytest.mark.slow) for mode in MODES],
+    ids=str,
+)
 def test_eight_devices_are_one_device_in_float32(mode, seed):
     """Parameters and losses agree to the rounding of sums that are added up in another order.
 
