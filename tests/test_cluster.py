@@ -146,7 +146,7 @@ def test_process_in_no_cluster_stays_alone(start):
 def test_half_a_cluster_is_explained(start):
     process = start("print(call())", JAX_COORDINATOR_ADDRESS=ADDRESS)
     [message] = lines(process)
-    assert re.match(r"ClusterError: JAX could not join the job: .*rocesses.* Check what the launcher put", message)
+    assert re.match(r"ClusterError: JAX could not join the job: .*processes.* Check what the launcher put", message)
 
 
 @pytest.mark.multiprocess
