@@ -13,7 +13,7 @@ from typing import Any
 from sphinx.application import Sphinx
 from sphinx.errors import ExtensionError
 
-MODULES = ["jmp_lite", "jmp_lite.linen", "jmp_lite.nnx", "jmp_lite.optim", "jmp_lite.checkpoint"]
+MODULES = ["jmp_lite", *(f"jmp_lite.{name}" for name in ("linen", "nnx", "optim", "distributed", "checkpoint"))]
 
 
 def public_names(module: ModuleType) -> list[str]:
