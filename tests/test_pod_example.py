@@ -91,7 +91,8 @@ def checksum(output):
 # --- One process, eight devices ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["jit", *(pytest.param(m, marks=pytest.mark.slow) for m in MODES if m != "jit")])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
 def test_resumed_run_ends_with_the_same_bits(example, capsys, tmp_path, mode):
     """Stopped in the middle of an epoch, after which the loss scale grows."""
     pod, checkpoints = example("pod"), example("_pod_checkpoints")
