@@ -111,6 +111,20 @@ def copies_agree(tree: Any) -> bool:
     return all(agree(x) for x in jax.tree.leaves(tree))
 
 
+def global_mode(layout: Callable[[State], State], step: Callable[..., Any], mesh: Mesh) -> Mode:
+    """A mode whose state is made of global arrays all along, as jitted functions have it."""
+    rows = NamedSharding(mesh, P(AXIS))
+    return Mode(
+        layout=layout,
+        enter=as_it_is,
+        leave=as_it_is,
+        split=lambda batch: _pod_data.to_global(batch, rows),
+        step=jax.jit(step, donate_argnums=0),
+        host=on_host,
+        agree=copies_agree,
+    )
+
+
 # --- The modes ------------------------------------------------------------------------------------
 
 
@@ -142,7 +156,7 @@ def pmap_mode(make_network: Callable[..., Network], tx: Any, policy: jmp.Policy,
 
 def shard_map_mode(make_network: Callable[..., Network], tx: Any, policy: jmp.Policy, mesh: Mesh) -> Mode:
     """Every device has a copy of the state, and JAX checks that the copies stay equal."""
-    loss_fn, rows = make_loss(make_network(policy, AXIS)), NamedSharding(mesh, P(AXIS))
+    loss_fn = make_loss(make_network(policy, AXIS))
 
     def local_step(state: State, batch: Any) -> Any:
         params, statistics, opt_state = state
@@ -154,15 +168,7 @@ def shard_map_mode(make_network: Callable[..., Network], tx: Any, policy: jmp.Po
         return update(tx, grads, state, seen, jax.lax.pmean(loss, AXIS))
 
     train_step = jax.shard_map(local_step, mesh=mesh, in_specs=(P(), P(AXIS)), out_specs=P(), check_vma=True)
-    return Mode(
-        layout=everywhere(mesh),
-        enter=as_it_is,
-        leave=as_it_is,
-        split=lambda batch: _pod_data.to_global(batch, rows),
-        step=jax.jit(train_step, donate_argnums=0),
-        host=on_host,
-        agree=copies_agree,
-    )
+    return global_mode(everywhere(mesh), train_step, mesh)
 
 
 def fsdp_spec(shape: tuple[int, ...], devices: int) -> P:
@@ -177,7 +183,7 @@ def fsdp_spec(shape: tuple[int, ...], devices: int) -> P:
 def jit_mode(make_network: Callable[..., Network], tx: Any, policy: jmp.Policy, mesh: Mesh) -> Mode:
     """Parameters and optimiser state are in shards, one per device (FSDP); XLA writes the collectives."""
     loss_fn = make_loss(make_network(policy))  # no axis: the batch of a jitted function is the whole batch
-    replicated, rows = everywhere(mesh), NamedSharding(mesh, P(AXIS))
+    replicated = everywhere(mesh)
 
     def layout(state: State) -> State:
         params, statistics, opt_state = state
@@ -200,15 +206,7 @@ def jit_mode(make_network: Callable[..., Network], tx: Any, policy: jmp.Policy, 
         # Without this, XLA chooses where the new state lies.
         return jax.lax.with_sharding_constraint((state, metrics), (shardings, replicated(metrics)))
 
-    return Mode(
-        layout=layout,
-        enter=as_it_is,
-        leave=as_it_is,
-        split=lambda batch: _pod_data.to_global(batch, rows),
-        step=jax.jit(train_step, donate_argnums=0),
-        host=on_host,
-        agree=copies_agree,
-    )
+    return global_mode(layout, train_step, mesh)
 
 
 MODES = {"pmap": pmap_mode, "shard_map": shard_map_mode, "jit": jit_mode}

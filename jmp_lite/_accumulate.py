@@ -21,6 +21,7 @@ from jmp_lite._tree import (
     path_string,
     select_tree,
 )
+from jmp_lite.distributed._shardings import axes_of
 
 SKIP_WINDOW, SKIP_MICROBATCH = "skip_window", "skip_microbatch"
 
@@ -59,9 +60,7 @@ def _is_key(leaf: Any) -> bool:
 def _shards(array: Any) -> int:
     """Returns into how many parts the type of an array splits its leading axis: one, but for explicit mesh axes."""
     sharding = jax.typeof(array).sharding
-    axes = sharding.spec[0]
-    names = axes if isinstance(axes, tuple) else () if axes is None else (axes,)
-    return math.prod(sharding.mesh.shape[name] for name in names)
+    return math.prod(sharding.mesh.shape[name] for name in axes_of(sharding.spec[:1]))
 
 
 def _check_leaves(named: list[tuple[str, Any]], steps: int) -> None:

@@ -70,6 +70,19 @@ def path_string(path: Path) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def cast(array: Any, dtype: Any) -> Any:
+    """Casts an array that may be in that dtype already."""
+    return array if array.dtype == dtype else jax.lax.convert_element_type(array, dtype)
+
+
+def vary_over(flags: jax.Array, axis_name: Any) -> jax.Array:
+    """Returns booleans as they are, but known to vary over all of the axes, as a collective over them demands.
+
+    The comparison is always true.
+    """
+    return flags & (jax.lax.axis_index(axis_name) >= 0)
+
+
 def cast_leaf(leaf: Any, dtype: DType, named: Iterable[DType] = ()) -> Any:
     """Casts one leaf if it is an array of a standard or a named floating format.
 
@@ -217,9 +230,7 @@ def agree(verdict: jax.Array, axis_name: Any) -> jax.Array:
     """Returns whether a verdict holds on every device along the named mapped axes (``None``: as it is)."""
     if axis_name is None:
         return verdict
-    # The comparison is always true: it makes the verdict vary over all of the axes, as a collective over them demands.
-    everywhere = verdict & (jax.lax.axis_index(axis_name) >= 0)
-    agreed: jax.Array = jax.lax.pmin(everywhere.astype(jnp.int32), axis_name) > 0
+    agreed: jax.Array = jax.lax.pmin(vary_over(verdict, axis_name).astype(jnp.int32), axis_name) > 0
     return agreed
 
 

@@ -1,6 +1,5 @@
 """Joining a job: who joins, who stays alone, and what is said when it does not work. All of it on this machine."""
 
-import os
 import re
 import socket
 import subprocess
@@ -8,12 +7,12 @@ import sys
 import time
 
 import jax
+import processes
 import pytest
 
 import jmp_lite as jmp
 
 ADDRESS = "10.0.0.1:1234"
-LAUNCHERS = ("SLURM", "OMPI", "JAX_", "TPU_", "MEGASCALE", "KUBERNETES", "XLA_")
 #: Puts the outcome into one line.
 PROGRAM = """
 import sys, jax, jmp_lite as jmp
@@ -28,30 +27,27 @@ def call(*args, **kwargs):
 @pytest.fixture
 def port():
     """A port of this machine that nobody uses at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    return processes.free_port()
 
 
 @pytest.fixture
 def start():
     """Starts a program in a process without a launcher around it; none is left at the end."""
-    processes = []
+    started = []
 
     def start(code, **variables):
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
         process = subprocess.Popen(
             [sys.executable, "-c", PROGRAM + code],
-            env={**kept, "JAX_PLATFORMS": "cpu", **variables},
+            env=processes.environment(**variables),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        processes.append(process)
+        started.append(process)
         return process
 
     yield start
-    for process in processes:
+    for process in started:
         process.kill()
         process.communicate()
 

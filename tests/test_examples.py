@@ -14,6 +14,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import processes
 import pytest
 
 import jmp_lite as jmp
@@ -26,12 +27,7 @@ ONE_POLICY = ("--policy", "mixed_float16")
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
     """The environment of the programs: they share what is compiled, which is most of their time."""
-    return {
-        **{name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
-        "COLUMNS": "100",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+    return processes.environment(COLUMNS="100", **processes.caching(tmp_path_factory.mktemp("compiled")))
 
 
 @pytest.fixture

@@ -4,13 +4,13 @@ import os
 import pathlib
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
 
 import jax
 import numpy as np
+import processes as programs
 import pytest
 from jax.sharding import PartitionSpec as P
 
@@ -30,13 +30,7 @@ def example(monkeypatch):
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
     """The environment of the programs: they share what is compiled, and no launcher is around them."""
-    launchers = ("SLURM", "OMPI", "JAX_", "TPU_", "MEGASCALE", "KUBERNETES")
-    return {
-        **{name: value for name, value in os.environ.items() if name != "XLA_FLAGS" and not name.startswith(launchers)},
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+    return programs.environment(**programs.caching(tmp_path_factory.mktemp("compiled")))
 
 
 @pytest.fixture
@@ -45,9 +39,7 @@ def start(environment, tmp_path):
     started = []
 
     def start(*arguments, processes=1):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            coordinator = f"127.0.0.1:{probe.getsockname()[1]}"
+        coordinator = f"127.0.0.1:{programs.free_port()}"
         job = []
         for process in range(processes):
             command = [sys.executable, str(EXAMPLES / "pod.py"), *map(str, arguments)]

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from jmp_lite._compat import Equation, bind
 from jmp_lite._dtypes import FLOAT32, DType
 from jmp_lite._errors import InvalidOpError
+from jmp_lite._tree import cast
 from jmp_lite.autocast._dot import accumulating_dot, product_of
 from jmp_lite.autocast._ops import GATHERS, Op, OpClass
 from jmp_lite.autocast._rules import Precision
-from jmp_lite.autocast._values import cast, is_eligible
+from jmp_lite.autocast._values import is_eligible
 from jmp_lite.distributed._gather import travel
 from jmp_lite.distributed._products import repeat, rounded_scale
 
@@ -40,8 +41,6 @@ def apply(eqn: Equation, arrays: Sequence[Any], op: Op, precision: Precision, dt
         return _checked(eqn, list(results) if eqn.primitive.multiple_results else [results])
     params = _params_at(eqn.params, dtype)
     is_product = eqn.primitive.name == "dot_general" and op is OpClass.ALLOW
-    if is_product and precision.dot is accumulating_dot:
-        return [product_of(arrays, params, dtype, accumulates=True)]
     if is_product and precision.dot is not None:
         if params.get("out_sharding") is None:
             params.pop("out_sharding", None)

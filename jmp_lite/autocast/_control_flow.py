@@ -8,9 +8,10 @@ import jax.numpy as jnp
 
 from jmp_lite._compat import Jaxpr, is_literal, manual_axes, open_jaxpr, program, scan_counts
 from jmp_lite._dtypes import FLOAT32, DType
+from jmp_lite._tree import cast
 from jmp_lite.autocast._demand import Want
 from jmp_lite.autocast._interpreter import Call, Handler, Interpreter, Retyped
-from jmp_lite.autocast._values import Origin, Tag, Value, cast, is_eligible
+from jmp_lite.autocast._values import Origin, Tag, Value, is_eligible
 
 #: A carry that is used by these alone is a sum, a moving average, a state: it stays float32.
 _ACCUMULATING = frozenset({"add", "add_any", "sub", "mul", "div", "neg", "max", "min"})

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from jax.custom_derivatives import linear_call
 
 from jmp_lite._compat import run
+from jmp_lite._tree import cast
 from jmp_lite.autocast._interpreter import Call, Handler, Interpreter, Retyped
-from jmp_lite.autocast._values import Tag, Value, cast
+from jmp_lite.autocast._values import Tag, Value
 
 
 class _Parts(NamedTuple):

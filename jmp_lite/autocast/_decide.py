@@ -114,7 +114,9 @@ def _follow(eqn: Equation, operands: Sequence[Value], precision: Precision, want
     whole = [value for value in arrays if not _is_repeated(value, eqn.outvars[0].aval.shape)] or floats
     tag, tag_of_whole = (max(value.tag for value in values) for values in (floats, whole))
     is_moved_low = want is Want.LOW and tag is not Tag.HIGH and moves_whole_arrays(name)
-    if is_moved_low and not (precision.widens_gradients and name not in GATHERS and all(map(_is_weight, floats))):
+    if is_moved_low and not (
+        precision.widens_gradients and name not in GATHERS and all(value.is_weight for value in floats)
+    ):
         return _in_half(eqn, compute_dtype, "moved in the compute dtype, which costs least")
     is_rearranged = picks_values(name) or moves_whole_arrays(name)
     if tag is Tag.SOFT and len(floats) == 1 and is_rearranged:
@@ -137,10 +139,6 @@ def _follow(eqn: Equation, operands: Sequence[Value], precision: Precision, want
     if tag is Tag.HIGH or (tag is Tag.SOFT and len(whole) == 1 and len(arrays) > 1):
         return _in_float32(eqn, "scaled or shifted by float32 statistics")._replace(tags=_tags(eqn, Tag.SOFT))
     return _in_half(eqn, compute_dtype, "follows its operands")
-
-
-def _is_weight(value: Value) -> bool:
-    return value.tag is Tag.NEUTRAL and value.origin in OF_WEIGHTS
 
 
 def _is_float_array(atom: Atom) -> bool:

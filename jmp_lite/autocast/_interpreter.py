@@ -29,13 +29,14 @@ from jmp_lite._compat import (
     with_weak_type,
 )
 from jmp_lite._dtypes import FLOAT32, DType
+from jmp_lite._tree import cast
 from jmp_lite.autocast import _regions
 from jmp_lite.autocast._apply import apply, takes_weights
 from jmp_lite.autocast._decide import decide, number_of_results, origin_of_results
 from jmp_lite.autocast._demand import WANTS_FLOAT32, Demands, Want, Wants
 from jmp_lite.autocast._ops import OpClass, classify
 from jmp_lite.autocast._rules import Precision, Settings
-from jmp_lite.autocast._values import OF_WEIGHTS, Origin, Tag, Value, as_dtype, cast, is_eligible
+from jmp_lite.autocast._values import Origin, Tag, Value, as_dtype, is_eligible
 
 Handler = Callable[["Interpreter", "Call"], list[Value]]
 
@@ -157,11 +158,8 @@ class Frame:
 
     def weight_or_array(self, atom: Atom, dtype: DType | None) -> Any:
         """Returns a weight as it is held; anything else cast to a dtype."""
-        if is_literal(atom) or not is_eligible(atom.aval):
-            return self.array(atom, dtype)
-        array, tag, origin, number = self.values[atom]
-        is_weight = tag is Tag.NEUTRAL and number is None and origin in OF_WEIGHTS
-        return array if is_weight else self.array(atom, dtype)
+        is_weight = not is_literal(atom) and is_eligible(atom.aval) and self.values[atom].is_weight
+        return self.values[atom].array if is_weight else self.array(atom, dtype)
 
     def write(self, eqn: Equation, values: Sequence[Value]) -> None:
         """Assigns the results of an equation."""

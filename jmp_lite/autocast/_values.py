@@ -52,6 +52,11 @@ class Value(NamedTuple):
     origin: Origin = Origin.COMPUTED
     number: float | None = None
 
+    @property
+    def is_weight(self) -> bool:
+        """Whether it is a parameter that no decision has touched, transposed or cut perhaps."""
+        return self.tag is Tag.NEUTRAL and self.number is None and self.origin in OF_WEIGHTS
+
 
 def is_eligible(aval: Any) -> bool:
     """Whether autocast may hold a variable of the original program in another dtype: it is a float32 array."""
@@ -94,8 +99,3 @@ def exceeds(number: float | None, dtype: DType) -> bool:
     """Whether a known number is finite and above the largest of a dtype, if only by a rounding."""
     largest = float(jnp.finfo(dtype).max)  # type: ignore[no-untyped-call]
     return number is not None and math.isfinite(number) and abs(number) > largest
-
-
-def cast(array: Any, dtype: Any) -> Any:
-    """Casts an array that may be in that dtype already."""
-    return array if array.dtype == dtype else jax.lax.convert_element_type(array, dtype)

@@ -69,6 +69,7 @@ def gather_params(params: T, shardings: Any, policy: PolicyLike, *, axis_name: A
     named = [axis for sharding in jax.tree.leaves(stored) for axis in axes_of(spec_of(sharding))]
     axes = tuple(dict.fromkeys(named)) if axis_name is None else as_tuple(axis_name)
     check_axes(axes, stored)
+    known = tracked(axes)
 
     def gather(path: Any, leaf: Any, sharding: Any) -> Any:
         place = path_string(path)
@@ -76,7 +77,7 @@ def gather_params(params: T, shardings: Any, policy: PolicyLike, *, axis_name: A
         gathered = [axis for axis in axes if axis in axes_of(spec_of(sharding))]
         if gathered:
             return travel(leaf, policy.compute_dtype, policy.reduce_dtype, *_moves(place, sharding, gathered))
-        same = tracked(axes) - varying_axes(leaf)
+        same = known - varying_axes(leaf) if known else known
         vary = functools.partial(lax.pcast, axis_name=tuple(same), to="varying")
         return travel(leaf, None, policy.reduce_dtype, vary, vary) if same else leaf
 
@@ -116,27 +117,27 @@ def _moves(place: str, sharding: Any, gathered: Sequence[Any]) -> tuple[Move, Mo
     """Returns how the shards of a parameter are gathered, and how those of a tangent are."""
     mesh, local = jax.sharding.get_abstract_mesh(), manual(gathered)
     if local:
-        if len(local) < len(gathered):
-            raise InvalidShardingError(
-                f"{place!r} is sharded as {sharding}, and of its axes only {local} are manual here. Gather over those "
-                f"first: axis_name={tuple(local)!r}."
-            )
+        _check_all_are("manual", local, gathered, place, sharding)
         move = functools.partial(_all_gather, place=place, spec=spec_of(sharding), gathered=gathered)
         return move, move
     full = without(sharding, gathered)
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     explicit = [axis for axis in gathered if types.get(axis) is AxisType.Explicit]
-    if explicit and len(explicit) < len(gathered):
-        raise InvalidShardingError(
-            f"{place!r} is sharded as {sharding}, and of its axes only {explicit} are explicit. Gather over those "
-            f"first: axis_name={tuple(explicit)!r}."
-        )
     if explicit:
+        _check_all_are("explicit", explicit, gathered, place, sharding)
         reshard = functools.partial(jax.sharding.reshard, out_shardings=full)
         return reshard, reshard
     constrain: Callable[..., Any] = lax.with_sharding_constraint
     # Told both, XLA can neither gather before the cast nor gather once more for the backward pass.
     return lambda x: constrain(constrain(x, sharding), full), lambda x: constrain(x, sharding)
+
+
+def _check_all_are(kind: str, found: Sequence[Any], gathered: Sequence[Any], place: str, sharding: Any) -> None:
+    if len(found) < len(gathered):
+        raise InvalidShardingError(
+            f"{place!r} is sharded as {sharding}, and of its axes only {found} are {kind} here. Gather over those "
+            f"first: axis_name={tuple(found)!r}."
+        )
 
 
 def _all_gather(array: Any, *, place: str, spec: PartitionSpec, gathered: Sequence[Any]) -> Any:

@@ -6,7 +6,7 @@ inside, and its gradient comes out in float32. The operands of all three product
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jmp_lite._compat import bilinear_primitive, mesh_is_explicit, sharding_in_type
 from jmp_lite._dtypes import FLOAT32, DType
+from jmp_lite._tree import cast
 
 #: Parameters of ``dot_general``, but for the dtype of the result.
 Params = tuple[tuple[str, Any], ...]
@@ -34,23 +35,20 @@ def rounded_dot(lhs: Any, rhs: Any, compute_dtype: DType, params: Params, accumu
         accumulates: Whether to ask for a float32 sum that is rounded afterwards.
     """
     dot = _accumulated_dot if accumulates else _plain_dot
-    return dot(_rounded(lhs, compute_dtype), _rounded(rhs, compute_dtype), compute_dtype, params)
+    return dot(cast(lhs, compute_dtype), cast(rhs, compute_dtype), compute_dtype, params)
 
 
 def _dot_jvp(compute_dtype: DType, params: Params, accumulates: bool, primals: Any, tangents: Any) -> tuple[Any, Any]:
-    (lhs, rhs), (lhs_tangent, rhs_tangent) = (_rounded(x, compute_dtype) for x in primals), tangents
+    lhs, rhs = (cast(x, compute_dtype) for x in primals)
 
     def linear(lhs: Any, rhs: Any, tangent: Any) -> Any:
-        dot = _plain_dot if tangent.dtype == compute_dtype else _linear_dot
-        return dot(lhs, rhs, compute_dtype, params)
+        if tangent.dtype == compute_dtype:
+            return _plain_dot(lhs, rhs, compute_dtype, params)
+        return _bind(lhs, rhs, compute_dtype, params, compute_dtype)  # transposed, it returns the dtype of the tangent
 
-    terms = []
-    if not isinstance(lhs_tangent, SymbolicZero):
-        terms.append(linear(lhs_tangent, rhs, lhs_tangent))
-    if not isinstance(rhs_tangent, SymbolicZero):
-        terms.append(linear(lhs, rhs_tangent, rhs_tangent))
     dot = _accumulated_dot if accumulates else _plain_dot
-    return dot(lhs, rhs, compute_dtype, params), functools.reduce(lax.add, terms)
+    tangent = _add_terms(tangents, lambda t: linear(t, rhs, t), lambda t: linear(lhs, t, t))
+    return dot(lhs, rhs, compute_dtype, params), tangent
 
 
 rounded_dot.defjvp(_dot_jvp, symbolic_zeros=True)
@@ -62,17 +60,17 @@ def rounded_scale(x: Any, scale: Any) -> Any:
 
     The gradient is a sum along the repeated axes. It comes before the cast back, and what is kept for it is ``x``.
     """
-    return lax.mul(x, _rounded(scale, x.dtype))
+    return lax.mul(x, cast(scale, x.dtype))
 
 
 def _scale_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
-    (x, scale), (x_tangent, scale_tangent) = primals, tangents
-    rounded, terms = _rounded(scale, x.dtype), []
-    if not isinstance(x_tangent, SymbolicZero):
-        terms.append(lax.mul(x_tangent, rounded))
-    if not isinstance(scale_tangent, SymbolicZero):
-        terms.append(lax.mul(x, _rounded(repeat(scale_tangent, jax.typeof(x)), x.dtype)))
-    return lax.mul(x, rounded), functools.reduce(lax.add, terms)
+    x, scale = primals
+    rounded = cast(scale, x.dtype)
+
+    def of_scale(tangent: Any) -> Any:
+        return lax.mul(x, cast(repeat(tangent, jax.typeof(x)), x.dtype))
+
+    return lax.mul(x, rounded), _add_terms(tangents, lambda t: lax.mul(t, rounded), of_scale)
 
 
 rounded_scale.defjvp(_scale_jvp, symbolic_zeros=True)
@@ -83,8 +81,10 @@ def repeat(array: Any, aval: Any) -> Any:
     return lax.broadcast_in_dim(array, aval.shape, tuple(range(aval.ndim)), out_sharding=sharding_in_type(aval))
 
 
-def _rounded(array: Any, dtype: Any) -> Any:
-    return array if array.dtype == dtype else lax.convert_element_type(array, dtype)
+def _add_terms(tangents: Any, *terms: Callable[[Any], Any]) -> Any:
+    """Adds up what each tangent contributes; at least one of them is there."""
+    found = [term(t) for t, term in zip(tangents, terms, strict=True) if not isinstance(t, SymbolicZero)]
+    return functools.reduce(lax.add, found)
 
 
 def _plain_dot(lhs: Any, rhs: Any, compute_dtype: DType, params: Params) -> Any:
@@ -93,15 +93,12 @@ def _plain_dot(lhs: Any, rhs: Any, compute_dtype: DType, params: Params) -> Any:
 
 def _accumulated_dot(lhs: Any, rhs: Any, compute_dtype: DType, params: Params) -> Any:
     """A product that is added up in float32, then rounded."""
-    static = {"out_sharding": None, "precision": None, **dict(params)}
-    wide = _primitive().bind(lhs, rhs, **static, preferred_element_type=FLOAT32, compute_dtype=compute_dtype)
-    return lax.convert_element_type(wide, compute_dtype)
+    return lax.convert_element_type(_bind(lhs, rhs, compute_dtype, params, FLOAT32), compute_dtype)
 
 
-def _linear_dot(lhs: Any, rhs: Any, compute_dtype: DType, params: Params) -> Any:
-    """The product as a function of a tangent: what it is transposed into returns the dtype of that tangent."""
+def _bind(lhs: Any, rhs: Any, compute_dtype: DType, params: Params, result_dtype: DType) -> Any:
     static = {"out_sharding": None, "precision": None, **dict(params)}
-    return _primitive().bind(lhs, rhs, **static, preferred_element_type=compute_dtype, compute_dtype=compute_dtype)
+    return _primitive().bind(lhs, rhs, **static, preferred_element_type=result_dtype, compute_dtype=compute_dtype)
 
 
 @functools.cache
@@ -115,18 +112,13 @@ def _primitive() -> Any:
 
 
 def _product(lhs: Any, rhs: Any, *, compute_dtype: DType, **params: Any) -> Any:
-    return lax.dot_general(_rounded(lhs, compute_dtype), _rounded(rhs, compute_dtype), **params)
+    return lax.dot_general(cast(lhs, compute_dtype), cast(rhs, compute_dtype), **params)
 
 
 def _product_on_cpu(lhs: Any, rhs: Any, *, preferred_element_type: DType, compute_dtype: DType, **params: Any) -> Any:
-    operands = [_rounded(x, compute_dtype) for x in (lhs, rhs)]
-    if preferred_element_type != compute_dtype:
-        operands = [x.astype(preferred_element_type) for x in operands]
+    operands = [cast(x, compute_dtype) for x in (lhs, rhs)]
+    operands = [cast(x, preferred_element_type) for x in operands]
     return lax.dot_general(*operands, **{**params, "preferred_element_type": preferred_element_type})
-
-
-def _narrow_product(lhs: Any, rhs: Any, *, compute_dtype: DType, **params: Any) -> Any:
-    return _product(lhs, rhs, compute_dtype=compute_dtype, **{**params, "preferred_element_type": compute_dtype})
 
 
 def _transpose(cotangent: Any, lhs: Any, rhs: Any, *, dimension_numbers: Any, **params: Any) -> Any:
@@ -160,9 +152,9 @@ def _sharding(aval: Any, axes: Sequence[int]) -> NamedSharding | None:
 def _batch(operands: Any, dimensions: Any, *, dimension_numbers: Any, **params: Any) -> tuple[Any, int]:
     """Two batched operands have one more batch dimension; one alone has one more free dimension."""
     if mesh_is_explicit():  # JAX knows how the mapped axis is sharded, and does not say
-        dtype = params["preferred_element_type"]
-        narrow = functools.partial(_narrow_product, dimension_numbers=dimension_numbers, **params)
-        return _rounded(jax.vmap(narrow, in_axes=tuple(dimensions))(*operands), dtype), 0
+        narrow = {**params, "preferred_element_type": params["compute_dtype"]}
+        product = functools.partial(_product, dimension_numbers=dimension_numbers, **narrow)
+        return cast(jax.vmap(product, in_axes=tuple(dimensions))(*operands), params["preferred_element_type"]), 0
     is_mapped = [dimension is not None for dimension in dimensions]
     lhs, rhs = (x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(operands, dimensions, strict=True))
 

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jmp_lite._tree import cast_to_at_least_float32, is_inexact, path_string
+from jmp_lite._tree import cast_to_at_least_float32, is_inexact, path_string, vary_over
 from jmp_lite.distributed._shardings import as_tuple
 
 
@@ -42,10 +42,8 @@ def nonfinite_leaves(grads: Any, *, axis_name: Any = None) -> dict[str, jax.Arra
     bad = jnp.stack([~jnp.isfinite(cast_to_at_least_float32(x)).all() for _, x in leaves])
     if axis_name is None:
         return _by_path(leaves, bad)
-    # The comparison is always true: it makes the flags vary over all of the axes, as a collective over them demands.
     axes = as_tuple(axis_name)
-    local = bad & (jax.lax.axis_index(axes) >= 0)
-    return _by_path(leaves, jax.lax.all_gather(local, axes, axis=1, to="invarying"))
+    return _by_path(leaves, jax.lax.all_gather(vary_over(bad, axes), axes, axis=1, to="invarying"))
 
 
 def _by_path(leaves: list[tuple[str, Any]], flags: jax.Array) -> dict[str, jax.Array]:

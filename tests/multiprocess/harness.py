@@ -6,22 +6,16 @@ import json
 import os
 import pathlib
 import signal
-import socket
 import subprocess
 import sys
 import time
+
+from processes import free_port
 
 TRAIN = pathlib.Path(__file__).with_name("train.py")
 #: Seconds after which a job counts as hung. Two cores may be shared by many.
 TIMEOUT = 240
 _INHERITED = ("PATH", "HOME", "TMPDIR", "LANG", "SYSTEMROOT", "LD_LIBRARY_PATH", "JMP_LITE_SEED")
-
-
-def free_port():
-    """A port of this machine that nobody uses at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def environment():
