@@ -21,12 +21,16 @@ from jmp_lite._errors import AmbiguousPolicyError as AmbiguousPolicyError
 from jmp_lite._errors import CheckpointMismatchError as CheckpointMismatchError
 from jmp_lite._errors import CheckpointNotFoundError as CheckpointNotFoundError
 from jmp_lite._errors import ClusterError as ClusterError
+from jmp_lite._errors import CorruptArtefactError as CorruptArtefactError
 from jmp_lite._errors import CorruptCheckpointError as CorruptCheckpointError
 from jmp_lite._errors import CorruptCheckpointWarning as CorruptCheckpointWarning
+from jmp_lite._errors import InvalidExportError as InvalidExportError
 from jmp_lite._errors import InvalidLossScaleError as InvalidLossScaleError
 from jmp_lite._errors import InvalidMicrobatchError as InvalidMicrobatchError
 from jmp_lite._errors import InvalidOpError as InvalidOpError
 from jmp_lite._errors import InvalidPolicyError as InvalidPolicyError
+from jmp_lite._errors import InvalidPruningError as InvalidPruningError
+from jmp_lite._errors import InvalidRecipeError as InvalidRecipeError
 from jmp_lite._errors import InvalidRuleError as InvalidRuleError
 from jmp_lite._errors import InvalidShardingError as InvalidShardingError
 from jmp_lite._errors import JmpLiteError as JmpLiteError
@@ -34,7 +38,9 @@ from jmp_lite._errors import LossDtypeError as LossDtypeError
 from jmp_lite._errors import LossScaleNotFoundError as LossScaleNotFoundError
 from jmp_lite._errors import LossScaleStalledError as LossScaleStalledError
 from jmp_lite._errors import NonScalarPredicateError as NonScalarPredicateError
+from jmp_lite._errors import PlatformMismatchError as PlatformMismatchError
 from jmp_lite._errors import PolicyMismatchError as PolicyMismatchError
+from jmp_lite._errors import SecondDerivativeError as SecondDerivativeError
 from jmp_lite._errors import SlowDtypeWarning as SlowDtypeWarning
 from jmp_lite._errors import TracedStaticScaleError as TracedStaticScaleError
 from jmp_lite._errors import UnknownDtypeError as UnknownDtypeError
@@ -69,9 +75,11 @@ from jmp_lite.autocast import register_op as register_op
 if TYPE_CHECKING:
     from jmp_lite import checkpoint as checkpoint
     from jmp_lite import distributed as distributed
+    from jmp_lite import export as export
     from jmp_lite import linen as linen
     from jmp_lite import nnx as nnx
     from jmp_lite import optim as optim
+    from jmp_lite import quant as quant
     from jmp_lite.optim import LossScaledState as LossScaledState
     from jmp_lite.optim import apply_gradients as apply_gradients
     from jmp_lite.optim import check_loss_scale as check_loss_scale
@@ -81,7 +89,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 # Loaded on first use (PEP 562), so that ``import jmp_lite`` needs neither Optax nor Flax nor Orbax.
-_CHAPTERS = frozenset({"checkpoint", "distributed", "linen", "nnx", "optim"})
+_CHAPTERS = frozenset({"checkpoint", "distributed", "export", "linen", "nnx", "optim", "quant"})
 _FROM_OPTIM = frozenset({"LossScaledState", "apply_gradients", "check_loss_scale", "loss_scaled", "metrics"})
 
 __all__ = [
@@ -90,14 +98,18 @@ __all__ = [
     "CheckpointMismatchError",
     "CheckpointNotFoundError",
     "ClusterError",
+    "CorruptArtefactError",
     "CorruptCheckpointError",
     "CorruptCheckpointWarning",
     "DynamicLossScale",
     "Explanation",
+    "InvalidExportError",
     "InvalidLossScaleError",
     "InvalidMicrobatchError",
     "InvalidOpError",
     "InvalidPolicyError",
+    "InvalidPruningError",
+    "InvalidRecipeError",
     "InvalidRuleError",
     "InvalidShardingError",
     "JmpLiteError",
@@ -109,10 +121,12 @@ __all__ = [
     "NoOpLossScale",
     "NonScalarPredicateError",
     "OpClass",
+    "PlatformMismatchError",
     "Policy",
     "PolicyMap",
     "PolicyMismatchError",
     "Rule",
+    "SecondDerivativeError",
     "SlowDtypeWarning",
     "StaticLossScale",
     "TracedStaticScaleError",
@@ -129,6 +143,7 @@ __all__ = [
     "distributed",
     "dtype_to_names",
     "explain",
+    "export",
     "full_precision",
     "get_policy",
     "half_dtype",
@@ -141,6 +156,7 @@ __all__ = [
     "no_autocast",
     "optim",
     "parse_dtype",
+    "quant",
     "register_op",
     "scaled_value_and_grad",
     "select_tree",

@@ -180,7 +180,6 @@ def bilinear_primitive(
         batch: The rule of ``vmap``: ``batch(operands, dimensions, **params) -> (result, dimension)``.
         impls_by_platform: What is compiled instead of ``impl`` for some platforms.
     """
-    from jax.extend.core import Primitive
     from jax.interpreters import ad, batching, mlir
 
     def of_lhs(cotangent: Any, lhs: Any, rhs: Any, **params: Any) -> Any:
@@ -193,15 +192,65 @@ def bilinear_primitive(
         [platform] = {device.platform for device in lhs.devices()}
         return impls_by_platform.get(platform, impl)(lhs, rhs, **params)
 
-    def abstract_eval(*avals: Any, **params: Any) -> Any:
-        return jax.make_jaxpr(functools.partial(impl, **params))(*avals).out_avals[0]
-
-    primitive = Primitive(name)
+    primitive = composed_primitive(name, impl)
     primitive.def_impl(evaluate)
-    primitive.def_abstract_eval(abstract_eval)
     ad.defbilinear(primitive, of_lhs, of_rhs)
     batching.primitive_batchers[primitive] = batch
-    mlir.register_lowering(primitive, mlir.lower_fun(impl, multiple_results=False))
     for platform, other in impls_by_platform.items():
         mlir.register_lowering(primitive, mlir.lower_fun(other, multiple_results=False), platform=platform)
+    return primitive
+
+
+def linear_primitive(
+    name: str,
+    impl: Callable[..., Any],
+    transpose: Callable[..., Any],
+    batch: Callable[..., Any],
+    linear: frozenset[int],
+) -> Any:
+    """Makes a primitive that is linear in some of its operands together, and has no derivative in the others.
+
+    Args:
+        name: Name that jaxprs show.
+        impl: Computes it.
+        transpose: ``transpose(cotangent, *operands, **params)`` is given abstract values for those that are wanted, and
+            returns one cotangent per operand, ``None`` for the others.
+        batch: The rule of ``vmap``.
+        linear: Positions of the operands in which it is linear.
+    """
+    from jax.interpreters import ad, batching
+
+    def jvp(primals: Any, tangents: Any, **params: Any) -> Any:
+        moved = [
+            ad.instantiate_zeros(tangent) if i in linear else primal
+            for i, (primal, tangent) in enumerate(zip(primals, tangents, strict=True))
+        ]
+        return primitive.bind(*primals, **params), primitive.bind(*moved, **params)
+
+    def transpose_rule(cotangent: Any, *operands: Any, **params: Any) -> Any:
+        if type(cotangent) is ad.Zero:
+            return [None] * len(operands)
+        return transpose(cotangent, *(x.aval if ad.is_undefined_primal(x) else x for x in operands), **params)
+
+    primitive = composed_primitive(name, impl)
+    ad.primitive_jvps[primitive] = jvp
+    ad.primitive_transposes[primitive] = transpose_rule
+    batching.primitive_batchers[primitive] = batch
+    return primitive
+
+
+def composed_primitive(name: str, impl: Callable[..., Any], *, multiple_results: bool = False) -> Any:
+    """Makes a primitive that is evaluated and compiled as what it is composed of."""
+    from jax.extend.core import Primitive
+    from jax.interpreters import mlir
+
+    def abstract_eval(*avals: Any, **params: Any) -> Any:
+        results = jax.make_jaxpr(functools.partial(impl, **params))(*avals).out_avals
+        return results if multiple_results else results[0]
+
+    primitive = Primitive(name)
+    primitive.multiple_results = multiple_results
+    primitive.def_impl(impl)
+    primitive.def_abstract_eval(abstract_eval)
+    mlir.register_lowering(primitive, mlir.lower_fun(impl, multiple_results=multiple_results))
     return primitive

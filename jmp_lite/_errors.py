@@ -19,8 +19,14 @@
     ├── CheckpointMismatchError   ValueError      a state and a checkpoint that do not belong together
     ├── CheckpointNotFoundError   FileNotFoundError  no checkpoint where one was asked for
     ├── CorruptCheckpointError    RuntimeError    a checkpoint that is damaged, and no good one before it
+    ├── InvalidExportError        ValueError      something that cannot be frozen into an artefact
+    ├── CorruptArtefactError      ValueError      a file that is no artefact, a damaged one, or not the one meant
+    ├── PlatformMismatchError     RuntimeError    an artefact that this process cannot run
     ├── InvalidShardingError      ValueError      shardings that cannot be gathered from
     ├── ClusterError              RuntimeError    the processes of a job do not find each other
+    ├── InvalidRecipeError        ValueError      a way to quantise that does not exist
+    ├── InvalidPruningError       ValueError      a way to prune that does not exist
+    ├── SecondDerivativeError     NotImplementedError  a second derivative through quantised products
     ├── InvalidOpError            TypeError       something that cannot stand for a primitive in autocast
     └── InvalidRuleError          ValueError      a rule or a setting of autocast that means nothing
     SlowDtypeWarning              UserWarning     a format that this accelerator cannot run fast
@@ -230,6 +236,45 @@ class CorruptCheckpointError(JmpLiteError, RuntimeError):
     """
 
 
+class InvalidExportError(JmpLiteError, ValueError):
+    """A function, its parameters or a setting cannot be frozen into an artefact.
+
+    Example:
+        >>> jmp.export.freeze(jnp.dot, jax.random.key(0), path="model.safetensors")
+        Traceback (most recent call last):
+        jmp_lite._errors.InvalidExportError: Leaf '' is key<fry>[], which no safetensors file can hold...
+    """
+
+
+class CorruptArtefactError(JmpLiteError, ValueError):
+    """A file is no artefact, was changed after it was written, or is another one than the caller pinned.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> path = pathlib.Path(tempfile.mkdtemp(), "model.safetensors")
+        >>> digest = jmp.export.freeze(lambda w, x: w * x, jnp.ones(2), jnp.ones(2), path=path)
+        >>> print(jmp.export.load(path, digest=digest)(jnp.ones(2)))
+        [1. 1.]
+        >>> _ = path.write_bytes(path.read_bytes()[:-1])
+        >>> jmp.export.load(path)
+        Traceback (most recent call last):
+        jmp_lite._errors.CorruptArtefactError: '...model.safetensors' was changed after it was written...
+    """
+
+
+class PlatformMismatchError(JmpLiteError, RuntimeError):
+    """An artefact cannot be run by this process: it was made for other devices, another JAX, or needs float64.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> path = pathlib.Path(tempfile.mkdtemp(), "model.safetensors")
+        >>> _ = jmp.export.freeze(lambda w, x: w * x, jnp.ones(2), jnp.ones(2), path=path, platforms=["tpu"])
+        >>> jmp.export.load(path)
+        Traceback (most recent call last):
+        jmp_lite._errors.PlatformMismatchError: '...model.safetensors' was frozen for tpu, but this process runs on ...
+    """
+
+
 class ClusterError(JmpLiteError, RuntimeError):
     """The processes of a job do not find each other, or a process was told something that cannot be.
 
@@ -251,6 +296,36 @@ class InvalidShardingError(JmpLiteError, ValueError):
         jmp_lite._errors.InvalidShardingError: A sharding must be a NamedSharding, a PartitionSpec or None, got...
         >>> jmp.distributed.gather_params({"w": jnp.ones(8)}, jax.P(), "mixed_bfloat16")["w"].shape
         (8,)
+    """
+
+
+class InvalidRecipeError(JmpLiteError, ValueError):
+    """A format, a granularity or a combination of these that nothing can be quantised with.
+
+    Example:
+        >>> jmp.quant.QuantSpec(jnp.int4)
+        Traceback (most recent call last):
+        jmp_lite._errors.InvalidRecipeError: dtype must be float8_e4m3fn ('e4m3'), float8_e5m2 ('e5m2') or int8, got ...
+    """
+
+
+class InvalidPruningError(JmpLiteError, ValueError):
+    """Settings of ``prune`` that mean nothing, or weights that cannot be pruned as asked.
+
+    Example:
+        >>> jmp.optim.prune(80)
+        Traceback (most recent call last):
+        jmp_lite._errors.InvalidPruningError: sparsity must be in [0, 1) or a schedule, got 80...
+    """
+
+
+class SecondDerivativeError(JmpLiteError, NotImplementedError):
+    """Quantised products have first derivatives only: rounding has no derivative, and a stand-in for it no second.
+
+    Example:
+        >>> jax.hessian(lambda x: jmp.quant.FP8(x, x, (((0,), (0,)), ((), ()))))(jnp.ones(2))
+        Traceback (most recent call last):
+        jmp_lite._errors.SecondDerivativeError: A product with an operand in e4m3:pow2 was differentiated twice...
     """
 
 

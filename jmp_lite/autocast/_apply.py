@@ -10,7 +10,7 @@ from jmp_lite._compat import Equation, bind
 from jmp_lite._dtypes import FLOAT32, DType
 from jmp_lite._errors import InvalidOpError
 from jmp_lite._tree import cast
-from jmp_lite.autocast._dot import accumulating_dot, product_of
+from jmp_lite.autocast._dot import Product, accumulating_dot, product_of
 from jmp_lite.autocast._ops import GATHERS, Op, OpClass
 from jmp_lite.autocast._rules import Precision
 from jmp_lite.autocast._values import is_eligible
@@ -28,24 +28,27 @@ def takes_weights(eqn: Equation, op: Op, precision: Precision, dtype: DType | No
     if eqn.primitive.name in GATHERS:
         return dtype != precision.reduce_dtype
     is_product = eqn.primitive is jax.lax.dot_general_p and op is OpClass.ALLOW
-    is_ours = precision.dot is None or precision.dot is accumulating_dot
+    dot: Any = precision.dot
+    if is_product and isinstance(dot, Product):
+        return True
+    is_ours = dot is None or dot is accumulating_dot
     return precision.widens_gradients and ((is_product and is_ours) or eqn.primitive.name in _REPEATS)
 
 
 def apply(eqn: Equation, arrays: Sequence[Any], op: Op, precision: Precision, dtype: DType | None) -> list[Any]:
     """Runs the primitive of an equation, or what takes its place, on operands that have been cast."""
-    if dtype is None or dtype == FLOAT32:
+    if dtype is None or dtype != precision.dtype or precision.mode in ("full", "off"):
         return bind(eqn, arrays, eqn.params)
     if not isinstance(op, OpClass):
         results = op(*arrays, **eqn.params)
         return _checked(eqn, list(results) if eqn.primitive.multiple_results else [results])
     params = _params_at(eqn.params, dtype)
     is_product = eqn.primitive.name == "dot_general" and op is OpClass.ALLOW
-    if is_product and precision.dot is not None:
+    if is_product and precision.dot is not None and is_eligible(eqn.outvars[0].aval):
         if params.get("out_sharding") is None:
             params.pop("out_sharding", None)
         return [cast(precision.dot(*arrays, params.pop("dimension_numbers"), **params), dtype)]
-    if not any(getattr(array, "dtype", None) == FLOAT32 for array in arrays):
+    if dtype == FLOAT32 or not any(getattr(array, "dtype", None) == FLOAT32 for array in arrays):
         return bind(eqn, arrays, params)
     return [_of_weights(eqn, arrays, params, dtype, precision.reduce_dtype)]
 

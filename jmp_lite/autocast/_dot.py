@@ -8,6 +8,13 @@ from jmp_lite._errors import InvalidRuleError
 from jmp_lite.distributed._products import rounded_dot
 
 
+class Product:
+    """Base of what takes the place of ``lax.dot_general`` and rounds its operands itself.
+
+    Weights reach it as they are, so that they are rounded once and their gradients are not.
+    """
+
+
 def accumulate_in(dtype: Any) -> Callable[..., Any]:
     """Returns a matrix product with the signature of ``lax.dot_general`` that adds up in float32.
 

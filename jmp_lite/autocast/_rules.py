@@ -13,7 +13,7 @@ from jmp_lite._dtypes import ACCEPTED_NAMES, FLOAT32, DType, dtype_or_none
 from jmp_lite._errors import InvalidPolicyError, InvalidRuleError
 from jmp_lite._policy import Policy, PolicyMap, compile_pattern, get_policy
 from jmp_lite.autocast import _regions
-from jmp_lite.autocast._ops import Op
+from jmp_lite.autocast._ops import Op, OpClass
 from jmp_lite.autocast._values import is_in_range
 
 #: ``Module.method``, as Linen names the scope of any method but ``__call__``.
@@ -102,7 +102,7 @@ class Rule:
         if not isinstance(self.precision, str):
             return precision._replace(mode="auto", dtype=self.precision, dot=dot, reason=str(self))
         if self.precision != "full" and precision.dtype.itemsize >= FLOAT32.itemsize:
-            return precision
+            return precision if dot is None else precision._replace(mode="auto", dot=dot, reason=str(self))
         return precision._replace(mode=self.precision, dot=dot, reason=str(self), leaves_whole=is_whole)
 
     def __str__(self) -> str:
@@ -172,6 +172,11 @@ class Settings:
         return frozenset(dtype for dtype in named if dtype.itemsize < FLOAT32.itemsize)
 
     @property
+    def has_replacements(self) -> bool:
+        """Whether functions take the place of primitives, also where the compute dtype is float32."""
+        return self.dot is not None or any(not isinstance(op, OpClass) for _, op in self.ops)
+
+    @property
     def depends_on_scope(self) -> bool:
         """Whether the precision of an equation depends on its name scope, regions apart."""
         return bool(self.rules) or isinstance(self.policy, PolicyMap)
@@ -179,13 +184,15 @@ class Settings:
     def precision(self, scope: str, primitive: str) -> Precision:
         """Resolves the precision of a primitive in a name scope."""
         policy = self.policy.policy_for(_path_in_model(scope, self.root))
-        dtype, is_full = policy.compute_dtype, policy.compute_dtype.itemsize >= FLOAT32.itemsize
+        dtype = policy.compute_dtype
+        is_full = dtype.itemsize >= FLOAT32.itemsize and not self.has_replacements
         mode, reduce_dtype = "full" if is_full else "auto", policy.reduce_dtype or FLOAT32
         reason = "compute dtype of the policy is float32"
         in_policy = Precision(mode, dtype, self.dot, reason, reduce_dtype=reduce_dtype)
         region = _regions.innermost(scope)
         if region is not None:
-            mode = "full" if is_full and _regions.MODES[region] == "low" else _regions.MODES[region]
+            region_mode = _regions.MODES[region]
+            mode = mode if dtype.itemsize >= FLOAT32.itemsize and region_mode == "low" else region_mode
             return in_policy._replace(
                 mode=mode, reason=f"in a {region.removeprefix('jmp.')} region", leaves_whole=mode == "off"
             )

@@ -16,6 +16,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jmp_lite._compat import bilinear_primitive, mesh_is_explicit, sharding_in_type
+from jmp_lite._dimensions import dimensions, mapped, transposed
 from jmp_lite._dtypes import FLOAT32, DType
 from jmp_lite._tree import cast
 
@@ -44,7 +45,9 @@ def _dot_jvp(compute_dtype: DType, params: Params, accumulates: bool, primals: A
     def linear(lhs: Any, rhs: Any, tangent: Any) -> Any:
         if tangent.dtype == compute_dtype:
             return _plain_dot(lhs, rhs, compute_dtype, params)
-        return _bind(lhs, rhs, compute_dtype, params, compute_dtype)  # transposed, it returns the dtype of the tangent
+        return product(
+            lhs, rhs, compute_dtype, params, compute_dtype
+        )  # transposed, it returns the dtype of the tangent
 
     dot = _accumulated_dot if accumulates else _plain_dot
     tangent = _add_terms(tangents, lambda t: linear(t, rhs, t), lambda t: linear(lhs, t, t))
@@ -93,10 +96,11 @@ def _plain_dot(lhs: Any, rhs: Any, compute_dtype: DType, params: Params) -> Any:
 
 def _accumulated_dot(lhs: Any, rhs: Any, compute_dtype: DType, params: Params) -> Any:
     """A product that is added up in float32, then rounded."""
-    return lax.convert_element_type(_bind(lhs, rhs, compute_dtype, params, FLOAT32), compute_dtype)
+    return lax.convert_element_type(product(lhs, rhs, compute_dtype, params, FLOAT32), compute_dtype)
 
 
-def _bind(lhs: Any, rhs: Any, compute_dtype: DType, params: Params, result_dtype: DType) -> Any:
+def product(lhs: Any, rhs: Any, compute_dtype: DType, params: Params, result_dtype: DType) -> Any:
+    """Multiplies two arrays, rounded to a compute dtype, into a result of a dtype that may be wider."""
     static = {"out_sharding": None, "precision": None, **dict(params)}
     return _primitive().bind(lhs, rhs, **static, preferred_element_type=result_dtype, compute_dtype=compute_dtype)
 
@@ -123,47 +127,32 @@ def _product_on_cpu(lhs: Any, rhs: Any, *, preferred_element_type: DType, comput
 
 def _transpose(cotangent: Any, lhs: Any, rhs: Any, *, dimension_numbers: Any, **params: Any) -> Any:
     """The cotangent of the operand that is given as an abstract value, in its dtype."""
-    contracted, batched = dimension_numbers
-    of_lhs = isinstance(lhs, jax.core.ShapedArray)
-    wanted, other = (lhs, rhs) if of_lhs else (rhs, lhs)
-    mine, its = (0, 1) if of_lhs else (1, 0)
-    kept, others_kept = (_kept(x, contracted[i], batched[i]) for x, i in ((wanted, mine), (other, its)))
-    first = len(batched[0]) + (len(kept) if of_lhs else 0)
-    in_cotangent = tuple(range(first, first + len(others_kept)))
-    dims = ((in_cotangent, others_kept), (tuple(range(len(batched[0]))), batched[its]))
-    pairs = sorted(zip(contracted[its], contracted[mine], strict=True))
-    axes = (*batched[mine], *kept, *(axis for _, axis in pairs))
-    result = {"preferred_element_type": wanted.dtype, "out_sharding": _sharding(wanted, axes)}
-    product = _primitive().bind(cotangent, other, dimension_numbers=dims, **{**params, **result})
-    return lax.transpose(product, [axes.index(axis) for axis in range(wanted.ndim)])
+    side = 0 if isinstance(lhs, jax.core.ShapedArray) else 1
+    wanted, other = (lhs, rhs) if side == 0 else (rhs, lhs)
+    found = transposed(dimensions(dimension_numbers), (lhs.ndim, rhs.ndim), side)
+    result = {"preferred_element_type": wanted.dtype, "out_sharding": permuted_sharding(wanted, found.axes)}
+    operands = found.ordered(cotangent, other)
+    of_wanted = _primitive().bind(*operands, dimension_numbers=found.dims, **{**params, **result})
+    return lax.transpose(of_wanted, found.permutation)
 
 
-def _kept(array: Any, contracted: Sequence[int], batched: Sequence[int]) -> tuple[int, ...]:
-    return tuple(axis for axis in range(array.ndim) if axis not in {*contracted, *batched})
-
-
-def _sharding(aval: Any, axes: Sequence[int]) -> NamedSharding | None:
+def permuted_sharding(aval: Any, axes: Sequence[int]) -> NamedSharding | None:
     """The sharding in the type of an array, with its axes permuted."""
     sharding = sharding_in_type(aval)
     permuted = sharding and PartitionSpec(*(sharding.spec[axis] for axis in axes))
     return sharding and NamedSharding(sharding.mesh, permuted)
 
 
-def _batch(operands: Any, dimensions: Any, *, dimension_numbers: Any, **params: Any) -> tuple[Any, int]:
+def _batch(operands: Any, positions: Any, *, dimension_numbers: Any, **params: Any) -> tuple[Any, int]:
     """Two batched operands have one more batch dimension; one alone has one more free dimension."""
     if mesh_is_explicit():  # JAX knows how the mapped axis is sharded, and does not say
         narrow = {**params, "preferred_element_type": params["compute_dtype"]}
-        product = functools.partial(_product, dimension_numbers=dimension_numbers, **narrow)
-        return cast(jax.vmap(product, in_axes=tuple(dimensions))(*operands), params["preferred_element_type"]), 0
-    is_mapped = [dimension is not None for dimension in dimensions]
-    lhs, rhs = (x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(operands, dimensions, strict=True))
-
-    def moved(axes: Any) -> list[tuple[int, ...]]:
-        return [tuple(axis + mapped for axis in of) for of, mapped in zip(axes, is_mapped, strict=True)]
-
-    contracted, batched = map(moved, dimension_numbers)
-    if all(is_mapped):
-        batched = [(0, *axes) for axes in batched]
-    product = _primitive().bind(lhs, rhs, dimension_numbers=((*contracted,), (*batched,)), **params)
-    free_before = 0 if is_mapped[0] else len(_kept(lhs, contracted[0], batched[0]))
-    return product, 0 if all(is_mapped) else len(batched[0]) + free_before
+        one = functools.partial(_product, dimension_numbers=dimension_numbers, **narrow)
+        return cast(jax.vmap(one, in_axes=tuple(positions))(*operands), params["preferred_element_type"]), 0
+    is_mapped = [position is not None for position in positions]
+    lhs, rhs = (
+        x if position is None else jnp.moveaxis(x, position, 0) for x, position in zip(operands, positions, strict=True)
+    )
+    ndims = lhs.ndim - is_mapped[0], rhs.ndim - is_mapped[1]
+    dims, axis = mapped(dimensions(dimension_numbers), ndims, is_mapped)
+    return _primitive().bind(lhs, rhs, dimension_numbers=dims, **params), axis

@@ -1,0 +1,237 @@
+"""``freeze``: a function and its parameters as one file."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.export import export
+
+from jmp_lite._errors import InvalidExportError
+from jmp_lite._policy import Policy, PolicyLike, PolicyMap, get_policy
+from jmp_lite._tree import describe, is_array, path_string
+from jmp_lite.autocast import autocast
+from jmp_lite.export._file import PathLike, write
+from jmp_lite.quant import DotRecipe, QuantSpec, delayed, get_recipe
+from jmp_lite.quant._array import dequantize_tree, is_quantized, quantize_tree
+
+PROGRAM = "__program__"
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
+
+def freeze(
+    apply: Callable[..., Any],
+    params: Any,
+    *args: Any,
+    path: PathLike,
+    policy: PolicyLike | None = None,
+    recipe: str | DotRecipe | None = None,
+    histories: Any = None,
+    platforms: Sequence[str] | None = None,
+) -> str:
+    """Writes ``apply(params, *args)`` as one file: program, weights, and the precision that it computes in.
+
+    What ``load`` gives back computes bit for bit what ``jax.jit`` of the frozen function computes here: ``apply``, in
+    ``autocast(apply, policy, dot=recipe)`` if a policy is given, on what quantised weights stand for.
+
+    A recipe says how weights are held. Kernels (see ``quant.quantize_tree``) are stored in the format of ``recipe.rhs``
+    with its scales, unless some parameters are quantised already: then all are stored as they are, which is the way to
+    choose leaves, axes or formats yourself. If the recipe quantises activations too (``W8A8``, ``FP8``), products are
+    those of the recipe, which finds the very numbers that are stored again in the kernels. If not (``W8A16``),
+    products are those of the policy.
+
+    Args:
+        apply: Function that ``jax.jit`` takes: ``model.apply`` of Linen and Haiku, ``lambda state, x:
+            nnx.merge(graphdef, state)(x)``, ``lambda model, x: model(x)`` for Equinox, or any other.
+        params: Its first argument. Arrays become weights of the file under their paths; other leaves stay as they are
+            in the program.
+        *args: Its other arguments, as arrays or ``jax.ShapeDtypeStruct`` in dicts, lists, tuples and ``None``. Only
+            shapes and dtypes matter; a free size comes from ``jax.export.symbolic_shape("batch, 28, 28")``.
+        path: File to write, by custom ``*.safetensors``.
+        policy: Policy to compute under; ``None`` leaves ``apply`` as it is.
+        recipe: How to quantise, or its name.
+        histories: From ``quant.calibrate``, for recipes with a history (``W8A8_STATIC``): their scales become constants
+            of the program.
+        platforms: Where it is to run: any of ``"cpu"``, ``"cuda"``, ``"rocm"``, ``"tpu"``; this process' own platform
+            by default.
+
+    Returns:
+        The SHA-256 digest of the file, to pin it with ``load(path, digest=...)``.
+
+    Raises:
+        InvalidExportError: If a leaf cannot be stored, two have the same path, arguments or results are no trees of
+            arrays in containers that every Python knows, a platform does not exist, or policy and recipe do not go
+            together.
+        InvalidRecipeError: If nothing is known by the name of the recipe.
+        UnknownDtypeError: If the policy string cannot be parsed.
+
+    Example:
+        >>> import tempfile
+        >>> path = f"{tempfile.mkdtemp()}/model.safetensors"
+        >>> params = {"kernel": jnp.eye(4), "bias": jnp.ones(4)}
+        >>> rows = jax.ShapeDtypeStruct(jax.export.symbolic_shape("rows, 4"), jnp.float32)
+        >>> digest = jmp.export.freeze(
+        ...     lambda p, x: x @ p["kernel"] + p["bias"],
+        ...     params,
+        ...     rows,
+        ...     path=path,
+        ...     policy="mixed_bfloat16",
+        ...     recipe="w8a16",
+        ... )
+        >>> print(jmp.export.load(path, digest=digest)(jnp.ones((1, 4))))
+        [[2. 2. 2. 2.]]
+
+    References:
+        ``jax.export`` and its compatibility guarantees (docs.jax.dev, "Exporting and serializing staged-out
+        computations"); safetensors (github.com/huggingface/safetensors). The problem is that of Sculley et al., "Hidden
+        Technical Debt in Machine Learning Systems": training and serving that compute different things.
+    """
+    resolved = None if policy is None else get_policy(policy)
+    chosen = None if recipe is None else get_recipe(recipe)
+    targets = _checked_platforms(platforms)
+    run = _with_precision(apply, resolved, chosen, histories)
+    weights, rebuild = _split(_held(params, chosen))
+
+    def frozen(*args: Any, weights: dict[str, Any]) -> Any:
+        return run(dequantize_tree(rebuild(weights)), *args)
+
+    specs, weight_specs = jax.tree.map(_spec, (args, weights))
+    with _without_source_lines():
+        exported = export(jax.jit(frozen), platforms=targets)(*specs, weights=weight_specs)
+    try:
+        serialized = exported.serialize()
+    except ValueError as error:
+        raise InvalidExportError(
+            f"Arguments or results stand in containers that only this program knows: {error}. Take and return dicts, "
+            "lists and tuples of arrays."
+        ) from None
+    header = {
+        "jax": jax.__version__,
+        "platforms": list(exported.platforms),
+        "policy": None if resolved is None else str(resolved),
+        "quantized": _quantized(rebuild(weights)),
+        "recipe": None if chosen is None else str(chosen),
+    }
+    return write(path, {**weights, PROGRAM: np.frombuffer(serialized, np.uint8)}, header)
+
+
+def _checked_platforms(platforms: Sequence[str] | None) -> tuple[str, ...] | None:
+    if platforms is None:
+        return None
+    listed = (platforms,) if isinstance(platforms, str) else tuple(platforms)
+    unknown = [repr(platform) for platform in listed if platform not in PLATFORMS]
+    if unknown or not listed:
+        raise InvalidExportError(
+            f"platforms={platforms!r}: {', '.join(unknown) or 'nothing'} is no platform. Accepted: "
+            f"{', '.join(PLATFORMS)}."
+        )
+    return listed
+
+
+@contextlib.contextmanager
+def _without_source_lines() -> Iterator[None]:
+    """Keeps the files and lines of the traced code out of the program, which would otherwise carry them along."""
+    limit = jax.config.values["jax_traceback_in_locations_limit"]
+    jax.config.update("jax_traceback_in_locations_limit", 0)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_traceback_in_locations_limit", limit)
+
+
+# --- Precision ------------------------------------------------------------------------------------
+
+
+def _with_precision(
+    apply: Callable[..., Any], policy: Policy | PolicyMap | None, recipe: DotRecipe | None, histories: Any
+) -> Callable[..., Any]:
+    """The function that is frozen, of parameters that are dequantised."""
+    needs_histories = recipe is not None and recipe.lhs is not None and recipe.history > 0
+    if needs_histories != (histories is not None):
+        raise InvalidExportError(
+            f"Recipe {recipe} has scales from histories, and none were given. Pass histories=quant.calibrate(...)."
+            if needs_histories
+            else f"histories were given, but recipe {recipe} has no use for any. Leave them out."
+        )
+    if recipe is None or recipe.lhs is None:
+        return apply if policy is None else autocast(apply, policy)
+    if policy is None or all(p.compute_dtype.itemsize != 2 for p in _all_policies(policy)):
+        raise InvalidExportError(
+            f"Recipe {recipe} quantises the products of a policy that computes in 16 bits, got policy={_say(policy)}. "
+            "Pass policy='mixed_bfloat16'; or give the recipe to the layers (dot_general=recipe) and quantise the "
+            "parameters with quant.quantize_tree."
+        )
+    run = autocast(apply, policy, dot=recipe)
+    if not needs_histories:
+        return run
+    calibrated = delayed(run)
+    return lambda params, *args: calibrated(histories, params, *args)
+
+
+def _all_policies(policy: Policy | PolicyMap) -> list[Policy]:
+    return policy.all_policies() if isinstance(policy, PolicyMap) else [policy]
+
+
+def _say(policy: Policy | PolicyMap | None) -> str:
+    return "None" if policy is None else repr(str(policy))
+
+
+# --- Weights --------------------------------------------------------------------------------------
+
+
+def _held(params: Any, recipe: DotRecipe | None) -> Any:
+    """Parameters as they are stored."""
+    spec = None if recipe is None else recipe.rhs
+    nodes = jax.tree.leaves(params, is_leaf=is_quantized)
+    if not isinstance(spec, QuantSpec) or any(map(is_quantized, nodes)):
+        return params
+    if spec.is_blockwise:
+        raise InvalidExportError(
+            f"Recipe {recipe} has scales for blocks, which arrays cannot be held with. Quantise the parameters with "
+            "quant.quantize_tree, one scale per channel, or take another recipe."
+        )
+    return quantize_tree(params, dataclasses.replace(spec, stochastic=False))
+
+
+def _split(params: Any) -> tuple[dict[str, Any], Callable[[dict[str, Any]], Any]]:
+    """Takes the arrays out of a tree, by path, and tells how to put arrays in again."""
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    weights: dict[str, Any] = {}
+    places: list[tuple[str | None, Any]] = []
+    for key_path, leaf in leaves:
+        name = path_string(key_path)
+        if not is_array(leaf):
+            places.append((None, leaf))
+            continue
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+            raise InvalidExportError(
+                f"Leaf {name!r} is {describe(leaf)}, which no safetensors file can hold. Keep it out of the "
+                "parameters, or store jax.random.key_data(leaf)."
+            )
+        name = name or "params"
+        if name in weights or name == PROGRAM:
+            raise InvalidExportError(
+                f"Two things would be stored as {name!r}, one of them {describe(leaf)}. Rename one."
+            )
+        weights[name] = np.asarray(leaf)
+        places.append((name, None))
+
+    def rebuild(arrays: dict[str, Any]) -> Any:
+        return jax.tree.unflatten(treedef, [leaf if name is None else arrays[name] for name, leaf in places])
+
+    return weights, rebuild
+
+
+def _quantized(params: Any) -> dict[str, str]:
+    """The dtype that each quantised leaf stands for, by path."""
+    nodes = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_quantized)
+    return {path_string(path): node.dtype.name for path, node in nodes if is_quantized(node)}
+
+
+def _spec(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of an argument, and nothing of where it is."""
+    array = leaf if hasattr(leaf, "shape") and hasattr(leaf, "dtype") else jnp.asarray(leaf)
+    return jax.ShapeDtypeStruct(array.shape, jax.dtypes.canonicalize_dtype(array.dtype, allow_extended_dtype=True))

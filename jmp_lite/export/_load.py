@@ -1,0 +1,179 @@
+"""``load``: a frozen model as a function."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.export import default_export_platform, deserialize
+
+from jmp_lite._errors import PlatformMismatchError, PolicyMismatchError
+from jmp_lite._policy import PolicyLike, get_policy
+from jmp_lite.export._file import PathLike, read
+from jmp_lite.export._freeze import PROGRAM
+from jmp_lite.quant import DotRecipe, get_recipe
+from jmp_lite.quant._array import QuantizedArray
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Served:
+    """A frozen model: a function of arrays, with its weights in it.
+
+    It is jitted. Call it with arrays of the shapes and dtypes in ``in_avals``.
+
+    Attributes:
+        policy: The policy that it computes under, as text; ``None`` if it was frozen without one.
+        recipe: How it is quantised, as text, or ``None``.
+        platforms: Where it runs: ``"cpu"``, ``"cuda"``, ``"rocm"``, ``"tpu"``.
+        params: Weights by path; quantised ones as ``QuantizedArray``.
+        in_avals: Shapes and dtypes of the arguments, in their containers.
+        out_avals: The same of the result.
+        jax_version: JAX that it was frozen with.
+        digest: SHA-256 of the file.
+
+    Example:
+        >>> import tempfile
+        >>> path = f"{tempfile.mkdtemp()}/model.safetensors"
+        >>> digest = jmp.export.freeze(lambda w, x: x @ w, jnp.eye(3), jnp.ones((2, 3)), path=path, recipe="w8a16")
+        >>> served = jmp.export.load(path)
+        >>> served
+        Served((float32[2,3]) -> float32[2,3], policy=None, recipe='lhs=none,rhs=int8:channel,grad=none', ...)
+        >>> served.params
+        {'': QuantizedArray(int8[3, 3], scale=float32[1, 3], dtype=float32)}
+    """
+
+    policy: str | None
+    recipe: str | None
+    platforms: tuple[str, ...]
+    params: dict[str, Any]
+    in_avals: Any
+    out_avals: Any
+    jax_version: str
+    digest: str
+    _weights: dict[str, jax.Array]
+    _program: Callable[..., Any]
+
+    def __call__(self, *args: Any) -> Any:
+        """Runs the program.
+
+        Raises:
+            ValueError: From JAX, if the arguments have other shapes, dtypes or containers.
+        """
+        return self._program(*args, weights=self._weights)
+
+    def __repr__(self) -> str:
+        taken, given = (jax.tree.map(str, avals) for avals in (self.in_avals, self.out_avals))
+        signature = f"({', '.join(_plain(aval) for aval in taken)}) -> {_plain(given)}"
+        return (
+            f"Served({signature}, policy={self.policy!r}, recipe={self.recipe!r}, platforms={list(self.platforms)}, "
+            f"{sum(weight.nbytes for weight in self._weights.values())} bytes of weights)"
+        )
+
+
+def _plain(tree: Any) -> str:
+    return str(tree).replace("'", "")
+
+
+def load(
+    path: PathLike,
+    *,
+    policy: PolicyLike | None = None,
+    recipe: str | DotRecipe | None = None,
+    digest: str | None = None,
+) -> Served:
+    """Reads what ``freeze`` wrote; neither the model's code nor its framework is needed.
+
+    A file in which anything was changed is refused. This protects from damage; whoever can write the file can also
+    write a whole new one, so give the ``digest`` for files from places that you do not control: JAX runs the program
+    without further checks.
+
+    Args:
+        path: The file.
+        policy: The policy that it is expected to compute under; ``None`` accepts any.
+        recipe: The recipe that it is expected to be quantised by; ``None`` accepts any.
+        digest: What ``freeze`` returned, to accept this very artefact only.
+
+    Returns:
+        A function of the arguments that were given to ``freeze``, with a description of itself in its attributes.
+
+    Raises:
+        CorruptArtefactError: If the file is no artefact, was changed, or has another digest.
+        FileNotFoundError: If there is no file.
+        PlatformMismatchError: If it was frozen for other platforms, by a JAX that this one does not understand, or with
+            float64 that is not enabled here.
+        PolicyMismatchError: If policy or recipe are others than those that it was frozen with.
+
+    Example:
+        >>> import tempfile
+        >>> path = f"{tempfile.mkdtemp()}/model.safetensors"
+        >>> digest = jmp.export.freeze(
+        ...     lambda w, x: x @ w, jnp.eye(3), jnp.ones((2, 3)), path=path, policy="mixed_bfloat16"
+        ... )
+        >>> print(jmp.export.load(path, policy="mixed_bfloat16", digest=digest)(jnp.ones((2, 3))))
+        [[1. 1. 1.]
+         [1. 1. 1.]]
+        >>> jmp.export.load(path, policy="mixed_float16")
+        Traceback (most recent call last):
+        jmp_lite._errors.PolicyMismatchError: The artefact was frozen with policy 'p=full,c=bf16,o=full', but is ...
+
+    References:
+        ``jax.export.deserialize``; see ``freeze``.
+    """
+    arrays, header, found = read(path, digest)
+    _check("policy", header["policy"], None if policy is None else str(get_policy(policy)))
+    _check("recipe", header["recipe"], None if recipe is None else str(get_recipe(recipe)))
+    here = default_export_platform()
+    if here not in header["platforms"]:
+        raise PlatformMismatchError(
+            f"{str(path)!r} was frozen for {', '.join(header['platforms'])}, but this process runs on {here}. Freeze "
+            f"it with platforms={[*header['platforms'], here]}."
+        )
+    try:
+        exported = deserialize(bytearray(arrays.pop(PROGRAM)))
+    except ValueError as error:
+        raise PlatformMismatchError(
+            f"{str(path)!r} was frozen with JAX {header['jax']}, and JAX {jax.__version__} cannot read its program: "
+            f"{error} Freeze the model anew."
+        ) from None
+    weights = {name: jnp.asarray(array) for name, array in arrays.items()}
+    for name, array in arrays.items():
+        if weights[name].dtype != array.dtype:
+            raise PlatformMismatchError(
+                f"{str(path)!r} needs {array.dtype} for {name!r}. Set jax.config.update('jax_enable_x64', True) before."
+            )
+    in_avals, _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
+    return Served(
+        header["policy"],
+        header["recipe"],
+        tuple(header["platforms"]),
+        _params(weights, header["quantized"]),
+        tuple(in_avals),
+        jax.tree.unflatten(exported.out_tree, exported.out_avals),
+        header["jax"],
+        found,
+        weights,
+        jax.jit(exported.call),
+    )
+
+
+def _check(what: str, frozen: str | None, expected: str | None) -> None:
+    if expected is not None and frozen != expected:
+        said = f"with {what} {frozen!r}" if frozen is not None else f"without a {what}"
+        raise PolicyMismatchError(
+            f"The artefact was frozen {said}, but is expected to have {expected!r}. Load it with the {what} that it "
+            f"was frozen with, or freeze the model anew."
+        )
+
+
+def _params(weights: dict[str, jax.Array], quantized: dict[str, str]) -> dict[str, Any]:
+    """Weights by path, with quantised ones put together."""
+    params: dict[str, Any] = {}
+    for name, weight in weights.items():
+        parent, _, part = name.rpartition("/")
+        if parent not in quantized or part not in ("values", "scale"):
+            params[name] = weight
+        elif parent not in params:
+            values, scale = (weights[f"{parent}/{part}".removeprefix("/")] for part in ("values", "scale"))
+            params[parent] = QuantizedArray(values, scale, jnp.dtype(quantized[parent]))
+    return params

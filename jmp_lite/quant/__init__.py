@@ -1,0 +1,28 @@
+"""Beyond 16 bits: products of float8 and int8 operands, and arrays held in 8 bits."""
+
+from jmp_lite.quant._array import QuantizedArray as QuantizedArray
+from jmp_lite.quant._array import dequantize_tree as dequantize_tree
+from jmp_lite.quant._array import quantize_array as quantize_array
+from jmp_lite.quant._array import quantize_tree as quantize_tree
+from jmp_lite.quant._delayed import Delayed as Delayed
+from jmp_lite.quant._delayed import calibrate as calibrate
+from jmp_lite.quant._delayed import delayed as delayed
+from jmp_lite.quant._delayed import update_histories as update_histories
+from jmp_lite.quant._fake_quant import fake_quant as fake_quant
+from jmp_lite.quant._recipes import FP8 as FP8
+from jmp_lite.quant._recipes import FP8_BLOCK128 as FP8_BLOCK128
+from jmp_lite.quant._recipes import FP8_DELAYED as FP8_DELAYED
+from jmp_lite.quant._recipes import FP8_ROWWISE as FP8_ROWWISE
+from jmp_lite.quant._recipes import INT8_QAT as INT8_QAT
+from jmp_lite.quant._recipes import INT8_TRAIN as INT8_TRAIN
+from jmp_lite.quant._recipes import W8A8 as W8A8
+from jmp_lite.quant._recipes import W8A8_STATIC as W8A8_STATIC
+from jmp_lite.quant._recipes import W8A16 as W8A16
+from jmp_lite.quant._recipes import DotRecipe as DotRecipe
+from jmp_lite.quant._recipes import get_recipe as get_recipe
+from jmp_lite.quant._recipes import scaled_conv as scaled_conv
+from jmp_lite.quant._recipes import scaled_dot_general as scaled_dot_general
+from jmp_lite.quant._scale import absmax_scale as absmax_scale
+from jmp_lite.quant._scale import dequantize as dequantize
+from jmp_lite.quant._scale import quantize as quantize
+from jmp_lite.quant._spec import QuantSpec as QuantSpec

@@ -1,0 +1,318 @@
+"""Weights held in 8 bits: one array of a tree, or all that matter."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jmp_lite._compat import register_flax_serialization
+from jmp_lite._dtypes import FLOAT32, canonical
+from jmp_lite._errors import InvalidRecipeError
+from jmp_lite._tree import Opaque, describe, is_array, path_string
+from jmp_lite.quant._scale import absmax_scale, dequantize, quantize
+from jmp_lite.quant._spec import QuantSpec
+
+T = TypeVar("T")
+
+#: Which axes share a scale: numbers of axes, ``None`` for all of them, or a function of path and leaf.
+Axes = Sequence[int] | Callable[[str, Any], Sequence[int] | None] | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class QuantizedArray(Opaque):
+    """An array held as 8-bit numbers and float32 scales: a weight that a layer takes as it is.
+
+    It is a pytree with two children, ``values`` and ``scale``, and stands where an array stood: in parameters of Linen
+    and Haiku, in variables of NNX, in modules of Equinox, in checkpoints. Functions of ``jax.numpy``, products
+    (``x @ w``, ``w * x``) and indexing take it for the array that it stands for, ``values * scale``; casts of policies
+    leave it alone. It has no gradient: it is for inference.
+
+    Layers of Linen and NNX take it (not ``WeightNorm`` and ``SpectralNorm``, which take a kernel apart), and so do
+    those of Equinox and Haiku but for convolutions, which hand their kernel straight to ``lax``. There, and where code
+    calls a method of an array (``kernel.T``), use ``dequantize_tree`` inside the function.
+
+    Args:
+        values: ``int8``, ``float8_e4m3fn`` or ``float8_e5m2`` of any shape.
+        scale: ``float32`` of the same rank, with the size 1 along axes that share a scale. Both are split, stacked and
+            sharded like any other array: a leading axis of stacked layers is one of the scale too.
+        dtype: Floating dtype that it stands for.
+
+    Example:
+        >>> w = jmp.quant.quantize_array(jnp.array([[1.0, 20.0], [-2.0, 10.0]]), axes=[0])
+        >>> print(w.values)
+        [[  64  127]
+         [-127   64]]
+        >>> print(jnp.ones((1, 2)) @ w.dequantize(), w.nbytes)
+        [[-0.992126 30.0787]] 12
+        >>> [x.dtype.name for x in jax.tree.leaves(jmp.get_policy("bf16").cast_to_compute({"w": w}))]
+        ['int8', 'float32']
+
+    References:
+        Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",
+        arXiv:1712.05877, with zero point 0. ``QArray`` of qwix and ``QTensor`` of AQT are the same idea.
+    """
+
+    values: Any
+    scale: Any
+    dtype: Any = FLOAT32
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", np.dtype(self.dtype))
+        register_serialization()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array that it stands for."""
+        return tuple(self.values.shape)
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return int(self.values.size)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of values and scales together."""
+        return int(self.values.nbytes + self.scale.nbytes)
+
+    def dequantize(self, dtype: Any = None) -> jax.Array:
+        """Returns ``values * scale``, computed in float32, in ``dtype`` or else in its own."""
+        return dequantize(self.values, self.scale, self.dtype if dtype is None else dtype)
+
+    def astype(self, dtype: Any) -> jax.Array:
+        """Returns the array that it stands for in another dtype, as an ordinary array."""
+        return self.dequantize(dtype)
+
+    def __jax_array__(self) -> jax.Array:
+        return self.dequantize()
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
+        del copy
+        return np.asarray(self.dequantize(), dtype)
+
+    def __getitem__(self, index: Any) -> jax.Array:
+        return self.dequantize()[index]
+
+    def __iter__(self) -> Iterator[jax.Array]:
+        return iter(self.dequantize())
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __repr__(self) -> str:
+        return f"QuantizedArray({describe(self.values)}, scale={describe(self.scale)}, dtype={self.dtype})"
+
+
+def _flatten_with_keys(array: QuantizedArray) -> tuple[Any, str]:
+    key = jax.tree_util.GetAttrKey
+    return ((key("values"), array.values), (key("scale"), array.scale)), array.dtype.name
+
+
+def _flatten(array: QuantizedArray) -> tuple[Any, str]:
+    return (array.values, array.scale), array.dtype.name
+
+
+def _unflatten(dtype: str, children: Any) -> QuantizedArray:
+    values, scale = children
+    return QuantizedArray(values, scale, jnp.dtype(dtype))
+
+
+jax.tree_util.register_pytree_with_keys(QuantizedArray, _flatten_with_keys, _unflatten, _flatten)
+
+
+def is_quantized(node: Any) -> bool:
+    """Whether a node of a tree is a quantised array."""
+    return isinstance(node, QuantizedArray)
+
+
+# --- Serialisation with Flax: the arrays only; the dtype comes from the template -------------------
+
+
+def register_serialization() -> None:
+    """Teaches Flax, if it is loaded, to serialise quantised arrays."""
+    register_flax_serialization(QuantizedArray, _state_dict, _from_state_dict)
+
+
+def _state_dict(array: QuantizedArray) -> dict[str, Any]:
+    return {"values": array.values, "scale": array.scale}
+
+
+def _from_state_dict(array: QuantizedArray, state: Any) -> QuantizedArray:
+    saved = state if isinstance(state, dict) and state.keys() == {"values", "scale"} else None
+    if saved is None or np.dtype(saved["values"].dtype) != np.dtype(array.values.dtype):
+        was = describe(state if saved is None else saved["values"])
+        raise InvalidRecipeError(
+            f"The template has {array!r}, but {was} was saved. Quantise the template as what was saved was quantised."
+        )
+    return dataclasses.replace(array, **saved)
+
+
+# --- One array --------------------------------------------------------------------------------------
+
+
+def _shared_axes(axes: Sequence[int] | None, ndim: int, name: str) -> tuple[int, ...]:
+    """Numbers of axes from 0 on."""
+    if axes is None:
+        return tuple(range(ndim))
+    try:
+        listed = [range(ndim)[axis] for axis in axes]
+    except (IndexError, TypeError):
+        listed = [-1]
+    if len(set(listed)) != len(listed) or -1 in listed:
+        raise InvalidRecipeError(
+            f"axes={axes!r} of {name} with {ndim} axes must be distinct numbers of axes that share a scale, or None "
+            "for all. One scale per output channel of a kernel (inputs, outputs) is axes=[0]."
+        )
+    return tuple(listed)
+
+
+def _checked_spec(dtype: Any) -> QuantSpec:
+    """What a format, or a spec, asks of an array."""
+    spec = dtype if isinstance(dtype, QuantSpec) else QuantSpec(dtype, "channel")
+    if spec.is_blockwise or spec.stochastic:
+        raise InvalidRecipeError(
+            f"Arrays are held with one scale per tensor or channel, rounded to nearest; got {spec}. Write for example "
+            "QuantSpec('e4m3', 'channel'), or 'e4m3'."
+        )
+    return spec
+
+
+def _quantize(name: str, x: Any, spec: QuantSpec, axes: Sequence[int] | None) -> QuantizedArray:
+    if is_quantized(x):
+        raise InvalidRecipeError(
+            f"{name} is quantised already: {x!r}. Dequantise it first (quant.dequantize_tree), or leave it out with "
+            "where=."
+        )
+    if not is_array(x) or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise InvalidRecipeError(
+            f"{name} is {describe(x)}; only floating arrays can be quantised. Leave it out with where=."
+        )
+    shared = _shared_axes(axes, x.ndim, name)
+    amax = jnp.max(jnp.abs(jnp.asarray(x)), axis=shared, keepdims=True, initial=0.0)
+    scale = absmax_scale(amax, spec.dtype, margin=spec.margin, pow2=spec.pow2)
+    return QuantizedArray(quantize(x, spec.dtype, scale), scale, canonical(x.dtype))
+
+
+def quantize_array(x: Any, dtype: Any = jnp.int8, axes: Sequence[int] | None = None) -> QuantizedArray:
+    """Quantises one array, to nearest, with the largest magnitude as the largest number of the format.
+
+    Args:
+        x: Floating array of any shape.
+        dtype: ``int8``, ``float8_e4m3fn`` (``"e4m3"``) or ``float8_e5m2`` (``"e5m2"``); or a ``QuantSpec``, such as
+            that of the kernels in a recipe (``FP8.rhs``), whose ``margin`` and ``pow2`` count too.
+        axes: Axes that share a scale; ``None`` for all of them, one scale for the whole array.
+
+    Returns:
+        A ``QuantizedArray`` of the shape of ``x``; its scale has size 1 along ``axes``.
+
+    Raises:
+        InvalidRecipeError: If the format is another, ``x`` is no floating array, or an axis does not exist.
+
+    Example:
+        >>> jmp.quant.quantize_array(jnp.ones((64, 8)), axes=[0])
+        QuantizedArray(int8[64, 8], scale=float32[1, 8], dtype=float32)
+
+    References:
+        Wu et al., "Integer Quantization for Deep Learning Inference", arXiv:2004.09602: int8 weights need one scale
+        per output channel.
+    """
+    return _quantize("x", x, _checked_spec(dtype), axes)
+
+
+# --- Trees -------------------------------------------------------------------------------------------
+
+
+def _is_kernel(path: str, leaf: Any) -> bool:
+    """The default of ``where``."""
+    is_floating = is_quantized(leaf) or (is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating))
+    return is_floating and leaf.ndim >= 2 and "embed" not in path.lower()
+
+
+def _all_but_last(path: str, leaf: Any) -> tuple[int, ...]:
+    """The default of ``axes``."""
+    del path
+    return tuple(range(leaf.ndim - 1))
+
+
+def quantize_tree(
+    params: T, dtype: Any = jnp.int8, *, where: Callable[[str, Any], bool] = _is_kernel, axes: Axes = _all_but_last
+) -> T:
+    """Quantises the weights of a trained model: what stands in the tree afterwards needs a quarter of the bytes.
+
+    Args:
+        params: Parameters of any framework: dicts, ``FrozenDict``, ``nnx.State``, modules of Equinox.
+        dtype: ``int8``, ``float8_e4m3fn`` (``"e4m3"``) or ``float8_e5m2`` (``"e5m2"``); or a ``QuantSpec``, such as
+            that of the kernels in a recipe (``FP8.rhs``), whose ``margin`` and ``pow2`` count too.
+        where: ``where(path, leaf)`` chooses leaves by path (``decoder/layers_3/kernel``) and by leaf. By default
+            floating arrays of two or more axes whose path has no ``embed`` in it, in any case: kernels, but neither
+            biases, nor scales of norms, nor embedding tables. A table is looked up, not multiplied, and with one scale
+            per feature its rare rows would be rounded to the grid of the largest; give it ``axes=[1]``, one per row.
+        axes: Axes that share a scale, as for ``quantize_array``, or ``axes(path, leaf)``, which returns them. All but
+            the last by default, which is one scale per output channel of a kernel of Flax or Haiku; all for a spec of
+            granularity ``"tensor"``. Kernels of Equinox and torch have their output channels first
+            (``axes=lambda path, leaf: range(1, leaf.ndim)``); kernels stacked for ``lax.scan`` need a scale per layer
+            too (``axes=lambda path, leaf: range(1, leaf.ndim - 1)``).
+
+    Returns:
+        The tree with a ``QuantizedArray`` in the place of each chosen leaf.
+
+    Raises:
+        InvalidRecipeError: If the format is another, or a chosen leaf is no floating array, quantised already, or lacks
+            one of the axes.
+
+    Example:
+        >>> params = {"embed": jnp.ones((9, 4)), "dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
+        >>> jmp.quant.quantize_tree(params)["dense"]
+        {'bias': Array([0., 0., 0.], dtype=float32), 'kernel': QuantizedArray(int8[4, 3], scale=float32[1, 3], ...)}
+
+    References:
+        Post-training quantisation of weights as in Dettmers et al., "LLM.int8()", arXiv:2208.07339, and torchao's
+        ``quantize_``, which leave embedding tables alone too.
+    """
+    spec = _checked_spec(dtype)
+    if spec.granularity == "tensor" and axes is _all_but_last:
+        axes = None
+
+    def quantized(key_path: Any, leaf: Any) -> Any:
+        path = path_string(key_path)
+        if not where(path, leaf):
+            return leaf
+        name = f"Leaf {path!r}"
+        if is_quantized(leaf) or not is_array(leaf):
+            return _quantize(name, leaf, spec, None)  # which says what is wrong
+        return _quantize(name, leaf, spec, axes(path, leaf) if callable(axes) else axes)
+
+    tree: T = jax.tree_util.tree_map_with_path(quantized, params, is_leaf=is_quantized)
+    return tree
+
+
+def dequantize_tree(tree: T, dtype: Any = None) -> T:
+    """Puts ordinary arrays in the place of quantised ones.
+
+    Args:
+        tree: Any pytree.
+        dtype: Floating dtype of these arrays; by default the one that each had before it was quantised.
+
+    Returns:
+        The tree; all other leaves are the same objects.
+
+    Example:
+        >>> quantized = jmp.quant.quantize_tree({"kernel": jnp.eye(2), "bias": jnp.ones(2)})
+        >>> print(jmp.quant.dequantize_tree(quantized)["kernel"])
+        [[1. 0.]
+         [0. 1.]]
+    """
+
+    def dequantized(node: Any) -> Any:
+        return node.dequantize(dtype) if is_quantized(node) else node
+
+    mapped: T = jax.tree.map(dequantized, tree, is_leaf=is_quantized)
+    return mapped

@@ -1,0 +1,280 @@
+"""Delayed scaling: scales made of the largest magnitudes of earlier steps, held by the caller as a pytree.
+
+Every product of a recipe with a ``history`` leaves a place for one in the program (``_history``). Here a function is
+traced, and evaluated with an array in each of these places. Gradients with respect to these arrays are what was seen in
+this step: derivatives are how numbers leave a backward pass.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jmp_lite._compat import Equation, Jaxpr, as_traced, bind, is_literal, program, scan_counts, scope_names
+from jmp_lite._dtypes import FLOAT32
+from jmp_lite._errors import InvalidRecipeError
+from jmp_lite._loss_scale import NoOpLossScale, find_loss_scale
+from jmp_lite._tree import is_inexact
+from jmp_lite.autocast._api import trace
+from jmp_lite.quant._history import PLACEHOLDER, Histories
+
+#: Largest magnitudes of earlier steps, ``float32[3, steps]`` for each product: left, right, cotangent; latest first.
+AmaxHistories = dict[str, jax.Array]
+#: Where an equation stands: its number, and for those inside of others the number of the program there, and so on.
+Position = tuple[int, ...]
+
+#: Equations whose programs are searched, and the parameters that hold these.
+_PROGRAMS = {
+    "jit": ("jaxpr",),
+    "closed_call": ("call_jaxpr",),
+    "remat2": ("jaxpr",),
+    "checkpoint": ("jaxpr",),
+    "scan": ("jaxpr",),
+    "while": ("cond_jaxpr", "body_jaxpr"),
+    "cond": ("branches",),
+}
+
+
+def delayed(fun: Callable[..., Any]) -> "Delayed":
+    """Gives a function whose products have recipes with a ``history`` these histories as its first argument.
+
+    The function is any that has such products in it: through ``autocast(..., dot=FP8_DELAYED)``, through layers made
+    with ``dot_general=FP8_DELAYED``, or called by hand. Take the gradient with respect to the histories along with the
+    others, and give it to ``update_histories``:
+
+    A product inside a loop has one history for all iterations. Products inside of functions with derivative rules of
+    their own, and of a ``shard_map`` or ``pmap`` that is called in ``fun``, look at their own numbers in every step
+    (call ``delayed`` inside of these, with ``axis_name`` in the recipe, to have the devices agree).
+
+    Args:
+        fun: What ``jax.jit`` takes.
+
+    Returns:
+        A function of ``(histories, *args, **kwargs)`` with the method ``init``.
+
+    Example:
+        >>> def loss(w, x):
+        ...     return jnp.sum(x @ w)
+        >>> loss = jmp.quant.delayed(jmp.autocast(loss, "mixed_bfloat16", dot=jmp.quant.FP8_DELAYED))
+        >>> w, x = jnp.ones((4, 3)), jnp.full((2, 4), 0.5)
+        >>> histories = loss.init(w, x)
+        >>> jax.tree.map(jnp.shape, histories)
+        {'dot': (3, 1024)}
+        >>> for _ in range(2):
+        ...     observed, grad = jax.grad(loss, argnums=(0, 1))(histories, w, x)
+        ...     histories = jmp.quant.update_histories(histories, observed)
+        >>> print(histories["dot"][:, :3])  # of x, of w, of the gradient
+        [[0.5 0.5 0.5]
+         [1.  1.  1. ]
+         [1.  1.  1. ]]
+
+    References:
+        Delayed scaling of NVIDIA TransformerEngine; Micikevicius et al., "FP8 Formats for Deep Learning",
+        arXiv:2209.05433.
+    """
+    return Delayed(fun)
+
+
+@dataclasses.dataclass(frozen=True)
+class Delayed:
+    """What ``delayed`` returns: a function of amax histories and of what the wrapped function takes."""
+
+    fun: Callable[..., Any]
+
+    def init(self, *args: Any, state: Any = None, **kwargs: Any) -> AmaxHistories:
+        """Makes histories that hold what is seen in one step with these arguments; nothing else is done.
+
+        Args:
+            *args: Arguments of the function. For shapes alone, ``jax.eval_shape(loss.init, *args)`` will do: histories
+                of zeros are empty, and the first step has scales of 1.
+            state: A loss scale, or a state that holds one, if gradients will be those of a scaled loss.
+            **kwargs: Keyword arguments of the function.
+        """
+        loss_scale = NoOpLossScale() if state is None else find_loss_scale(state)[1]
+        traced = trace(self.fun, args, kwargs)
+        sites = _sites(traced.jaxpr)
+        empty = {name: jnp.zeros((3, steps), FLOAT32) for name, steps in sites.values()}
+
+        def total(histories: AmaxHistories) -> jax.Array:
+            filled = {at: Histories(histories[name], jnp.array(False)) for at, (name, _) in sites.items()}
+            results = _Evaluation(filled).run(traced.jaxpr, traced.arrays)
+            sums = [jnp.sum(jnp.real(x)).astype(FLOAT32) for x in results if is_inexact(x)]
+            return loss_scale.scale(sum(sums, start=jnp.zeros((), FLOAT32)))
+
+        return update_histories(empty, jax.grad(total)(empty))
+
+    def __call__(self, histories: AmaxHistories, *args: Any, **kwargs: Any) -> Any:
+        """Calls the function with scales from these histories.
+
+        Raises:
+            InvalidRecipeError: If the histories are not those of the products that the function has.
+        """
+        traced = trace(self.fun, args, kwargs)
+        sites = _sites(traced.jaxpr)
+        _check(histories, dict(sites.values()))
+        filled = {at: Histories(histories[name], np.bool_(True)) for at, (name, _) in sites.items()}
+        return traced.output(_Evaluation(filled).run(traced.jaxpr, traced.arrays))
+
+
+def update_histories(histories: AmaxHistories, observed: AmaxHistories) -> AmaxHistories:
+    """Adds what was seen in a step to the histories, and forgets the oldest.
+
+    What is not finite does not enter, nor what was not seen, such as in a branch not taken: the latest is repeated.
+
+    Args:
+        histories: What the step was taken with.
+        observed: The gradient with respect to these. A product that ran several times, in a loop, has seen at most this
+            much: the sum over its runs.
+
+    Returns:
+        New histories.
+
+    Example:
+        >>> histories = {"dot": jnp.zeros((3, 4))}
+        >>> print(jmp.quant.update_histories(histories, {"dot": jnp.full((3, 4), 2.0)})["dot"][0])
+        [2. 0. 0. 0.]
+    """
+
+    def update(history: Any, seen: Any) -> jax.Array:
+        latest, seen = history[:, :1], seen[:, :1]
+        return jnp.concatenate([jnp.where(jnp.isfinite(seen) & (seen > 0), seen, latest), history[:, :-1]], axis=1)
+
+    updated: AmaxHistories = jax.tree.map(update, histories, observed)
+    return updated
+
+
+def calibrate(fun: Delayed, batches: Iterable[Sequence[Any]]) -> AmaxHistories:
+    """Finds, for every product of a function, the largest magnitudes that it sees on some data.
+
+    Args:
+        fun: From ``delayed``; usually ``model.apply`` under ``autocast(..., dot=W8A8_STATIC)``.
+        batches: Arguments of the function, such as ``(params, x)``, once per batch.
+
+    Returns:
+        Histories to call the function with: ``functools.partial(fun, histories)`` is the calibrated model.
+
+    Raises:
+        InvalidRecipeError: If there are no batches.
+
+    Example:
+        >>> model = jmp.autocast(lambda w, x: x @ w, "mixed_bfloat16", dot=jmp.quant.W8A8_STATIC)
+        >>> model = jmp.quant.delayed(model)
+        >>> w, batches = jnp.ones((2, 3)), [jnp.array([[0.5, 2.0]]), jnp.array([[1.0, 0.25]])]
+        >>> histories = jmp.quant.calibrate(model, [(w, x) for x in batches])
+        >>> print(histories["dot"][0])
+        [2.]
+        >>> print(model(histories, w, jnp.array([[9.0, 0.0]])))  # more than was ever seen
+        [[2. 2. 2.]]
+    """
+    observe = jax.jit(fun.init)
+    found: AmaxHistories | None = None
+    for args in batches:
+        seen = observe(*args)
+        found = seen if found is None else jax.tree.map(jnp.maximum, found, seen)
+    if found is None:
+        raise InvalidRecipeError("calibrate was given no batches. Pass at least one tuple of arguments.")
+    return found
+
+
+def _check(histories: Any, expected: Mapping[str, int]) -> None:
+    shapes = {name: np.shape(x) for name, x in histories.items()} if isinstance(histories, dict) else histories
+    if shapes != {name: (3, steps) for name, steps in expected.items()}:
+        wanted = ", ".join(f"{name!r}: float32[3, {steps}]" for name, steps in expected.items())
+        raise InvalidRecipeError(
+            f"The first argument must be the histories of the products of this function, {{{wanted}}}; got {shapes!r}. "
+            "Make them with .init(*args)."
+        )
+
+
+# --- Places in a program --------------------------------------------------------------------------
+
+
+def _sites(jaxpr: Jaxpr) -> dict[Position, tuple[str, int]]:
+    """Finds the places for histories: their names, made of name scopes, and for how many steps."""
+    found: dict[Position, tuple[str, int]] = {}
+    used: dict[str, int] = {}
+    for at, scope, steps in _search(jaxpr, "", ()):
+        name = scope or "dot"
+        used[name] = used.get(name, 0) + 1
+        found[at] = (name if used[name] == 1 else f"{name}#{used[name]}", steps)
+    return found
+
+
+def _search(jaxpr: Jaxpr, scope: str, at: Position) -> Iterator[tuple[Position, str, int]]:
+    for index, eqn in enumerate(program(jaxpr)[0].eqns):
+        inner_scope = "/".join(filter(None, (scope, scope_names(eqn.source_info.name_stack))))
+        if eqn.primitive.name == PLACEHOLDER:
+            yield (*at, index), inner_scope, eqn.params["steps"]
+        for number, inner in enumerate(_programs(eqn)):
+            yield from _search(inner, inner_scope, (*at, index, number))
+
+
+def _programs(eqn: Equation) -> list[Jaxpr]:
+    held = [eqn.params[name] for name in _PROGRAMS.get(eqn.primitive.name, ())]
+    return [jaxpr for entry in held for jaxpr in (entry if isinstance(entry, (tuple, list)) else [entry])]
+
+
+# --- Evaluation -----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Evaluation:
+    """Evaluates a program with histories in their places; programs inside close over them."""
+
+    filled: Mapping[Position, Histories]
+
+    def run(self, jaxpr: Jaxpr, arrays: Sequence[Any], at: Position = ()) -> list[Any]:
+        inner, consts = program(jaxpr)
+        values = dict(zip([*inner.constvars, *inner.invars], [*consts, *arrays], strict=True))
+        for index, eqn in enumerate(inner.eqns):
+            operands = [v.val if is_literal(v) else values[v] for v in eqn.invars]
+            with as_traced(eqn):
+                results = self._equation(eqn, operands, (*at, index))
+            values.update(zip(eqn.outvars, results, strict=True))
+        return [v.val if is_literal(v) else values[v] for v in inner.outvars]
+
+    def _equation(self, eqn: Equation, operands: list[Any], at: Position) -> list[Any]:
+        if at in self.filled:
+            return list(self.filled[at])
+        if not any(position[: len(at)] == at for position in self.filled):
+            return bind(eqn, operands, eqn.params)
+        programs = [self._function(jaxpr, (*at, number)) for number, jaxpr in enumerate(_programs(eqn))]
+        name, params = eqn.primitive.name, eqn.params
+        if name == "scan":
+            return _scan(programs[0], operands, params)
+        if name == "while":
+            return _while(programs, operands, params)
+        if name == "cond":
+            return list(lax.switch(operands[0], programs, *operands[1:]))
+        if name in ("remat2", "checkpoint"):
+            run = jax.checkpoint(programs[0], policy=params["policy"], prevent_cse=params["prevent_cse"])
+            return list(run(*operands))
+        return programs[0](*operands)
+
+    def _function(self, jaxpr: Jaxpr, at: Position) -> Callable[..., list[Any]]:
+        return lambda *arrays: self.run(jaxpr, arrays, at)
+
+
+def _scan(body: Callable[..., list[Any]], operands: list[Any], params: dict[str, Any]) -> list[Any]:
+    n_consts, n_carry = scan_counts(params)
+    consts, carry, xs = operands[:n_consts], operands[n_consts:][:n_carry], operands[n_consts + n_carry :]
+
+    def one(carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
+        results = body(*consts, *carry, *x)
+        return results[:n_carry], results[n_carry:]
+
+    settings = {name: params[name] for name in ("length", "reverse", "unroll")}
+    carry, ys = lax.scan(one, carry, xs, **settings)
+    return [*carry, *ys]
+
+
+def _while(programs: Sequence[Callable[..., list[Any]]], operands: list[Any], params: Mapping[str, Any]) -> list[Any]:
+    n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
+    of_cond, of_body, carry = operands[:n_cond], operands[n_cond:][:n_body], operands[n_cond + n_body :]
+    return lax.while_loop(
+        lambda carry: programs[0](*of_cond, *carry)[0], lambda carry: programs[1](*of_body, *carry), carry
+    )

@@ -1,0 +1,130 @@
+"""``lax.dot_general`` on operands of 8 bits, with gradients."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+
+from jmp_lite._compat import varying_axes
+from jmp_lite._dimensions import Dimensions, dimensions
+from jmp_lite._dtypes import FLOAT32, DType
+from jmp_lite._tree import cast
+from jmp_lite.quant._block import block_product
+from jmp_lite.quant._history import Histories, placeholder
+from jmp_lite.quant._linear import tangent_product
+from jmp_lite.quant._operands import Quantized, Seen, amax_of, quantized, unscaled
+from jmp_lite.quant._product import scaled_product
+from jmp_lite.quant._spec import Specs
+
+
+class Call(NamedTuple):
+    """All of a product but its operands."""
+
+    dims: Dimensions
+    specs: Specs
+    dtype: DType
+    precision: Any
+    out_sharding: Any
+
+
+def scaled_dot(
+    lhs: Any,
+    rhs: Any,
+    dimension_numbers: Any,
+    specs: Specs,
+    *,
+    precision: Any,
+    preferred_element_type: Any,
+    out_sharding: Any,
+) -> jax.Array:
+    """Multiplies two arrays as ``scaled_dot_general`` documents."""
+    lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)
+    dims = dimensions(dimension_numbers)
+    if not (_is_quantizable(lhs) and _is_quantizable(rhs)):
+        return lax.dot_general(lhs, rhs, dims, precision, preferred_element_type, out_sharding=out_sharding)
+    with jax.numpy_dtype_promotion("standard"):
+        dtype = jnp.dtype(preferred_element_type or jnp.promote_types(lhs.dtype, rhs.dtype))
+    operands = [_as_wide(x, spec is None, dtype) for x, spec in zip((lhs, rhs), (specs.lhs, specs.rhs), strict=True)]
+    call = Call(dims, specs, dtype, precision, out_sharding)
+    if specs.is_blockwise:
+        return block_product(*_varying_alike(*operands), dims, specs).astype(dtype)
+    histories = placeholder(specs.history) if specs.history else None
+    return _scaled_dot(*_varying_alike(*operands), histories, call)  # type: ignore[no-any-return]
+
+
+def _is_quantizable(x: Any) -> bool:
+    return bool(jnp.issubdtype(x.dtype, jnp.floating)) and 2 <= x.dtype.itemsize <= FLOAT32.itemsize
+
+
+def _as_wide(x: Any, is_kept: bool, dtype: DType) -> Any:
+    """Casts an operand that is not quantised to the dtype of the result, if that is narrower."""
+    return cast(x, dtype) if is_kept and dtype.itemsize < x.dtype.itemsize else x
+
+
+def _varying_alike(*arrays: Any) -> list[Any]:
+    """Makes arrays vary along the same axes of a ``shard_map``, so that gradients of copies are added up outside."""
+    axes = frozenset[Any]().union(*map(varying_axes, arrays))
+    missing = [tuple(sorted(axes - varying_axes(x))) for x in arrays]
+    return [lax.pcast(x, m, to="varying") if m else x for x, m in zip(arrays, missing, strict=True)]
+
+
+def _operands(lhs: Any, rhs: Any, histories: Histories | None, call: Call) -> tuple[Quantized, Quantized, list[Any]]:
+    """Both operands as they are multiplied, and their largest magnitudes; zero for one that is not quantised."""
+    operands, amaxes = [], []
+    for side, x in enumerate((lhs, rhs)):
+        spec, contracted = call.specs.spec(side), call.dims.contracted[side]
+        if spec is None:
+            operands.append(unscaled(x))
+            amaxes.append(jnp.zeros((), FLOAT32))
+        else:
+            amax = amax_of(x, spec, contracted, call.specs.axis_name)
+            seen = None if histories is None else Seen(histories.values[side], histories.are_known)
+            operands.append(quantized(x, amax, seen, spec))
+            amaxes.append(jnp.max(amax))
+    return operands[0], operands[1], amaxes
+
+
+def _forward(lhs: Quantized, rhs: Quantized, call: Call) -> Any:
+    specs = (call.specs.spec(0), call.specs.spec(1))
+    is_exact = all(spec is not None and spec.pow2 for spec in specs)
+    precision = call.precision if None in specs else None
+    return scaled_product(
+        lhs,
+        rhs,
+        call.dims,
+        call.dtype,
+        precision=precision,
+        out_sharding=call.out_sharding,
+        has_exact_scales=is_exact,
+    )
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _scaled_dot(lhs: Any, rhs: Any, histories: Histories | None, call: Call) -> Any:
+    left, right, _ = _operands(lhs, rhs, histories, call)
+    return _forward(left, right, call)
+
+
+@functools.partial(_scaled_dot.defjvp, symbolic_zeros=True)
+def _scaled_dot_jvp(call: Call, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    lhs, rhs, histories = primals
+    left, right, amaxes = _operands(lhs, rhs, histories, call)
+    observed: tuple[Any, ...] = ()
+    if histories is not None:
+        tangent = _instantiated(tangents[2].values, histories.values)
+        observed = (tangent, jnp.stack(amaxes), histories.values[2], histories.are_known)
+    params = {"dims": call.dims, "specs": call.specs, "dtype": call.dtype, "precision": call.precision}
+    terms: list[Any] = []
+    for side, other in ((0, right), (1, left)):
+        is_last = side == 1 and not terms
+        if not isinstance(tangents[side], SymbolicZero) or is_last:
+            tangent = _instantiated(tangents[side], primals[side])
+            terms.append(tangent_product(tangent, other, side, () if terms else observed, **params))
+    return _forward(left, right, call), functools.reduce(lax.add, terms)
+
+
+def _instantiated(tangent: Any, primal: Any) -> Any:
+    return jnp.zeros_like(primal) if isinstance(tangent, SymbolicZero) else tangent

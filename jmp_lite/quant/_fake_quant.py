@@ -1,0 +1,79 @@
+"""Fake quantisation: rounding that gradients pass."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jmp_lite._compat import varying_axes
+from jmp_lite._dtypes import FLOAT32, DType
+from jmp_lite._errors import InvalidRecipeError
+from jmp_lite.quant._scale import checked_format, dequantize, largest, quantize
+
+
+def fake_quant(x: Any, scale: Any, dtype: Any = jnp.int8) -> jax.Array:
+    """Rounds an array to what 8 bits and a scale can hold, with gradients for both.
+
+    Args:
+        x: Floating array.
+        scale: ``float32``; a scalar, or of the rank of ``x`` with the size 1 along axes that share a scale. Learned
+            like any parameter (LSQ), or made by ``absmax_scale``, in which case nothing is clipped.
+        dtype: ``int8``, ``float8_e4m3fn`` or ``float8_e5m2``.
+
+    Returns:
+        An array like ``x``. Its gradient passes where ``x`` was within the range of the format and is zero where it was
+        clipped. The gradient of the scale is the rounding error within the range and the largest number outside,
+        divided by the root of the number of elements per scale times the largest number.
+
+    Raises:
+        InvalidRecipeError: If the format is another, or the shapes do not fit.
+
+    Example:
+        >>> x = jnp.array([0.26, -1.0, 300.0])
+        >>> print(jmp.quant.fake_quant(x, jnp.float32(0.5)))
+        [ 0.5 -1.  63.5]
+        >>> print(jax.grad(lambda x: jmp.quant.fake_quant(x, jnp.float32(0.5)).sum())(x))
+        [1. 1. 0.]
+
+    References:
+        Bengio et al., "Estimating or Propagating Gradients Through Stochastic Neurons", arXiv:1308.3432
+        (straight-through); Esser et al., "Learned Step Size Quantization", arXiv:1902.08153.
+    """
+    x, scale = jnp.asarray(x), jnp.asarray(scale, FLOAT32)
+    fits = scale.ndim == 0 or (
+        scale.ndim == x.ndim and all(n in (1, size) for n, size in zip(scale.shape, x.shape, strict=True))
+    )
+    if not fits:
+        raise InvalidRecipeError(
+            f"A scale is a number, or has the rank of the array and the size 1 along shared axes: got float32"
+            f"{list(scale.shape)} for an array {list(x.shape)}."
+        )
+    axes = tuple(sorted(varying_axes(x) - varying_axes(scale)))
+    scale = jax.lax.pcast(scale, axes, to="varying") if axes else scale
+    return _fake_quant(x, scale, checked_format(dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _fake_quant(x: Any, scale: Any, dtype: DType) -> jax.Array:
+    return dequantize(quantize(x, dtype, scale), scale, x.dtype)
+
+
+def _forward(x: Any, scale: Any, dtype: DType) -> tuple[jax.Array, tuple[Any, Any]]:
+    return _fake_quant(x, scale, dtype), (x, scale)
+
+
+def _backward(dtype: DType, operands: tuple[Any, Any], cotangent: Any) -> tuple[Any, Any]:
+    x, scale = operands
+    scaled, limit = x.astype(FLOAT32) / scale, largest(dtype)
+    is_inside = jnp.abs(scaled) <= limit
+    error = dequantize(quantize(scaled, dtype, 1.0), 1.0) - scaled
+    of_scale = jnp.where(is_inside, error, jnp.sign(scaled) * limit) * cotangent.astype(FLOAT32)
+    shared = tuple(axis for axis in range(x.ndim) if scale.ndim == 0 or scale.shape[axis] == 1)
+    n = math.prod(x.shape[axis] for axis in shared)
+    summed = jnp.sum(of_scale, axis=shared, keepdims=scale.ndim > 0) / math.sqrt(max(n, 1) * limit)
+    return jnp.where(is_inside, cotangent, 0), summed
+
+
+_fake_quant.defvjp(_forward, _backward)

@@ -1,0 +1,170 @@
+"""The derivative of a quantised product: linear in a tangent, with a transpose that quantises the cotangent.
+
+It is a primitive so that ``vmap`` acts before transposition: the gradient of a weight is one product over the whole
+batch, however that was mapped. What is kept for the backward pass is the other operand, in 8 bits.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jmp_lite._compat import linear_primitive, varying_axes
+from jmp_lite._dimensions import Dimensions, Transposed, mapped, transposed
+from jmp_lite._dtypes import FLOAT32, DType
+from jmp_lite.distributed._products import permuted_sharding, product
+from jmp_lite.quant._operands import Quantized, Seen, amax_of, quantized, unscaled
+from jmp_lite.quant._product import folded, scaled_product
+from jmp_lite.quant._spec import QuantSpec, Specs
+
+#: Positions of the tangent of an operand and, with amax histories, of the tangent of these.
+_LINEAR = frozenset({0, 3})
+
+
+def tangent_product(
+    tangent: Any,
+    other: Quantized,
+    side: int,
+    histories: tuple[Any, ...],
+    *,
+    dims: Dimensions,
+    specs: Specs,
+    dtype: DType,
+    precision: Any,
+) -> Any:
+    """Multiplies the tangent of one operand by the other operand.
+
+    Args:
+        tangent: Of the operand on ``side``, which is 0 (left) or 1 (right).
+        other: The other operand, as the forward product used it.
+        side: Which operand it is the tangent of.
+        histories: Empty, or: the tangent of the histories ``float32[3, steps]``; the largest magnitudes of both
+            operands now, ``float32[2]``; those of earlier cotangents, ``float32[steps]``, and whether they are known.
+            The cotangent of the first has in its first column what is to enter the histories.
+        dims: Of the product.
+        specs: The recipe.
+        dtype: Of the result.
+        precision: Of products that are not quantised.
+    """
+    params = {"side": side, "dimension_numbers": dims, "specs": specs, "dtype": dtype, "precision": precision}
+    return _primitive().bind(tangent, other.values, other.scale, *histories, **params)
+
+
+@functools.cache
+def _primitive() -> Any:
+    return linear_primitive("quantized_product_tangent", _evaluate, _transpose, _batch, _LINEAR)
+
+
+def _evaluate(
+    tangent: Any,
+    values: Any,
+    scale: Any,
+    *_: Any,
+    side: int,
+    dimension_numbers: Dimensions,
+    dtype: DType,
+    precision: Any,
+    **__: Any,
+) -> Any:
+    operands = [tangent, Quantized(values, scale).dequantized(dtype)]
+    lhs, rhs = operands if side == 0 else operands[::-1]
+    return product(lhs, rhs, dtype, (("dimension_numbers", dimension_numbers), ("precision", precision)), dtype)
+
+
+def _transpose(
+    cotangent: Any,
+    tangent: Any,
+    values: Any,
+    scale: Any,
+    *histories: Any,
+    side: int,
+    dimension_numbers: Dimensions,
+    specs: Specs,
+    precision: Any,
+    **_: Any,
+) -> list[Any]:
+    """Cotangents of the operand and of the histories, where they are wanted, and ``None`` for the others."""
+    ndims = (tangent.ndim, values.ndim) if side == 0 else (values.ndim, tangent.ndim)
+    found, other = transposed(dimension_numbers, ndims, side), Quantized(values, scale)
+    results: list[Any] = [None] * (3 + len(histories))
+    if isinstance(tangent, jax.core.ShapedArray):
+        params = {"dtype": tangent.dtype, "out_sharding": permuted_sharding(tangent, found.axes)}
+        if specs.of_gradients is None:
+            of_operand = _straight_through(cotangent, other, found, precision=precision, **params)
+        else:
+            seen = Seen(*histories[2:]) if histories else None
+            of_operand = _quantized(cotangent, other, found, specs, seen, **params)
+        results[0] = lax.transpose(of_operand, found.permutation)
+    if histories and isinstance(histories[0], jax.core.ShapedArray):
+        amax = amax_of(cotangent, QuantSpec("e5m2"), (), specs.axis_name)
+        results[3] = _in_first_column(jnp.append(histories[1], amax), histories[0])
+    return results
+
+
+def _straight_through(
+    cotangent: Any, other: Quantized, found: Transposed, *, dtype: DType, precision: Any, out_sharding: Any
+) -> Any:
+    params = {"dimension_numbers": found.dims, "precision": precision, "out_sharding": out_sharding}
+    factor = other.dequantized(cotangent.dtype)
+    return product(*found.ordered(cotangent, factor), cotangent.dtype, tuple(params.items()), dtype)
+
+
+def _quantized(
+    cotangent: Any,
+    other: Quantized,
+    found: Transposed,
+    specs: Specs,
+    seen: Seen | None,
+    *,
+    dtype: DType,
+    out_sharding: Any,
+) -> Any:
+    spec: Any = specs.of_gradients
+    if other.scale.ndim:
+        cotangent = folded(cotangent.astype(FLOAT32), other.scale, found)
+        other, seen = unscaled(other.values), None
+    amax = amax_of(cotangent, spec, found.dims.contracted[found.position], specs.axis_name)
+    operand = quantized(cotangent, amax, seen, spec)
+    return scaled_product(
+        *found.ordered(operand, other),
+        found.dims,
+        dtype,
+        precision=lax.Precision.HIGHEST,
+        out_sharding=out_sharding,
+        has_exact_scales=all(s is not None and s.pow2 for s in (specs.spec(0), specs.spec(1), spec)),
+    )
+
+
+def _in_first_column(observed: Any, histories: Any) -> Any:
+    """Puts largest magnitudes where the gradient of the histories has them; one answer for all devices."""
+    axes = tuple(sorted(varying_axes(observed) - histories.manual_axis_type.varying))
+    if axes:
+        observed = lax.pmax(observed, axes)
+    return jnp.zeros(histories.shape, FLOAT32).at[:, 0].set(observed)
+
+
+def _batch(
+    operands: Any, positions: Any, *, side: int, dimension_numbers: Dimensions, **params: Any
+) -> tuple[Any, int]:
+    if any(position is not None for position in positions[3:]):
+        raise NotImplementedError("amax histories cannot be mapped: give each model of an ensemble its own call.")
+    tangent, values, scale = (
+        x if position is None else jnp.moveaxis(x, position, 0)
+        for x, position in zip(operands[:3], positions[:3], strict=True)
+    )
+    tangent_mapped, values_mapped, scale_mapped = (position is not None for position in positions[:3])
+    if scale_mapped and not values_mapped:
+        values, values_mapped = jnp.broadcast_to(values, (scale.shape[0], *values.shape)), True
+    if scale_mapped and scale.ndim == 1:
+        scale = scale.reshape(-1, *[1] * (values.ndim - 1))
+    elif values_mapped and not scale_mapped and scale.ndim:
+        scale = scale[None]
+    is_mapped = (tangent_mapped, values_mapped)
+    ndims = tangent.ndim - tangent_mapped, values.ndim - values_mapped
+    if side == 1:
+        ndims, is_mapped = ndims[::-1], is_mapped[::-1]
+    dims, axis = mapped(dimension_numbers, ndims, is_mapped)
+    result = _primitive().bind(tangent, values, scale, *operands[3:], side=side, dimension_numbers=dims, **params)
+    return result, axis

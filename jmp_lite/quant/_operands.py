@@ -1,0 +1,91 @@
+"""Operands of products as 8-bit numbers: how large they are, which scale they get."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_batching import custom_vmap
+
+from jmp_lite._dtypes import FLOAT32, DType
+from jmp_lite._errors import SecondDerivativeError
+from jmp_lite.quant._scale import absmax_scale, dequantize, is_integer, quantize
+from jmp_lite.quant._spec import QuantSpec
+
+
+class Quantized(NamedTuple):
+    """An array as ``values * scale``; the scale is ``float32``, a scalar or with the size 1 along shared axes."""
+
+    values: Any
+    scale: Any
+
+    def dequantized(self, dtype: DType) -> Any:
+        """Returns the numbers that this stands for."""
+        return dequantize(self.values, self.scale, dtype)
+
+
+@custom_vmap
+def amax_of_all(x: Any) -> jax.Array:
+    """Largest magnitude, ``float32[]``, also over axes that ``vmap`` hides: a batch has one scale all the same."""
+    return jnp.max(jnp.abs(x), initial=0).astype(FLOAT32)
+
+
+@amax_of_all.def_vmap
+def _amax_of_all_mapped(_axis_size: int, _in_batched: list[bool], x: Any) -> tuple[jax.Array, bool]:
+    return amax_of_all(x), False
+
+
+def amax_of(x: Any, spec: QuantSpec, contracted: tuple[int, ...], axis_name: Any) -> jax.Array:
+    """Returns largest magnitudes: of the whole array, over devices too, or along the contracted axes."""
+    x = lax.stop_gradient(x)
+    if spec.granularity == "channel":
+        return jnp.max(jnp.abs(x), axis=contracted, keepdims=True, initial=0).astype(FLOAT32)
+    amax: jax.Array = amax_of_all(x)
+    return amax if axis_name is None else lax.pmax(amax, axis_name)
+
+
+def _key(x: Any) -> jax.Array:
+    """A PRNG key made of the bits of an array; a sum of integers, the same in any order."""
+    bits = lax.bitcast_convert_type(jnp.asarray(x).astype(FLOAT32), jnp.uint32)
+    return jax.random.key(jnp.sum(bits, dtype=jnp.uint32))
+
+
+class Seen(NamedTuple):
+    """Largest magnitudes of earlier steps."""
+
+    history: Any
+    """``float32[steps]``."""
+    is_known: Any
+    """``bool[]``, a constant: whether there is a history at all, or the array itself is asked."""
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def quantized(x: Any, amax: Any, seen: Seen | None, spec: QuantSpec) -> Quantized:
+    """Quantises an operand of a product.
+
+    Args:
+        x: Floating array.
+        amax: Its largest magnitudes, from ``amax_of``.
+        seen: Those of earlier steps, which the scale of a whole tensor is then made of.
+        spec: How.
+    """
+    made_of = amax if seen is None or amax.ndim else jnp.where(seen.is_known, jnp.max(seen.history), amax)
+    scale = absmax_scale(made_of, spec.dtype, margin=spec.margin, pow2=spec.pow2)
+    if seen is not None and is_integer(spec.dtype):
+        scale = jnp.where(jnp.isfinite(amax), scale, jnp.nan)  # int8 could not show it
+    key = _key(x) if spec.stochastic else None
+    return Quantized(quantize(x, spec.dtype, scale, key=key), scale)
+
+
+@quantized.defjvp
+def _no_derivative(spec: QuantSpec, _primals: Any, _tangents: Any) -> Any:
+    raise SecondDerivativeError(
+        f"A product with an operand in {spec} was differentiated twice; there is no second derivative. Take second "
+        "derivatives of the function without the recipe."
+    )
+
+
+def unscaled(x: Any) -> Quantized:
+    """An operand that is not quantised."""
+    return Quantized(x, jnp.ones((), FLOAT32))

@@ -1,0 +1,89 @@
+"""One product of operands with scales.
+
+The scales are applied to the result, as one factor if both are scalars: XLA then runs the product of float8 arrays as
+one cuBLASLt call with the factor inside.
+
+References:
+    XLA, ``gemm_rewriter.cc``: which patterns become float8 matrix products on NVIDIA GPUs.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+from jmp_lite._dimensions import Dimensions, Transposed
+from jmp_lite._dtypes import FLOAT32, DType
+from jmp_lite.distributed._products import product
+from jmp_lite.quant._operands import Quantized
+from jmp_lite.quant._scale import is_integer
+
+
+def scaled_product(
+    lhs: Quantized,
+    rhs: Quantized,
+    dims: Dimensions,
+    dtype: DType,
+    *,
+    precision: Any = None,
+    out_sharding: Any = None,
+    has_exact_scales: bool = False,
+) -> Any:
+    """Multiplies two operands, of which at least one is quantised.
+
+    Args:
+        lhs: Left operand.
+        rhs: Right operand. Where one of the two is wide, the other is cast to its dtype, which is exact.
+        dims: Of the product.
+        dtype: Floating dtype of the result.
+        precision: Of the product. On NVIDIA GPUs float8 is added up with fewer bits unless it is HIGHEST.
+        out_sharding: As for ``lax.dot_general``.
+        has_exact_scales: Whether scales are powers of two; bfloat16 results then need no detour through float32.
+    """
+    params = {"dimension_numbers": dims, "precision": precision, "out_sharding": out_sharding}
+    left, right = lhs.values, rhs.values
+    if left.dtype.itemsize == right.dtype.itemsize == 1:
+        is_exact = has_exact_scales and dtype == jnp.bfloat16 and lhs.scale.ndim == rhs.scale.ndim == 0
+        added_up_in = jnp.int32 if is_integer(left.dtype) else dtype if is_exact else FLOAT32
+        result = lax.dot_general(left, right, preferred_element_type=added_up_in, **params)
+        result = result if is_exact else result.astype(FLOAT32)
+    else:
+        wide = max(left.dtype, right.dtype, key=lambda dtype: dtype.itemsize)
+        result = product(left.astype(wide), right.astype(wide), wide, tuple(params.items()), FLOAT32)
+    return _scaled(result, lhs.scale, rhs.scale, dims).astype(dtype)
+
+
+def _scaled(result: Any, lhs_scale: Any, rhs_scale: Any, dims: Dimensions) -> Any:
+    if lhs_scale.ndim == rhs_scale.ndim == 0:
+        return result * (lhs_scale * rhs_scale).astype(result.dtype)
+    for side, scale in enumerate((lhs_scale, rhs_scale)):
+        result = result * (_along_result(scale, result.ndim, dims, side) if scale.ndim else scale)
+    return result
+
+
+def _along_result(scale: Any, ndim: int, dims: Dimensions, side: int) -> Any:
+    """Gives the scale of an operand, which has the size 1 along contracted axes, the layout of the result."""
+    batched, kept = dims.batched[side], dims.kept(side, scale.ndim)
+    sizes = [scale.shape[axis] for axis in (*batched, *kept)]
+    others = [1] * (ndim - len(sizes))
+    shape = [*sizes, *others] if side == 0 else [*sizes[: len(batched)], *others, *sizes[len(batched) :]]
+    return lax.transpose(scale, (*batched, *kept, *dims.contracted[side])).reshape(shape)
+
+
+def folded(cotangent: Any, scale: Any, found: Transposed) -> Any:
+    """Multiplies a cotangent by the scales of the other operand along axes that the two share.
+
+    Scales per channel are those of axes that the transposed product adds up over, so they cannot be applied to its
+    result.
+
+    Args:
+        cotangent: Of the result.
+        scale: Of the other operand, with as many axes.
+        found: The transposed product.
+    """
+    axes = [found.dims.contracted[operand] + found.dims.batched[operand] for operand in (0, 1)]
+    shared = dict(zip(axes[found.position], axes[1 - found.position], strict=True))
+    order = [shared[axis] for axis in range(cotangent.ndim) if axis in shared]
+    shape = [scale.shape[shared[axis]] if axis in shared else 1 for axis in range(cotangent.ndim)]
+    rest = [axis for axis in range(scale.ndim) if axis not in order]
+    return cotangent * lax.transpose(scale, (*order, *rest)).reshape(shape)

@@ -1,0 +1,234 @@
+"""Recipes: which operands of a product and of its gradient are quantised how. Each stands in for ``dot_general``."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from jmp_lite._errors import InvalidRecipeError
+from jmp_lite.autocast._dot import Product
+from jmp_lite.quant._conv import quantized_conv
+from jmp_lite.quant._dot import scaled_dot
+from jmp_lite.quant._spec import QuantSpec, Specs
+
+
+@dataclasses.dataclass(frozen=True)
+class DotRecipe(Specs, Product):
+    """How a matrix product and the two products of its gradient are quantised; also the function that does it.
+
+    It has the signature of ``lax.dot_general`` and goes wherever that goes: ``jmp.autocast(loss, policy, dot=FP8)``,
+    ``jmp.Rule("mlp", dot=FP8)``, ``nn.Dense(dot_general=FP8)``, ``nnx.Linear(dot_general=FP8)``,
+    ``jnp.einsum(..., _dot_general=FP8)``. ``scaled_dot_general`` describes what it computes.
+
+    Args:
+        lhs: How the left operand is quantised, as a ``QuantSpec`` or its text; ``None``: it is not.
+        rhs: The same for the right operand, which in Flax is the kernel.
+        grad: The same for the cotangent in the backward products. ``None``: these products are not quantised, and
+            treat the rounding of the operands as if it were none (straight-through).
+        history: Of how many steps the largest magnitudes are remembered, to make scales of whole tensors from
+            (delayed scaling); 0: every array is looked at. Functions with such products go through ``delayed``.
+        axis_name: Mapped axes (``pmap``, ``shard_map``) whose devices agree on scales of whole tensors. Under ``jit``
+            they agree in any case.
+
+    Raises:
+        InvalidRecipeError: If no device multiplies the formats, or the fields contradict each other.
+
+    Example:
+        >>> recipe = jmp.quant.DotRecipe("e4m3:pow2", "e4m3:pow2", "e5m2:pow2")
+        >>> recipe == jmp.quant.FP8
+        True
+        >>> print(jnp.einsum("ij,jk->ik", jnp.ones((1, 3)), jnp.full((3, 1), 1.03), _dot_general=recipe))
+        [[3.]]
+
+    References:
+        Micikevicius et al., "FP8 Formats for Deep Learning", arXiv:2209.05433; NVIDIA TransformerEngine; Google qwix.
+    """
+
+    def __call__(
+        self,
+        lhs: Any,
+        rhs: Any,
+        dimension_numbers: Any,
+        precision: Any = None,
+        preferred_element_type: Any = None,
+        *,
+        out_sharding: Any = None,
+    ) -> jax.Array:
+        """Multiplies two arrays; see ``scaled_dot_general``."""
+        return scaled_dot(
+            lhs,
+            rhs,
+            dimension_numbers,
+            self,
+            precision=precision,
+            preferred_element_type=preferred_element_type,
+            out_sharding=out_sharding,
+        )
+
+    def conv(self, lhs: Any, rhs: Any, window_strides: Any, padding: Any, **params: Any) -> jax.Array:
+        """Convolves two arrays, with the parameters of ``lax.conv_general_dilated``; see ``scaled_conv``."""
+        return quantized_conv(lhs, rhs, self, window_strides=window_strides, padding=padding, **params)
+
+    __str__ = Specs.__str__
+
+
+#: e4m3 forward, e5m2 for gradients, one scale per tensor, which is a power of two.
+FP8 = DotRecipe(QuantSpec("e4m3", pow2=True), QuantSpec("e4m3", pow2=True), QuantSpec("e5m2", pow2=True))
+#: e4m3 throughout, one scale per row of activations, per output channel of kernels.
+FP8_ROWWISE = DotRecipe(QuantSpec("e4m3", "channel"), QuantSpec("e4m3", "channel"), QuantSpec("e4m3", "channel"))
+#: ``FP8`` with scales from the largest magnitudes of the last 1024 steps.
+FP8_DELAYED = dataclasses.replace(FP8, history=1024)
+#: e4m3 in tiles of 1 x 128 for activations and gradients and blocks of 128 x 128 for kernels: a reference, not fast.
+FP8_BLOCK128 = DotRecipe(QuantSpec("e4m3", 128), QuantSpec("e4m3", (128, 128)), QuantSpec("e4m3", 128))
+#: int8 forward, as in the deployed model; gradients of the compute dtype.
+INT8_QAT = DotRecipe(QuantSpec("int8", "channel"), QuantSpec("int8", "channel"))
+#: int8 forward and backward; gradients are rounded stochastically.
+INT8_TRAIN = DotRecipe(
+    QuantSpec("int8", "channel"), QuantSpec("int8", "channel"), QuantSpec("int8", "channel", stochastic=True)
+)
+#: int8 kernels; products of the compute dtype.
+W8A16 = DotRecipe(None, QuantSpec("int8", "channel"))
+#: int8 kernels and activations: ``INT8_QAT`` under the name that deployments use.
+W8A8 = INT8_QAT
+#: The same with one scale for all activations of a product, from calibration.
+W8A8_STATIC = DotRecipe(QuantSpec("int8"), QuantSpec("int8", "channel"), history=1)
+
+_NAMED = {
+    "fp8": FP8,
+    "fp8_rowwise": FP8_ROWWISE,
+    "fp8_delayed": FP8_DELAYED,
+    "fp8_block128": FP8_BLOCK128,
+    "int8_qat": INT8_QAT,
+    "int8_train": INT8_TRAIN,
+    "w8a16": W8A16,
+    "w8a8": W8A8,
+    "w8a8_static": W8A8_STATIC,
+}
+
+
+def get_recipe(spec: str | DotRecipe) -> DotRecipe:
+    """Returns the recipe of a name, or of the text that ``str(recipe)`` gives.
+
+    Args:
+        spec: ``"fp8"``, ``"fp8_rowwise"``, ``"fp8_delayed"``, ``"fp8_block128"``, ``"int8_qat"``, ``"int8_train"``,
+            ``"w8a16"``, ``"w8a8"`` or ``"w8a8_static"``, case aside; or a text; or a recipe, which is returned.
+
+    Raises:
+        InvalidRecipeError: If it is none of these.
+
+    Example:
+        >>> print(jmp.quant.get_recipe("fp8"))
+        lhs=e4m3:pow2,rhs=e4m3:pow2,grad=e5m2:pow2
+        >>> jmp.quant.get_recipe("lhs=none,rhs=int8:channel") == jmp.quant.W8A16
+        True
+    """
+    if isinstance(spec, DotRecipe):
+        return spec
+    text = spec.strip().lower() if isinstance(spec, str) else ""
+    if text in _NAMED:
+        return _NAMED[text]
+    fields = dict(part.split("=", 1) for part in spec.split(",") if "=" in part) if text else {}
+    if not {"lhs", "rhs"} <= set(fields) or not set(fields) <= {"lhs", "rhs", "grad", "history", "axis_name"}:
+        raise InvalidRecipeError(
+            f"Unknown recipe {spec!r}. Accepted: {', '.join(_NAMED)}, or a text such as "
+            "'lhs=e4m3:pow2,rhs=e4m3:pow2,grad=e5m2:pow2'."
+        )
+    axes = tuple(fields["axis_name"].split("+")) if "axis_name" in fields else ()
+    return DotRecipe(
+        fields["lhs"],
+        fields["rhs"],
+        fields.get("grad", "none"),
+        history=int(fields.get("history", 0)),
+        axis_name=axes[0] if len(axes) == 1 else axes or None,
+    )
+
+
+def scaled_dot_general(
+    lhs: Any,
+    rhs: Any,
+    dimension_numbers: Any,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    *,
+    recipe: str | DotRecipe,
+    out_sharding: Any = None,
+) -> jax.Array:
+    """``lax.dot_general`` with operands of 8 bits, forward and, if the recipe says so, backward.
+
+    Each operand is divided by its scale, which takes its largest magnitude to the largest number of the format, and
+    rounded. The product is added up in float32 (int32 for int8) and multiplied by the scales. What is kept for the
+    backward pass are the 8-bit operands. In the backward pass cotangents are quantised like operands; each of the two
+    products has a scale of its own for them where scales are per channel.
+
+    On NVIDIA GPUs from compute capability 8.9 on XLA makes one cuBLASLt call of each float8 product, forward with
+    fast accumulation and backward with the precise one. Elsewhere the same numbers come out of wider products.
+
+    Infinities and NaN in an operand make results infinite or NaN, so that a loss scale sees them.
+
+    Under ``vmap`` a batch shares the scale of a tensor, just as if it were one larger product.
+
+    Args:
+        lhs: Array. Operands that are not real floating arrays of 16 or 32 bits are multiplied as they are.
+        rhs: Array.
+        dimension_numbers: As for ``lax.dot_general``.
+        precision: Of products that are not quantised, such as those of the backward pass with ``grad=None``.
+        preferred_element_type: Floating dtype of the result; by default what the operands promote to.
+        recipe: A recipe or its name.
+        out_sharding: As for ``lax.dot_general``.
+
+    Returns:
+        An array of the shape that ``lax.dot_general`` returns. First derivatives exist in both modes; gradients have
+        the dtypes of the operands.
+
+    Raises:
+        InvalidRecipeError: If nothing is known by the name of the recipe.
+        SecondDerivativeError: If it is differentiated twice.
+
+    Example:
+        >>> x, w = jnp.array([[1.0, 2.0, 3.0]]), jnp.array([[0.5], [0.25], [1.0]])
+        >>> dims = (((1,), (0,)), ((), ()))
+        >>> print(jmp.quant.scaled_dot_general(x, w, dims, recipe="fp8"))
+        [[4.]]
+        >>> print(jax.grad(lambda w: jmp.quant.scaled_dot_general(x, w, dims, recipe="fp8").sum())(w).T)
+        [[1. 2. 3.]]
+
+    References:
+        Micikevicius et al., "FP8 Formats for Deep Learning", arXiv:2209.05433; XLA, ``gemm_rewriter.cc``; Google qwix,
+        whose trick for scales per channel in the backward pass this is.
+    """
+    return get_recipe(recipe)(lhs, rhs, dimension_numbers, precision, preferred_element_type, out_sharding=out_sharding)
+
+
+def scaled_conv(
+    lhs: Any, rhs: Any, window_strides: Any, padding: Any, *, recipe: str | DotRecipe, **params: Any
+) -> jax.Array:
+    """``lax.conv_general_dilated`` of what 8-bit operands stand for.
+
+    The operands are quantised, dequantised and convolved in their own dtype, and so are cotangents in the backward
+    pass: the result has the accuracy of the recipe and keeps 8 bits per number for the backward pass, but runs as fast
+    as without it. Scales per channel are those of one sample of ``lhs``, of one output feature of ``rhs`` and of
+    cotangents. Histories are not used.
+
+    Args:
+        lhs: Input, floating array.
+        rhs: Kernel.
+        window_strides: As for ``lax.conv_general_dilated``.
+        padding: As for ``lax.conv_general_dilated``.
+        recipe: A recipe or its name; ``recipe.conv`` is this function with the recipe filled in, as Flax and autocast
+            want it: ``nn.Conv(conv_general_dilated=FP8.conv)``, ``ops={"conv_general_dilated": FP8.conv}``.
+        **params: The other parameters of ``lax.conv_general_dilated``.
+
+    Returns:
+        An array of the shape that ``lax.conv_general_dilated`` returns.
+
+    Raises:
+        InvalidRecipeError: If the recipe is not known, or has scales per block.
+        SecondDerivativeError: If it is differentiated twice.
+
+    Example:
+        >>> image, kernel = jnp.ones((1, 1, 4, 4)), jnp.full((1, 1, 2, 2), 1.03)
+        >>> print(jmp.quant.scaled_conv(image, kernel, (2, 2), "VALID", recipe="fp8"))
+        [[[[4. 4.]
+           [4. 4.]]]]
+    """
+    return get_recipe(recipe).conv(lhs, rhs, window_strides, padding, **params)

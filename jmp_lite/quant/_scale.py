@@ -1,0 +1,134 @@
+"""Scales, and numbers of 8 bits: ``x`` is held as ``q`` with ``x ~ q * scale``. Scales are float32."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jmp_lite._dtypes import FLOAT32, DType
+from jmp_lite._errors import InvalidRecipeError
+from jmp_lite._rounding import stochastic_round
+
+#: The formats of 8 bits, by the names that recipes are written with.
+FORMATS: dict[str, DType] = {
+    "e4m3": np.dtype(jnp.float8_e4m3fn),
+    "e5m2": np.dtype(jnp.float8_e5m2),
+    "int8": np.dtype(np.int8),
+}
+_SMALLEST_NORMAL = 2.0**-126
+
+
+def checked_format(dtype: Any) -> DType:
+    """Returns the dtype if it is one of ``FORMATS``, given by its name or as anything NumPy takes for a dtype.
+
+    Raises:
+        InvalidRecipeError: If it is not.
+    """
+    try:
+        found = FORMATS[dtype] if isinstance(dtype, str) and dtype in FORMATS else np.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or found not in FORMATS.values():
+        raise InvalidRecipeError(
+            f"dtype must be float8_e4m3fn ('e4m3'), float8_e5m2 ('e5m2') or int8, got {dtype!r}. Write for example "
+            "QuantSpec('e4m3')."
+        )
+    return found
+
+
+def is_integer(dtype: DType) -> bool:
+    """Whether a format is one of integers."""
+    return bool(jnp.issubdtype(dtype, jnp.integer))
+
+
+def largest(dtype: DType) -> float:
+    """The largest magnitude that is used: 448 of e4m3, 57344 of e5m2, 127 of int8 (-128 is not)."""
+    return float(jnp.iinfo(dtype).max if is_integer(dtype) else jnp.finfo(dtype).max)  # type: ignore[no-untyped-call]
+
+
+def absmax_scale(amax: Any, dtype: Any, *, margin: int = 0, pow2: bool = False) -> jax.Array:
+    """Returns the scale with which the largest magnitude of an array becomes the largest of a format.
+
+    Args:
+        amax: Largest magnitudes, of any shape. Infinities and NaN give scales that are not finite, and so products
+            that are not finite: a loss scale sees them.
+        dtype: ``float8_e4m3fn``, ``float8_e5m2`` or ``int8``.
+        margin: Leaves room for values ``2**margin`` times as large.
+        pow2: Rounds the scale up to a power of two. Scaling is then exact. In floating formats it costs nothing; in
+            int8 up to one bit.
+
+    Returns:
+        ``float32`` of the shape of ``amax``; 1 where that is zero, or so small that the scale would be subnormal.
+
+    Raises:
+        InvalidRecipeError: If the format is another.
+
+    Example:
+        >>> print(jmp.quant.absmax_scale(jnp.array([0.0, 127.0, 254.0]), jnp.int8))
+        [1. 1. 2.]
+        >>> print(jmp.quant.absmax_scale(jnp.float32(1000.0), "e4m3", pow2=True))
+        4.0
+
+    References:
+        Micikevicius et al., "FP8 Formats for Deep Learning", arXiv:2209.05433.
+    """
+    scale = jnp.asarray(amax).astype(FLOAT32) * (2.0**margin / largest(checked_format(dtype)))
+    if pow2:
+        fraction, exponent = jnp.frexp(scale)  # scale = fraction * 2**exponent, fraction in [0.5, 1)
+        power = jnp.ldexp(jnp.ones_like(scale), jnp.where(fraction == 0.5, exponent - 1, exponent))
+        scale = jnp.where(jnp.isfinite(scale), power, scale)
+    return jnp.where(scale < _SMALLEST_NORMAL, 1.0, scale)  # false for NaN, which stays
+
+
+def quantize(x: Any, dtype: Any, scale: Any, *, key: jax.Array | None = None) -> jax.Array:
+    """Returns ``x / scale``, rounded to 8 bits; finite values beyond the largest of the format become the largest.
+
+    Args:
+        x: Floating array.
+        dtype: ``float8_e4m3fn``, ``float8_e5m2`` or ``int8``.
+        scale: ``float32``; a scalar, or of the rank of ``x`` with the size 1 along axes that share a scale.
+        key: A PRNG key, to round up or down at random so that the expected value is exact; to nearest, ties to even,
+            by default.
+
+    Returns:
+        An array of the shape of ``x``. Infinities and NaN are kept as far as the format has them; int8 has neither.
+
+    Raises:
+        InvalidRecipeError: If the format is another.
+
+    Example:
+        >>> x = jnp.array([0.1, -0.26, 1000.0])
+        >>> print(jmp.quant.quantize(x, jnp.int8, jnp.float32(0.1)))
+        [  1  -3 127]
+        >>> print(jmp.quant.quantize(x, "e4m3", jnp.float32(1.0)))
+        [0.101562 -0.25 448]
+    """
+    dtype = checked_format(dtype)
+    scaled = jnp.asarray(x).astype(FLOAT32) / scale
+    if not is_integer(dtype):
+        if key is not None:
+            return stochastic_round(key, scaled, dtype)
+        clipped = jnp.clip(scaled, -largest(dtype), largest(dtype))
+        return jnp.where(jnp.isfinite(scaled), clipped, scaled).astype(dtype)
+    rounded = jnp.round(scaled) if key is None else jnp.floor(scaled + jax.random.uniform(key, scaled.shape))
+    return jnp.clip(rounded, -largest(dtype), largest(dtype)).astype(dtype)
+
+
+def dequantize(q: Any, scale: Any, dtype: Any = jnp.float32) -> jax.Array:
+    """Returns ``q * scale``, computed in float32.
+
+    Args:
+        q: Array of 8-bit numbers.
+        scale: ``float32``, as for ``quantize``.
+        dtype: Floating dtype of the result.
+
+    Returns:
+        An array of the shape of ``q``.
+
+    Example:
+        >>> print(jmp.quant.dequantize(jnp.array([1, -127], jnp.int8), jnp.float32(0.5)))
+        [  0.5 -63.5]
+    """
+    dequantized: jax.Array = (jnp.asarray(q).astype(FLOAT32) * scale).astype(dtype)
+    return dequantized

@@ -1,0 +1,159 @@
+"""What is quantised how: one operand, and the three products that a product and its gradient are."""
+
+import dataclasses
+from typing import Any
+
+from jmp_lite._errors import InvalidRecipeError
+from jmp_lite.quant._scale import FORMATS, checked_format, is_integer
+
+_NAMES = {dtype: name for name, dtype in FORMATS.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantSpec:
+    """How one operand of a product is quantised.
+
+    Args:
+        dtype: ``float8_e4m3fn``, ``float8_e5m2`` or ``int8``, or ``"e4m3"``, ``"e5m2"``, ``"int8"``.
+        granularity: What shares a scale. ``"tensor"``: the whole array; ``"channel"``: what is added up, such as one
+            row of activations or one output channel of a kernel; an ``int`` n: n neighbours of what is added up; a
+            pair (n, n): blocks of n by n.
+        margin: Leaves room for values ``2**margin`` times as large as those seen.
+        pow2: Rounds scales up to powers of two.
+        stochastic: Rounds up or down at random, right on average; the key is made of the array's own bits, so that the
+            same array gives the same result.
+
+    Raises:
+        InvalidRecipeError: If one of these means nothing.
+
+    Example:
+        >>> print(jmp.quant.QuantSpec("e4m3", pow2=True))
+        e4m3:pow2
+    """
+
+    dtype: Any
+    granularity: str | int | tuple[int, int] = "tensor"
+    margin: int = dataclasses.field(default=0, kw_only=True)
+    pow2: bool = dataclasses.field(default=False, kw_only=True)
+    stochastic: bool = dataclasses.field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", checked_format(self.dtype))
+        sizes = self.granularity if isinstance(self.granularity, tuple) else (self.granularity,) * 2
+        is_block = len(sizes) == 2 and all(type(size) is int and size > 0 for size in sizes)
+        if self.granularity not in ("tensor", "channel") and not is_block:
+            raise InvalidRecipeError(
+                f"granularity must be 'tensor', 'channel', a block size such as 128 or a pair (128, 128), got "
+                f"{self.granularity!r}."
+            )
+
+    @property
+    def is_blockwise(self) -> bool:
+        """Whether scales are those of blocks."""
+        return not isinstance(self.granularity, str)
+
+    def __str__(self) -> str:
+        block = self.granularity if isinstance(self.granularity, tuple) else (self.granularity,)
+        parts = [_NAMES[self.dtype]]
+        if self.granularity != "tensor":
+            parts.append("x".join(map(str, block)))
+        parts += [f"margin{self.margin}"] * bool(self.margin)
+        parts += ["pow2"] * self.pow2 + ["stochastic"] * self.stochastic
+        return ":".join(parts)
+
+
+def parse_spec(text: str) -> QuantSpec | None:
+    """Reads what ``str(spec)`` wrote; ``none`` is no spec.
+
+    Raises:
+        InvalidRecipeError: If it is something else.
+    """
+    if text == "none":
+        return None
+    name, *options = text.split(":")
+    granularity: Any = "tensor"
+    settings: dict[str, Any] = {}
+    for option in options:
+        sizes = option.split("x")
+        if option in ("pow2", "stochastic"):
+            settings[option] = True
+        elif option.startswith("margin") and option[6:].removeprefix("-").isdigit():
+            settings["margin"] = int(option[6:])
+        elif all(map(str.isdigit, sizes)):
+            granularity = int(option) if len(sizes) == 1 else tuple(map(int, sizes))
+        elif option in ("tensor", "channel"):
+            granularity = option
+        else:
+            raise InvalidRecipeError(
+                f"{option!r} in {text!r} is not known. Write for example 'e4m3:pow2', 'int8:channel' or 'e4m3:128x128'."
+            )
+    return QuantSpec(name, granularity, **settings)
+
+
+@dataclasses.dataclass(frozen=True)
+class Specs:
+    """The fields of a recipe, checked; ``DotRecipe`` describes them."""
+
+    lhs: QuantSpec | str | None
+    rhs: QuantSpec | str | None
+    grad: QuantSpec | str | None = None
+    history: int = dataclasses.field(default=0, kw_only=True)
+    axis_name: Any = dataclasses.field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        for side in ("lhs", "rhs", "grad"):
+            spec = getattr(self, side)
+            spec = parse_spec(spec) if isinstance(spec, str) else spec
+            if not (spec is None or isinstance(spec, QuantSpec)):
+                raise InvalidRecipeError(f"{side} must be a QuantSpec, its text or None, got {spec!r}.")
+            object.__setattr__(self, side, spec)
+        problem = next((message for is_wrong, message in self._problems() if is_wrong), None)
+        if problem:
+            raise InvalidRecipeError(f"{problem}, got {self}.")
+
+    def spec(self, side: int) -> QuantSpec | None:
+        """Returns how the left (0) or the right (1) operand is quantised."""
+        spec: Any = (self.lhs, self.rhs)[side]
+        return spec  # type: ignore[no-any-return]
+
+    @property
+    def of_gradients(self) -> QuantSpec | None:
+        """How cotangents are quantised."""
+        spec: Any = self.grad
+        return spec  # type: ignore[no-any-return]
+
+    @property
+    def is_blockwise(self) -> bool:
+        """Whether scales are those of blocks."""
+        return any(spec is not None and spec.is_blockwise for spec in (self.spec(0), self.spec(1)))
+
+    def _problems(self) -> list[tuple[bool, str]]:
+        operands = [spec for spec in (self.spec(0), self.spec(1)) if spec is not None]
+        grads = [spec for spec in (self.of_gradients,) if spec is not None]
+        specs = operands + grads
+        e5m2 = [sum(spec.dtype == FORMATS["e5m2"] for spec in group) for group in (operands, grads)]
+        return [
+            (not operands, "A recipe quantises lhs, rhs or both"),
+            (len({is_integer(spec.dtype) for spec in specs}) > 1, "int8 and float8 cannot be multiplied"),
+            (e5m2[0] > 1 or all(e5m2), "No device multiplies e5m2 by e5m2: keep it for the gradients alone"),
+            (
+                len(operands) < 2 and bool(grads),
+                "Gradients can be quantised only if both operands are: leave grad=None, which is straight-through",
+            ),
+            (
+                self.is_blockwise and not (len(operands) == 2 and all(spec.is_blockwise for spec in specs)),
+                "Blocks must be used for lhs, rhs and grad alike",
+            ),
+            (type(self.history) is not int or self.history < 0, "history must be a number of steps"),
+            (
+                bool(self.history) and all(spec.granularity != "tensor" for spec in specs),
+                "history serves scales of whole tensors, and no granularity is 'tensor'",
+            ),
+        ]
+
+    def __str__(self) -> str:
+        parts = [f"{side}={getattr(self, side) or 'none'}" for side in ("lhs", "rhs", "grad")]
+        parts += [f"history={self.history}"] * bool(self.history)
+        axes = self.axis_name if isinstance(self.axis_name, tuple) else (self.axis_name,)
+        parts += [] if self.axis_name is None else [f"axis_name={'+'.join(map(str, axes))}"]
+        return ",".join(parts)
