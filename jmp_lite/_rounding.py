@@ -12,8 +12,7 @@ from jmp_lite._dtypes import FLOAT32, DType
 def stochastic_round(key: jax.Array, x: Any, dtype: DType) -> jax.Array:
     """Rounds to one of the two neighbours in a floating format, so that the expected value is ``x``.
 
-    Finite values beyond the largest of the format become the largest; infinities and NaN stay what they are (e4m3fn
-    has no infinity: NaN).
+    Finite values beyond the largest of the format become the largest; infinities and NaN become NaN.
 
     Args:
         key: A PRNG key.
@@ -32,5 +31,5 @@ def stochastic_round(key: jax.Array, x: Any, dtype: DType) -> jax.Array:
     exponent = jnp.maximum(exponent - 1, int(np.log2(float(info.smallest_normal))))
     spacing = jnp.ldexp(jnp.ones_like(x), exponent - info.nmant)
     rounded = jnp.floor(x / spacing + jax.random.uniform(key, x.shape)) * spacing
-    rounded = jnp.clip(rounded, -float(info.max), float(info.max))
-    return jnp.where(jnp.isfinite(x), rounded, x).astype(dtype)
+    saturated: jax.Array = jnp.clip(rounded, -float(info.max), float(info.max)) + (x - x)
+    return saturated.astype(dtype)

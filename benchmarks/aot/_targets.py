@@ -59,13 +59,13 @@ class TargetUnavailableError(RuntimeError):
     """The wheels that compile for a target are not installed."""
 
 
-def configure() -> None:
-    """Sets the environment for compiling without a device; call before the first use of jax."""
+def configure(*more: str) -> None:
+    """Sets the environment for compiling without a device, with more flags of XLA; call before the first use of jax."""
     os.environ.update(_ENVIRONMENT)
-    no_autotuning = "--xla_gpu_autotune_level=0"
-    flags = os.environ.get("XLA_FLAGS", "")
-    if no_autotuning not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {no_autotuning}".strip()
+    for flag in ("--xla_gpu_autotune_level=0", *more):
+        flags = os.environ.get("XLA_FLAGS", "")
+        if flag not in flags:
+            os.environ["XLA_FLAGS"] = f"{flags} {flag}".strip()
 
 
 def _installed(module: str) -> bool:

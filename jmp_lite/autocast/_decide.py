@@ -60,6 +60,8 @@ def decide(
         _is_any_eligible(eqn.invars) and all(is_eligible(v.aval) for v in eqn.outvars)
     ):
         return _in_float32(eqn, "not a product of float32 arrays")
+    if op_class is OpClass.ALLOW and precision.dot is not None and eqn.primitive.name == "dot_general":
+        return _in_half(eqn, precision.dtype, f"replaced by {getattr(precision.dot, '__name__', precision.dot)}")
     if op_class is OpClass.ALLOW:
         return _in_half(eqn, precision.dtype, why)
     if precision.mode == "low" and _is_made_of_exact_values(eqn, operands):

@@ -40,8 +40,8 @@ def freeze(
     A recipe says how weights are held. Kernels (see ``quant.quantize_tree``) are stored in the format of ``recipe.rhs``
     with its scales, unless some parameters are quantised already: then all are stored as they are, which is the way to
     choose leaves, axes or formats yourself. If the recipe quantises activations too (``W8A8``, ``FP8``), products are
-    those of the recipe, which finds the very numbers that are stored again in the kernels. If not (``W8A16``),
-    products are those of the policy.
+    those of the recipe, which finds the very numbers that are stored again in the kernels, and all else is float32
+    unless the policy says otherwise. If not (``W8A16``), products are those of the policy.
 
     Args:
         apply: Function that ``jax.jit`` takes: ``model.apply`` of Linen and Haiku, ``lambda state, x:
@@ -63,26 +63,19 @@ def freeze(
 
     Raises:
         InvalidExportError: If a leaf cannot be stored, two have the same path, arguments or results are no trees of
-            arrays in containers that every Python knows, a platform does not exist, or policy and recipe do not go
-            together.
+            arrays in containers that every Python knows, a platform does not exist, or histories are missing.
         InvalidRecipeError: If nothing is known by the name of the recipe.
         UnknownDtypeError: If the policy string cannot be parsed.
 
     Example:
         >>> import tempfile
         >>> path = f"{tempfile.mkdtemp()}/model.safetensors"
-        >>> params = {"kernel": jnp.eye(4), "bias": jnp.ones(4)}
         >>> rows = jax.ShapeDtypeStruct(jax.export.symbolic_shape("rows, 4"), jnp.float32)
         >>> digest = jmp.export.freeze(
-        ...     lambda p, x: x @ p["kernel"] + p["bias"],
-        ...     params,
-        ...     rows,
-        ...     path=path,
-        ...     policy="mixed_bfloat16",
-        ...     recipe="w8a16",
+        ...     lambda p, x: x @ p["w"], {"w": jnp.eye(4)}, rows, path=path, policy="mixed_bfloat16", recipe="w8a16"
         ... )
         >>> print(jmp.export.load(path, digest=digest)(jnp.ones((1, 4))))
-        [[2. 2. 2. 2.]]
+        [[1. 1. 1. 1.]]
 
     References:
         ``jax.export`` and its compatibility guarantees (docs.jax.dev, "Exporting and serializing staged-out
@@ -158,25 +151,11 @@ def _with_precision(
         )
     if recipe is None or recipe.lhs is None:
         return apply if policy is None else autocast(apply, policy)
-    if policy is None or all(p.compute_dtype.itemsize != 2 for p in _all_policies(policy)):
-        raise InvalidExportError(
-            f"Recipe {recipe} quantises the products of a policy that computes in 16 bits, got policy={_say(policy)}. "
-            "Pass policy='mixed_bfloat16'; or give the recipe to the layers (dot_general=recipe) and quantise the "
-            "parameters with quant.quantize_tree."
-        )
-    run = autocast(apply, policy, dot=recipe)
+    run = autocast(apply, "full" if policy is None else policy, dot=recipe)
     if not needs_histories:
         return run
     calibrated = delayed(run)
     return lambda params, *args: calibrated(histories, params, *args)
-
-
-def _all_policies(policy: Policy | PolicyMap) -> list[Policy]:
-    return policy.all_policies() if isinstance(policy, PolicyMap) else [policy]
-
-
-def _say(policy: Policy | PolicyMap | None) -> str:
-    return "None" if policy is None else repr(str(policy))
 
 
 # --- Weights --------------------------------------------------------------------------------------

@@ -8,18 +8,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-from flax import nnx
 
 from jmp_lite._policy import Policy, PolicyMap
-from jmp_lite._tree import combine, partition
 from jmp_lite.autocast._api import settings_from, wrap
 from jmp_lite.autocast._ops import Op
-from jmp_lite.autocast._rules import Rule, Settings
-from jmp_lite.nnx._modules import change_class, derived_class, is_leaf, is_node, objects, unbound
+from jmp_lite.autocast._rules import Rule
+from jmp_lite.nnx._modules import change_class, derived_class, objects, unbound
+from jmp_lite.nnx._pure import call_pure
 
 #: Path of the module whose method is running.
 _PATH: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("jmp_lite_nnx_path", default=())
-_CONTEXT = "jmp_lite.nnx.autocast"
 
 
 def autocast(
@@ -77,30 +75,12 @@ def autocast(
     """
     function, owner = unbound(fn)
     settings = settings_from(policy, rules=rules, ops=ops, dot=dot, accumulate=accumulate)
-    wrapped = functools.wraps(function)(lambda *args, **kwargs: _call(function, settings, save, args, kwargs))
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return call_pure(function, lambda pure: wrap(pure, settings, save), args, kwargs, around=_scopes)
+
     return wrapped if owner is None else functools.partial(wrapped, owner)
-
-
-def _call(fn: Callable[..., Any], settings: Settings, save: str, args: Any, kwargs: Any) -> Any:
-    """Calls a function of modules as a pure function of their state, as ``nnx.jit`` does."""
-    nodes, others, layout = partition((args, kwargs), is_node, is_leaf)
-
-    def pure(state: Any, others: list[Any]) -> tuple[Any, ...]:
-        with nnx.merge_context(_CONTEXT, inner=True) as context:
-            copies = context.merge(graphdef, state)
-        call_args, call_kwargs = combine(copies, others, layout)
-        with _scopes(copies):
-            returned, *rest = partition(fn(*call_args, **call_kwargs), is_node, is_leaf)
-        with nnx.split_context(_CONTEXT) as context:
-            return *rest, *context.split((copies, returned))
-
-    with nnx.update_context(_CONTEXT):
-        with nnx.split_context(_CONTEXT) as context:
-            graphdef, state = context.split(nodes)
-        results, layout_of_results, new_graphdef, new_state = wrap(pure, settings, save)(state, others)
-        with nnx.merge_context(_CONTEXT, inner=False) as context:
-            _, returned = context.merge(new_graphdef, new_state)
-    return combine(returned, results, layout_of_results)
 
 
 # --- Name scopes ---

@@ -41,12 +41,12 @@ class QuantizedArray(Opaque):
         dtype: Floating dtype that it stands for.
 
     Example:
-        >>> w = jmp.quant.quantize_array(jnp.array([[1.0, 20.0], [-2.0, 10.0]]), axes=[0])
+        >>> w = jmp.quant.quantize_array(jnp.array([[64.0, 254.0], [-127.0, 128.0]]), axes=[0])
         >>> print(w.values)
         [[  64  127]
          [-127   64]]
-        >>> print(jnp.ones((1, 2)) @ w.dequantize(), w.nbytes)
-        [[-0.992126 30.0787]] 12
+        >>> print(jnp.ones((1, 2)) @ w, w.nbytes)
+        [[-63. 382.]] 12
         >>> [x.dtype.name for x in jax.tree.leaves(jmp.get_policy("bf16").cast_to_compute({"w": w}))]
         ['int8', 'float32']
 

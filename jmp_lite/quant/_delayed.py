@@ -88,6 +88,8 @@ class Delayed:
     def init(self, *args: Any, state: Any = None, **kwargs: Any) -> AmaxHistories:
         """Makes histories that hold what is seen in one step with these arguments; nothing else is done.
 
+        The first scalar that the function returns is taken for the loss; if there is none, the sum of all it returns.
+
         Args:
             *args: Arguments of the function. For shapes alone, ``jax.eval_shape(loss.init, *args)`` will do: histories
                 of zeros are empty, and the first step has scales of 1.
@@ -102,8 +104,9 @@ class Delayed:
         def total(histories: AmaxHistories) -> jax.Array:
             filled = {at: Histories(histories[name], jnp.array(False)) for at, (name, _) in sites.items()}
             results = _Evaluation(filled).run(traced.jaxpr, traced.arrays)
-            sums = [jnp.sum(jnp.real(x)).astype(FLOAT32) for x in results if is_inexact(x)]
-            return loss_scale.scale(sum(sums, start=jnp.zeros((), FLOAT32)))
+            numbers = [jnp.real(x).astype(FLOAT32) for x in results if is_inexact(x)]
+            losses = [x for x in numbers if x.ndim == 0][:1] or numbers
+            return loss_scale.scale(sum(map(jnp.sum, losses), start=jnp.zeros((), FLOAT32)))
 
         return update_histories(empty, jax.grad(total)(empty))
 

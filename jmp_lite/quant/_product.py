@@ -43,7 +43,7 @@ def scaled_product(
     params = {"dimension_numbers": dims, "precision": precision, "out_sharding": out_sharding}
     left, right = lhs.values, rhs.values
     if left.dtype.itemsize == right.dtype.itemsize == 1:
-        is_exact = has_exact_scales and dtype == jnp.bfloat16 and lhs.scale.ndim == rhs.scale.ndim == 0
+        is_exact = has_exact_scales and dtype == jnp.bfloat16
         added_up_in = jnp.int32 if is_integer(left.dtype) else dtype if is_exact else FLOAT32
         result = lax.dot_general(left, right, preferred_element_type=added_up_in, **params)
         result = result if is_exact else result.astype(FLOAT32)
@@ -57,7 +57,8 @@ def _scaled(result: Any, lhs_scale: Any, rhs_scale: Any, dims: Dimensions) -> An
     if lhs_scale.ndim == rhs_scale.ndim == 0:
         return result * (lhs_scale * rhs_scale).astype(result.dtype)
     for side, scale in enumerate((lhs_scale, rhs_scale)):
-        result = result * (_along_result(scale, result.ndim, dims, side) if scale.ndim else scale)
+        factor = _along_result(scale, result.ndim, dims, side) if scale.ndim else scale
+        result = result * factor.astype(result.dtype)
     return result
 
 

@@ -75,7 +75,7 @@ class DotRecipe(Specs, Product):
 #: e4m3 forward, e5m2 for gradients, one scale per tensor, which is a power of two.
 FP8 = DotRecipe(QuantSpec("e4m3", pow2=True), QuantSpec("e4m3", pow2=True), QuantSpec("e5m2", pow2=True))
 #: e4m3 throughout, one scale per row of activations, per output channel of kernels.
-FP8_ROWWISE = DotRecipe(QuantSpec("e4m3", "channel"), QuantSpec("e4m3", "channel"), QuantSpec("e4m3", "channel"))
+FP8_ROWWISE = DotRecipe(*[QuantSpec("e4m3", "channel", pow2=True)] * 3)
 #: ``FP8`` with scales from the largest magnitudes of the last 1024 steps.
 FP8_DELAYED = dataclasses.replace(FP8, history=1024)
 #: e4m3 in tiles of 1 x 128 for activations and gradients and blocks of 128 x 128 for kernels: a reference, not fast.

@@ -92,7 +92,7 @@ def quantize(x: Any, dtype: Any, scale: Any, *, key: jax.Array | None = None) ->
             by default.
 
     Returns:
-        An array of the shape of ``x``. Infinities and NaN are kept as far as the format has them; int8 has neither.
+        An array of the shape of ``x``. Infinities and NaN become NaN; int8 cannot hold them.
 
     Raises:
         InvalidRecipeError: If the format is another.
@@ -109,8 +109,9 @@ def quantize(x: Any, dtype: Any, scale: Any, *, key: jax.Array | None = None) ->
     if not is_integer(dtype):
         if key is not None:
             return stochastic_round(key, scaled, dtype)
-        clipped = jnp.clip(scaled, -largest(dtype), largest(dtype))
-        return jnp.where(jnp.isfinite(scaled), clipped, scaled).astype(dtype)
+        # What is not finite stays so through the difference; a select would be a second array for XLA to transpose.
+        saturated: jax.Array = jnp.clip(scaled, -largest(dtype), largest(dtype)) + (scaled - scaled)
+        return saturated.astype(dtype)
     rounded = jnp.round(scaled) if key is None else jnp.floor(scaled + jax.random.uniform(key, scaled.shape))
     return jnp.clip(rounded, -largest(dtype), largest(dtype)).astype(dtype)
 

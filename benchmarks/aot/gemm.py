@@ -1,0 +1,143 @@
+"""What XLA makes of a Dense layer of 8-bit operands and its gradient on H100, without one.
+
+python -m benchmarks.aot.gemm    # 1024 to 16384, and sizes that are no multiples of 16; replaces its section
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from benchmarks import _command, _hlo, _products, _report
+from benchmarks.aot import _targets
+
+MODULE = "benchmarks.aot.gemm"
+TARGET = "h100"
+COMPILERS = ("jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12")
+SIZES = (1024, 4096, 16384, 1000, 100)
+HEADER = ("design", "cuBLASLt calls", "operands", "scales inside", "precise", "kernels", "MB", "/ bf16", "temp / bf16")
+LEGEND = """A Dense layer of n features on n rows, forward and backward: three products. `operands`: formats of the
+products, as often as they occur. `scales inside`: calls that multiply by the scales themselves. `precise`: calls that
+add up precisely; forward products need not. `MB`: bytes that the program reads and writes. Kernel autotuning is off,
+and matrix products are left to cuBLASLt (`--xla_gpu_enable_triton_gemm=false`)."""
+
+
+class Product(NamedTuple):
+    """One call of a matrix product in compiled code."""
+
+    target: str
+    formats: tuple[str, str]
+    has_scales: bool
+    is_precise: bool
+
+
+class Program(NamedTuple):
+    """Figures of a compiled layer."""
+
+    products: list[Product]
+    kernels: int
+    moved: float
+    temp: float
+
+    def cells(self, name: str, base: Program) -> list[str]:
+        """The row as text, in the order of `HEADER`."""
+        number = _report.number
+        formats = Counter(" x ".join(product.formats) for product in self.products)
+        return [
+            name,
+            str(sum(product.target.startswith("__cublas$lt$matmul") for product in self.products)),
+            ", ".join(f"{count} {pair}" for pair, count in sorted(formats.items())),
+            str(sum(product.has_scales for product in self.products)),
+            str(sum(product.is_precise for product in self.products)),
+            str(self.kernels),
+            number(self.moved / 1e6, 1),
+            number(self.moved / base.moved),
+            number(self.temp / base.temp) if base.temp else "-",
+        ]
+
+
+def products(module: _hlo.Module) -> list[Product]:
+    """The matrix products among the custom calls of a module, and any that are left as they were."""
+    found = []
+    for computation in module.computations.values():
+        lines = {line.name: line for line in computation}
+        for line in computation:
+            target = re.search(r'custom_call_target="(__cublas[^"]*)"', line.attributes)
+            if target is None and line.opcode != "dot":
+                continue
+            name = target.group(1) if target else "dot"
+            formats = [next(_hlo.arrays(lines[operand].shape))[0] for operand in line.operands[:2]]
+            scales = line.operands[2:3] if name.endswith("$f8") else ()
+            has_scales = any(lines[scale].opcode != "constant" for scale in scales)
+            precise = '"operand_precision":["HIGHEST"' in line.attributes
+            found.append(Product(name, (formats[0], formats[1]), has_scales, precise))
+    return found
+
+
+def compiled(design: _products.Design, n: int, device: jax.Device) -> Program:
+    """Compiles the gradient at one size."""
+    sharding = jax.sharding.SingleDeviceSharding(device)
+
+    def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    shapes = jax.tree.map(abstract, _products.shapes(design, n))
+    program = jax.jit(design.step).lower(*shapes).compile()
+    module = _hlo.parse(program.as_text())
+    cost = _hlo.cost(module)
+    return Program(products(module), cost.launches, cost.bytes, program.memory_analysis().temp_size_in_bytes)
+
+
+def targets(found: Mapping[str, Program]) -> list[_report.Target]:
+    """The limits set for float8: three calls, no other product, no product of two e5m2."""
+    programs = [program for name, program in found.items() if name.startswith("jmp_lite fp8")]
+    calls = [sum(p.target == "__cublas$lt$matmul$f8" for p in program.products) for program in programs]
+    refused = [sum(p.formats == ("f8e5m2", "f8e5m2") for p in program.products) for program in programs]
+    others = [len(program.products) - count for program, count in zip(programs, calls, strict=True)]
+    return [
+        _report.Target("float8 calls that differ from three", 0, [abs(count - 3) for count in calls]),
+        _report.Target("other products", 0, others),
+        _report.Target("products of e5m2 by e5m2", 0, refused),
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Compiles everything, prints the tables and writes the section; exits with a message if a compiler is absent."""
+    made = _command.parser(MODULE, __doc__, quick="one small size", baseline="bfloat16")
+    made.add_argument("--sizes", nargs="+", type=int, help="features and rows (default: 1024 to 16384, 1000, 100)")
+    options = made.parse_args(argv)
+    _command.fill_in_results_file(options)
+    _targets.configure("--xla_gpu_enable_triton_gemm=false")
+
+    def report(target: str) -> None:
+        device = _targets.devices(target)[0]
+        designs, missing = _products.available(options.skip_peers)
+        facts = {
+            "command": f"`{_report.command(MODULE)}`",
+            "versions": _report.versions(COMPILERS),
+            "compiled for": f"{_targets.TARGETS[target]}, without one",
+            **{f"{name} left out": reason for name, reason in missing.items()},
+        }
+        parts = [LEGEND]
+        for n in options.sizes or ((256,) if options.quick else SIZES):
+            sys.stderr.write(f"n = {n} ...\n")
+            found = {name: compiled(design, n, device) for name, design in designs.items()}
+            base = found[_products.BASELINE]
+            cells = _report.table(HEADER, [program.cells(name, base) for name, program in found.items()])
+            held = "\n".join(limit.line() for limit in targets(found))
+            parts.append(_command.show(f"### n = {n}\n\n{cells}\n\n{held}"))
+        if options.out:
+            section = f"gemm, {target} without a device, jax {jax.__version__}"
+            title = f"Products of 8-bit operands compiled for {_targets.TARGETS[target]}, jax {jax.__version__}"
+            _report.write_section(options.out, section, title, facts, "\n\n".join(parts))
+
+    _targets.for_each([TARGET], report)
+
+
+if __name__ == "__main__":
+    main()
