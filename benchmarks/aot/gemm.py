@@ -1,6 +1,6 @@
 """What XLA makes of a Dense layer of 8-bit operands and its gradient on H100, without one.
 
-python -m benchmarks.aot.gemm    # 1024 to 16384, and sizes that are no multiples of 16; replaces its section
+python -m benchmarks.aot.gemm    # 1024 to 16384, sizes that are no multiples of 16, and a GPT; replaces its section
 """
 
 from __future__ import annotations
@@ -8,13 +8,15 @@ from __future__ import annotations
 import re
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
-from benchmarks import _command, _hlo, _products, _report
+import jmp_lite as jmp
+from benchmarks import _command, _hlo, _models, _products, _report
 from benchmarks.aot import _targets
+from jmp_lite import quant
 
 MODULE = "benchmarks.aot.gemm"
 TARGET = "h100"
@@ -24,7 +26,9 @@ HEADER = ("design", "cuBLASLt calls", "operands", "scales inside", "precise", "k
 LEGEND = """A Dense layer of n features on n rows, forward and backward: three products. `operands`: formats of the
 products, as often as they occur. `scales inside`: calls that multiply by the scales themselves. `precise`: calls that
 add up precisely; forward products need not. `MB`: bytes that the program reads and writes. Kernel autotuning is off,
-and matrix products are left to cuBLASLt (`--xla_gpu_enable_triton_gemm=false`)."""
+and matrix products are left to cuBLASLt (`--xla_gpu_enable_triton_gemm=false`). XLA makes one product of several that
+share an operand."""
+RECIPES = (None, "fp8", "fp8_rowwise", "int8_train")
 
 
 class Product(NamedTuple):
@@ -79,31 +83,55 @@ def products(module: _hlo.Module) -> list[Product]:
     return found
 
 
-def compiled(design: _products.Design, n: int, device: jax.Device) -> Program:
-    """Compiles the gradient at one size."""
+def compiled(step: Callable[..., Any], shapes: Any, device: jax.Device) -> Program:
+    """Compiles a step."""
     sharding = jax.sharding.SingleDeviceSharding(device)
 
     def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    shapes = jax.tree.map(abstract, _products.shapes(design, n))
-    program = jax.jit(design.step).lower(*shapes).compile()
+    program = jax.jit(step).lower(*jax.tree.map(abstract, shapes)).compile()
     module = _hlo.parse(program.as_text())
     cost = _hlo.cost(module)
     return Program(products(module), cost.launches, cost.bytes, program.memory_analysis().temp_size_in_bytes)
 
 
-def targets(found: Mapping[str, Program]) -> list[_report.Target]:
-    """The limits set for float8: three calls, no other product, no product of two e5m2."""
+def layers(designs: Mapping[str, _products.Design], n: int, device: jax.Device) -> dict[str, Program]:
+    """A Dense layer in all designs at one size."""
+    return {name: compiled(design.step, _products.shapes(design, n), device) for name, design in designs.items()}
+
+
+def models(task: _models.Task, device: jax.Device) -> dict[str, Program]:
+    """The gradient of a model under autocast in mixed bfloat16, without and with recipes."""
+
+    def gradient(recipe: str | None) -> Callable[..., Any]:
+        dot = None if recipe is None else quant.get_recipe(recipe)
+        return jax.grad(jmp.autocast(task.loss(), "mixed_bfloat16", dot=dot), has_aux=True)
+
+    names = {recipe: f"jmp_lite {recipe}" if recipe else _products.BASELINE for recipe in RECIPES}
+    return {name: compiled(gradient(recipe), task.shapes(), device) for recipe, name in names.items()}
+
+
+def targets(found: Mapping[str, Program], expected: int | None) -> list[_report.Target]:
+    """The limits set for float8: so many calls, no other product, no product of two e5m2."""
     programs = [program for name, program in found.items() if name.startswith("jmp_lite fp8")]
     calls = [sum(p.target == "__cublas$lt$matmul$f8" for p in program.products) for program in programs]
     refused = [sum(p.formats == ("f8e5m2", "f8e5m2") for p in program.products) for program in programs]
     others = [len(program.products) - count for program, count in zip(programs, calls, strict=True)]
+    differ = [] if expected is None else [abs(count - expected) for count in calls]
     return [
-        _report.Target("float8 calls that differ from three", 0, [abs(count - 3) for count in calls]),
+        *([_report.Target(f"float8 calls that differ from {expected}", 0, differ)] if expected else []),
         _report.Target("other products", 0, others),
         _report.Target("products of e5m2 by e5m2", 0, refused),
     ]
+
+
+def table(title: str, found: Mapping[str, Program], expected: int | None) -> str:
+    """One row per design, and the limits."""
+    base = found[_products.BASELINE]
+    cells = _report.table(HEADER, [program.cells(name, base) for name, program in found.items()])
+    held = "\n".join(limit.line() for limit in targets(found, expected))
+    return f"### {title}\n\n{cells}\n\n{held}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -126,11 +154,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         parts = [LEGEND]
         for n in options.sizes or ((256,) if options.quick else SIZES):
             sys.stderr.write(f"n = {n} ...\n")
-            found = {name: compiled(design, n, device) for name, design in designs.items()}
-            base = found[_products.BASELINE]
-            cells = _report.table(HEADER, [program.cells(name, base) for name, program in found.items()])
-            held = "\n".join(limit.line() for limit in targets(found))
-            parts.append(_command.show(f"### n = {n}\n\n{cells}\n\n{held}"))
+            parts.append(_command.show(table(f"n = {n}", layers(designs, n, device), 3)))
+        if not options.quick:
+            task = _models.TASKS["gpt"]
+            parts.append(_command.show(table(task.title, models(task, device), None)))
         if options.out:
             section = f"gemm, {target} without a device, jax {jax.__version__}"
             title = f"Products of 8-bit operands compiled for {_targets.TARGETS[target]}, jax {jax.__version__}"
