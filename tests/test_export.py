@@ -34,6 +34,7 @@ PRECISIONS = {
     "W8A16": ("mixed_bfloat16", "w8a16"),
     "W8 in float32": (None, "w8a16"),
     "W8A8": ("mixed_bfloat16", "w8a8"),
+    "W8A8 in float32": (None, "w8a8"),
     "W8A8 static": ("mixed_bfloat16", "w8a8_static"),
     "fp8": ("mixed_bfloat16", "fp8"),
     "fp8 by row": ("mixed_float16", "fp8_rowwise"),
