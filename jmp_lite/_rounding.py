@@ -30,6 +30,12 @@ def stochastic_round(key: jax.Array, x: Any, dtype: DType) -> jax.Array:
     _, exponent = jnp.frexp(x)  # |x| in [2**(exponent - 1), 2**exponent)
     exponent = jnp.maximum(exponent - 1, int(np.log2(float(info.smallest_normal))))
     spacing = jnp.ldexp(jnp.ones_like(x), exponent - info.nmant)
-    rounded = jnp.floor(x / spacing + jax.random.uniform(key, x.shape)) * spacing
+    rounded = stochastic_floor(key, x / spacing) * spacing
     saturated: jax.Array = jnp.clip(rounded, -float(info.max), float(info.max)) + (x - x)
     return saturated.astype(dtype)
+
+
+def stochastic_floor(key: jax.Array, x: jax.Array) -> jax.Array:
+    """Rounds to the integer below or above, so that the expected value is ``x``; integers stay what they are."""
+    below = jnp.floor(x)
+    return below + (jax.random.uniform(key, x.shape) < x - below).astype(x.dtype)

@@ -16,45 +16,27 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jmp_lite._dimensions import Axes, Dimensions, transposed
+from jmp_lite._dimensions import Axes, Dimensions
 from jmp_lite._dtypes import FLOAT32
+from jmp_lite.quant._operands import refuse_second_derivative
 from jmp_lite.quant._scale import absmax_scale, dequantize, quantize
-from jmp_lite.quant._spec import QuantSpec, Specs
+from jmp_lite.quant._spec import QuantSpec
+
+Operand = tuple[Any, QuantSpec | None]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def block_product(lhs: Any, rhs: Any, dims: Dimensions, specs: Specs) -> jax.Array:
-    """Multiplies two arrays blockwise, into ``float32``; any dimension numbers will do."""
-    result: jax.Array = _product((lhs, specs.spec(0)), (rhs, specs.spec(1)), dims)
-    return result
+def block_product(lhs: Operand, rhs: Operand, dims: Dimensions, *, out_sharding: Any = None) -> jax.Array:
+    """Multiplies two arrays blockwise, each with its spec, into ``float32``; any dimension numbers will do."""
+    left, right = (
+        x.astype(FLOAT32) if spec is None else _rounded(x, spec, dims, side)
+        for side, (x, spec) in enumerate((lhs, rhs))
+    )
+    return lax.dot_general(left, right, dims, preferred_element_type=FLOAT32, out_sharding=out_sharding)
 
 
-def _forward(lhs: Any, rhs: Any, dims: Dimensions, specs: Specs) -> tuple[jax.Array, tuple[Any, Any]]:
-    return block_product(lhs, rhs, dims, specs), (lhs, rhs)
-
-
-def _backward(dims: Dimensions, specs: Specs, operands: tuple[Any, Any], cotangent: Any) -> tuple[Any, ...]:
-    ndims = operands[0].ndim, operands[1].ndim
-    results = []
-    for side, operand in enumerate(operands):
-        found = transposed(dims, ndims, side)
-        other = operands[1 - side], specs.spec(1 - side)
-        result = _product(*found.ordered((cotangent, specs.of_gradients), other), found.dims)
-        results.append(lax.transpose(result, found.permutation).astype(operand.dtype))
-    return tuple(results)
-
-
-block_product.defvjp(_forward, _backward)
-
-
-def _product(lhs: tuple[Any, QuantSpec | None], rhs: tuple[Any, QuantSpec | None], dims: Dimensions) -> Any:
-    return lax.dot_general(_rounded(*lhs, dims, 0), _rounded(*rhs, dims, 1), dims, preferred_element_type=FLOAT32)
-
-
-def _rounded(x: Any, spec: QuantSpec | None, dims: Dimensions, side: int) -> Any:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
+def _rounded(x: Any, spec: QuantSpec, dims: Dimensions, side: int) -> Any:
     """Rounds an operand, seen as ``[batch, kept, contracted]``, to what its blocks can hold; in ``float32``."""
-    if spec is None:
-        return x.astype(FLOAT32)
     groups: list[Axes] = [dims.batched[side], dims.kept(side, x.ndim), dims.contracted[side]]
     order = sum(groups, ())
     moved = lax.transpose(x, order)
@@ -62,6 +44,11 @@ def _rounded(x: Any, spec: QuantSpec | None, dims: Dimensions, side: int) -> Any
     block = spec.granularity if isinstance(spec.granularity, tuple) else (1, spec.granularity)
     rounded = _rounded_matrix(matrix, spec, block).reshape(moved.shape)
     return lax.transpose(rounded, [order.index(axis) for axis in range(x.ndim)])
+
+
+@_rounded.defjvp
+def _no_derivative(spec: QuantSpec, _dims: Dimensions, _side: int, _primals: Any, _tangents: Any) -> Any:
+    refuse_second_derivative(spec)
 
 
 def _rounded_matrix(matrix: Any, spec: QuantSpec, block: Any) -> Any:

@@ -18,7 +18,7 @@ from jmp_lite._compat import Equation, Jaxpr, as_traced, bind, is_literal, progr
 from jmp_lite._dtypes import FLOAT32
 from jmp_lite._errors import InvalidRecipeError
 from jmp_lite._loss_scale import NoOpLossScale, find_loss_scale
-from jmp_lite._tree import is_inexact
+from jmp_lite._tree import describe, is_inexact
 from jmp_lite.autocast._api import trace
 from jmp_lite.quant._history import PLACEHOLDER, Histories
 
@@ -184,11 +184,12 @@ def calibrate(fun: Delayed, batches: Iterable[Sequence[Any]]) -> AmaxHistories:
 
 
 def _check(histories: Any, expected: Mapping[str, int]) -> None:
-    shapes = {name: np.shape(x) for name, x in histories.items()} if isinstance(histories, dict) else histories
+    is_dict = isinstance(histories, dict)
+    shapes = {name: np.shape(x) for name, x in histories.items()} if is_dict else describe(histories)
     if shapes != {name: (3, steps) for name, steps in expected.items()}:
         wanted = ", ".join(f"{name!r}: float32[3, {steps}]" for name, steps in expected.items())
         raise InvalidRecipeError(
-            f"The first argument must be the histories of the products of this function, {{{wanted}}}; got {shapes!r}. "
+            f"The first argument must be the histories of the products of this function, {{{wanted}}}; got {shapes}. "
             "Make them with .init(*args)."
         )
 

@@ -15,7 +15,7 @@ from jmp_lite._tree import cast
 from jmp_lite.quant._block import block_product
 from jmp_lite.quant._history import Histories, placeholder
 from jmp_lite.quant._linear import tangent_product
-from jmp_lite.quant._operands import Quantized, Seen, amax_of, quantized, unscaled
+from jmp_lite.quant._operands import Quantized, Seen, amax_of, amax_of_all, quantized, unscaled
 from jmp_lite.quant._product import scaled_product
 from jmp_lite.quant._spec import Specs
 
@@ -49,8 +49,6 @@ def scaled_dot(
         dtype = jnp.dtype(preferred_element_type or jnp.promote_types(lhs.dtype, rhs.dtype))
     operands = [_as_wide(x, spec is None, dtype) for x, spec in zip((lhs, rhs), (specs.lhs, specs.rhs), strict=True)]
     call = Call(dims, specs, dtype, precision, out_sharding)
-    if specs.is_blockwise:
-        return block_product(*_varying_alike(*operands), dims, specs).astype(dtype)
     histories = placeholder(specs.history) if specs.history else None
     return _scaled_dot(*_varying_alike(*operands), histories, call)  # type: ignore[no-any-return]
 
@@ -71,59 +69,64 @@ def _varying_alike(*arrays: Any) -> list[Any]:
     return [lax.pcast(x, m, to="varying") if m else x for x, m in zip(arrays, missing, strict=True)]
 
 
-def _operands(lhs: Any, rhs: Any, histories: Histories | None, call: Call) -> tuple[Quantized, Quantized, list[Any]]:
-    """Both operands as they are multiplied, and their largest magnitudes; zero for one that is not quantised."""
+class _Multiplied(NamedTuple):
+    """A product, and what its derivative is made of."""
+
+    result: Any
+    lhs: Quantized
+    rhs: Quantized
+    amaxes: list[Any]
+    """Largest magnitudes of both operands, ``float32[]``; zero for one that is not quantised."""
+
+
+def _multiply(lhs: Any, rhs: Any, histories: Histories | None, call: Call) -> _Multiplied:
+    specs = (call.specs.spec(0), call.specs.spec(1))
+    if call.specs.is_blockwise:
+        result = block_product((lhs, specs[0]), (rhs, specs[1]), call.dims, out_sharding=call.out_sharding)
+        return _Multiplied(result.astype(call.dtype), unscaled(lhs), unscaled(rhs), [])
     operands, amaxes = [], []
-    for side, x in enumerate((lhs, rhs)):
-        spec, contracted = call.specs.spec(side), call.dims.contracted[side]
+    for side, (x, spec) in enumerate(zip((lhs, rhs), specs, strict=True)):
+        amax = jnp.zeros((), FLOAT32)
         if spec is None:
             operands.append(unscaled(x))
-            amaxes.append(jnp.zeros((), FLOAT32))
         else:
-            amax = amax_of(x, spec, contracted, call.specs.axis_name)
+            amax = amax_of(x, spec, call.dims.contracted[side], call.specs.axis_name)
             seen = None if histories is None else Seen(histories.values[side], histories.are_known)
             operands.append(quantized(x, amax, seen, spec))
-            amaxes.append(jnp.max(amax))
-    return operands[0], operands[1], amaxes
-
-
-def _forward(lhs: Quantized, rhs: Quantized, call: Call) -> Any:
-    specs = (call.specs.spec(0), call.specs.spec(1))
-    is_exact = all(spec is not None and spec.pow2 for spec in specs)
-    precision = call.precision if None in specs else None
-    return scaled_product(
-        lhs,
-        rhs,
+        amaxes.append(amax)
+    result = scaled_product(
+        operands[0],
+        operands[1],
         call.dims,
         call.dtype,
-        precision=precision,
+        precision=call.precision if None in specs else None,
         out_sharding=call.out_sharding,
-        has_exact_scales=is_exact,
+        has_exact_scales=all(spec is not None and spec.pow2 for spec in specs),
     )
+    return _Multiplied(result, operands[0], operands[1], amaxes)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
 def _scaled_dot(lhs: Any, rhs: Any, histories: Histories | None, call: Call) -> Any:
-    left, right, _ = _operands(lhs, rhs, histories, call)
-    return _forward(left, right, call)
+    return _multiply(lhs, rhs, histories, call).result
 
 
 @functools.partial(_scaled_dot.defjvp, symbolic_zeros=True)
 def _scaled_dot_jvp(call: Call, primals: Any, tangents: Any) -> tuple[Any, Any]:
     lhs, rhs, histories = primals
-    left, right, amaxes = _operands(lhs, rhs, histories, call)
+    done = _multiply(lhs, rhs, histories, call)
     observed: tuple[Any, ...] = ()
     if histories is not None:
         tangent = _instantiated(tangents[2].values, histories.values)
-        observed = (tangent, jnp.stack(amaxes), histories.values[2], histories.are_known)
+        observed = (tangent, jnp.stack(list(map(amax_of_all, done.amaxes))), histories.values[2], histories.are_known)
     params = {"dims": call.dims, "specs": call.specs, "dtype": call.dtype, "precision": call.precision}
     terms: list[Any] = []
-    for side, other in ((0, right), (1, left)):
+    for side, other in ((0, done.rhs), (1, done.lhs)):
         is_last = side == 1 and not terms
         if not isinstance(tangents[side], SymbolicZero) or is_last:
             tangent = _instantiated(tangents[side], primals[side])
             terms.append(tangent_product(tangent, other, side, () if terms else observed, **params))
-    return _forward(left, right, call), functools.reduce(lax.add, terms)
+    return done.result, functools.reduce(lax.add, terms)
 
 
 def _instantiated(tangent: Any, primal: Any) -> Any:

@@ -15,6 +15,7 @@ from jmp_lite._compat import linear_primitive, varying_axes
 from jmp_lite._dimensions import Dimensions, Transposed, mapped, transposed
 from jmp_lite._dtypes import FLOAT32, DType
 from jmp_lite.distributed._products import permuted_sharding, product
+from jmp_lite.quant._block import block_product
 from jmp_lite.quant._operands import Quantized, Seen, amax_of, quantized, unscaled
 from jmp_lite.quant._product import folded, scaled_product
 from jmp_lite.quant._spec import QuantSpec, Specs
@@ -91,7 +92,9 @@ def _transpose(
     results: list[Any] = [None] * (3 + len(histories))
     if isinstance(tangent, jax.core.ShapedArray):
         params = {"dtype": tangent.dtype, "out_sharding": permuted_sharding(tangent, found.axes)}
-        if specs.of_gradients is None:
+        if specs.is_blockwise:
+            of_operand = _blockwise(cotangent, values, found, specs.spec(1 - side), specs.of_gradients, **params)
+        elif specs.of_gradients is None:
             of_operand = _straight_through(cotangent, other, found, precision=precision, **params)
         else:
             seen = Seen(*histories[2:]) if histories else None
@@ -101,6 +104,20 @@ def _transpose(
         amax = amax_of(cotangent, QuantSpec("e5m2"), (), specs.axis_name)
         results[3] = _in_first_column(jnp.append(histories[1], amax), histories[0])
     return results
+
+
+def _blockwise(
+    cotangent: Any,
+    values: Any,
+    found: Transposed,
+    spec: QuantSpec | None,
+    of_gradients: QuantSpec | None,
+    *,
+    dtype: DType,
+    out_sharding: Any,
+) -> Any:
+    operands = found.ordered((cotangent, of_gradients), (values, spec))
+    return block_product(*operands, found.dims, out_sharding=out_sharding).astype(dtype)
 
 
 def _straight_through(

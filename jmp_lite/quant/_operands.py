@@ -1,7 +1,7 @@
 """Operands of products as 8-bit numbers: how large they are, which scale they get."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -80,6 +80,11 @@ def quantized(x: Any, amax: Any, seen: Seen | None, spec: QuantSpec) -> Quantize
 
 @quantized.defjvp
 def _no_derivative(spec: QuantSpec, _primals: Any, _tangents: Any) -> Any:
+    refuse_second_derivative(spec)
+
+
+def refuse_second_derivative(spec: QuantSpec) -> NoReturn:
+    """Raises the error for a derivative of rounding, which nothing asks for that differentiates once."""
     raise SecondDerivativeError(
         f"A product with an operand in {spec} was differentiated twice; there is no second derivative. Take second "
         "derivatives of the function without the recipe."

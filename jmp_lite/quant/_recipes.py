@@ -127,20 +127,27 @@ def get_recipe(spec: str | DotRecipe) -> DotRecipe:
     text = spec.strip().lower() if isinstance(spec, str) else ""
     if text in _NAMED:
         return _NAMED[text]
-    fields = dict(part.split("=", 1) for part in spec.split(",") if "=" in part) if text else {}
-    if not {"lhs", "rhs"} <= set(fields) or not set(fields) <= {"lhs", "rhs", "grad", "history", "axis_name"}:
+    recipe = _parse(spec) if text else None
+    if recipe is None:
         raise InvalidRecipeError(
             f"Unknown recipe {spec!r}. Accepted: {', '.join(_NAMED)}, or a text such as "
             "'lhs=e4m3:pow2,rhs=e4m3:pow2,grad=e5m2:pow2'."
         )
+    return recipe
+
+
+def _parse(text: str) -> DotRecipe | None:
+    """Reads what ``str(recipe)`` wrote."""
+    parts = [part.partition("=") for part in text.split(",")]
+    fields = {name.strip(): value.strip() for name, _, value in parts}
+    history = fields.get("history", "0")
+    is_known = {"lhs", "rhs"} <= set(fields) <= {"lhs", "rhs", "grad", "history", "axis_name"}
+    if not is_known or len(fields) < len(parts) or not history.isdigit():
+        return None
     axes = tuple(fields["axis_name"].split("+")) if "axis_name" in fields else ()
-    return DotRecipe(
-        fields["lhs"],
-        fields["rhs"],
-        fields.get("grad", "none"),
-        history=int(fields.get("history", 0)),
-        axis_name=axes[0] if len(axes) == 1 else axes or None,
-    )
+    axis_name = axes[0] if len(axes) == 1 else axes or None
+    grad = fields.get("grad", "none")
+    return DotRecipe(fields["lhs"], fields["rhs"], grad, history=int(history), axis_name=axis_name)
 
 
 def scaled_dot_general(

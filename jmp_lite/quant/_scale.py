@@ -8,7 +8,7 @@ import numpy as np
 
 from jmp_lite._dtypes import FLOAT32, DType
 from jmp_lite._errors import InvalidRecipeError
-from jmp_lite._rounding import stochastic_round
+from jmp_lite._rounding import stochastic_floor, stochastic_round
 
 #: The formats of 8 bits, by the names that recipes are written with.
 FORMATS: dict[str, DType] = {
@@ -112,7 +112,7 @@ def quantize(x: Any, dtype: Any, scale: Any, *, key: jax.Array | None = None) ->
         # What is not finite stays so through the difference; a select would be a second array for XLA to transpose.
         saturated: jax.Array = jnp.clip(scaled, -largest(dtype), largest(dtype)) + (scaled - scaled)
         return saturated.astype(dtype)
-    rounded = jnp.round(scaled) if key is None else jnp.floor(scaled + jax.random.uniform(key, scaled.shape))
+    rounded = jnp.round(scaled) if key is None else stochastic_floor(key, scaled)
     return jnp.clip(rounded, -largest(dtype), largest(dtype)).astype(dtype)
 
 

@@ -46,6 +46,8 @@ class QuantSpec:
                 f"granularity must be 'tensor', 'channel', a block size such as 128 or a pair (128, 128), got "
                 f"{self.granularity!r}."
             )
+        if type(self.margin) is not int:
+            raise InvalidRecipeError(f"margin must be a whole number of powers of two, got {self.margin!r}.")
 
     @property
     def is_blockwise(self) -> bool:
