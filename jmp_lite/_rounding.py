@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jmp_lite._dtypes import FLOAT32, DType
 
@@ -27,10 +28,9 @@ def stochastic_round(key: jax.Array, x: Any, dtype: DType) -> jax.Array:
     """
     info: Any = jnp.finfo(dtype)  # type: ignore[no-untyped-call]
     x = jnp.asarray(x).astype(FLOAT32)
-    _, exponent = jnp.frexp(x)  # |x| in [2**(exponent - 1), 2**exponent)
-    exponent = jnp.maximum(exponent - 1, int(np.log2(float(info.smallest_normal))))
-    spacing = jnp.ldexp(jnp.ones_like(x), exponent - info.nmant)
-    rounded = stochastic_floor(key, x / spacing) * spacing
+    power = lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.uint32) & np.uint32(0x7F800000), FLOAT32)
+    power = jnp.maximum(power, float(info.smallest_normal))
+    rounded = stochastic_floor(key, x / power * 2.0**info.nmant) * 2.0**-info.nmant * power
     saturated: jax.Array = jnp.clip(rounded, -float(info.max), float(info.max)) + (x - x)
     return saturated.astype(dtype)
 

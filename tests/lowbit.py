@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import pytest
 
 from jmp_lite import quant
 
@@ -84,3 +85,8 @@ def products(text):
 def products_of_8_bits(text):
     """Those with two operands of 8 bits."""
     return [found for found in products(text) if all(re.fullmatch(r"f8\w+|i8", dtype) for dtype in found[:2])]
+
+
+def slow_but_for(quick, values):
+    """Parameters of a test, of which all but a few are left to the slow tests."""
+    return [value if value in quick else pytest.param(value, marks=pytest.mark.slow) for value in values]

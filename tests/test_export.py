@@ -350,6 +350,7 @@ def test_error_of_a_quantised_artefact(mlp, tmp_path):
     assert raw(served) != raw(expected)
 
 
+@pytest.mark.slow
 def test_platforms(mlp, tmp_path):
     """One program serves several; one that has no code for this one says which it has."""
     params, x = mlp

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jmp_lite._dtypes import FLOAT32, DType
 from jmp_lite._errors import InvalidRecipeError
@@ -74,11 +75,16 @@ def absmax_scale(amax: Any, dtype: Any, *, margin: int = 0, pow2: bool = False) 
         Micikevicius et al., "FP8 Formats for Deep Learning", arXiv:2209.05433.
     """
     scale = jnp.asarray(amax).astype(FLOAT32) * (2.0**margin / largest(checked_format(dtype)))
+    is_tiny = scale < _SMALLEST_NORMAL  # false for NaN, which stays
     if pow2:
-        fraction, exponent = jnp.frexp(scale)  # scale = fraction * 2**exponent, fraction in [0.5, 1)
-        power = jnp.ldexp(jnp.ones_like(scale), jnp.where(fraction == 0.5, exponent - 1, exponent))
-        scale = jnp.where(jnp.isfinite(scale), power, scale)
-    return jnp.where(scale < _SMALLEST_NORMAL, 1.0, scale)  # false for NaN, which stays
+        scale = jnp.where(jnp.isfinite(scale), _power_of_two_from(scale), scale)
+    return jnp.where(is_tiny, 1.0, scale)
+
+
+def _power_of_two_from(x: jax.Array) -> jax.Array:
+    """Returns the least power of two that is not below a positive normal number: its mantissa, carried over."""
+    bits = lax.bitcast_convert_type(x, jnp.uint32) + np.uint32(0x007FFFFF)
+    return lax.bitcast_convert_type(bits & np.uint32(0xFF800000), FLOAT32)
 
 
 def quantize(x: Any, dtype: Any, scale: Any, *, key: jax.Array | None = None) -> jax.Array:

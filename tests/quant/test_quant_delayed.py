@@ -12,7 +12,7 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from lowbit import BOUNDS, MATMUL, normal, relative
+from lowbit import BOUNDS, MATMUL, normal, relative, slow_but_for
 
 import jmp_lite as jmp
 from jmp_lite import quant
@@ -240,7 +240,7 @@ STRUCTURES = {
 }
 
 
-@pytest.mark.parametrize("case", STRUCTURES)
+@pytest.mark.parametrize("case", slow_but_for(("jit of checkpoint of jit", "scan", "cond", "twice"), STRUCTURES))
 def test_places_inside_of_programs(case, data):
     """All are found; a history of what each of them sees gives products within the bounds."""
     make, count = STRUCTURES[case]
@@ -338,7 +338,7 @@ def test_linen_under_autocast(policy, data):
         kernel = variables["params"][name.split("/")[-1]]["kernel"]
         assert float(observed[name][1, 0]) == pytest.approx(amax(kernel), rel=2.0**-8)
     for found, true in zip(jax.tree.leaves(grads), jax.tree.leaves(jax.grad(plain)(variables, x)), strict=True):
-        assert relative(found, true) < 0.25  # two layers, and a ReLU whose sign may change
+        assert relative(found, true) < 0.4  # two layers, and a ReLU whose sign may change
 
 
 def test_linen_with_the_recipe_in_its_layers(data):

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from jax import lax
-from lowbit import BOUNDS, FORMATS, MATMUL, PRODUCTS, RECIPES, STRAIGHT, grid, normal, relative
+from lowbit import BOUNDS, FORMATS, MATMUL, PRODUCTS, RECIPES, STRAIGHT, grid, normal, relative, slow_but_for
 
 import jmp_lite as jmp
 from jmp_lite import quant
@@ -54,17 +54,15 @@ def as_float32(tree):
 # --- Errors ---------------------------------------------------------------------------------------
 
 
-@recipes
+@pytest.mark.parametrize("name", slow_but_for(("fp8", "int8_qat", "w8a16"), RECIPES))
 @pytest.mark.parametrize(
     ("dtype", "cases"),
     [
         ("float32", tuple(PRODUCTS)),
-        ("bfloat16", ("matrices", "two contracted, two batched")),
-        ("float16", ("matrices", "batched, second axis")),
-        pytest.param("bfloat16", tuple(PRODUCTS), marks=pytest.mark.slow),
-        pytest.param("float16", tuple(PRODUCTS), marks=pytest.mark.slow),
+        pytest.param("bfloat16", ("matrices", "two contracted, two batched"), marks=pytest.mark.slow),
+        pytest.param("float16", ("matrices", "batched, second axis"), marks=pytest.mark.slow),
     ],
-    ids=["float32", "bfloat16, some", "float16, some", "bfloat16", "float16"],
+    ids=["float32", "bfloat16", "float16"],
 )
 def test_errors_of_products_and_gradients(name, dtype, cases, rng):
     """Over many draws, so that the few numbers of a small product do not decide."""
@@ -205,7 +203,7 @@ def test_arrays_without_elements(name, sizes):
 
 
 @recipes
-@dtypes
+@pytest.mark.parametrize("dtype", ["bfloat16"])
 def test_zeros(name, dtype, rng):
     for zero, depending in (((0,), (0, 2)), ((1,), (0, 1)), ((2,), (1, 2)), ((0, 1, 2), (0, 1, 2))):
         arrays = operands(rng, dtype)

@@ -13,7 +13,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxprs import equations
-from lowbit import BOUNDS, MATMUL, RECIPES, normal, products, relative, stablehlo
+from lowbit import BOUNDS, MATMUL, RECIPES, normal, products, relative, slow_but_for, stablehlo
 
 from jmp_lite import quant
 
@@ -26,15 +26,7 @@ SUMMED = 1e-5
 #: Gradients of a batch whose parts have cotangents with scales of their own: another rounding of the same numbers.
 OWN_SCALES = ("fp8_rowwise", "int8_train", "fp8_block128")
 
-#: Recipes that take other paths than these are left to the slow tests.
-QUICK = ("fp8", "fp8_rowwise", "int8_train", "w8a8_static")
-
-
-def some_of(names):
-    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names]
-
-
-recipes = pytest.mark.parametrize("name", some_of(RECIPES))
+recipes = pytest.mark.parametrize("name", slow_but_for(("fp8", "fp8_rowwise", "int8_train", "w8a8_static"), RECIPES))
 
 
 def loss(dot, w, x, target):
@@ -148,7 +140,9 @@ def test_a_loop_over_parts_is_off_by_rounding_alone(name, data):
     assert_close(found, compiled(name)(w, x, target), 2 * BOUNDS[name])
 
 
-@pytest.mark.parametrize("name", some_of(name for name in RECIPES if name != "fp8_block128"))
+@pytest.mark.parametrize(
+    "name", slow_but_for(("fp8", "w8a8_static"), [name for name in RECIPES if name != "fp8_block128"])
+)
 def test_a_mapped_product_is_one_product(name, data):
     """Forward and for the gradient of the weight: no batched product, whose result would be summed afterwards."""
     text = stablehlo(jax.grad(of_vectors(RECIPES[name])), *data, platform="cpu")
@@ -191,7 +185,9 @@ def test_an_ensemble_is_many_products(name, axes, rng):
     assert_close(found, expected, 2 * BOUNDS[name])
 
 
-@pytest.mark.parametrize("name", some_of(["fp8", "fp8_rowwise", "int8_qat", "int8_train", "fp8_delayed"]))
+@pytest.mark.parametrize(
+    "name", slow_but_for(("fp8",), ["fp8", "fp8_rowwise", "int8_qat", "int8_train", "fp8_delayed"])
+)
 def test_policies_of_checkpoint_find_the_product(name, data):
     """With ``dots_saveable`` the forward product is not computed again; with ``nothing_saveable`` it is."""
 
@@ -301,7 +297,7 @@ CONVOLUTIONS = {
     "grouped": ((2, 8, 6, 6), (8, 2, 3, 3), {"feature_group_count": 4}),
     "sequence": ((2, 16, 4), (3, 4, 8), {"window_strides": (1,), "dimension_numbers": ("NWC", "WIO", "NWC")}),
 }
-conv_recipes = pytest.mark.parametrize("name", some_of(name for name in RECIPES if name != "fp8_block128"))
+conv_recipes = pytest.mark.parametrize("name", slow_but_for(("fp8",), ["fp8", "fp8_rowwise", "int8_qat", "w8a16"]))
 
 
 def convolution(case, conv):
@@ -351,7 +347,9 @@ def test_a_convolution_keeps_8_bits(name, rng):
 
 
 @conv_recipes
-@pytest.mark.parametrize("spread", ["vmap", "scan", "checkpoint", "GSPMD", "shard_map", "pmap"])
+@pytest.mark.parametrize(
+    "spread", slow_but_for(("vmap", "GSPMD", "shard_map"), ["vmap", "scan", "checkpoint", "GSPMD", "shard_map", "pmap"])
+)
 def test_convolutions_under_transformations(name, spread, rng):
     """``vmap`` over images, too, shares the scale of a tensor."""
     if spread == "pmap" and name not in ("fp8", "int8_qat"):
@@ -409,7 +407,9 @@ def tiled(x, rows, columns):
     return result
 
 
-@pytest.mark.parametrize("shape", [(16, 256, 128), (10, 300, 200), (130, 60, 5)], ids=str)
+@pytest.mark.parametrize(
+    "shape", slow_but_for([(10, 300, 200)], [(16, 256, 128), (10, 300, 200), (130, 60, 5)]), ids=str
+)
 def test_blocks_are_those_of_deepseek(shape, rng):
     """Activations and cotangents in tiles of 1 x 128 along what is added up, weights in blocks of 128 x 128."""
     m, k, n = shape
