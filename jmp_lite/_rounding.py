@@ -38,4 +38,4 @@ def stochastic_round(key: jax.Array, x: Any, dtype: DType) -> jax.Array:
 def stochastic_floor(key: jax.Array, x: jax.Array) -> jax.Array:
     """Rounds to the integer below or above, so that the expected value is ``x``; integers stay what they are."""
     below = jnp.floor(x)
-    return below + (jax.random.uniform(key, x.shape) < x - below).astype(x.dtype)
+    return below + (jax.random.uniform(key, x.shape, x.dtype) < x - below).astype(x.dtype)

@@ -484,6 +484,24 @@ def test_float64_needs_to_be_enabled(tmp_path):
         export.load(tmp_path / "m")
 
 
+LAYOUTS = {
+    "Fortran": np.asfortranarray,
+    "flipped": lambda w: w[:, ::-1],
+    "transposed": lambda w: np.ascontiguousarray(w.T).T,
+    "other bytes": lambda w: w.astype(w.dtype.newbyteorder(">")),
+    "scattered": lambda w: np.repeat(w, 2, axis=1)[:, ::2],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weights_may_lie_in_memory_as_they_like(layout, rng, tmp_path):
+    """What is stored are the numbers of an array, not its buffer."""
+    w, x = rng.standard_normal((16, 8), np.float32), normal(rng, 4, 16)
+    export.freeze(lambda w, x: x @ w, LAYOUTS[layout](w), x, path=tmp_path / "m")
+    expected = LAYOUTS[layout](w).astype(np.float32)
+    np.testing.assert_array_equal(export.load(tmp_path / "m").params["params"], expected)
+
+
 def test_header_is_json(artefact):
     """The header can be read without this library."""
     data = artefact.read_bytes()

@@ -344,6 +344,14 @@ def test_figures_of_post_training_quantisation(rng, key):
 # --- Trees ----------------------------------------------------------------------------------------
 
 
+def test_biases_of_attention_are_no_kernels(rng, key):
+    """They have two axes, as kernels have."""
+    params = nn.MultiHeadDotProductAttention(4).init(key, normal(rng, 2, 8, 16))
+    query = quantize_tree(params)["params"]["query"]
+    assert not is_quantized(query["bias"])
+    assert is_quantized(query["kernel"])
+
+
 def test_default_choice_is_kernels(rng):
     """Neither biases, scales and tables nor integers; everything else of two axes, by the last."""
     params = {

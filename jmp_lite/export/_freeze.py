@@ -40,8 +40,9 @@ def freeze(
     A recipe says how weights are held. Kernels (see ``quant.quantize_tree``) are stored in the format of ``recipe.rhs``
     with its scales, unless some parameters are quantised already: then all are stored as they are, which is the way to
     choose leaves, axes or formats yourself. If the recipe quantises activations too (``W8A8``, ``FP8``), products are
-    those of the recipe, which finds the very numbers that are stored again in the kernels, and all else is float32
-    unless the policy says otherwise. If not (``W8A16``), products are those of the policy.
+    those of the recipe, which quantises the kernels again: to the numbers that are stored, if these have the scales
+    that the recipe gives them, one per output channel. All else is float32 unless the policy says otherwise. If the
+    recipe does not (``W8A16``), products are those of the policy.
 
     Args:
         apply: Function that ``jax.jit`` takes: ``model.apply`` of Linen and Haiku, ``lambda state, x:
@@ -188,14 +189,15 @@ def _split(params: Any) -> tuple[dict[str, Any], Callable[[dict[str, Any]], Any]
         if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
             raise InvalidExportError(
                 f"Leaf {name!r} is {describe(leaf)}, which no safetensors file can hold. Keep it out of the "
-                "parameters, or store jax.random.key_data(leaf)."
+                "parameters (of NNX: nnx.split(model, nnx.Param, ...)), or store jax.random.key_data(leaf)."
             )
         name = name or "params"
         if name in weights or name == PROGRAM:
             raise InvalidExportError(
                 f"Two things would be stored as {name!r}, one of them {describe(leaf)}. Rename one."
             )
-        weights[name] = np.asarray(leaf)
+        array = np.asarray(leaf, order="C")  # safetensors writes the buffer, whatever its strides say
+        weights[name] = array.astype(array.dtype.newbyteorder("="), copy=False)
         places.append((name, None))
 
     def rebuild(arrays: dict[str, Any]) -> Any:

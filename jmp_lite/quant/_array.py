@@ -230,10 +230,15 @@ def quantize_array(x: Any, dtype: Any = jnp.int8, axes: Sequence[int] | None = N
 # --- Trees -------------------------------------------------------------------------------------------
 
 
+#: Names of leaves that are added or multiplied element by element, also where attention or a scan gives them two axes.
+_NOT_KERNELS = frozenset({"bias", "b", "scale", "offset"})
+
+
 def _is_kernel(path: str, leaf: Any) -> bool:
     """The default of ``where``."""
     is_floating = is_quantized(leaf) or (is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating))
-    return is_floating and leaf.ndim >= 2 and "embed" not in path.lower()
+    name = path.rpartition("/")[2].lower()
+    return is_floating and leaf.ndim >= 2 and name not in _NOT_KERNELS and "embed" not in path.lower()
 
 
 def _all_but_last(path: str, leaf: Any) -> tuple[int, ...]:
@@ -252,14 +257,16 @@ def quantize_tree(
         dtype: ``int8``, ``float8_e4m3fn`` (``"e4m3"``) or ``float8_e5m2`` (``"e5m2"``); or a ``QuantSpec``, such as
             that of the kernels in a recipe (``FP8.rhs``), whose ``margin`` and ``pow2`` count too.
         where: ``where(path, leaf)`` chooses leaves by path (``decoder/layers_3/kernel``) and by leaf. By default
-            floating arrays of two or more axes whose path has no ``embed`` in it, in any case: kernels, but neither
-            biases, nor scales of norms, nor embedding tables. A table is looked up, not multiplied, and with one scale
+            floating arrays of two or more axes that are not called ``bias``, ``b``, ``scale`` or ``offset`` and whose
+            path has no ``embed`` in it, in any case: kernels, but neither biases, nor scales of norms, nor embedding
+            tables. A table is looked up, not multiplied, and with one scale
             per feature its rare rows would be rounded to the grid of the largest; give it ``axes=[1]``, one per row.
         axes: Axes that share a scale, as for ``quantize_array``, or ``axes(path, leaf)``, which returns them. All but
             the last by default, which is one scale per output channel of a kernel of Flax or Haiku; all for a spec of
             granularity ``"tensor"``. Kernels of Equinox and torch have their output channels first
             (``axes=lambda path, leaf: range(1, leaf.ndim)``); kernels stacked for ``lax.scan`` need a scale per layer
-            too (``axes=lambda path, leaf: range(1, leaf.ndim - 1)``).
+            too (``axes=lambda path, leaf: range(1, leaf.ndim - 1)``). A kernel with several output axes, such as that
+            of a query (features, heads, head size), has one scale for all heads unless ``axes`` says ``[0]`` for it.
 
     Returns:
         The tree with a ``QuantizedArray`` in the place of each chosen leaf.

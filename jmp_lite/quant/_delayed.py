@@ -6,6 +6,7 @@ this step: derivatives are how numbers leave a backward pass.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,9 +19,10 @@ from jmp_lite._compat import Equation, Jaxpr, as_traced, bind, is_literal, progr
 from jmp_lite._dtypes import FLOAT32
 from jmp_lite._errors import InvalidRecipeError
 from jmp_lite._loss_scale import NoOpLossScale, find_loss_scale
-from jmp_lite._tree import describe, is_inexact
-from jmp_lite.autocast._api import trace
+from jmp_lite._tree import combine, describe, is_inexact, partition
+from jmp_lite.autocast._api import is_traced, trace
 from jmp_lite.quant._history import PLACEHOLDER, Histories
+from jmp_lite.quant._operands import amax_of_all
 
 #: Largest magnitudes of earlier steps, ``float32[3, steps]`` for each product: left, right, cotangent; latest first.
 AmaxHistories = dict[str, jax.Array]
@@ -103,7 +105,7 @@ class Delayed:
 
         def total(histories: AmaxHistories) -> jax.Array:
             filled = {at: Histories(histories[name], jnp.array(False)) for at, (name, _) in sites.items()}
-            results = _Evaluation(filled).run(traced.jaxpr, traced.arrays)
+            results, _ = _Evaluation(filled).run(traced.jaxpr, traced.arrays)
             numbers = [jnp.real(x).astype(FLOAT32) for x in results if is_inexact(x)]
             losses = [x for x in numbers if x.ndim == 0][:1] or numbers
             return loss_scale.scale(sum(map(jnp.sum, losses), start=jnp.zeros((), FLOAT32)))
@@ -120,7 +122,7 @@ class Delayed:
         sites = _sites(traced.jaxpr)
         _check(histories, dict(sites.values()))
         filled = {at: Histories(histories[name], np.bool_(True)) for at, (name, _) in sites.items()}
-        return traced.output(_Evaluation(filled).run(traced.jaxpr, traced.arrays))
+        return traced.output(_Evaluation(filled).run(traced.jaxpr, traced.arrays)[0])
 
 
 def update_histories(histories: AmaxHistories, observed: AmaxHistories) -> AmaxHistories:
@@ -150,12 +152,16 @@ def update_histories(histories: AmaxHistories, observed: AmaxHistories) -> AmaxH
     return updated
 
 
-def calibrate(fun: Delayed, batches: Iterable[Sequence[Any]]) -> AmaxHistories:
-    """Finds, for every product of a function, the largest magnitudes that it sees on some data.
+def calibrate(fun: Delayed, batches: Iterable[Sequence[Any]], **kwargs: Any) -> AmaxHistories:
+    """Finds, for every product of a function, the largest magnitudes that its operands have on some data.
+
+    Nothing is differentiated: loops of any kind will do, and count with the largest of their iterations.
 
     Args:
         fun: From ``delayed``; usually ``model.apply`` under ``autocast(..., dot=W8A8_STATIC)``.
-        batches: Arguments of the function, such as ``(params, x)``, once per batch.
+        batches: Positional arguments of the function, such as ``(params, x)``, once per batch; what is no array must be
+            hashable.
+        **kwargs: Keyword arguments, the same for all batches.
 
     Returns:
         Histories to call the function with: ``functools.partial(fun, histories)`` is the calibrated model.
@@ -173,14 +179,26 @@ def calibrate(fun: Delayed, batches: Iterable[Sequence[Any]]) -> AmaxHistories:
         >>> print(model(histories, w, jnp.array([[9.0, 0.0]])))  # more than was ever seen
         [[2. 2. 2.]]
     """
-    observe = jax.jit(fun.init)
     found: AmaxHistories | None = None
     for args in batches:
-        seen = observe(*args)
+        arrays, others, (treedef, chosen) = partition((tuple(args), kwargs), is_traced)
+        seen = _observe(fun.fun, tuple(others), (treedef, tuple(chosen)), arrays)
         found = seen if found is None else jax.tree.map(jnp.maximum, found, seen)
     if found is None:
         raise InvalidRecipeError("calibrate was given no batches. Pass at least one tuple of arguments.")
     return found
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _observe(fun: Callable[..., Any], others: tuple[Any, ...], layout: Any, arrays: list[Any]) -> AmaxHistories:
+    """Histories whose latest step is a call of the function, but for cotangents."""
+    args, kwargs = combine(arrays, others, layout)
+    traced = trace(fun, args, kwargs)
+    sites = _sites(traced.jaxpr)
+    empty = {at: jnp.zeros((3, steps), FLOAT32) for at, (_, steps) in sites.items()}
+    filled = {at: Histories(history, jnp.array(False)) for at, history in empty.items()}
+    _, seen = _Evaluation(filled, observes=True).run(traced.jaxpr, traced.arrays)
+    return {name: empty[at].at[:2, 0].set(seen[at]) for at, (name, _) in sites.items()}
 
 
 def _check(histories: Any, expected: Mapping[str, int]) -> None:
@@ -224,61 +242,90 @@ def _programs(eqn: Equation) -> list[Jaxpr]:
 
 # --- Evaluation -----------------------------------------------------------------------------------
 
+#: Largest magnitudes of the operands of products, ``float32[2]``, by where their histories stand.
+Seen = dict[Position, jax.Array]
+Evaluated = tuple[list[Any], Seen]
+
 
 @dataclasses.dataclass(frozen=True)
 class _Evaluation:
     """Evaluates a program with histories in their places; programs inside close over them."""
 
     filled: Mapping[Position, Histories]
+    observes: bool = False
+    """Whether to return what the operands of products are, besides the results."""
 
-    def run(self, jaxpr: Jaxpr, arrays: Sequence[Any], at: Position = ()) -> list[Any]:
+    def run(self, jaxpr: Jaxpr, arrays: Sequence[Any], at: Position = ()) -> Evaluated:
         inner, consts = program(jaxpr)
         values = dict(zip([*inner.constvars, *inner.invars], [*consts, *arrays], strict=True))
+        places: dict[Any, Position] = {}
+        seen: Seen = {}
         for index, eqn in enumerate(inner.eqns):
             operands = [v.val if is_literal(v) else values[v] for v in eqn.invars]
+            for position, v in enumerate(eqn.invars):
+                if self.observes and not is_literal(v) and v in places:
+                    seen[places[v]] = jnp.stack([amax_of_all(x) for x in operands[position - 2 : position]])
             with as_traced(eqn):
-                results = self._equation(eqn, operands, (*at, index))
+                results, inside = self._equation(eqn, operands, (*at, index))
+            if (*at, index) in self.filled:
+                places[eqn.outvars[0]] = (*at, index)
             values.update(zip(eqn.outvars, results, strict=True))
-        return [v.val if is_literal(v) else values[v] for v in inner.outvars]
+            seen.update(inside)
+        return [v.val if is_literal(v) else values[v] for v in inner.outvars], seen
 
-    def _equation(self, eqn: Equation, operands: list[Any], at: Position) -> list[Any]:
+    def _equation(self, eqn: Equation, operands: list[Any], at: Position) -> Evaluated:
         if at in self.filled:
-            return list(self.filled[at])
-        if not any(position[: len(at)] == at for position in self.filled):
-            return bind(eqn, operands, eqn.params)
-        programs = [self._function(jaxpr, (*at, number)) for number, jaxpr in enumerate(_programs(eqn))]
+            return list(self.filled[at]), {}
+        nothing = {p: jnp.zeros(2, FLOAT32) for p in self.filled if p[: len(at)] == at}
+        if not nothing:
+            return bind(eqn, operands, eqn.params), {}
+        nothing = nothing if self.observes else {}
+
+        def function(jaxpr: Jaxpr, number: int) -> Callable[..., Evaluated]:
+            def evaluated(*arrays: Any) -> Evaluated:
+                results, seen = self.run(jaxpr, arrays, (*at, number))
+                return results, {**nothing, **seen}
+
+            return evaluated
+
+        programs = [function(jaxpr, number) for number, jaxpr in enumerate(_programs(eqn))]
         name, params = eqn.primitive.name, eqn.params
         if name == "scan":
             return _scan(programs[0], operands, params)
         if name == "while":
-            return _while(programs, operands, params)
+            return _while(programs, operands, params, nothing)
         if name == "cond":
-            return list(lax.switch(operands[0], programs, *operands[1:]))
+            return lax.switch(operands[0], programs, *operands[1:])  # type: ignore[no-any-return]
         if name in ("remat2", "checkpoint"):
             run = jax.checkpoint(programs[0], policy=params["policy"], prevent_cse=params["prevent_cse"])
-            return list(run(*operands))
+            return run(*operands)  # type: ignore[no-any-return]
         return programs[0](*operands)
 
-    def _function(self, jaxpr: Jaxpr, at: Position) -> Callable[..., list[Any]]:
-        return lambda *arrays: self.run(jaxpr, arrays, at)
 
-
-def _scan(body: Callable[..., list[Any]], operands: list[Any], params: dict[str, Any]) -> list[Any]:
+def _scan(body: Callable[..., Evaluated], operands: list[Any], params: dict[str, Any]) -> Evaluated:
     n_consts, n_carry = scan_counts(params)
     consts, carry, xs = operands[:n_consts], operands[n_consts:][:n_carry], operands[n_consts + n_carry :]
 
-    def one(carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
-        results = body(*consts, *carry, *x)
-        return results[:n_carry], results[n_carry:]
+    def one(carry: list[Any], x: list[Any]) -> tuple[list[Any], tuple[list[Any], Seen]]:
+        results, seen = body(*consts, *carry, *x)
+        return results[:n_carry], (results[n_carry:], seen)
 
     settings = {name: params[name] for name in ("length", "reverse", "unroll")}
-    carry, ys = lax.scan(one, carry, xs, **settings)
-    return [*carry, *ys]
+    carry, (ys, seen) = lax.scan(one, carry, xs, **settings)
+    return [*carry, *ys], jax.tree.map(lambda x: jnp.max(x, axis=0, initial=0), seen)
 
 
-def _while(programs: Sequence[Callable[..., list[Any]]], operands: list[Any], params: Mapping[str, Any]) -> list[Any]:
+def _while(
+    programs: Sequence[Callable[..., Evaluated]], operands: list[Any], params: Mapping[str, Any], nothing: Seen
+) -> Evaluated:
     n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
-    of_cond, of_body, carry = operands[:n_cond], operands[n_cond:][:n_body], operands[n_cond + n_body :]
-    return lax.while_loop(
-        lambda carry: programs[0](*of_cond, *carry)[0], lambda carry: programs[1](*of_body, *carry), carry
-    )
+    of_cond, of_body, start = operands[:n_cond], operands[n_cond:][:n_body], operands[n_cond + n_body :]
+
+    def again(carry: Evaluated) -> Any:
+        return programs[0](*of_cond, *carry[0])[0][0]
+
+    def body(carry: Evaluated) -> Evaluated:
+        results, seen = programs[1](*of_body, *carry[0])
+        return results, jax.tree.map(jnp.maximum, carry[1], seen)
+
+    return lax.while_loop(again, body, (start, nothing))

@@ -119,7 +119,7 @@ def _scaled_dot_jvp(call: Call, primals: Any, tangents: Any) -> tuple[Any, Any]:
     if histories is not None:
         tangent = _instantiated(tangents[2].values, histories.values)
         observed = (tangent, jnp.stack(list(map(amax_of_all, done.amaxes))), histories.values[2], histories.are_known)
-    params = {"dims": call.dims, "specs": call.specs, "dtype": call.dtype, "precision": call.precision}
+    params = call._asdict()
     terms: list[Any] = []
     for side, other in ((0, done.rhs), (1, done.lhs)):
         is_last = side == 1 and not terms

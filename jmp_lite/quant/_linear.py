@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jmp_lite._compat import linear_primitive, varying_axes
 from jmp_lite._dimensions import Dimensions, Transposed, mapped, transposed
@@ -34,6 +35,7 @@ def tangent_product(
     specs: Specs,
     dtype: DType,
     precision: Any,
+    out_sharding: Any,
 ) -> Any:
     """Multiplies the tangent of one operand by the other operand.
 
@@ -48,9 +50,20 @@ def tangent_product(
         specs: The recipe.
         dtype: Of the result.
         precision: Of products that are not quantised.
+        out_sharding: As for ``lax.dot_general``.
     """
-    params = {"side": side, "dimension_numbers": dims, "specs": specs, "dtype": dtype, "precision": precision}
-    return _primitive().bind(tangent, other.values, other.scale, *histories, **params)
+    return _primitive().bind(
+        tangent,
+        other.values,
+        other.scale,
+        *histories,
+        side=side,
+        dimension_numbers=dims,
+        specs=specs,
+        dtype=dtype,
+        precision=precision,
+        out_sharding=out_sharding,
+    )
 
 
 @functools.cache
@@ -58,20 +71,11 @@ def _primitive() -> Any:
     return linear_primitive("quantized_product_tangent", _evaluate, _transpose, _batch, _LINEAR)
 
 
-def _evaluate(
-    tangent: Any,
-    values: Any,
-    scale: Any,
-    *_: Any,
-    side: int,
-    dimension_numbers: Dimensions,
-    dtype: DType,
-    precision: Any,
-    **__: Any,
-) -> Any:
+def _evaluate(tangent: Any, values: Any, scale: Any, *_: Any, side: int, dtype: DType, **params: Any) -> Any:
     operands = [tangent, Quantized(values, scale).dequantized(dtype)]
     lhs, rhs = operands if side == 0 else operands[::-1]
-    return product(lhs, rhs, dtype, (("dimension_numbers", dimension_numbers), ("precision", precision)), dtype)
+    kept = tuple((name, params[name]) for name in ("dimension_numbers", "precision", "out_sharding"))
+    return product(lhs, rhs, dtype, kept, dtype)
 
 
 def _transpose(
@@ -183,5 +187,15 @@ def _batch(
     if side == 1:
         ndims, is_mapped = ndims[::-1], is_mapped[::-1]
     dims, axis = mapped(dimension_numbers, ndims, is_mapped)
+    params = {**params, "out_sharding": _with_axis(params["out_sharding"], axis)}
     result = _primitive().bind(tangent, values, scale, *operands[3:], side=side, dimension_numbers=dims, **params)
     return result, axis
+
+
+def _with_axis(sharding: Any, axis: int) -> Any:
+    """The sharding of an array that has one more axis, which is not sharded."""
+    if sharding is None:
+        return None
+    spec = list(getattr(sharding, "spec", sharding))
+    inserted = PartitionSpec(*spec[:axis], None, *spec[axis:])
+    return NamedSharding(sharding.mesh, inserted) if isinstance(sharding, NamedSharding) else inserted

@@ -70,10 +70,13 @@ def quantized(x: Any, amax: Any, seen: Seen | None, spec: QuantSpec) -> Quantize
         seen: Those of earlier steps, which the scale of a whole tensor is then made of.
         spec: How.
     """
-    made_of = amax if seen is None or amax.ndim else jnp.where(seen.is_known, jnp.max(seen.history), amax)
+    made_of = amax
+    if seen is not None and amax.ndim == 0:
+        earlier, is_used = jnp.max(seen.history), seen.is_known
+        if is_integer(spec.dtype):  # int8 could neither show what is not finite, nor bear a scale out of the air
+            is_used = is_used & (earlier > 0) & jnp.isfinite(amax)
+        made_of = jnp.where(is_used, earlier, amax)
     scale = absmax_scale(made_of, spec.dtype, margin=spec.margin, pow2=spec.pow2)
-    if seen is not None and is_integer(spec.dtype):
-        scale = jnp.where(jnp.isfinite(amax), scale, jnp.nan)  # int8 could not show it
     key = _key(x) if spec.stochastic else None
     return Quantized(quantize(x, spec.dtype, scale, key=key), scale)
 

@@ -142,7 +142,7 @@ def _parse(text: str) -> DotRecipe | None:
     fields = {name.strip(): value.strip() for name, _, value in parts}
     history = fields.get("history", "0")
     is_known = {"lhs", "rhs"} <= set(fields) <= {"lhs", "rhs", "grad", "history", "axis_name"}
-    if not is_known or len(fields) < len(parts) or not history.isdigit():
+    if not is_known or len(fields) < len(parts) or not history.isdigit() or "" in fields.values():
         return None
     axes = tuple(fields["axis_name"].split("+")) if "axis_name" in fields else ()
     axis_name = axes[0] if len(axes) == 1 else axes or None

@@ -449,3 +449,63 @@ def test_pmap_sees_the_maximum(data):
     observed = step(w, x[:, None], target[:, None])["dot"]
     expected = quant.delayed(loss).init(*data)["dot"][:, 0] * np.float32([1, 1, 8])
     np.testing.assert_allclose(observed[:, :, 0], np.tile(expected, (8, 1)), rtol=1e-6)
+
+
+# --- Calibration ----------------------------------------------------------------------------------
+
+
+def in_while(w, x):
+    return lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, jnp.tanh(c[1] @ w)), (0, x))[1]
+
+
+def in_scan(w, x):
+    return lax.scan(lambda h, _: (jnp.tanh(h @ w), None), x, length=3)[0]
+
+
+def in_cond(w, x):
+    return in_scan(w, lax.cond(x[0, 0] > x[0, 0] + 1, lambda: x @ w, lambda: x))
+
+
+CALIBRATED = {
+    "while": in_while,
+    "scan": in_scan,
+    "checkpoint": jax.checkpoint(in_scan),
+    "cond": in_cond,
+    "vmap": lambda w, x: jax.vmap(lambda row: in_scan(w, row))(x),
+}
+
+
+@pytest.mark.parametrize("case", CALIBRATED)
+def test_calibration_finds_the_largest_of_all_iterations(case, rng):
+    """Not their sum, which would leave an int8 product a fraction of its numbers."""
+    w, x = normal(rng, 16, 16), normal(rng, 4, 16)
+    seen = [x]
+    for _ in range(2):
+        seen.append(jnp.tanh(seen[-1] @ w))
+    model = quant.delayed(jmp.autocast(CALIBRATED[case], "full", dot=quant.W8A8_STATIC))
+    histories = quant.calibrate(model, [(w, x / 2), (w, x)])
+    [(found, of_weight)] = {tuple(map(float, h[:2, 0])) for h in histories.values() if float(h[0, 0]) > 0}
+    np.testing.assert_allclose([found, of_weight], [max(map(amax, seen)), amax(w)], rtol=0.1)
+    assert relative(model(histories, w, x), CALIBRATED[case](w, x)) < 0.1
+
+
+def test_calibration_takes_what_is_no_array():
+    """Flags and keyword arguments are part of the program."""
+    model = quant.delayed(lambda x, flag, *, scale: quant.W8A8_STATIC(x, x, MATMUL) if flag else x * scale)
+    x = jnp.eye(4)
+    assert list(quant.calibrate(model, [(x, True)], scale=2.0)) == ["dot"]
+    assert quant.calibrate(model, [(x, False)], scale=2.0) == {}
+    with pytest.raises(jmp.InvalidRecipeError, match="no batches"):
+        quant.calibrate(model, [])
+
+
+def test_what_calibration_has_not_seen_has_scales_of_its_own(rng):
+    """A branch that no batch took is no branch of int8 numbers with a scale of one."""
+    w, x = 1e-3 * normal(rng, 16, 8), 1e-3 * normal(rng, 4, 16)
+
+    def branches(w, x, flag):
+        return lax.cond(flag, lambda: x @ w, lambda: x[:, :8])
+
+    model = quant.delayed(jmp.autocast(branches, "full", dot=quant.W8A8_STATIC))
+    histories = quant.calibrate(model, [(w, x, jnp.array(False))])
+    assert relative(model(histories, w, x, jnp.array(True)), x @ w) < BOUNDS["int8_qat"] * 2

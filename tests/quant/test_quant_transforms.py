@@ -266,13 +266,26 @@ def test_without_an_axis_name_every_device_has_its_own_scale(name, data):
 
 @recipes
 def test_explicit_sharding(name, data):
-    if name == "fp8_block128":
-        pytest.skip("blocks are a reference for numerics on one device")
     with jax.set_mesh(mesh(AxisType.Explicit)):
         w, x, target = (jax.device_put(x, spec) for x, spec in zip(data, (P(), P("data"), P("data")), strict=True))
         found = jax.jit(value_and_gradients(functools.partial(loss, RECIPES[name])))(w, x, target)
         assert jax.typeof(found[1][1]).sharding.spec[0] == "data"
     assert_close(found, compiled(name)(*data))
+
+
+@recipes
+def test_explicitly_sharded_sums(name, data):
+    """What is added up is sharded, and so is not the result: gradients are sharded like their operands."""
+    w, x, _ = data
+
+    def total(w, x, **params):
+        return RECIPES[name](x, w, MATMUL, **params).sum()
+
+    with jax.set_mesh(mesh(AxisType.Explicit)):
+        args = jax.device_put(w, P("data")), jax.device_put(x, P(None, "data"))
+        found = jax.jit(jax.grad(functools.partial(total, out_sharding=P(None, None)), argnums=(0, 1)))(*args)
+        assert [g.sharding.spec for g in found] == [P("data", None), P(None, "data")]
+    assert_close(found, jax.grad(total, argnums=(0, 1))(w, x))
 
 
 @pytest.mark.parametrize("name", ["fp8", "int8_qat"])
