@@ -13,7 +13,10 @@ from typing import Any
 from sphinx.application import Sphinx
 from sphinx.errors import ExtensionError
 
-MODULES = ["jmp_lite", *(f"jmp_lite.{name}" for name in ("linen", "nnx", "optim", "distributed", "quant", "checkpoint", "export"))]
+MODULES = [
+    "jmp_lite",
+    *(f"jmp_lite.{name}" for name in ("linen", "nnx", "optim", "distributed", "quant", "checkpoint", "export")),
+]
 
 
 def public_names(module: ModuleType) -> list[str]:

@@ -17,7 +17,7 @@ from jmp_lite._dimensions import Dimensions, Transposed, mapped, transposed
 from jmp_lite._dtypes import FLOAT32, DType
 from jmp_lite.distributed._products import permuted_sharding, product
 from jmp_lite.quant._block import block_product
-from jmp_lite.quant._operands import Quantized, Seen, amax_of, quantized, unscaled
+from jmp_lite.quant._operands import Quantized, Seen, amax_of, amax_of_tensor, quantized, unscaled
 from jmp_lite.quant._product import folded, scaled_product
 from jmp_lite.quant._spec import QuantSpec, Specs
 
@@ -105,7 +105,7 @@ def _transpose(
             of_operand = _quantized(cotangent, other, found, specs, seen, **params)
         results[0] = lax.transpose(of_operand, found.permutation)
     if histories and isinstance(histories[0], jax.core.ShapedArray):
-        amax = amax_of(cotangent, QuantSpec("e5m2"), (), specs.axis_name)
+        amax = amax_of_tensor(cotangent, specs.axis_name)
         results[3] = _in_first_column(jnp.append(histories[1], amax), histories[0])
     return results
 

@@ -36,13 +36,18 @@ def _amax_of_all_mapped(_axis_size: int, _in_batched: list[bool], x: Any) -> tup
     return amax_of_all(x), False
 
 
+def amax_of_tensor(x: Any, axis_name: Any) -> jax.Array:
+    """Returns the largest magnitude of an array, over the named axes too."""
+    amax: jax.Array = amax_of_all(lax.stop_gradient(x))
+    return amax if axis_name is None else lax.pmax(amax, axis_name)
+
+
 def amax_of(x: Any, spec: QuantSpec, contracted: tuple[int, ...], axis_name: Any) -> jax.Array:
     """Returns largest magnitudes: of the whole array, over devices too, or along the contracted axes."""
-    x = lax.stop_gradient(x)
     if spec.granularity == "channel":
+        x = lax.stop_gradient(x)
         return jnp.max(jnp.abs(x), axis=contracted, keepdims=True, initial=0).astype(FLOAT32)
-    amax: jax.Array = amax_of_all(x)
-    return amax if axis_name is None else lax.pmax(amax, axis_name)
+    return amax_of_tensor(x, axis_name)
 
 
 def _key(x: Any) -> jax.Array:

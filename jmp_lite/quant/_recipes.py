@@ -69,8 +69,6 @@ class DotRecipe(Specs, Product):
         """Convolves two arrays, with the parameters of ``lax.conv_general_dilated``; see ``scaled_conv``."""
         return quantized_conv(lhs, rhs, self, window_strides=window_strides, padding=padding, **params)
 
-    __str__ = Specs.__str__
-
 
 #: e4m3 forward, e5m2 for gradients, one scale per tensor, which is a power of two.
 FP8 = DotRecipe(QuantSpec("e4m3", pow2=True), QuantSpec("e4m3", pow2=True), QuantSpec("e5m2", pow2=True))
