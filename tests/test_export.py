@@ -116,7 +116,8 @@ def serve_elsewhere(tmp_path, x, paths):
     subprocess.run([sys.executable, str(script), str(tmp_path / "x.npy"), *map(str, paths)], check=True, cwd=tmp_path)
 
 
-@pytest.mark.parametrize("names", [["bf16", "W8A8"], pytest.param(list(PRECISIONS), marks=pytest.mark.slow)], ids=len)
+@pytest.mark.slow
+@pytest.mark.parametrize("names", [list(PRECISIONS)], ids=len)
 def test_another_process_computes_the_same_bits(mlp, names, tmp_path):
     """Every precision, with a fixed and a free batch: what the jitted function of the training process computes."""
     params, x = mlp
