@@ -60,8 +60,14 @@ def test_a_product_of_the_users_is_not_asked_in_full_precision():
     rules = [jmp.Rule("router", precision="full", dot=recording(seen))]
     jax.eval_shape(jmp.autocast(layers, LOW, rules=rules), X, W)
     jax.eval_shape(jmp.autocast(jmp.full_precision(jnp.matmul), LOW, dot=recording(seen)), X, W)
-    jax.eval_shape(jmp.autocast(jnp.matmul, F32, dot=recording(seen)), X, W)
     assert not seen
+
+
+def test_a_product_of_the_users_is_asked_under_a_policy_of_float32():
+    """It may compute in 8 bits what stands in a program that is float32 otherwise."""
+    seen = []
+    jax.eval_shape(jmp.autocast(jnp.matmul, F32, dot=recording(seen)), X, W)
+    assert seen == [(F32, F32, F32)]
 
 
 def test_the_result_of_a_product_is_what_comes_out(rng):

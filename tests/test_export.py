@@ -138,7 +138,9 @@ def test_another_process_computes_the_same_bits(mlp, names, tmp_path):
         assert raw(np.load(f"{path}.npy")) == raw(result), path
 
 
-@pytest.mark.parametrize("recipe", ["w8a8", "fp8", "fp8_rowwise"])
+@pytest.mark.parametrize(
+    "recipe", ["w8a8", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fp8", "fp8_rowwise"))]
+)
 def test_quantised_products_are_those_of_training(mlp, recipe, tmp_path):
     """The recipe finds the stored numbers again: what it computes from float32 kernels, up to a step of bfloat16."""
     params, x = mlp
@@ -375,6 +377,7 @@ def frozen(path, apply, params, *args, **settings):
     return export.load(path)
 
 
+@pytest.mark.slow
 def test_frameworks(rng, key, seed, tmp_path):
     """Linen is above; NNX by split, Equinox by partition or whole, Haiku, a bare function with closures."""
     path, x = tmp_path / "m", normal(rng, 3, 16)

@@ -85,6 +85,7 @@ def test_score_is_the_magnitude_of_the_new_weight(dtype, rng):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sparsity", [-1.0, 0.0, 0.3, 0.7, 1.0, 2.0])
 def test_sparsity_may_be_known_at_run_time_only(sparsity, rng):
     """A schedule, and an array under jit as `inject_hyperparams` has it, count in float32; beyond [0, 1] is the end."""
@@ -213,6 +214,7 @@ def test_pruned_weights_go_before_all_others(alive):
     np.testing.assert_array_equal(state.masks["w"], [False, True, False, False])
 
 
+@pytest.mark.slow
 @forms
 def test_update_narrower_than_the_parameter_is_widened(form, rng):
     """Minus a float32 parameter cannot be written in the bfloat16 of its update."""
@@ -347,6 +349,7 @@ COMBINATIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("combination", COMBINATIONS)
 def test_combinations(combination, rng):
     """Inside other transformations pruning does what it does alone, in one trace, and its state is found."""
@@ -401,6 +404,7 @@ def test_state_can_be_read_and_mapped(rng):
     assert jax.tree.map(jnp.result_type, jax.eval_shape(tx.init, params)) == jax.tree.map(jnp.result_type, state)
 
 
+@pytest.mark.slow
 def test_ensembles(rng):
     """Under vmap each member has its own masks."""
     params = {"w": jnp.asarray(rng.standard_normal((5, 8, 4)), jnp.float32)}
@@ -520,6 +524,7 @@ def through_orbax(state, template, path):
     return jmp.checkpoint.restore(path / "step", template, policy="full")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trip", [through_bytes, through_orbax])
 def test_resumed_run_is_the_uninterrupted_one(trip, tmp_path, rng):
     """A whole train state through bytes and through Orbax: masks, the schedule's step, parameters that have none."""

@@ -54,7 +54,8 @@ def autocast(
         rules: Precisions for scopes and primitives, tried in order before the policy.
         ops: Maps names of primitives to an ``OpClass``, or to a function ``op(*operands, **params)`` that takes the
             place of the primitive; for this function only (see ``register_op``).
-        dot: Takes the place of ``lax.dot_general`` for products in the compute dtype, and has its signature.
+        dot: Takes the place of ``lax.dot_general`` for products in the compute dtype, and has its signature; also if
+            that is float32. Recipes of ``jmp.quant`` are such functions.
         accumulate: ``jnp.float32`` to ask for sums of products in float32 (which accelerators keep anyway) before the
             result is rounded to the compute dtype. ``None`` leaves that to the compiler.
         save: ``"all"`` keeps what the backward pass needs; ``"low"`` keeps no large float32 array, and computes the

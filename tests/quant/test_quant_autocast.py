@@ -130,7 +130,7 @@ def test_every_product_of_a_model_is_one_of_float8(model, policy, rng):
     assert len(products_of_8_bits(text)) == 3 * count
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", slow_but_for(("Dense", "attention", "NNX Linear"), MODELS))
 @pytest.mark.parametrize(("name", "bound"), [("fp8", 0.25), pytest.param("int8_qat", 0.08, marks=pytest.mark.slow)])
 def test_models_are_as_accurate_as_their_products(model, name, bound, rng):
     """With up to three products in a row, forward and backward; int8 is bounded by bfloat16 beside it."""
@@ -181,6 +181,7 @@ def test_gradients_of_weights_are_float32(rng):
     assert [result for *_, result, _ in products(text)] == ["bf16", "f32"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize(
     "policy", ["mixed_float16", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mixed_bfloat16", "full"))]
