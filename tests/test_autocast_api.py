@@ -143,6 +143,7 @@ def test_nothing_is_kept_alive(holder, use, rng):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_no_tracer_leaks(rng):
     with jax.checking_leaks():
         for use in USES.values():
@@ -284,6 +285,7 @@ class GPT(nn.Module):
         return -jnp.mean(jax.nn.log_softmax(logits)[..., 0])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 def test_low_residuals(rng):
     """With save="low" the loss stays, less is kept than by Flax's own bfloat16, and no large float32."""

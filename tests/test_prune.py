@@ -72,6 +72,7 @@ def test_exactly_so_many_of_the_smallest_go(sparsity, rng):
             np.testing.assert_array_equal(masks[name], smallest(np.abs(np.asarray(param)), zeros))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_score_is_the_magnitude_of_the_new_weight(dtype, rng):
     """Parameter plus update counts, in at least float32: in bfloat16 many of these sums would be equal."""
@@ -223,6 +224,7 @@ def test_update_narrower_than_the_parameter_is_widened(form, rng):
     assert int((params["w"] == 0).sum()) == 16
 
 
+@pytest.mark.slow
 def test_sparsity_that_falls_revives_nothing(rng):
     """Masks are monotone whatever the schedule says."""
     params = {"w": jnp.asarray(rng.standard_normal((10, 10)), jnp.float32)}

@@ -351,6 +351,7 @@ def test_layers_that_take_a_product(layer, name, rng):
         assert len(products_of_8_bits(stablehlo(ours, params, x))) == (3 if "queries" in layer else 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", pytest.param("full", marks=pytest.mark.slow)])
 def test_convolutions_through_ops(policy, rng):
     """``recipe.conv`` for the convolutions, the recipe for the rest."""

@@ -139,6 +139,7 @@ def test_gradients_of_qat_are_straight_through(name, rng):
         assert relative(result, expected) < EXACT
 
 
+@pytest.mark.slow
 def test_powers_of_two_need_no_detour_through_float32(rng):
     @jax.jit
     def both(arrays):

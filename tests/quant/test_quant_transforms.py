@@ -420,6 +420,7 @@ def tiled(x, rows, columns):
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "shape", slow_but_for([(10, 300, 200)], [(16, 256, 128), (10, 300, 200), (130, 60, 5)]), ids=str
 )
@@ -434,6 +435,7 @@ def test_blocks_are_those_of_deepseek(shape, rng):
     assert relative(of_w, tiled(x, 128, 1).T @ tiled(g, 128, 1)) < EXACT
 
 
+@pytest.mark.slow
 def test_blocks_hold_outliers_apart(rng):
     """One large number spoils its own tile; a scale per tensor loses the others, in int8 all of them."""
     x = np.float32(rng.standard_normal((8, 512)))
