@@ -143,7 +143,6 @@ def test_nothing_is_kept_alive(holder, use, rng):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_no_tracer_leaks(rng):
     with jax.checking_leaks():
         for use in USES.values():

@@ -180,7 +180,9 @@ PAIRS = [("float32", "float32"), ("bfloat16", "float32"), ("float16", "float32")
 
 
 @forms
-@pytest.mark.parametrize(("dtype", "grad_dtype"), PAIRS)
+@pytest.mark.parametrize(
+    ("dtype", "grad_dtype"), [PAIRS[0], *(pytest.param(*pair, marks=pytest.mark.slow) for pair in PAIRS[1:])]
+)
 def test_zeros_are_exact_and_stay(dtype, grad_dtype, form, rng):
     """Under Adam with weight decay, with a schedule, each step has its zeros, all of the earlier among them."""
     schedule = optax.polynomial_schedule(0.0, 0.9, power=3, transition_steps=12, transition_begin=2)

@@ -87,7 +87,6 @@ def test_run_killed_at_any_step_ends_as_if_it_had_not_been(number, uninterrupted
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [0, *(pytest.param(n, marks=pytest.mark.soak) for n in range(1, 6))])
 def test_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(number, tmp_path):
     """An unfinished checkpoint is not used, and the finished one before it is: only the steps since are lost."""
@@ -111,7 +110,6 @@ def test_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(number, tm
     assert {path.name for path in directory.iterdir()} == {str(step * EVERY) for step in (1, 2, 3)}
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_checkpoint_that_one_process_cannot_read_is_passed_over_by_all(uninterrupted, tmp_path):
     """All processes restore the same step, and all say why."""

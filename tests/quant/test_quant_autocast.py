@@ -130,7 +130,7 @@ def test_every_product_of_a_model_is_one_of_float8(model, policy, rng):
     assert len(products_of_8_bits(text)) == 3 * count
 
 
-@pytest.mark.parametrize("model", slow_but_for(("Dense", "attention", "NNX Linear"), MODELS))
+@pytest.mark.parametrize("model", slow_but_for(("Dense",), MODELS))
 @pytest.mark.parametrize(("name", "bound"), [("fp8", 0.25), pytest.param("int8_qat", 0.08, marks=pytest.mark.slow)])
 def test_models_are_as_accurate_as_their_products(model, name, bound, rng):
     """With up to three products in a row, forward and backward; int8 is bounded by bfloat16 beside it."""
@@ -290,6 +290,7 @@ def test_explain_shows_the_product(rng):
 # --- Devices --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", [P(), P("data")], ids=["replicated", "FSDP"])
 def test_eight_devices_agree_with_one(weights, rng):
     """Whole numbers: sums are exact, and nothing is rounded the other way."""
@@ -339,7 +340,7 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("name", slow_but_for(("fp8",), ["fp8", "int8_qat", "w8a16"]))
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("layer", slow_but_for(("Dense",), LAYERS))
 def test_layers_that_take_a_product(layer, name, rng):
     x = normal(rng, 2, 4, 16)
     ours, params = LAYERS[layer](RECIPES[name])

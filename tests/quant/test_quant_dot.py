@@ -168,6 +168,7 @@ def test_dtypes_of_results_and_gradients(name, given):
         assert [(x.shape, x.dtype) for x in grads] == [(x.shape, x.dtype) for x in arrays]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [("float32", "bfloat16"), ("bfloat16", "float32")])
 @pytest.mark.parametrize("name", ["fp8", "fp8_block128", "int8_qat", "w8a16"])
 def test_errors_of_mixed_operands(name, given, rng):
@@ -204,7 +205,7 @@ def test_arrays_without_elements(name, sizes):
     assert not any(np.any(x) for x in (out, of_lhs, of_rhs))
 
 
-@recipes
+@quick_recipes
 @pytest.mark.parametrize("dtype", ["bfloat16"])
 def test_zeros(name, dtype, rng):
     for zero, depending in (((0,), (0, 2)), ((1,), (0, 1)), ((2,), (1, 2)), ((0, 1, 2), (0, 1, 2))):
@@ -308,7 +309,7 @@ def test_second_derivatives_are_refused(name, by):
             jax.eval_shape(second, *arrays)
 
 
-@recipes
+@quick_recipes
 def test_forward_mode_agrees_with_reverse_mode(name, rng):
     arrays, tangents = ([normal(rng, *shape) for shape in ((8, 64), (64, 32))] for _ in range(2))
     dot = lambda lhs, rhs: RECIPES[name](lhs, rhs, MATMUL)  # noqa: E731

@@ -167,6 +167,7 @@ def test_gradients_per_example_add_up(name, data):
     assert_close(jnp.mean(found, 0), of_w, 1.5 * BOUNDS[name] if name in OWN_SCALES else EXACT)
 
 
+@pytest.mark.slow
 @recipes
 @pytest.mark.parametrize("axes", [(0, 0), (1, 1), (None, 0)], ids=str)
 def test_an_ensemble_is_many_products(name, axes, rng):
@@ -330,7 +331,7 @@ def rounded(x, spec, kept):
 
 
 @conv_recipes
-@pytest.mark.parametrize("case", slow_but_for(("images", "grouped"), CONVOLUTIONS))
+@pytest.mark.parametrize("case", slow_but_for(("grouped",), CONVOLUTIONS))
 def test_a_convolution_is_one_of_rounded_operands(name, case, rng):
     x, w = (normal(rng, *shape) for shape in CONVOLUTIONS[case][:2])
     ours, plain = (convolution(case, conv) for conv in (RECIPES[name].conv, lax.conv_general_dilated))
