@@ -66,7 +66,7 @@ def training_function(policy, recipe, histories):
     """What the training program would call for inference: a jitted function of (quantised) parameters."""
     recipe = None if recipe is None else quant.get_recipe(recipe)
     dot = recipe if recipe is not None and recipe.lhs is not None else None
-    fun = MLP().apply if policy is None else jmp.autocast(MLP().apply, policy, dot=dot)
+    fun = MLP().apply if policy is None and dot is None else jmp.autocast(MLP().apply, policy or "full", dot=dot)
     fun = fun if histories is None else functools.partial(quant.delayed(fun), histories)
     return jax.jit(lambda params, x: fun(dequantize_tree(params), x))
 
