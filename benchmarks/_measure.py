@@ -6,7 +6,7 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -193,3 +193,34 @@ def _timing(taken: list[float], skipped: list[float], base: list[float]) -> Timi
     if not skipped:
         return Timing(statistics.median(taken), over_base(taken), math.nan, math.nan)
     return Timing(statistics.median(taken), over_base(taken), statistics.median(skipped), over_base(skipped))
+
+
+def rotated(names: Sequence[str], rounds: int) -> list[list[str]]:
+    """The names once per round, in an order that rotates."""
+    return [[*names[index % len(names) :], *names[: index % len(names)]] for index in range(rounds)]
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], Any]], baseline: str, *, rounds: int, steps: int
+) -> dict[str, tuple[float, float]]:
+    """Median seconds of each call, and the median over the rounds of its ratio to the baseline.
+
+    Args:
+      calls: by name; they have been compiled.
+      baseline: one of the names.
+      rounds: in each, every call runs, in an order that rotates.
+      steps: consecutive runs of a call in a round.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for names in rotated(list(calls), rounds):
+        for name in names:
+            start = time.perf_counter()
+            for _ in range(steps):
+                outputs = calls[name]()
+            jax.block_until_ready(outputs)
+            taken[name].append((time.perf_counter() - start) / steps)
+    base = taken[baseline]
+    return {
+        name: (statistics.median(own), statistics.median(a / b for a, b in zip(own, base, strict=True)))
+        for name, own in taken.items()
+    }

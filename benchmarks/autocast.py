@@ -7,10 +7,10 @@ python -m benchmarks.autocast --quick    # tiny models, in a minute or two
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import math
 import os
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from benchmarks import _command, _jaxprs, _models, _precisions, _report
+from benchmarks import _command, _jaxprs, _measure, _models, _precisions, _report
 
 MODULE = "benchmarks.autocast"
 HEADER = (
@@ -112,11 +112,6 @@ def trace(design: _precisions.Design, task: _models.Task) -> Trace:
     )
 
 
-def rotated(names: Sequence[str], rounds: int) -> list[list[str]]:
-    """The names once per round, in an order that rotates."""
-    return [[*names[index % len(names) :], *names[: index % len(names)]] for index in range(rounds)]
-
-
 def build(
     designs: Mapping[str, _precisions.Design], task: _models.Task, *, traces: int, compiles: int
 ) -> dict[str, Built]:
@@ -125,7 +120,7 @@ def build(
     traced: dict[str, list[float]] = {name: [] for name in designs}
     taken: dict[str, list[float]] = {name: [] for name in designs}
     programs: dict[str, Any] = {}
-    for index, names in enumerate(rotated(list(designs), traces)):
+    for index, names in enumerate(_measure.rotated(list(designs), traces)):
         for name in names:
             gradient = jax.jit(designs[name].gradient(task))
             gc.collect()
@@ -157,19 +152,8 @@ def time_steps(
     built: Mapping[str, Built], arguments: Any, *, rounds: int, steps: int
 ) -> dict[str, tuple[float, float]]:
     """Median seconds of a gradient, and median over the rounds of its ratio to the one written by hand."""
-    taken: dict[str, list[float]] = {name: [] for name in built}
-    for names in rotated(list(built), rounds):
-        for name in names:
-            start = time.perf_counter()
-            for _ in range(steps):
-                outputs = built[name].compiled(*arguments)
-            jax.block_until_ready(outputs)
-            taken[name].append((time.perf_counter() - start) / steps)
-    hand = taken[_precisions.BY_HAND]
-    return {
-        name: (statistics.median(own), statistics.median(a / b for a, b in zip(own, hand, strict=True)))
-        for name, own in taken.items()
-    }
+    calls = {name: functools.partial(made.compiled, *arguments) for name, made in built.items()}
+    return _measure.interleaved(calls, _precisions.BY_HAND, rounds=rounds, steps=steps)
 
 
 def measure(

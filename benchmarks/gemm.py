@@ -7,15 +7,13 @@ python -m benchmarks.gemm --sizes 4096    # one size
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from benchmarks import _command, _products, _report
+from benchmarks import _command, _measure, _products, _report
 
 MODULE = "benchmarks.gemm"
 SIZES = {"gpu": (1024, 2048, 4096, 8192, 16384), "cpu": (256, 512, 1024)}
@@ -55,24 +53,6 @@ class Row(NamedTuple):
         ]
 
 
-def interleaved(calls: Mapping[str, Call], rounds: int, steps: int) -> dict[str, tuple[float, float]]:
-    """Median seconds of each call, and the median of its ratio to the baseline in the same round."""
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        jax.block_until_ready(call())
-    for _ in range(rounds):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            outputs = [call() for _ in range(steps)]
-            jax.block_until_ready(outputs)
-            taken[name].append((time.perf_counter() - start) / steps)
-    base = taken[_products.BASELINE]
-    return {
-        name: (statistics.median(own), statistics.median(a / b for a, b in zip(own, base, strict=True)))
-        for name, own in taken.items()
-    }
-
-
 def _distance(a: jax.Array, b: jax.Array) -> float:
     return float(jnp.linalg.norm(a.astype(jnp.float32) - b) / jnp.linalg.norm(b))
 
@@ -101,8 +81,12 @@ def measure(designs: Mapping[str, _products.Design], n: int, options: argparse.N
         step = jax.jit(design.step)
         products[name] = lambda run=compiled, lhs=lhs, rhs=rhs: run(lhs, rhs)
         layers[name] = lambda run=step, variables=variables: run(variables, x, cotangent)
-    of_products = interleaved(products, options.rounds, options.steps)
-    of_layers = interleaved(layers, options.rounds, options.steps)
+    for call in (*products.values(), *layers.values()):
+        jax.block_until_ready(call())
+    of_products, of_layers = (
+        _measure.interleaved(calls, _products.BASELINE, rounds=options.rounds, steps=options.steps)
+        for calls in (products, layers)
+    )
     return [
         Row(name, n, *of_products[name], *of_layers[name], *errors(design, (kernel, x, cotangent)))
         for name, design in designs.items()

@@ -22,8 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from _history import Checkpoint, History, ResumeError
+from _progress import progress_bar
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 import jmp_lite as jmp
 
@@ -206,18 +207,6 @@ def train(run: Run, digits: _digits_data.Digits, progress: Progress) -> _report.
     if options.logdir:
         _report.log_to_tensorboard(options.logdir, history, start)
     return _report.Result(history, parameter_bytes, activation_bytes, watch.first, watch.steps_per_second)
-
-
-def progress_bar(console: Console) -> Progress:
-    """A bar per policy."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[status]}"),
-        TimeRemainingColumn(),
-        console=console,
-    )
 
 
 def describe(options: argparse.Namespace) -> str:

@@ -23,8 +23,9 @@ import numpy as np
 import optax
 from _gpt_model import CONTEXT
 from _history import History
+from _progress import progress_bar
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 import jmp_lite as jmp
 
@@ -137,12 +138,6 @@ def train(name: str, options: argparse.Namespace, text: _gpt_data.Text, progress
         progress.update(task, completed=steps.stop, status=f"held-out loss {held_out[steps.stop]:.3f}")
     sample = _gpt_data.decode(np.asarray(make_sampler(policy, options.sample)(params, key)))
     return _gpt_report.Result(history, held_out, sample, compile_seconds, options.steps / seconds)
-
-
-def progress_bar(console: Console) -> Progress:
-    """A bar per policy."""
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"), TimeRemainingColumn())
-    return Progress(TextColumn("{task.description}"), *columns, console=console)
 
 
 def main(arguments: list[str] | None = None) -> int:

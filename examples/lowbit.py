@@ -14,8 +14,9 @@ from _lowbit_models import MODELS, Model
 from _lowbit_training import Result, Run
 from _lowbit_variants import VARIANTS
 from _options import positive
+from _progress import progress_bar
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 import jmp_lite as jmp
 
@@ -56,12 +57,6 @@ def compare(model: Model, options: argparse.Namespace, folder: Path, progress: P
         if losses:
             progress.update(task, status=_lowbit_report.score(model, results[-1]))
     return results
-
-
-def progress_bar(console: Console) -> Progress:
-    """A bar per training."""
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"), TimeRemainingColumn())
-    return Progress(TextColumn("{task.description}"), *columns, console=console)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -28,6 +28,11 @@ Path = tuple[Any, ...]
 Layout = tuple[Any, list[bool]]
 
 
+#: What Flax, Haiku and Equinox call parameters that are added or that scale; those of attention and of stacked layers
+#: have two axes, as weights have.
+NOT_WEIGHTS = frozenset({"b", "bias", "offset", "scale"})
+
+
 class Opaque:
     """Base of pytree nodes whose arrays are bookkeeping and keep their dtype under every policy."""
 

@@ -69,7 +69,7 @@ class Delayed:
 
             return run
 
-        call_pure(self.fn, observe, *_copied((*self.owner, *args), kwargs), around=_nothing)
+        call_pure(self.fn, observe, *nnx.clone(((*self.owner, *args), kwargs)), around=contextlib.nullcontext)
         return found
 
     def __call__(self, histories: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -79,14 +79,4 @@ class Delayed:
             function: DelayedFunction = delayed_function(pure)
             return lambda modules, others: function(histories, modules, others)
 
-        return call_pure(self.fn, with_histories, (*self.owner, *args), kwargs, around=_nothing)
-
-
-def _copied(args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """Clones the modules among arguments, each once."""
-    copied: tuple[Any, Any] = nnx.clone((args, kwargs))
-    return copied
-
-
-def _nothing(_nodes: list[Any]) -> contextlib.AbstractContextManager[None]:
-    return contextlib.nullcontext()
+        return call_pure(self.fn, with_histories, (*self.owner, *args), kwargs, around=contextlib.nullcontext)

@@ -18,7 +18,7 @@ def call_pure(
     args: Any,
     kwargs: Any,
     *,
-    around: Callable[[list[Any]], contextlib.AbstractContextManager[None]],
+    around: Callable[[list[Any]], contextlib.AbstractContextManager[Any]],
 ) -> Any:
     """Calls a transformed function of modules; what the function does to the modules is done to those given.
 

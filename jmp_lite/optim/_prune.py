@@ -15,12 +15,10 @@ import optax
 
 from jmp_lite._dtypes import at_least_float32
 from jmp_lite._errors import InvalidPruningError
-from jmp_lite._tree import describe, is_array, path_string
+from jmp_lite._tree import NOT_WEIGHTS, describe, is_array, path_string
 
 #: Leaves with fewer elements stay dense unless the caller's own ``where`` chooses them.
 SMALLEST_LEAF = 1024
-#: What Flax, Haiku and Equinox call parameters that are added or that scale; those of stacked layers have two axes.
-_NOT_WEIGHTS = frozenset({"b", "bias", "offset", "scale"})
 
 
 class PruneState(NamedTuple):
@@ -120,7 +118,7 @@ def _is_weight(path: str, leaf: Any, nm: tuple[int, int] | None, axis: int) -> b
     """The default ``where``."""
     names = [name for name in path.split("/") if name not in ("value", "raw_value")]  # boxes of Flax
     name = names[-1] if names else ""
-    if leaf.ndim < 2 or leaf.size < SMALLEST_LEAF or name in _NOT_WEIGHTS:
+    if leaf.ndim < 2 or leaf.size < SMALLEST_LEAF or name in NOT_WEIGHTS:
         return False
     return nm is None or ("embedding" not in name and _divides(leaf, nm, axis))
 

@@ -11,7 +11,7 @@ import numpy as np
 from jmp_lite._compat import register_flax_serialization
 from jmp_lite._dtypes import FLOAT32, canonical
 from jmp_lite._errors import InvalidRecipeError
-from jmp_lite._tree import Opaque, describe, is_array, path_string
+from jmp_lite._tree import NOT_WEIGHTS, Opaque, describe, is_array, path_string
 from jmp_lite.quant._scale import absmax_scale, dequantize, quantize
 from jmp_lite.quant._spec import QuantSpec
 
@@ -230,15 +230,11 @@ def quantize_array(x: Any, dtype: Any = jnp.int8, axes: Sequence[int] | None = N
 # --- Trees -------------------------------------------------------------------------------------------
 
 
-#: Names of leaves that are added or multiplied element by element, also where attention or a scan gives them two axes.
-_NOT_KERNELS = frozenset({"bias", "b", "scale", "offset"})
-
-
 def _is_kernel(path: str, leaf: Any) -> bool:
     """The default of ``where``."""
     is_floating = is_quantized(leaf) or (is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating))
     name = path.rpartition("/")[2].lower()
-    return is_floating and leaf.ndim >= 2 and name not in _NOT_KERNELS and "embed" not in path.lower()
+    return is_floating and leaf.ndim >= 2 and name not in NOT_WEIGHTS and "embed" not in path.lower()
 
 
 def _all_but_last(path: str, leaf: Any) -> tuple[int, ...]:

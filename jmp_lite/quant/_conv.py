@@ -16,7 +16,7 @@ from jax.custom_derivatives import SymbolicZero
 from jmp_lite._compat import linear_primitive
 from jmp_lite._dtypes import FLOAT32, DType
 from jmp_lite._errors import InvalidRecipeError
-from jmp_lite.quant._operands import Quantized, amax_of, quantized, unscaled
+from jmp_lite.quant._operands import Quantized, prepared, result_dtype
 from jmp_lite.quant._spec import Specs
 
 
@@ -51,9 +51,9 @@ def quantized_conv(
     if specs.is_blockwise:
         raise InvalidRecipeError(f"Convolutions have scales per tensor or per channel, not per block: got {specs}.")
     lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)
-    with jax.numpy_dtype_promotion("standard"):
-        dtype = jnp.dtype(preferred_element_type or jnp.promote_types(lhs.dtype, rhs.dtype))
-    params.pop("out_sharding", None) if params.get("out_sharding") is None else None
+    dtype = result_dtype(lhs, rhs, preferred_element_type)
+    if params.get("out_sharding") is None:
+        params.pop("out_sharding", None)
     numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
     call = _Call(specs, dtype, numbers, tuple((name, _hashable(value)) for name, value in params.items()))
     if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize > FLOAT32.itemsize:
@@ -71,15 +71,11 @@ def _all_but(axis: int, ndim: int) -> tuple[int, ...]:
 
 
 def _operands(lhs: Any, rhs: Any, call: _Call) -> list[Quantized]:
-    operands = []
-    for side, (x, axes) in enumerate(((lhs, call.numbers.lhs_spec), (rhs, call.numbers.rhs_spec))):
-        spec, contracted = call.specs.spec(side), _all_but(axes[0], x.ndim)
-        if spec is None:
-            operands.append(unscaled(x))
-        else:
-            amax = amax_of(x, spec, contracted, call.specs.axis_name)
-            operands.append(quantized(x, amax, None, spec))
-    return operands
+    sides = enumerate(((lhs, call.numbers.lhs_spec), (rhs, call.numbers.rhs_spec)))
+    return [
+        prepared(x, call.specs.spec(side), _all_but(axes[0], x.ndim), call.specs.axis_name)[0]
+        for side, (x, axes) in sides
+    ]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
@@ -119,8 +115,7 @@ def _identity(tangent: Any, **_: Any) -> Any:
 def _transpose(cotangent: Any, tangent: Any, *, specs: Specs, features: int) -> list[Any]:
     spec: Any = specs.of_gradients
     shared = _all_but(features, cotangent.ndim)
-    amax = amax_of(cotangent, spec, shared, specs.axis_name)
-    return [quantized(cotangent, amax, None, spec).dequantized(tangent.dtype)]
+    return [prepared(cotangent, spec, shared, specs.axis_name)[0].dequantized(tangent.dtype)]
 
 
 def _batch(operands: Any, positions: Any, *, specs: Specs, features: int) -> tuple[Any, int]:

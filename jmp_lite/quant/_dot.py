@@ -15,7 +15,7 @@ from jmp_lite._tree import cast
 from jmp_lite.quant._block import block_product
 from jmp_lite.quant._history import Histories, placeholder
 from jmp_lite.quant._linear import tangent_product
-from jmp_lite.quant._operands import Quantized, Seen, amax_of, amax_of_all, quantized, unscaled
+from jmp_lite.quant._operands import Quantized, Seen, amax_of_all, prepared, result_dtype, unscaled
 from jmp_lite.quant._product import scaled_product
 from jmp_lite.quant._spec import Specs
 
@@ -45,8 +45,7 @@ def scaled_dot(
     dims = dimensions(dimension_numbers)
     if not (_is_quantizable(lhs) and _is_quantizable(rhs)):
         return lax.dot_general(lhs, rhs, dims, precision, preferred_element_type, out_sharding=out_sharding)
-    with jax.numpy_dtype_promotion("standard"):
-        dtype = jnp.dtype(preferred_element_type or jnp.promote_types(lhs.dtype, rhs.dtype))
+    dtype = result_dtype(lhs, rhs, preferred_element_type)
     operands = [_as_wide(x, spec is None, dtype) for x, spec in zip((lhs, rhs), (specs.lhs, specs.rhs), strict=True)]
     call = Call(dims, specs, dtype, precision, out_sharding)
     histories = placeholder(specs.history) if specs.history else None
@@ -86,13 +85,9 @@ def _multiply(lhs: Any, rhs: Any, histories: Histories | None, call: Call) -> _M
         return _Multiplied(result.astype(call.dtype), unscaled(lhs), unscaled(rhs), [])
     operands, amaxes = [], []
     for side, (x, spec) in enumerate(zip((lhs, rhs), specs, strict=True)):
-        amax = jnp.zeros((), FLOAT32)
-        if spec is None:
-            operands.append(unscaled(x))
-        else:
-            amax = amax_of(x, spec, call.dims.contracted[side], call.specs.axis_name)
-            seen = None if histories is None else Seen(histories.values[side], histories.are_known)
-            operands.append(quantized(x, amax, seen, spec))
+        seen = None if histories is None else Seen(histories.values[side], histories.are_known)
+        operand, amax = prepared(x, spec, call.dims.contracted[side], call.specs.axis_name, seen)
+        operands.append(operand)
         amaxes.append(amax)
     result = scaled_product(
         operands[0],

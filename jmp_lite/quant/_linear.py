@@ -17,7 +17,7 @@ from jmp_lite._dimensions import Dimensions, Transposed, mapped, transposed
 from jmp_lite._dtypes import FLOAT32, DType
 from jmp_lite.distributed._products import permuted_sharding, product
 from jmp_lite.quant._block import block_product
-from jmp_lite.quant._operands import Quantized, Seen, amax_of, amax_of_tensor, quantized, unscaled
+from jmp_lite.quant._operands import Quantized, Seen, amax_of_tensor, prepared, unscaled
 from jmp_lite.quant._product import folded, scaled_product
 from jmp_lite.quant._spec import QuantSpec, Specs
 
@@ -146,8 +146,7 @@ def _quantized(
     if other.scale.ndim:
         cotangent = folded(cotangent.astype(FLOAT32), other.scale, found)
         other, seen = unscaled(other.values), None
-    amax = amax_of(cotangent, spec, found.dims.contracted[found.position], specs.axis_name)
-    operand = quantized(cotangent, amax, seen, spec)
+    operand, _ = prepared(cotangent, spec, found.dims.contracted[found.position], specs.axis_name, seen)
     return scaled_product(
         *found.ordered(operand, other),
         found.dims,

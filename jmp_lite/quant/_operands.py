@@ -102,3 +102,19 @@ def refuse_second_derivative(spec: QuantSpec) -> NoReturn:
 def unscaled(x: Any) -> Quantized:
     """An operand that is not quantised."""
     return Quantized(x, jnp.ones((), FLOAT32))
+
+
+def prepared(
+    x: Any, spec: QuantSpec | None, contracted: tuple[int, ...], axis_name: Any, seen: Seen | None = None
+) -> tuple[Quantized, jax.Array]:
+    """Quantises an operand if it has a spec; returns its largest magnitudes too, zero if it has none."""
+    if spec is None:
+        return unscaled(x), jnp.zeros((), FLOAT32)
+    amax = amax_of(x, spec, contracted, axis_name)
+    return quantized(x, amax, seen, spec), amax
+
+
+def result_dtype(lhs: Any, rhs: Any, preferred_element_type: Any) -> DType:
+    """Returns the dtype of a product: the one asked for, or else what the operands promote to."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.dtype(preferred_element_type or jnp.promote_types(lhs.dtype, rhs.dtype))
