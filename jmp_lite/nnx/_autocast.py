@@ -40,8 +40,8 @@ def autocast(
     passed, such as ``layers/0/attention``. Rules and the patterns of a ``PolicyMap`` are matched on these.
 
     Args:
-        fn: A function of modules and any other arguments; a module or a bound method of one stands for the function
-            that is left when the module is given.
+        fn: A function of modules and any other arguments; a module, a bound method of one or a ``functools.partial``
+            stands for the function that is left when the module is given.
         policy: As for ``autocast``; patterns are matched on paths of modules.
         rules: As for ``autocast``.
         ops: As for ``autocast``.
@@ -73,14 +73,14 @@ def autocast(
     References:
         ``torch.autocast``. State crosses as in ``nnx.jit``: flax.readthedocs.io, "NNX graph".
     """
-    function, owner = unbound(fn)
+    function, first = unbound(fn)
     settings = settings_from(policy, rules=rules, ops=ops, dot=dot, accumulate=accumulate)
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         return call_pure(function, lambda pure: wrap(pure, settings, save), args, kwargs, around=_scopes)
 
-    return wrapped if owner is None else functools.partial(wrapped, owner)
+    return functools.partial(wrapped, *first) if first else wrapped
 
 
 # --- Name scopes ---

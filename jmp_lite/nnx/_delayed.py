@@ -20,7 +20,7 @@ def delayed(fn: Callable[..., Any]) -> "Delayed":
 
     Args:
         fn: A function of modules and any other arguments, such as
-            ``jmp.nnx.autocast(loss, policy, dot=quant.FP8_DELAYED)``.
+            ``jmp.nnx.autocast(loss, policy, dot=quant.FP8_DELAYED)``; modules, methods and partials as there.
 
     Returns:
         A function of ``(histories, *args, **kwargs)`` with the method ``init``.
@@ -40,8 +40,7 @@ def delayed(fn: Callable[..., Any]) -> "Delayed":
         >>> grads["kernel"][...].shape, [history.shape for history in histories.values()]
         ((4, 3), [(3, 1024)])
     """
-    function, owner = unbound(fn)
-    return Delayed(function, () if owner is None else (owner,))
+    return Delayed(*unbound(fn))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Delayed:
     """What ``delayed`` returns: a function of amax histories, modules and other arguments."""
 
     fn: Callable[..., Any]
-    owner: tuple[Any, ...] = ()
+    first: tuple[Any, ...] = ()
 
     def init(self, *args: Any, state: Any = None, **kwargs: Any) -> dict[str, Any]:
         """Makes histories that hold what is seen in one step; the modules are left as they are.
@@ -69,7 +68,7 @@ class Delayed:
 
             return run
 
-        call_pure(self.fn, observe, *nnx.clone(((*self.owner, *args), kwargs)), around=contextlib.nullcontext)
+        call_pure(self.fn, observe, *nnx.clone(((*self.first, *args), kwargs)), around=contextlib.nullcontext)
         return found
 
     def __call__(self, histories: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -79,4 +78,4 @@ class Delayed:
             function: DelayedFunction = delayed_function(pure)
             return lambda modules, others: function(histories, modules, others)
 
-        return call_pure(self.fn, with_histories, (*self.owner, *args), kwargs, around=contextlib.nullcontext)
+        return call_pure(self.fn, with_histories, (*self.first, *args), kwargs, around=contextlib.nullcontext)

@@ -1,5 +1,6 @@
 """What policies and autocast ask of NNX: which values have an identity, and classes whose methods do something more."""
 
+import functools
 import inspect
 import types
 from collections.abc import Callable, Iterator
@@ -29,12 +30,15 @@ def objects(nodes: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
     return ((path, node) for path, node in nnx.iter_graph(nodes, graph=True) if isinstance(node, nnx.Pytree))
 
 
-def unbound(fn: Callable[..., Any]) -> tuple[Callable[..., Any], Any]:
-    """Splits a module, or a bound method of one, into a function and the module; other functions have none."""
+def unbound(fn: Callable[..., Any]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Splits a module, a bound method of one, or a partial function, into a function and its first arguments."""
+    if isinstance(fn, functools.partial):
+        function, first = unbound(fn.func)
+        return functools.partial(function, **fn.keywords) if fn.keywords else function, (*first, *fn.args)
     if isinstance(fn, nnx.Module):
-        return _call_module, fn
+        return _call_module, (fn,)
     owner = getattr(fn, "__self__", None)
-    return (fn.__func__, owner) if isinstance(owner, nnx.Module) else (fn, None)  # type: ignore[attr-defined]
+    return (fn.__func__, (owner,)) if isinstance(owner, nnx.Module) else (fn, ())  # type: ignore[attr-defined]
 
 
 def _call_module(module: Any, *args: Any, **kwargs: Any) -> Any:

@@ -46,8 +46,8 @@ def with_policy(fn: Callable[..., Any], policy: str | Policy | PolicyMap) -> Cal
     last layer, such as a loss, it computes in the compute dtype: wrap the forward pass alone, or cast there.
 
     Args:
-        fn: A function of modules and any other arguments, usually ``fn(model, *args)``; a module or a bound method of
-            one stands for the function that is left when the module is given.
+        fn: A function of modules and any other arguments, usually ``fn(model, *args)``; a module, a bound method of one
+            or a ``functools.partial`` stands for the function that is left when the module is given.
         policy: A policy, a policy string or a map. Paths of a map are those inside the module that is passed, such as
             ``layers/0/kernel``; the default policy is that of the function itself.
 
@@ -75,9 +75,9 @@ def with_policy(fn: Callable[..., Any], policy: str | Policy | PolicyMap) -> Cal
     References:
         Policies of whole modules are those of Haiku's ``mixed_precision`` (github.com/google-deepmind/dm-haiku).
     """
-    function, owner = unbound(fn)
-    if owner is not None:
-        return functools.partial(with_policy(function, policy), owner)
+    function, first = unbound(fn)
+    if first:
+        return functools.partial(with_policy(function, policy), *first)
     resolved = get_policy(policy)
     policies = resolved if isinstance(resolved, PolicyMap) else PolicyMap({}, resolved)
     boundary = policies.default
