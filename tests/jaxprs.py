@@ -1,6 +1,7 @@
 """What a traced function computes, and in which dtypes."""
 
 import jax
+import jax.numpy as jnp
 
 CONTRACTIONS = ("dot_general", "conv_general_dilated")
 
@@ -36,3 +37,13 @@ def equations(name, fun, *args):
 def primitives(fun, *args):
     """The names of the primitives of a function, those inside loops and calls included."""
     return [eqn.primitive.name for _, eqn in _equations(jax.make_jaxpr(fun)(*args).jaxpr, "")]
+
+
+def dtypes(tree):
+    """The set of the names of the floating dtypes in a tree."""
+    return {str(leaf.dtype) for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)}
+
+
+def shape_of(call, *args):
+    """The structure of a result, and the dtypes in it."""
+    return jax.tree.map(jnp.result_type, jax.eval_shape(call, *args))

@@ -1,4 +1,4 @@
-"""Products that every recipe is measured on, and how far it may be off."""
+"""Products that every recipe is measured on, how far it may be off, and numbers with which it is exact."""
 
 import re
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import pytest
+from jax.sharding import AxisType
 
 from jmp_lite import quant
 
@@ -37,6 +37,11 @@ RECIPES = {name: quant.get_recipe(name) for name in BOUNDS}
 #: Those whose gradient is straight-through.
 STRAIGHT = ("int8_qat", "w8a16", "w8a8_static")
 
+#: Where the order of a float32 sum may differ.
+EXACT = 1e-6
+#: The same for a sum of thousands of squares.
+SUMMED = 1e-5
+
 #: Formats: dtype, largest magnitude, smallest positive number.
 FORMATS = {
     "e4m3": (ml_dtypes.float8_e4m3fn, 448.0, 2.0**-9),
@@ -54,6 +59,20 @@ def relative(found, expected):
 def normal(rng, *shape, dtype=jnp.float32):
     """Standard normal numbers."""
     return jnp.asarray(rng.standard_normal(shape).astype(np.float32).astype(dtype))
+
+
+def amax(x):
+    """The largest magnitude."""
+    return float(jnp.max(jnp.abs(x)))
+
+
+def whole(rng, name, *shape):
+    """Whole numbers with more bits than any float8 has, and a first index whose scales are powers of two.
+
+    So sums are exact, in any order, and nothing is rounded the other way.
+    """
+    largest = 112 if "fp8" in name else 127
+    return rng.integers(-largest, largest + 1, shape).astype(np.float32), largest
 
 
 def grid(name):
@@ -87,6 +106,18 @@ def products_of_8_bits(text):
     return [found for found in products(text) if all(re.fullmatch(r"f8\w+|i8", dtype) for dtype in found[:2])]
 
 
-def slow_but_for(quick, values):
-    """Parameters of a test, of which all but a few are left to the slow tests."""
-    return [value if value in quick else pytest.param(value, marks=pytest.mark.slow) for value in values]
+def value_and_gradients(fun):
+    """A value and its gradients with respect to both operands."""
+    return jax.value_and_grad(fun, argnums=(0, 1))
+
+
+def assert_same(found, expected, tolerance=EXACT):
+    """Compares trees; errors are relative to the length of the arrays."""
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert x.shape == y.shape
+        assert relative(x, y) <= (tolerance if x.ndim else max(tolerance, SUMMED))
+
+
+def mesh(kind=AxisType.Auto):
+    """The eight simulated devices along one axis."""
+    return jax.make_mesh((8,), ("data",), axis_types=(kind,))

@@ -143,6 +143,11 @@ def named(layer):
     return lambda rngs: Model(layer(rngs))
 
 
+def forward(model, *args):
+    """The function that most users wrap."""
+    return model(*args)
+
+
 MODELS = {
     "linear": named(linear),
     "custom": named(Custom),

@@ -196,3 +196,7 @@ def value_of(leaf):
     if kind_of(leaf) in ("floating", "complex") and is_array(leaf):
         return np.asarray(leaf, np.complex128 if kind_of(leaf) == "complex" else np.float64).tolist()
     return leaf.tolist() if is_array(leaf) else leaf
+
+
+def dtypes_of(tree):
+    return jax.tree.map(lambda leaf: leaf.dtype, tree)

@@ -1,4 +1,4 @@
-"""Helpers that the tests of loss scaling share: comparing bits, counting compilations, choosing the form of a skip."""
+"""Helpers that tests share: comparing bits, counting compilations, choosing the form of a skip."""
 
 import contextlib
 import json
@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import jmp_lite as jmp
 
@@ -80,6 +81,11 @@ def structure_and_dtypes(tree):
 
 
 # --- Running ---
+
+
+def slow_but_for(quick, values):
+    """Parameters of a test, of which all but a few are left to the slow tests."""
+    return [value if value in quick else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 def standard(tx):

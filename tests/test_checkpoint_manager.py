@@ -9,23 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from checkpoints import POLICY, manage, sharding
 from support import assert_identical
 
 import jmp_lite as jmp
 from jmp_lite import checkpoint
-from jmp_lite.checkpoint import _digest
-from jmp_lite.checkpoint._digest import digests
 
-POLICY = "mixed_float16"
 POSITION = 2**40 + 3  # in the data: no int32 holds it
-
-
-def mesh_of(devices):
-    return jax.make_mesh((devices,), ("data",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:devices])
-
-
-def sharding(devices, *spec):
-    return jax.sharding.NamedSharding(mesh_of(devices), jax.P(*spec))
 
 
 def place(state, devices):
@@ -53,10 +43,6 @@ def make_state(key, scale=None, dtype=jnp.float32, step=0):
         "position": POSITION + step,
         "shuffle": np.arange(7) + step,
     }
-
-
-def manage(directory, **settings):
-    return checkpoint.CheckpointManager(directory, **{"policy": POLICY, **settings})
 
 
 @pytest.fixture(scope="module")
@@ -372,49 +358,3 @@ def test_paths_that_become_one_on_disk_are_refused(tmp_path):
         pytest.raises(jmp.CheckpointMismatchError, match="would be stored under one name"),
     ):
         manager.save(1, state)
-
-
-# --- Digests --------------------------------------------------------------------------------------
-
-
-@pytest.fixture(params=["on the host", "on devices"])
-def where(request, monkeypatch):
-    """Where arrays are hashed does not depend on their size, for a test."""
-    monkeypatch.setattr(_digest, "_SMALL", {"on the host": 2**40, "on devices": 0}[request.param])
-
-
-DTYPES = ["float32", "bfloat16", "float16", "float8_e4m3fn", "int8", "int4", "bool", "complex64"]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_digest_does_not_depend_on_the_sharding_but_on_every_element(dtype, where, rng):
-    """Eight places of one array give one digest; a change of any element gives another."""
-    x = rng.integers(0, 2, (8, 6)).astype(np.int8)
-    mesh = jax.make_mesh((4, 2), ("a", "b"), (jax.sharding.AxisType.Auto,) * 2)
-    specs = [(), ("a",), ("b",), (("a", "b"),), ("a", "b"), (None, "b")]
-    y = jnp.asarray(x).astype(dtype)
-    places = [jax.device_put(y, jax.sharding.NamedSharding(mesh, jax.P(*spec))) for spec in specs]
-    same, alike = digests([y, np.asarray(y), *places])
-    assert 1 == len(set(same))
-    assert all(alike)
-    x[rng.integers(8), rng.integers(6)] ^= 1
-    assert digests([jnp.asarray(x).astype(dtype)])[0][0] != same[0]
-    assert digests([places[0].T])[0][0] != same[0]
-
-
-@pytest.mark.parametrize("dtype", [np.float64, np.int64, np.complex128])
-def test_digest_of_wide_host_arrays_sees_every_word(dtype, rng):
-    """Without x64, JAX would narrow them."""
-    x = rng.integers(0, 9, 50).astype(dtype)
-    changed = x.copy()
-    changed.view(np.uint32)[rng.integers(changed.view(np.uint32).size)] ^= 1 << int(rng.integers(32))
-    first, second, third = digests([x, changed, x.copy()])[0]
-    assert first == third != second
-
-
-def test_replicas_that_drifted_apart_are_not_saved(where, tmp_path):
-    """One of them would be restored as all: the run would not be the same."""
-    shards = [jax.device_put(jnp.full(3, float(i == 5)), device) for i, device in enumerate(jax.devices())]
-    drifted = jax.make_array_from_single_device_arrays((3,), sharding(8), shards)
-    with manage(tmp_path) as manager, pytest.raises(jmp.CheckpointMismatchError, match="copies of 'w' on different"):
-        manager.save(1, {"w": drifted})

@@ -84,11 +84,14 @@ TRANSFORMS = {
 }
 
 
-#: Those that take long to compile are shown on the products that are least alike.
+#: Those that take long to compile are shown on the products that are least alike, and by default on one of them.
 LONG = {"hessian", "gradient of a gradient", "linearize", "checkpoint", "gradients per example", "forward mode in one"}
 UNLIKE = {"sequences", "two contracted, crossed", "experts last"}
+QUICK = {
+    (case, name) for case in UNLIKE for name in TRANSFORMS if name not in LONG or case == "two contracted, crossed"
+}
 PAIRS = [
-    pytest.param(case, name, marks=() if case in UNLIKE else pytest.mark.slow)
+    pytest.param(case, name, marks=() if (case, name) in QUICK else pytest.mark.slow)
     for case in DIMENSIONS
     for name in TRANSFORMS
     if name not in LONG or case in UNLIKE

@@ -71,6 +71,7 @@ def assert_resumes(uninterrupted, folder, processes, devices, **settings):
     return first, [job.output(process) for process in range(processes)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [0, *(pytest.param(n, marks=pytest.mark.soak) for n in range(1, 10))])
 def test_run_killed_at_any_step_ends_as_if_it_had_not_been(number, uninterrupted, tmp_path):
     """``kill -9`` of one process at a random step, restart: the final state has the same bits, on any hosts."""

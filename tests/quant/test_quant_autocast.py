@@ -15,7 +15,8 @@ from flax import nnx
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from lowbit import MATMUL, RECIPES, normal, products, products_of_8_bits, relative, slow_but_for, stablehlo
+from lowbit import MATMUL, RECIPES, normal, products, products_of_8_bits, relative, stablehlo
+from support import slow_but_for
 
 import jmp_lite as jmp
 from jmp_lite import quant

@@ -1,0 +1,12 @@
+"""The model of the tests with its parameters."""
+
+import pytest
+from frozen import MLP
+from lowbit import normal
+
+
+@pytest.fixture
+def mlp(rng, key):
+    """Parameters of the model, and inputs."""
+    x = normal(rng, 5, 32)
+    return MLP().init(key, x), x

@@ -1,0 +1,163 @@
+"""Convolutions of quantised operands, and products of quantised blocks."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from lowbit import BOUNDS, EXACT, MATMUL, RECIPES, assert_same, mesh, normal, relative, value_and_gradients, whole
+from support import slow_but_for
+
+from jmp_lite import quant
+
+# --- Convolutions ---------------------------------------------------------------------------------
+
+CONVOLUTIONS = {
+    "images": ((2, 8, 8, 4), (3, 3, 4, 8), {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}),
+    "strided, dilated": (
+        (2, 4, 9, 9),
+        (8, 4, 3, 3),
+        {"window_strides": (2, 2), "rhs_dilation": (2, 2), "padding": "VALID"},
+    ),
+    "grouped": ((2, 8, 6, 6), (8, 2, 3, 3), {"feature_group_count": 4}),
+    "sequence": ((2, 16, 4), (3, 4, 8), {"window_strides": (1,), "dimension_numbers": ("NWC", "WIO", "NWC")}),
+}
+conv_recipes = pytest.mark.parametrize("name", slow_but_for(("fp8",), ["fp8", "fp8_rowwise", "int8_qat", "w8a16"]))
+
+
+def convolution(case, conv):
+    """Product-like function of two arrays."""
+    params = {"window_strides": (1, 1), "padding": "SAME", **CONVOLUTIONS[case][2]}
+    return lambda x, w: conv(x, w, **params)
+
+
+def rounded(x, spec, kept):
+    """What an operand stands for once it was quantised, with one scale per index of an axis."""
+    if spec is None:
+        return x
+    axes = tuple(i for i in range(x.ndim) if i != kept) if spec.granularity == "channel" else None
+    amax = jnp.max(jnp.abs(x), axis=axes, keepdims=axes is not None)
+    scale = quant.absmax_scale(amax, spec.dtype, pow2=spec.pow2)
+    return quant.dequantize(quant.quantize(x, spec.dtype, scale), scale)
+
+
+@conv_recipes
+@pytest.mark.parametrize("case", slow_but_for(("grouped",), CONVOLUTIONS))
+def test_a_convolution_is_one_of_rounded_operands(name, case, rng):
+    x, w = (normal(rng, *shape) for shape in CONVOLUTIONS[case][:2])
+    ours, plain = (convolution(case, conv) for conv in (RECIPES[name].conv, lax.conv_general_dilated))
+    layout = CONVOLUTIONS[case][2].get("dimension_numbers", ("NC", "OI", "NC"))
+    recipe = RECIPES[name]
+    operands = rounded(x, recipe.lhs, 0), rounded(w, recipe.rhs, layout[1].index("O"))
+    out, pull = jax.vjp(jax.jit(ours), x, w)
+    expected, pull0 = jax.vjp(jax.jit(plain), *operands)
+    assert relative(out, expected) < EXACT
+    cotangent = normal(rng, *out.shape)
+    if name != "int8_train":  # rounds at random
+        known = rounded(cotangent, recipe.grad, layout[2].index("C"))
+        for found, of_rounded in zip(pull(cotangent), pull0(known), strict=True):
+            assert relative(found, of_rounded) < EXACT
+    for found, true in zip(pull(cotangent), jax.vjp(plain, x, w)[1](cotangent), strict=True):
+        assert relative(found, true) < BOUNDS[name]
+
+
+@conv_recipes
+def test_a_convolution_keeps_8_bits(name, rng):
+    x, w = normal(rng, 2, 16, 16, 8, dtype="bfloat16"), normal(rng, 3, 3, 8, 8, dtype="bfloat16")
+    pull = jax.jit(lambda x, w: jax.vjp(convolution("images", RECIPES[name].conv), x, w)[1])(x, w)
+    large = [leaf for leaf in jax.tree.leaves(pull) if leaf.size >= w.size]
+    bits = {leaf.dtype.itemsize for leaf in large if leaf.size >= x.size}
+    assert bits == ({2} if RECIPES[name].lhs is None else {1})
+    assert any(leaf.dtype.itemsize == 1 for leaf in large)
+
+
+@conv_recipes
+@pytest.mark.parametrize(
+    "spread", slow_but_for(("vmap", "shard_map"), ["vmap", "scan", "checkpoint", "GSPMD", "shard_map", "pmap"])
+)
+def test_convolutions_under_transformations(name, spread, rng):
+    """``vmap`` over images, too, shares the scale of a tensor."""
+    if spread == "pmap" and name not in ("fp8", "int8_qat"):
+        pytest.skip("takes long to compile; shard_map has the same rules")
+    (x, largest), (w, _) = whole(rng, name, 8, 6, 6, 4), whole(rng, name, 3, 3, 4, 8)
+    x[:, 0, 0], w[0, 0, 0] = largest, largest
+    recipe = RECIPES[name]
+    if spread in ("shard_map", "pmap"):
+        recipe = dataclasses.replace(recipe, axis_name="data")
+    conv = convolution("images", recipe.conv)
+    plain = lambda w, x: jnp.sum(convolution("images", RECIPES[name].conv)(x, w) ** 2)  # noqa: E731
+    expected = jax.jit(value_and_gradients(plain))(w, x)
+
+    def one(w, x):
+        return jnp.sum(conv(x, w) ** 2)
+
+    def scanned(w, x):
+        return lax.scan(lambda total, x: (total + one(w, x[None]), None), jnp.float32(0), x)[0]
+
+    def step(w, x):
+        value, (of_w, of_x) = value_and_gradients(one)(w, x)
+        return lax.psum(value, "data"), (lax.psum(of_w, "data") if spread == "pmap" else of_w, of_x)
+
+    funs = {
+        "vmap": lambda: value_and_gradients(lambda w, x: jnp.sum(jax.vmap(lambda x: conv(x[None], w)[0])(x) ** 2)),
+        "scan": lambda: value_and_gradients(scanned),
+        "checkpoint": lambda: value_and_gradients(jax.checkpoint(one)),
+        "GSPMD": lambda: value_and_gradients(one),
+        "shard_map": lambda: jax.shard_map(
+            step, mesh=mesh(), in_specs=(P(), P("data")), out_specs=(P(), (P(), P("data")))
+        ),
+    }
+    if spread == "pmap":
+        value, (of_w, of_x) = jax.pmap(step, "data", in_axes=(None, 0))(w, x[:, None])
+        found = value[0], (of_w[0], of_x[:, 0])
+    else:
+        placed = jax.device_put(x, NamedSharding(mesh(), P("data"))) if spread == "GSPMD" else x
+        found = jax.jit(funs[spread]())(w, placed)
+    splits_cotangents = name in ("fp8_rowwise", "int8_train") and spread in ("vmap", "scan", "shard_map", "pmap")
+    is_close = splits_cotangents or spread == "scan"
+    assert_same(found, expected, 2 * BOUNDS[name] if is_close else EXACT)
+
+
+# --- Blocks ---------------------------------------------------------------------------------------
+
+
+def tiled(x, rows, columns):
+    """DeepSeek's tiles in plain loops: one e4m3 scale per tile."""
+    result = np.zeros(x.shape)
+    for i in range(math.ceil(x.shape[0] / rows)):
+        for j in range(math.ceil(x.shape[1] / columns)):
+            at = np.s_[i * rows : (i + 1) * rows, j * columns : (j + 1) * columns]
+            scale = np.float32(np.max(np.abs(x[at]))) * np.float32(1 / 448)
+            result[at] = np.float64((np.float32(x[at]) / scale).astype(jnp.float8_e4m3fn)) * scale
+    return result
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "shape", slow_but_for([(10, 300, 200)], [(16, 256, 128), (10, 300, 200), (130, 60, 5)]), ids=str
+)
+def test_blocks_are_those_of_deepseek(shape, rng):
+    """Activations and cotangents in tiles of 1 x 128 along what is added up, weights in blocks of 128 x 128."""
+    m, k, n = shape
+    x, w, g = (np.float32(rng.standard_normal(s) * np.exp(rng.normal(size=s))) for s in ((m, k), (k, n), (m, n)))
+    out, pull = jax.vjp(lambda x, w: quant.FP8_BLOCK128(x, w, MATMUL), jnp.asarray(x), jnp.asarray(w))
+    of_x, of_w = pull(jnp.asarray(g))
+    assert relative(out, tiled(x, 1, 128) @ tiled(w, 128, 128)) < EXACT
+    assert relative(of_x, tiled(g, 1, 128) @ tiled(w, 128, 128).T) < EXACT
+    assert relative(of_w, tiled(x, 128, 1).T @ tiled(g, 128, 1)) < EXACT
+
+
+@pytest.mark.slow
+def test_blocks_hold_outliers_apart(rng):
+    """One large number spoils its own tile; a scale per tensor loses the others, in int8 all of them."""
+    x = np.float32(rng.standard_normal((8, 512)))
+    x[0, 0] = 1e6
+    w = normal(rng, 512, 16)
+    exact = np.float64(x)[1:] @ np.float64(w)
+    errors = {name: relative(RECIPES[name](jnp.asarray(x), w, MATMUL)[1:], exact) for name in ("fp8_block128", "fp8")}
+    assert errors["fp8_block128"] < BOUNDS["fp8_block128"] < 0.1 < errors["fp8"]
