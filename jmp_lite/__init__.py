@@ -55,11 +55,11 @@ from jmp_lite._loss_scale import StaticLossScale as StaticLossScale
 from jmp_lite._policy import Policy as Policy
 from jmp_lite._policy import PolicyMap as PolicyMap
 from jmp_lite._policy import get_policy as get_policy
-from jmp_lite._policy import with_policy as with_policy
 from jmp_lite._tree import all_finite as all_finite
 from jmp_lite._tree import cast_to_full as cast_to_full
 from jmp_lite._tree import cast_to_half as cast_to_half
 from jmp_lite._tree import select_tree as select_tree
+from jmp_lite._with_policy import with_policy as with_policy
 
 # Autocast: any function in mixed precision, and how to steer it.
 from jmp_lite.autocast import Explanation as Explanation

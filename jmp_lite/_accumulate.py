@@ -11,7 +11,7 @@ import numpy as np
 
 from jmp_lite._errors import InvalidMicrobatchError
 from jmp_lite._grad import differentiate, positions_among
-from jmp_lite._loss_scale import find_loss_scale
+from jmp_lite._scale_in_state import find_loss_scale
 from jmp_lite._tree import (
     all_finite,
     cast_to_at_least_float32,

@@ -9,12 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmp_lite._errors import InvalidLossScaleError, LossDtypeError
-from jmp_lite._loss_scale import (
-    DynamicLossScale,
-    LossScale,
-    find_loss_scale,
-    replace_loss_scale,
-)
+from jmp_lite._loss_scale import DynamicLossScale, LossScale
+from jmp_lite._scale_in_state import find_loss_scale, replace_loss_scale
 from jmp_lite._tree import all_finite, cast_to_at_least_float32, is_array, is_inexact
 
 #: Loss, auxiliary output, and the gradients of the inexact leaves.

@@ -15,19 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmp_lite._compat import register_flax_serialization
-from jmp_lite._errors import (
-    AmbiguousLossScaleError,
-    InvalidLossScaleError,
-    LossScaleNotFoundError,
-    TracedStaticScaleError,
-)
+from jmp_lite._errors import InvalidLossScaleError, TracedStaticScaleError
 from jmp_lite._tree import (
     Opaque,
     cast_to_at_least_float32,
     is_array,
     is_inexact,
     map_leaves,
-    path_string,
     scalar_predicate,
 )
 
@@ -402,52 +396,3 @@ def _from_state_dict(scale: Any, state: dict[str, Any]) -> Any:
             f"{sorted(expected)}. Restore with the kind of loss scale it was saved with."
         )
     return dataclasses.replace(scale, **state) if state else scale
-
-
-# --- Finding the scale in an optimiser state ---
-
-
-def is_loss_scale(node: Any) -> bool:
-    """Whether a pytree node is one of the three loss scales."""
-    return isinstance(node, (NoOpLossScale, StaticLossScale, DynamicLossScale))
-
-
-def find_loss_scale(state: Any, name: str | None = None) -> tuple[str, LossScale]:
-    """Finds the one loss scale in a state, however deeply transforms are nested around it.
-
-    Args:
-        state: A loss scale, an Optax state, a train state: any pytree.
-        name: A segment of the path to the scale wanted, needed if there are several.
-
-    Returns:
-        Its path (``inner_states/a/loss_scale``; empty if ``state`` is the scale itself) and the scale.
-
-    Raises:
-        LossScaleNotFoundError: If there is none (of that name).
-        AmbiguousLossScaleError: If there are several; the message gives their paths.
-    """
-    nodes = jax.tree_util.tree_leaves_with_path(state, is_leaf=is_loss_scale)
-    scales = [(path_string(path), node) for path, node in nodes if is_loss_scale(node)]
-    found = [(path, scale) for path, scale in scales if name is None or name in path.split("/")]
-    if len(found) == 1:
-        return found[0]
-    paths = ", ".join(repr(path) for path, _ in found or scales)
-    if found:
-        raise AmbiguousLossScaleError(
-            f"{len(found)} loss scales in the state: {paths}. Pass name= with a segment that only one path has."
-        )
-    named = f" named {name!r} (there are: {paths})" if scales else ""
-    raise LossScaleNotFoundError(
-        f"No loss scale in the state{named}, a {type(state).__name__}. Pass a loss scale, or the state of an optimiser "
-        "wrapped in jmp_lite.loss_scaled."
-    )
-
-
-def replace_loss_scale(state: T, at: str, loss_scale: LossScale) -> T:
-    """Returns the state with the loss scale at a path replaced."""
-
-    def replace(path: Any, node: Any) -> Any:
-        return loss_scale if is_loss_scale(node) and path_string(path) == at else node
-
-    replaced: T = jax.tree_util.tree_map_with_path(replace, state, is_leaf=is_loss_scale)
-    return replaced

@@ -9,7 +9,8 @@ import numpy as np
 import optax
 
 from jmp_lite._errors import InvalidLossScaleError, LossScaleNotFoundError
-from jmp_lite._loss_scale import DynamicLossScale, LossScale, is_loss_scale, register_serialization
+from jmp_lite._loss_scale import DynamicLossScale, LossScale, register_serialization
+from jmp_lite._scale_in_state import is_loss_scale
 from jmp_lite.optim._verdict import judge, step_or_skip, unscale
 
 

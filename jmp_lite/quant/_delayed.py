@@ -18,7 +18,8 @@ from jax import lax
 from jmp_lite._compat import Equation, Jaxpr, as_traced, bind, is_literal, program, scan_counts, scope_names
 from jmp_lite._dtypes import FLOAT32
 from jmp_lite._errors import InvalidRecipeError
-from jmp_lite._loss_scale import NoOpLossScale, find_loss_scale
+from jmp_lite._loss_scale import NoOpLossScale
+from jmp_lite._scale_in_state import find_loss_scale
 from jmp_lite._tree import combine, describe, is_inexact, partition
 from jmp_lite.autocast._api import is_traced, trace
 from jmp_lite.quant._history import PLACEHOLDER, Histories
