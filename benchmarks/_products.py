@@ -15,6 +15,8 @@ from benchmarks import _peers
 from jmp_lite import quant
 
 DIMS = (((1,), (0,)), ((), ()))
+#: Shape of the input of a layer, features of its output.
+Layer = tuple[tuple[int, ...], int]
 BASELINE = "bfloat16"
 Step = Callable[[Any, jax.Array, jax.Array], Any]
 
@@ -27,7 +29,7 @@ class Design:
       formats: of the operands of the product alone.
       result: dtype of the product alone.
       step: (variables, x, cotangent) -> output of the layer and its gradients; x is bfloat16.
-      variables: kernel, float32[n, n] -> what the step takes.
+      variables: kernel, float32[inputs, features] -> what the step takes.
     """
 
     formats: tuple[Any, Any]
@@ -41,7 +43,7 @@ class Design:
 
 
 def _dense(kernel: jax.Array, x: jax.Array) -> jax.Array:
-    return lax.dot_general(x.astype(jnp.float32), kernel, DIMS)
+    return x.astype(jnp.float32) @ kernel
 
 
 def _step(layer: Callable[[Any, jax.Array], jax.Array]) -> Step:
@@ -64,7 +66,7 @@ def by_hand() -> Design:
     """Casts written by hand."""
 
     def layer(kernel: jax.Array, x: jax.Array) -> jax.Array:
-        return lax.dot_general(x, kernel.astype(jnp.bfloat16), DIMS)
+        return x @ kernel.astype(jnp.bfloat16)
 
     return Design((jnp.bfloat16, jnp.bfloat16), jnp.bfloat16, _step(layer))
 
@@ -102,8 +104,14 @@ def available(skip_peers: bool = False) -> tuple[dict[str, Design], dict[str, st
     return _peers.build({BASELINE: by_hand, **({} if skip_peers else PEERS), **OURS})
 
 
-def shapes(design: Design, n: int) -> tuple[Any, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-    """Shapes of what the step takes, for a square layer of n features and n rows."""
-    kernel = jax.ShapeDtypeStruct((n, n), jnp.float32)
-    row = jax.ShapeDtypeStruct((n, n), jnp.bfloat16)
-    return jax.eval_shape(design.variables, kernel), row, row
+def square(n: int) -> Layer:
+    """A layer of n features on n rows."""
+    return (n, n), n
+
+
+def shapes(design: Design, layer: Layer) -> tuple[Any, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    """Shapes of what the step takes."""
+    x, features = layer
+    kernel = jax.ShapeDtypeStruct((x[-1], features), jnp.float32)
+    outer = jax.ShapeDtypeStruct((*x[:-1], features), jnp.bfloat16)
+    return jax.eval_shape(design.variables, kernel), jax.ShapeDtypeStruct(x, jnp.bfloat16), outer

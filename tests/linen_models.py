@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from support import slow_but_for
 
 
 class Compact(nn.Module):
@@ -283,6 +284,11 @@ MODELS = {
     "simple cell": lambda: Recurrent(nn.SimpleCell),
     "share_scope": SharedScope,
 }
+
+#: Parameters of a test; other recurrent cells, and other ways to put layers together, are left to the slow ones.
+EVERY_MODEL = slow_but_for(
+    MODELS.keys() - {"lstm", "gru", "simple cell", "setup", "attributes", "jit", "remat"}, MODELS
+)
 
 
 def random_variables(model, x, rng):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from support import slow_but_for
 
 
 class Model(nnx.Module):
@@ -170,3 +171,8 @@ MODELS = {
     "gru": named(functools.partial(Recurrent, nnx.GRUCell)),
     "simple cell": named(functools.partial(Recurrent, functools.partial(nnx.SimpleCell, dtype=None))),
 }
+
+#: Parameters of a test; other recurrent cells, and other ways to put layers together, are left to the slow ones.
+EVERY_MODEL = slow_but_for(
+    MODELS.keys() - {"lstm", "gru", "simple cell", "einsum", "lora", "list", "fori_loop"}, MODELS
+)

@@ -49,7 +49,7 @@ def expected_by_part(plain, full_part):
 
 
 @pytest.mark.parametrize("part", PARTS)
-@pytest.mark.parametrize("name", linen_models.MODELS)
+@pytest.mark.parametrize("name", linen_models.EVERY_MODEL)
 def test_paths_of_linen_modules(name, part, x, rng):
     """An exact path inside the model holds for every product of the module, forward and backward, and for no other."""
     model = linen_models.MODELS[name]()
@@ -134,7 +134,7 @@ def test_names_of_the_model_are_not_part_of_paths(name, x):
 
 
 @pytest.mark.parametrize("part", PARTS)
-@pytest.mark.parametrize("name", nnx_models.MODELS)
+@pytest.mark.parametrize("name", nnx_models.EVERY_MODEL)
 def test_paths_of_nnx_modules(name, part, x):
     """So it is for NNX, whose modules open no scopes; the model has its classes back afterwards."""
     model = nnx_models.MODELS[name](nnx.Rngs(0))

@@ -9,7 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jaxprs import contractions, dtypes, shape_of
-from linen_models import MODELS, Border, Denoiser, Looped, Remembering, Replacing, Setup, Unrolled, random_variables
+from linen_models import (
+    EVERY_MODEL,
+    MODELS,
+    Border,
+    Denoiser,
+    Looped,
+    Remembering,
+    Replacing,
+    Setup,
+    Unrolled,
+    random_variables,
+)
 
 import jmp_lite as jmp
 from jmp_lite.linen import with_policy
@@ -17,7 +28,7 @@ from jmp_lite.linen import with_policy
 HALF = "mixed_bfloat16"
 
 
-@pytest.fixture(params=MODELS)
+@pytest.fixture(params=EVERY_MODEL)
 def model(request):
     return MODELS[request.param]()
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jaxprs import contractions
-from nnx_models import MODELS, Custom, Model, forward, linear
+from nnx_models import EVERY_MODEL, MODELS, Custom, Model, forward, linear
 
 import jmp_lite as jmp
 from jmp_lite.nnx import with_policy
@@ -23,7 +23,7 @@ def parts_of(name):
     return nnx.split(MODELS[name](nnx.Rngs(0)))
 
 
-@pytest.fixture(params=MODELS)
+@pytest.fixture(params=EVERY_MODEL)
 def model(request):
     return nnx.merge(*parts_of(request.param), copy=True)
 

@@ -1,6 +1,6 @@
 """What XLA makes of a Dense layer of 8-bit operands and its gradient on H100, without one.
 
-python -m benchmarks.aot.gemm    # 1024 to 16384, sizes that are no multiples of 16, and a GPT; replaces its section
+python -m benchmarks.aot.gemm    # 1024 to 16384, no multiples of 16, sequences, and a GPT; replaces its section
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ MODULE = "benchmarks.aot.gemm"
 TARGET = "h100"
 COMPILERS = ("jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12")
 SIZES = (1024, 4096, 16384, 1000, 100)
+SEQUENCES = {"(8, 512, 1024) x (1024, 4096)": ((8, 512, 1024), 4096)}
 HEADER = ("design", "cuBLASLt calls", "operands", "scales inside", "precise", "kernels", "MB", "/ bf16", "temp / bf16")
-LEGEND = """A Dense layer of n features on n rows, forward and backward: three products. `operands`: formats of the
-products, as often as they occur. `scales inside`: calls that multiply by the scales themselves. `precise`: calls that
-add up precisely; forward products need not. `MB`: bytes that the program reads and writes. Kernel autotuning is off,
-and matrix products are left to cuBLASLt (`--xla_gpu_enable_triton_gemm=false`). XLA makes one product of several that
-share an operand."""
+LEGEND = """A Dense layer of n features on n rows, or on sequences, forward and backward: three products. `operands`:
+formats of the products, as often as they occur. `scales inside`: calls that multiply by the scales themselves.
+`precise`: calls that add up precisely; forward products need not. `MB`: bytes that the program reads and writes. Kernel
+autotuning is off, and matrix products are left to cuBLASLt (`--xla_gpu_enable_triton_gemm=false`). XLA makes one
+product of several that share an operand."""
 RECIPES = (None, "fp8", "fp8_rowwise", "int8_train")
 
 
@@ -96,9 +97,9 @@ def compiled(step: Callable[..., Any], shapes: Any, device: jax.Device) -> Progr
     return Program(products(module), cost.launches, cost.bytes, program.memory_analysis().temp_size_in_bytes)
 
 
-def layers(designs: Mapping[str, _products.Design], n: int, device: jax.Device) -> dict[str, Program]:
+def dense(designs: Mapping[str, _products.Design], layer: _products.Layer, device: jax.Device) -> dict[str, Program]:
     """A Dense layer in all designs at one size."""
-    return {name: compiled(design.step, _products.shapes(design, n), device) for name, design in designs.items()}
+    return {name: compiled(design.step, _products.shapes(design, layer), device) for name, design in designs.items()}
 
 
 def models(task: _models.Task, device: jax.Device) -> dict[str, Program]:
@@ -152,9 +153,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             **{f"{name} left out": reason for name, reason in missing.items()},
         }
         parts = [LEGEND]
-        for n in options.sizes or ((256,) if options.quick else SIZES):
-            sys.stderr.write(f"n = {n} ...\n")
-            parts.append(_command.show(table(f"n = {n}", layers(designs, n, device), 3)))
+        sizes = options.sizes or ((256,) if options.quick else SIZES)
+        layers = {f"n = {n}": _products.square(n) for n in sizes}
+        for title, layer in {**layers, **({} if options.quick else SEQUENCES)}.items():
+            sys.stderr.write(f"{title} ...\n")
+            parts.append(_command.show(table(title, dense(designs, layer, device), 3)))
         if not options.quick:
             task = _models.TASKS["gpt"]
             parts.append(_command.show(table(task.title, models(task, device), None)))

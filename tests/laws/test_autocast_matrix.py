@@ -18,8 +18,17 @@ from support import assert_identical, compilations, raw
 import jmp_lite as jmp
 
 LOW, FULL = "mixed_bfloat16", "float32"
-#: Whole models take most of the time; continuous integration runs them too.
-SLOW = {*autocast_models.CASES, "random numbers", "shard_map, sums scattered", "shard_map, weights gathered"}
+#: Whole models, and cases that are long and much like others; continuous integration runs them too.
+SLOW = {
+    *autocast_models.CASES,
+    *("attention, window", "attention, mask of -1e9", "attention, mask added", "conv, dilated", "group norm"),
+    *("remat saving everything", "remat saving nothing", "remat saving dots", "remat saving all but names"),
+    *("scan, reversed and unrolled", "scan with branch and loop", "scan with accumulators", "cumulative sums"),
+    *("associative_scan, recurrent", "max and min", "cholesky and svd", "jacobians", "jvp", "log_softmax"),
+    *("custom_jvp in scan", "custom_vjp in remat", "elu, softplus and sigmoid", "gelu, exact", "old-style key"),
+    *("random numbers", "noise after a product", "shard_map, sums scattered", "shard_map, weights gathered"),
+}
+assert set(CASES) >= SLOW
 every_case = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CASES]
 )

@@ -14,7 +14,7 @@ from harness import Job
 
 import jmp_lite as jmp
 
-pytestmark = pytest.mark.multiprocess
+pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 
 SEED = zlib.crc32(f"{os.environ['JMP_LITE_SEED']} multiprocess".encode())
 STEPS, EVERY = 40, 5
@@ -71,7 +71,6 @@ def assert_resumes(uninterrupted, folder, processes, devices, **settings):
     return first, [job.output(process) for process in range(processes)]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [0, *(pytest.param(n, marks=pytest.mark.soak) for n in range(1, 10))])
 def test_run_killed_at_any_step_ends_as_if_it_had_not_been(number, uninterrupted, tmp_path):
     """``kill -9`` of one process at a random step, restart: the final state has the same bits, on any hosts."""
@@ -87,7 +86,6 @@ def test_run_killed_at_any_step_ends_as_if_it_had_not_been(number, uninterrupted
     assert step - 2 * EVERY < first <= STEPS
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [0, *(pytest.param(n, marks=pytest.mark.soak) for n in range(1, 6))])
 def test_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(number, tmp_path):
     """An unfinished checkpoint is not used, and the finished one before it is: only the steps since are lost."""
@@ -111,7 +109,6 @@ def test_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(number, tm
     assert {path.name for path in directory.iterdir()} == {str(step * EVERY) for step in (1, 2, 3)}
 
 
-@pytest.mark.slow
 def test_checkpoint_that_one_process_cannot_read_is_passed_over_by_all(uninterrupted, tmp_path):
     """All processes restore the same step, and all say why."""
     shutil.copytree(uninterrupted[2], tmp_path / "checkpoints")
