@@ -43,7 +43,7 @@ class Design:
 
 
 def _dense(kernel: jax.Array, x: jax.Array) -> jax.Array:
-    return x.astype(jnp.float32) @ kernel
+    return (x.astype(jnp.float32) @ kernel).astype(x.dtype)
 
 
 def _step(layer: Callable[[Any, jax.Array], jax.Array]) -> Step:
