@@ -33,7 +33,7 @@ class Case:
         modes: The modes that apply: those of ``VALUES`` where there is no gradient.
         depth: Layers that errors pass through: the output may be off by so many times ``LAYER``, relative to the
             largest element.
-        grad_depth: The same for gradients; the default is that of the output, at least 4.
+        grad_depth: The same for gradients; by default twice as many, since errors go forward and backward.
         whole: Whether errors of gradients are relative to the norm of all gradients instead of each array's maximum.
         exact: Outputs that must not lose a bit. With all of them exact, so are the gradients.
         low: The modes in which every product in float32 has to run in the compute dtype; ``NOWHERE`` for what is exact.
@@ -55,7 +55,7 @@ class Case:
         if self.args is None:
             object.__setattr__(self, "args", x_and_w)
         if self.grad_depth is None:
-            object.__setattr__(self, "grad_depth", max(self.depth, 4))
+            object.__setattr__(self, "grad_depth", 2 * self.depth)
 
 
 # --- Arguments ---

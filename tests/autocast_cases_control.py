@@ -315,20 +315,22 @@ def scalar(x, w):
     return jnp.sum(jax.nn.gelu(x @ w) ** 2) / 8
 
 
+# Gradients of derivatives go through two layers and a sum four times.
+second = functools.partial(Case, depth=6, grad_depth=24)
+
 DERIVATIVES = {
-    "grad": Case(jax.grad(scalar, argnums=(0, 1)), depth=6),
+    "grad": second(jax.grad(scalar, argnums=(0, 1))),
     # Third derivatives of gelu change sign where its values are largest: there is no bound on what cancels in them.
     "grad of grad": Case(
         jax.grad(lambda x, w: jnp.sum(jax.grad(scalar)(x, w) ** 2), argnums=1), modes=VALUES, depth=12
     ),
-    # Each of its elements is a sum of products of four factors, and so twice as deep as a gradient.
-    "hessian": Case(lambda x, w: jax.hessian(lambda v: jnp.tanh(v @ w).sum())(x[0]), depth=8, grad_depth=16),
-    "jacobians": Case(
-        lambda x, w: (jax.jacfwd(lambda v: jnp.tanh(v @ w))(x[0]), jax.jacrev(lambda v: jnp.sin(v @ w))(x[1])), depth=6
+    "hessian": Case(lambda x, w: jax.hessian(lambda v: jnp.tanh(v @ w).sum())(x[0]), depth=8),
+    "jacobians": second(
+        lambda x, w: (jax.jacfwd(lambda v: jnp.tanh(v @ w))(x[0]), jax.jacrev(lambda v: jnp.sin(v @ w))(x[1]))
     ),
-    "jvp": Case(lambda x, w: jax.jvp(block, (x, w), (w[:8], w)), depth=6),
-    "linearize": Case(lambda x, w: jax.linearize(block, x, w)[1](w[:8], w), depth=6),
-    "vjp": Case(lambda x, w: jax.vjp(block, x, w)[1](x), depth=6),
+    "jvp": second(lambda x, w: jax.jvp(block, (x, w), (w[:8], w))),
+    "linearize": second(lambda x, w: jax.linearize(block, x, w)[1](w[:8], w)),
+    "vjp": second(lambda x, w: jax.vjp(block, x, w)[1](x)),
     "linear_transpose": Case(lambda x, w: jax.linear_transpose(lambda v: v @ w, x)(x + 1)),
     "custom_linear_solve": Case(
         lambda b, a: lax.custom_linear_solve(
