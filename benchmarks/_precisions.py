@@ -56,7 +56,7 @@ def by_hand() -> Design:
 def autocast(save: str) -> Design:
     """`jmp_lite.autocast` of the float32 loss."""
     jmp = importlib.import_module("jmp_lite")
-    return Design(lambda task, leak: jmp.autocast(task.loss(leak=leak), POLICY, save=save))
+    return Design(lambda task, leak: jmp.autocast(task.loss(leak=leak), POLICY, residuals=save))
 
 
 def jmp_cast() -> Design:
@@ -99,7 +99,7 @@ def mpx_cast() -> Design:
 FLOAT32 = "float32"
 BY_HAND = "Flax dtype=bfloat16"
 AUTOCAST = "jmp_lite autocast"
-SAVE_LOW = 'jmp_lite autocast, save="low"'
+SAVE_LOW = 'jmp_lite autocast, residuals="low"'
 OURS: Mapping[str, Callable[[], Design]] = {
     AUTOCAST: lambda: autocast("all"),
     SAVE_LOW: lambda: autocast("low"),

@@ -34,9 +34,9 @@ def main(folder):
     from spread import MODES, Training, batch, parameters, scaled
 
     import jmp_lite as jmp
-    from jmp_lite.distributed import _products
+    from jmp_lite.products import _matmul
 
-    _products._product_on_cpu = _products._product  # that of other platforms, compiled but never run
+    _matmul._product_on_cpu = _matmul._product  # that of other platforms, compiled but never run
     rng, found = np.random.default_rng(0), {}
     for mode in MODES:
         for reduce in ("float32", "bfloat16"):

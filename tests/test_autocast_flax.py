@@ -217,7 +217,7 @@ HOW = {
 def test_under_transformations_of_nnx(transform, save, x):
     """Values, gradients and the state left behind are near those of float32."""
     model, plain = Net(nnx.Rngs(0)), Net(nnx.Rngs(0))
-    found = transform(jmp.nnx.autocast(loss_of, LOW, save=save))(model, x)
+    found = transform(jmp.nnx.autocast(loss_of, LOW, residuals=save))(model, x)
     near(found, transform(loss_of)(plain, x), 0.06)
     near(nnx.state(model, nnx.BatchStat), nnx.state(plain, nnx.BatchStat))
     assert_identical(nnx.state(model, nnx.RngState), nnx.state(plain, nnx.RngState))

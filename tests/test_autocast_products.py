@@ -97,7 +97,7 @@ def test_sums_in_float32_run_on_every_backend(shapes, rng):
     fun = functools.partial(jnp.einsum, equation)
     loss = lambda x, w: jnp.sum(jnp.sin(fun(x, w)))  # noqa: E731
     for accumulate, rounding in ((None, 2.0**-7), (jnp.float32, 2.0**-8)):  # rounded once, it is half an ulp off
-        cast = functools.partial(jmp.autocast, policy=LOW, accumulate=accumulate)
+        cast = functools.partial(jmp.autocast, policy=LOW, accumulation_dtype=accumulate)
         run = jax.jit(lambda x, w, cast=cast: (cast(fun)(x, w), jax.grad(cast(loss), (0, 1))(x, w)))
         _, grads = run(x, w)
         mapped = jax.jit(jax.vmap(jax.grad(cast(loss), (0, 1))))(x[None], w[None])
@@ -111,7 +111,7 @@ def test_sums_in_float32_run_on_every_backend(shapes, rng):
 def test_sums_in_float32_keep_backward_products_in_16_bits(order):
     """Products are of 16-bit operands, forward and backward; forward ones return float32."""
     policy = jmp.Policy(jnp.float32, jnp.bfloat16, jnp.float32, reduce_dtype=jnp.bfloat16)
-    cast = functools.partial(jmp.autocast, policy=policy, accumulate=jnp.float32)
+    cast = functools.partial(jmp.autocast, policy=policy, accumulation_dtype=jnp.float32)
     with compiled_as_on("cuda"):
         equations = list(jaxprs._equations(jax.make_jaxpr(ORDERS[order](cast, layers))(X, W).jaxpr, ""))
     found = [eqn for _, eqn in equations if eqn.primitive.name == "dot_general"]

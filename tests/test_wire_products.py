@@ -14,8 +14,8 @@ from jaxprs import contractions, equations
 from support import assert_identical
 
 import jmp_lite as jmp
-from jmp_lite.distributed import _products
-from jmp_lite.distributed._products import rounded_dot
+from jmp_lite.products import _matmul
+from jmp_lite.products._matmul import rounded_dot
 
 DIMENSIONS = {
     "matrices": ((4, 3), (3, 5), (((1,), (0,)), ((), ()))),
@@ -127,7 +127,7 @@ def test_the_gradient_is_rounded_once(dtype, rng):
     x = jnp.asarray(rng.standard_normal((64, 16)), jnp.float32)
     g = jnp.asarray(rng.standard_normal((64, 8)), dtype)
     dims = {"dimension_numbers": (((0,), (0,)), ((), ())), "precision": None, "out_sharding": None}
-    found = _products._product(
+    found = _matmul._product(
         x.astype(dtype), g, compute_dtype=jnp.dtype(dtype), preferred_element_type=jnp.float32, **dims
     )
     exact = np.asarray(x.astype(dtype), np.float64).T @ np.asarray(g, np.float64)
@@ -233,7 +233,7 @@ WAYS = {
 def test_weights_that_were_moved_are_weights(way, accumulate, rng):
     """Transposed, cut, joined, carried through loops: every product that makes a part of the gradient is float32."""
     x, w = (jnp.asarray(rng.standard_normal(shape) / 3, jnp.float32) for shape in ((4, 8), (256,)))
-    fun = jmp.autocast(WAYS[way], "mixed_bfloat16", accumulate=accumulate)
+    fun = jmp.autocast(WAYS[way], "mixed_bfloat16", accumulation_dtype=accumulate)
     grad = jax.grad(lambda w, x: fun(x, w).sum())
     plain = jax.grad(lambda w, x: WAYS[way](x, w).sum())
     forward = equations("dot_general", lambda w, x: WAYS[way](x, w), w, x)

@@ -15,8 +15,8 @@ from jmp_lite.autocast import _control_flow, _custom_rules
 from jmp_lite.autocast._dot import accumulate_in
 from jmp_lite.autocast._interpreter import Interpreter
 from jmp_lite.autocast._ops import Op, checked_ops
+from jmp_lite.autocast._residuals import saves_low
 from jmp_lite.autocast._rules import Rule, Settings, checked_dot, checked_settings
-from jmp_lite.autocast._save import saves_low
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -31,8 +31,8 @@ def autocast(
     rules: Rule | Sequence[Rule] = (),
     ops: Mapping[str, Op] | None = None,
     dot: Callable[..., Any] | None = None,
-    accumulate: Any = None,
-    save: str = "all",
+    accumulation_dtype: Any = None,
+    residuals: str = "all",
 ) -> Callable[P, R]:
     """Runs a function in mixed precision: products in the compute dtype, what is fragile in float32.
 
@@ -56,9 +56,9 @@ def autocast(
             place of the primitive; for this function only (see ``register_op``).
         dot: Takes the place of ``lax.dot_general`` for products in the compute dtype, and has its signature; also if
             that is float32. Recipes of ``jmp.quant`` are such functions.
-        accumulate: ``jnp.float32`` to ask for sums of products in float32 (which accelerators keep anyway) before the
+        accumulation_dtype: ``jnp.float32`` to ask for sums of products in float32 (which accelerators keep anyway) before the
             result is rounded to the compute dtype. ``None`` leaves that to the compiler.
-        save: ``"all"`` keeps what the backward pass needs; ``"low"`` keeps no large float32 array, and computes the
+        residuals: ``"all"`` keeps what the backward pass needs; ``"low"`` keeps no large float32 array, and computes the
             inside of norms and softmax again.
 
     Returns:
@@ -90,7 +90,9 @@ def autocast(
         ``torch.autocast``; TensorFlow's ``auto_mixed_precision``. Micikevicius et al., "Mixed Precision Training",
         arXiv:1710.03740.
     """
-    return wrap(fun, settings_from(policy, rules=rules, ops=ops, dot=dot, accumulate=accumulate), save)
+    return wrap(
+        fun, settings_from(policy, rules=rules, ops=ops, dot=dot, accumulation_dtype=accumulation_dtype), residuals
+    )
 
 
 def settings_from(
@@ -99,13 +101,13 @@ def settings_from(
     rules: Rule | Sequence[Rule],
     ops: Mapping[str, Op] | None,
     dot: Callable[..., Any] | None,
-    accumulate: Any,
+    accumulation_dtype: Any,
     root: str = "",
 ) -> Settings:
     """Checks what the user gave."""
-    if accumulate is not None and dot is not None:
-        raise InvalidRuleError("dot and accumulate both replace the matrix product: give one of them.")
-    product = dot if accumulate is None else accumulate_in(accumulate)
+    if accumulation_dtype is not None and dot is not None:
+        raise InvalidRuleError("dot and accumulation_dtype both replace the matrix product: give one of them.")
+    product = dot if accumulation_dtype is None else accumulate_in(accumulation_dtype)
     return checked_settings(policy, rules, checked_ops(ops), checked_dot(product), root)
 
 
@@ -115,10 +117,10 @@ def _interpreter(settings: Settings) -> Interpreter:
     return Interpreter(settings, HANDLERS)
 
 
-def wrap(fun: Callable[P, R], settings: Settings, save: str) -> Callable[P, R]:
+def wrap(fun: Callable[P, R], settings: Settings, residuals: str) -> Callable[P, R]:
     """Wraps a function under settings that have been checked."""
-    if save not in ("all", "low"):
-        raise InvalidRuleError(f"save must be 'all' or 'low', got {save!r}.")
+    if residuals not in ("all", "low"):
+        raise InvalidRuleError(f"residuals must be 'all' or 'low', got {residuals!r}.")
 
     @functools.wraps(fun)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -126,7 +128,7 @@ def wrap(fun: Callable[P, R], settings: Settings, save: str) -> Callable[P, R]:
             warn_if_slow(dtype)
         traced = trace(fun, args, kwargs)
         run: Callable[..., Any] = functools.partial(_interpreter(settings).run, traced.jaxpr)
-        if save == "low":
+        if residuals == "low":
             run = jax.checkpoint(run, policy=saves_low)
         return traced.output(run(traced.arrays))  # type: ignore[no-any-return]
 

@@ -15,7 +15,7 @@ from jmp_lite.autocast._ops import GATHERS, Op, OpClass
 from jmp_lite.autocast._rules import Precision
 from jmp_lite.autocast._values import is_eligible
 from jmp_lite.distributed._gather import travel
-from jmp_lite.distributed._products import repeat, rounded_scale
+from jmp_lite.products._matmul import repeat, rounded_scale
 
 #: Primitives that repeat an operand with fewer elements, so that its gradient is a sum.
 _REPEATS = frozenset({"add", "sub", "mul"})

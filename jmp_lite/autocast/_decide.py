@@ -54,7 +54,7 @@ def decide(
         return _decide_conversion(eqn, operands[0])
     if not isinstance(op_class, OpClass):
         return _in_half(eqn, precision.dtype, f"replaced by a function {why}")
-    if op_class in (OpClass.EXACT, OpClass.NESTED):
+    if op_class in (OpClass.AS_WRITTEN, OpClass.NESTED):
         return _in_float32(eqn, why)
     if op_class is OpClass.ALLOW and not (
         _is_any_eligible(eqn.invars) and all(is_eligible(v.aval) for v in eqn.outvars)
@@ -163,7 +163,7 @@ def _promotes(value: Value, operands: Sequence[Value]) -> bool:
 
 def origin_of_results(eqn: Equation, operands: Sequence[Value], op: Op, precision: Precision) -> Origin:
     """Returns where the results of an equation come from."""
-    if op is OpClass.EXACT or _is_made_of_exact_values(eqn, operands):
+    if op is OpClass.AS_WRITTEN or _is_made_of_exact_values(eqn, operands):
         return Origin.EXACT
     if _repeats_something_smaller(eqn, operands):
         return Origin.REPEATED

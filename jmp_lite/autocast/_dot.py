@@ -5,7 +5,7 @@ from typing import Any
 
 from jmp_lite._dtypes import FLOAT32, DType, dtype_or_none
 from jmp_lite._errors import InvalidRuleError
-from jmp_lite.distributed._products import rounded_dot
+from jmp_lite.products._matmul import rounded_dot
 
 
 class Product:
@@ -26,7 +26,7 @@ def accumulate_in(dtype: Any) -> Callable[..., Any]:
         InvalidRuleError: If the dtype is not float32, which is what matrix units add up in.
     """
     if dtype_or_none(dtype) != FLOAT32:
-        raise InvalidRuleError(f"accumulate must be float32 or None, got {dtype!r}.")
+        raise InvalidRuleError(f"accumulation_dtype must be float32 or None, got {dtype!r}.")
     return accumulating_dot
 
 

@@ -76,7 +76,7 @@ def explain(
     rules: Rule | Sequence[Rule] = (),
     ops: Mapping[str, Op] | None = None,
     dot: Callable[..., Any] | None = None,
-    accumulate: Any = None,
+    accumulation_dtype: Any = None,
 ) -> Callable[..., Explanation]:
     """Tells what ``autocast`` does to every equation of a function, and why. Nothing is computed.
 
@@ -88,7 +88,7 @@ def explain(
         rules: As for ``autocast``.
         ops: As for ``autocast``.
         dot: As for ``autocast``.
-        accumulate: As for ``autocast``.
+        accumulation_dtype: As for ``autocast``.
 
     Returns:
         A function with the arguments of ``fun`` (arrays, or ``jax.ShapeDtypeStruct`` in their place) that returns an
@@ -109,7 +109,7 @@ def explain(
     References:
         TensorFlow's ``auto_mixed_precision`` writes the same to a file when asked for its debug log.
     """
-    settings = settings_from(policy, rules=rules, ops=ops, dot=dot, accumulate=accumulate)
+    settings = settings_from(policy, rules=rules, ops=ops, dot=dot, accumulation_dtype=accumulation_dtype)
 
     def explained(*args: Any, **kwargs: Any) -> Explanation:
         interpreter = Interpreter(settings, HANDLERS, keeps_records=True)

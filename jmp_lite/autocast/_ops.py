@@ -24,7 +24,7 @@ class OpClass(enum.Enum):
     """What autocast does with a primitive.
 
     Example:
-        >>> jmp.OpClass.ALLOW.name, jmp.OpClass("exact") is jmp.OpClass.EXACT
+        >>> jmp.OpClass.ALLOW.name, jmp.OpClass("as_written") is jmp.OpClass.AS_WRITTEN
         ('ALLOW', True)
     """
 
@@ -34,7 +34,7 @@ class OpClass(enum.Enum):
     """Runs in float32."""
     FOLLOW = "follow"
     """Runs in the precision of its operands, or of its consumers where they agree."""
-    EXACT = "exact"
+    AS_WRITTEN = "as_written"
     """Runs on the dtypes it was written for, whatever those are."""
     NESTED = "nested"
     """Holds other programs: they are autocast in their turn."""
@@ -116,36 +116,36 @@ FAMILIES = (
         custom_vmap_call composite xla_metadata_call linear_call shard_map run_state""",
     ),
     Family(
-        OpClass.EXACT,
+        OpClass.AS_WRITTEN,
         "linear algebra and transforms: solvers need the digits they were written for",
         """cholesky cholesky_update lu lu_pivots_to_permutation qr geqrf geqp3 ormqr householder_product eig eigh svd
         schur hessenberg triangular_solve tridiagonal tridiagonal_solve custom_linear_solve fft""",
     ),
     Family(
-        OpClass.EXACT,
+        OpClass.AS_WRITTEN,
         "random numbers: the same bits with and without autocast",
         """random_bits random_clone random_fold_in random_gamma random_seed random_split random_unwrap random_wrap
         rng_bit_generator rng_uniform threefry2x32 threefry4x32 philox2x32 philox4x32 iota_2x32_shape""",
     ),
     Family(
-        OpClass.EXACT,
+        OpClass.AS_WRITTEN,
         "bits, integers and complex numbers",
         """bitcast_convert_type and or xor not shift_left shift_right_arithmetic shift_right_logical clz
         population_count mulhi reduce_and reduce_or reduce_xor complex conj to_edtype from_edtype""",
     ),
     Family(
-        OpClass.EXACT,
+        OpClass.AS_WRITTEN,
         "writes into arrays: results have the dtype of the array written to",
         "scatter scatter-min scatter-max select_and_scatter",
     ),
     Family(
-        OpClass.EXACT,
+        OpClass.AS_WRITTEN,
         "mutable arrays: they keep their dtype",
         """get swap addupdate accum_grad_in_ref new_ref empty_ref free_ref freeze empty empty2 pin unpin box_get box_set
         new_box new_log log_read log_extend get_global masked_load masked_swap""",
     ),
     Family(
-        OpClass.EXACT,
+        OpClass.AS_WRITTEN,
         "calls out of the program: the other side expects the dtypes it was written for",
         """pure_callback io_callback debug_callback debug_print inspect_sharding check ffi_call pallas_call
         custom_partitioning call_exported call_hi_primitive call_hi_primitive_linearized cudnn_fusion core_map mpmd_map
@@ -154,7 +154,7 @@ FAMILIES = (
         dot_product_attention_fp8_bwd dot_product_attention_fp8_bwd_wrapper scaled_matmul scaled_matmul_wrapper""",
     ),
     Family(
-        OpClass.EXACT,
+        OpClass.AS_WRITTEN,
         "pieces of transformations, of meshes, of kernels and of asynchronous communication",
         """call core_call program_order after_all axis_index create_token create_linear custom_jvp_call_jaxpr
         dce_sink dim_as_value dimension_size platform_index remat_opt run_scoped shape_assertion stage tie
@@ -165,7 +165,7 @@ FAMILIES = (
         multiple_of num_programs program_id reciprocal semaphore_read semaphore_signal semaphore_wait""",
     ),
     Family(
-        OpClass.EXACT,
+        OpClass.AS_WRITTEN,
         "sparse arrays and experiments of JAX: the dtypes they were written for",
         """bcoo_dot_general bcoo_dot_general_sampled bcoo_extract bcoo_fromdense bcoo_sort_indices bcoo_spdot_general
         bcoo_sum_duplicates bcoo_todense bcoo_transpose bcsr_dot_general bcsr_extract bcsr_fromdense bcsr_todense
@@ -177,7 +177,7 @@ FAMILIES = (
         thunky.collective_group thunky.collective_permute thunky.cond thunky.copy thunky.custom_call
         thunky.inline_constant thunky.memset thunky.memzero thunky.ptx_kernel thunky.reduce_scatter thunky.while""",
     ),
-    Family(OpClass.EXACT, "unknown to the table: the dtypes it was written for are safe", ""),
+    Family(OpClass.AS_WRITTEN, "unknown to the table: the dtypes it was written for are safe", ""),
 )
 
 _BY_NAME: dict[str, Family] = {name: family for family in FAMILIES for name in family.primitives.split()}
@@ -237,7 +237,7 @@ def _checked(name: str, op: Any) -> Op:
     is_function = callable(op) and getattr(op, "__hash__", None) is not None
     if op is OpClass.NESTED or not (isinstance(op, OpClass) or is_function):
         raise InvalidOpError(
-            f"{op!r} cannot stand for primitive {name!r}. Give OpClass.ALLOW, DENY, FOLLOW or EXACT, or a hashable "
+            f"{op!r} cannot stand for primitive {name!r}. Give OpClass.ALLOW, DENY, FOLLOW or AS_WRITTEN, or a hashable "
             "function of the operands and parameters."
         )
     checked_op: Op = op

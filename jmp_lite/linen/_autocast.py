@@ -19,8 +19,8 @@ def autocast(
     rules: Rule | Sequence[Rule] = (),
     ops: Mapping[str, Op] | None = None,
     dot: Callable[..., Any] | None = None,
-    accumulate: Any = None,
-    save: str = "all",
+    accumulation_dtype: Any = None,
+    residuals: str = "all",
 ) -> Callable[..., Any]:
     """Runs ``model.apply`` in mixed precision: ``autocast`` with the paths of a ``PolicyMap`` inside the model.
 
@@ -34,8 +34,8 @@ def autocast(
         rules: As for ``autocast``; scopes start with the name of the model's class, which patterns need not.
         ops: As for ``autocast``.
         dot: As for ``autocast``.
-        accumulate: As for ``autocast``.
-        save: As for ``autocast``.
+        accumulation_dtype: As for ``autocast``.
+        residuals: As for ``autocast``.
 
     Returns:
         A function with the signature of ``apply``.
@@ -68,5 +68,5 @@ def autocast(
     function: Any = apply.func if isinstance(apply, functools.partial) else apply
     model = getattr(function, "__self__", None)
     root = (model.name or type(model).__name__) if isinstance(model, nn.Module) else ""
-    settings = settings_from(policy, rules=rules, ops=ops, dot=dot, accumulate=accumulate, root=root)
-    return wrap(apply, settings, save)
+    settings = settings_from(policy, rules=rules, ops=ops, dot=dot, accumulation_dtype=accumulation_dtype, root=root)
+    return wrap(apply, settings, residuals)

@@ -27,8 +27,8 @@ def autocast(
     rules: Rule | Sequence[Rule] = (),
     ops: Mapping[str, Op] | None = None,
     dot: Callable[..., Any] | None = None,
-    accumulate: Any = None,
-    save: str = "all",
+    accumulation_dtype: Any = None,
+    residuals: str = "all",
 ) -> Callable[..., Any]:
     """Runs a function of NNX modules in mixed precision; ``jmp_lite.autocast`` for arguments that are modules.
 
@@ -46,8 +46,8 @@ def autocast(
         rules: As for ``autocast``.
         ops: As for ``autocast``.
         dot: As for ``autocast``.
-        accumulate: As for ``autocast``.
-        save: As for ``autocast``.
+        accumulation_dtype: As for ``autocast``.
+        residuals: As for ``autocast``.
 
     Returns:
         A function with the signature of ``fn``. It can be given to ``nnx.jit``, ``nnx.value_and_grad`` and the like.
@@ -74,11 +74,11 @@ def autocast(
         ``torch.autocast``. State crosses as in ``nnx.jit``: flax.readthedocs.io, "NNX graph".
     """
     function, first = unbound(fn)
-    settings = settings_from(policy, rules=rules, ops=ops, dot=dot, accumulate=accumulate)
+    settings = settings_from(policy, rules=rules, ops=ops, dot=dot, accumulation_dtype=accumulation_dtype)
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return call_pure(function, lambda pure: wrap(pure, settings, save), args, kwargs, around=_scopes)
+        return call_pure(function, lambda pure: wrap(pure, settings, residuals), args, kwargs, around=_scopes)
 
     return functools.partial(wrapped, *first) if first else wrapped
 

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jmp_lite._dimensions import Axes, Dimensions
 from jmp_lite._dtypes import FLOAT32
+from jmp_lite.products._dimensions import Axes, Dimensions
 from jmp_lite.quant._operands import refuse_second_derivative
 from jmp_lite.quant._scale import absmax_scale, dequantize, quantize
 from jmp_lite.quant._spec import QuantSpec

@@ -9,9 +9,9 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from jmp_lite._compat import varying_axes
-from jmp_lite._dimensions import Dimensions, dimensions
 from jmp_lite._dtypes import FLOAT32, DType
 from jmp_lite._tree import cast
+from jmp_lite.products._dimensions import Dimensions, dimensions
 from jmp_lite.quant._block import block_product
 from jmp_lite.quant._history import Histories, placeholder
 from jmp_lite.quant._linear import tangent_product

@@ -13,9 +13,9 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jmp_lite._compat import linear_primitive, varying_axes
-from jmp_lite._dimensions import Dimensions, Transposed, mapped, transposed
 from jmp_lite._dtypes import FLOAT32, DType
-from jmp_lite.distributed._products import permuted_sharding, product
+from jmp_lite.products._dimensions import Dimensions, Transposed, mapped, transposed
+from jmp_lite.products._matmul import permuted_sharding, product
 from jmp_lite.quant._block import block_product
 from jmp_lite.quant._operands import Quantized, Seen, amax_of_tensor, prepared, unscaled
 from jmp_lite.quant._product import folded, scaled_product

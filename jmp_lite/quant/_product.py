@@ -12,9 +12,9 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from jmp_lite._dimensions import Dimensions, Transposed
 from jmp_lite._dtypes import FLOAT32, DType
-from jmp_lite.distributed._products import product
+from jmp_lite.products._dimensions import Dimensions, Transposed
+from jmp_lite.products._matmul import product
 from jmp_lite.quant._operands import Quantized
 from jmp_lite.quant._scale import is_integer
 

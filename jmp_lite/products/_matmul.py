@@ -16,9 +16,9 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jmp_lite._compat import bilinear_primitive, mesh_is_explicit, sharding_in_type
-from jmp_lite._dimensions import dimensions, mapped, transposed
 from jmp_lite._dtypes import FLOAT32, DType
 from jmp_lite._tree import cast
+from jmp_lite.products._dimensions import dimensions, mapped, transposed
 
 #: Parameters of ``dot_general``, but for the dtype of the result.
 Params = tuple[tuple[str, Any], ...]
