@@ -44,6 +44,7 @@ from jmp_lite._errors import SecondDerivativeError as SecondDerivativeError
 from jmp_lite._errors import SlowDtypeWarning as SlowDtypeWarning
 from jmp_lite._errors import TracedStaticScaleError as TracedStaticScaleError
 from jmp_lite._errors import UnknownDtypeError as UnknownDtypeError
+from jmp_lite._errors import UnmatchedRuleWarning as UnmatchedRuleWarning
 from jmp_lite._errors import UnselectableLeafError as UnselectableLeafError
 
 # Loss scaling: the automata, and gradients of a scaled loss.
@@ -131,6 +132,7 @@ __all__ = [
     "StaticLossScale",
     "TracedStaticScaleError",
     "UnknownDtypeError",
+    "UnmatchedRuleWarning",
     "UnselectableLeafError",
     "accumulate_gradients",
     "all_finite",

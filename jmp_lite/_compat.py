@@ -76,6 +76,16 @@ def mesh_is_explicit() -> bool:
     return jax.sharding.AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
 
 
+def import_jax_extend() -> None:
+    """Imports what tracing under autocast needs of ``jax.extend``.
+
+    Importing it inside the first trace changes what JAX keeps programs by, and the first step is compiled twice.
+    """
+    import jax.extend.core.primitives
+    import jax.extend.source_info_util
+    import jax.interpreters.mlir  # noqa: F401
+
+
 # --- Programs ---
 
 
@@ -158,6 +168,13 @@ def with_weak_type(array: Any, aval: Any) -> Any:
     elif array.dtype == aval.dtype and array.weak_type == aval.weak_type:
         return array
     return convert_element_type_p.bind(array, new_dtype=aval.dtype, weak_type=aval.weak_type, sharding=None)
+
+
+def symbolic_zero(aval: Any) -> Any:
+    """Returns a cotangent that is known to be zero, as the pullbacks of ``jax.vjp`` take it."""
+    from jax.interpreters import ad
+
+    return ad.Zero(aval)
 
 
 # --- Primitives ---

@@ -362,6 +362,15 @@ class SlowDtypeWarning(UserWarning):
     """
 
 
+class UnmatchedRuleWarning(UserWarning):
+    """A rule or a pattern of a ``PolicyMap`` matched nothing in a program; the message names what comes nearest.
+
+    Example:
+        >>> issubclass(jmp.UnmatchedRuleWarning, UserWarning)
+        True
+    """
+
+
 class CorruptCheckpointWarning(UserWarning):
     """A checkpoint is damaged or was not written to its end; the run goes on from the last good one before it.
 

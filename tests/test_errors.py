@@ -38,7 +38,7 @@ BASES = {
     "InvalidOpError": TypeError,
     "InvalidRuleError": ValueError,
 }
-WARNINGS = ["SlowDtypeWarning", "CorruptCheckpointWarning"]
+WARNINGS = ["SlowDtypeWarning", "CorruptCheckpointWarning", "UnmatchedRuleWarning"]
 
 
 def defined():

@@ -1,5 +1,6 @@
 """``autocast``: any function in mixed precision."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, ParamSpec, TypeVar
@@ -7,12 +8,12 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 import jax
 import numpy as np
 
-from jmp_lite._dtypes import warn_if_slow
+from jmp_lite._compat import import_jax_extend
+from jmp_lite._dtypes import FLOAT32, dtype_or_none, warn_if_slow
 from jmp_lite._errors import InvalidRuleError
 from jmp_lite._policy import Policy, PolicyMap
 from jmp_lite._tree import combine, is_array, partition
 from jmp_lite.autocast import _control_flow, _custom_rules
-from jmp_lite.autocast._dot import accumulate_in
 from jmp_lite.autocast._interpreter import Interpreter
 from jmp_lite.autocast._ops import Op, checked_ops
 from jmp_lite.autocast._residuals import saves_low
@@ -107,8 +108,10 @@ def settings_from(
     """Checks what the user gave."""
     if accumulation_dtype is not None and dot is not None:
         raise InvalidRuleError("dot and accumulation_dtype both replace the matrix product: give one of them.")
-    product = dot if accumulation_dtype is None else accumulate_in(accumulation_dtype)
-    return checked_settings(policy, rules, checked_ops(ops), checked_dot(product), root)
+    if accumulation_dtype is not None and dtype_or_none(accumulation_dtype) != FLOAT32:
+        raise InvalidRuleError(f"accumulation_dtype must be float32 or None, got {accumulation_dtype!r}.")
+    accumulates = accumulation_dtype is not None
+    return checked_settings(policy, rules, checked_ops(ops), dot=checked_dot(dot), accumulates=accumulates, root=root)
 
 
 @functools.lru_cache(maxsize=128)
@@ -121,6 +124,8 @@ def wrap(fun: Callable[P, R], settings: Settings, residuals: str) -> Callable[P,
     """Wraps a function under settings that have been checked."""
     if residuals not in ("all", "low"):
         raise InvalidRuleError(f"residuals must be 'all' or 'low', got {residuals!r}.")
+    settings = dataclasses.replace(settings, residuals=residuals)
+    import_jax_extend()
 
     @functools.wraps(fun)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -1,4 +1,4 @@
-"""Runs one equation, or what takes its place, on operands whose dtypes have been decided."""
+"""Runs one equation, or what takes its place, as was decided."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,66 +6,110 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jmp_lite._compat import Equation, bind
+from jmp_lite._compat import Equation, bind, run
 from jmp_lite._dtypes import FLOAT32, DType
 from jmp_lite._errors import InvalidOpError
 from jmp_lite._tree import cast
-from jmp_lite.autocast._dot import Product, accumulating_dot, product_of
-from jmp_lite.autocast._ops import GATHERS, Op, OpClass
+from jmp_lite.autocast._decide import Decision, How
+from jmp_lite.autocast._ops import GATHERS, Op
 from jmp_lite.autocast._rules import Precision
 from jmp_lite.autocast._values import is_eligible
 from jmp_lite.distributed._gather import travel
-from jmp_lite.products._matmul import repeat, rounded_scale
-
-#: Primitives that repeat an operand with fewer elements, so that its gradient is a sum.
-_REPEATS = frozenset({"add", "sub", "mul"})
+from jmp_lite.products._matmul import float32_result, matmul, repeat, rounded_scale
 
 
-def takes_weights(eqn: Equation, op: Op, precision: Precision, dtype: DType | None) -> bool:
-    """Whether weights go into an equation as they are, to be rounded inside, so that their gradients are not."""
-    if not isinstance(op, OpClass) or dtype in (None, FLOAT32):
-        return False
-    if eqn.primitive.name in GATHERS:
-        return dtype != precision.reduce_dtype
-    is_product = eqn.primitive is jax.lax.dot_general_p and op is OpClass.ALLOW
-    dot: Any = precision.dot
-    if is_product and isinstance(dot, Product):
-        return True
-    is_ours = dot is None or dot is accumulating_dot
-    return precision.widens_gradients and ((is_product and is_ours) or eqn.primitive.name in _REPEATS)
-
-
-def apply(eqn: Equation, arrays: Sequence[Any], op: Op, precision: Precision, dtype: DType | None) -> list[Any]:
+def apply(eqn: Equation, arrays: Sequence[Any], op: Op, precision: Precision, decision: Decision) -> list[Any]:
     """Runs the primitive of an equation, or what takes its place, on operands that have been cast."""
-    if dtype is None or dtype != precision.dtype or precision.mode in ("full", "off"):
+    match decision.how:
+        case How.BOUND:
+            return bind(eqn, arrays, eqn.params)
+        case How.OP:
+            function: Any = op
+            results = function(*arrays, **eqn.params)
+            return _checked(eqn, list(results) if eqn.primitive.multiple_results else [results])
+        case How.DOT:
+            return [_users_dot(eqn, arrays, precision, decision)]
+        case How.WIDE:
+            return [cast(result, precision.dtype) for result in bind(eqn, arrays, eqn.params)]
+        case How.SLOPE:
+            return [_with_slope(eqn.params["jaxpr"], arrays[0])]
+        case How.PRODUCT:
+            return [_product(eqn, arrays, precision, decision)]
+        case _:
+            return _lowered(eqn, arrays, precision, decision)
+
+
+def _lowered(eqn: Equation, arrays: Sequence[Any], precision: Precision, decision: Decision) -> list[Any]:
+    dtype = decision.dtype
+    if dtype == FLOAT32:
         return bind(eqn, arrays, eqn.params)
-    if not isinstance(op, OpClass):
-        results = op(*arrays, **eqn.params)
-        return _checked(eqn, list(results) if eqn.primitive.multiple_results else [results])
     params = _params_at(eqn.params, dtype)
-    is_product = eqn.primitive.name == "dot_general" and op is OpClass.ALLOW
-    if is_product and precision.dot is not None and is_eligible(eqn.outvars[0].aval):
-        if params.get("out_sharding") is None:
-            params.pop("out_sharding", None)
-        return [cast(precision.dot(*arrays, params.pop("dimension_numbers"), **params), dtype)]
-    if dtype == FLOAT32 or not any(getattr(array, "dtype", None) == FLOAT32 for array in arrays):
+    if not any(getattr(array, "dtype", None) == FLOAT32 for array in arrays):
         return bind(eqn, arrays, params)
-    return [_of_weights(eqn, arrays, params, dtype, precision.reduce_dtype)]
+    return [_of_weights(eqn, arrays, params, precision)]
 
 
-def _of_weights(eqn: Equation, arrays: Sequence[Any], params: dict[str, Any], dtype: DType, reduce_dtype: DType) -> Any:
+def _product(eqn: Equation, arrays: Sequence[Any], precision: Precision, decision: Decision) -> Any:
+    params = _params_at(eqn.params, precision.dtype)
+    del params["preferred_element_type"]
+    if eqn.primitive.name == "dot_general":
+        settings = precision.dtype, tuple(params.items()), decision.result_dtype, precision.accumulates
+        return matmul(*arrays, *settings)
+    arrays = [cast(array, precision.dtype) if array.dtype == FLOAT32 else array for array in arrays]
+    return float32_result(_Multiply(eqn), *arrays)
+
+
+class _Multiply:
+    """A product other than ``dot_general`` as a hashable function of its operands and of the dtype of its result."""
+
+    def __init__(self, eqn: Equation) -> None:
+        self.eqn = eqn
+
+    def __call__(self, *operands_and_dtype: Any) -> Any:
+        *operands, dtype = operands_and_dtype
+        params = {**_params_at(self.eqn.params, dtype), "preferred_element_type": dtype}
+        return bind(self.eqn, operands, params)[0]
+
+
+def _users_dot(eqn: Equation, arrays: Sequence[Any], precision: Precision, decision: Decision) -> Any:
+    params = _params_at(eqn.params, decision.result_dtype or precision.dtype)
+    if params.get("out_sharding") is None:
+        params.pop("out_sharding", None)
+    dot: Any = precision.dot
+    result = dot(*arrays, params.pop("dimension_numbers"), **params)
+    return result if result.dtype == FLOAT32 else cast(result, precision.dtype)
+
+
+def _with_slope(jaxpr: Any, x: Any) -> Any:
+    """Computes an element-wise function in float32, and rounds its value and its derivative to the dtype of ``x``."""
+
+    def wide(x: Any) -> Any:
+        return run(jaxpr, cast(x, FLOAT32))[0]
+
+    @jax.custom_jvp
+    def function(x: Any) -> Any:
+        return cast(wide(x), x.dtype)
+
+    @function.defjvp
+    def rule(primals: Any, tangents: Any) -> tuple[Any, Any]:
+        x = cast(primals[0], FLOAT32)
+        value, slope = jax.jvp(wide, (x,), (jnp.ones_like(x),))
+        return cast(value, primals[0].dtype), tangents[0] * cast(slope, primals[0].dtype)
+
+    return function(x)
+
+
+def _of_weights(eqn: Equation, arrays: Sequence[Any], params: dict[str, Any], precision: Precision) -> Any:
     """Runs an equation on weights, which are rounded inside."""
-    name, result = eqn.primitive.name, eqn.outvars[0].aval
-    if name == "dot_general":
-        return product_of(arrays, params, dtype, accumulates=False)
-    if name in GATHERS:
+    result, dtype = eqn.outvars[0].aval, precision.dtype
+    if eqn.primitive.name in GATHERS:
 
         def gather(array: Any) -> Any:
             return bind(eqn, [array], params)[0]
 
-        return cast(travel(arrays[0], dtype, reduce_dtype, gather, gather), dtype)
+        return cast(travel(arrays[0], dtype, precision.reduce_dtype, gather, gather), dtype)
     repeated = [array.ndim == result.ndim and array.shape != result.shape for array in arrays]
-    if name == "mul" and repeated[0] != repeated[1]:
+    if eqn.primitive.name == "mul" and repeated[0] != repeated[1]:
         weight, other = arrays if repeated[0] else arrays[::-1]
         return rounded_scale(cast(other, dtype), weight)
     # The sum that the gradient of a bias is comes before the cast back.

@@ -1,17 +1,19 @@
 """Calls, loops and branches: programs inside a program, each retyped at the dtypes of its operands."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jmp_lite._compat import Jaxpr, is_literal, manual_axes, open_jaxpr, program, scan_counts
+from jmp_lite._compat import Jaxpr, manual_axes, open_jaxpr, program, run, scan_counts
 from jmp_lite._dtypes import FLOAT32, DType
 from jmp_lite._tree import cast
-from jmp_lite.autocast._demand import Want
+from jmp_lite.autocast._demand import AS_WRITTEN, Want
 from jmp_lite.autocast._interpreter import Call, Handler, Interpreter, Retyped
-from jmp_lite.autocast._values import Origin, Tag, Value, is_eligible
+from jmp_lite.autocast._programs import PROGRAMS, programs_of, rebuilt
+from jmp_lite.autocast._residuals import saves_low
+from jmp_lite.autocast._values import INPUT, Known, Origin, Tag, Value, is_eligible
 
 #: A carry that is used by these alone is a sum, a moving average, a state: it stays float32.
 _ACCUMULATING = frozenset({"add", "add_any", "sub", "mul", "div", "neg", "max", "min"})
@@ -20,26 +22,11 @@ _ACCUMULATING = frozenset({"add", "add_any", "sub", "mul", "div", "neg", "max", 
 # --- Calls ---
 
 
-def _call(parameter: str) -> Handler:
-    """Serves primitives that call a closed program."""
-
-    def handle(interpreter: Interpreter, call: Call) -> list[Value]:
-        inner = interpreter.retype(call.params[parameter], call.operands, call.scope, call.wants)
-        return interpreter.results(inner, call.bind(call.arrays, **{parameter: inner.jaxpr}))
-
-    return handle
-
-
-def _composite(interpreter: Interpreter, call: Call) -> list[Value]:
-    parameter = "jaxpr" if "jaxpr" in call.params else "call_jaxpr"  # renamed in jax 0.11
-    return _call(parameter)(interpreter, call)
-
-
-def _open_call(interpreter: Interpreter, call: Call) -> list[Value]:
-    """Serves ``checkpoint``, whose program is open."""
-    inner = interpreter.retype(call.params["jaxpr"], call.operands, call.scope, call.wants)
-    jaxpr, consts = open_jaxpr(inner.jaxpr)
-    return interpreter.results(inner, call.bind([*consts, *call.arrays], jaxpr=jaxpr))
+def _call(interpreter: Interpreter, call: Call) -> list[Value]:
+    """Serves primitives that call one program with all their operands."""
+    [body] = programs_of(call.eqn).bodies
+    inner = interpreter.retype(body.jaxpr, call.operands, call.scope, call.wants)
+    return interpreter.results(inner, rebuilt(call.eqn, call.arrays, [inner.jaxpr]))
 
 
 def _shard_map(interpreter: Interpreter, call: Call) -> list[Value]:
@@ -73,17 +60,20 @@ def _run_state(interpreter: Interpreter, call: Call) -> list[Value]:
     return _in_float32(call, call.bind(arrays) if consts else call.bind(arrays, jaxpr=jaxpr))
 
 
-def _in_float32(call: Call, results: list[Any]) -> list[Value]:
-    tags = [Tag.HIGH if is_eligible(v.aval) else Tag.NEUTRAL for v in call.eqn.outvars]
-    return [Value(array, tag) for array, tag in zip(results, tags, strict=True)]
+def _in_float32(call: Call, results: Sequence[Any]) -> list[Value]:
+    return [
+        Value(array, Known(Tag.HIGH if is_eligible(v.aval) else Tag.NEUTRAL))
+        for v, array in zip(call.eqn.outvars, results, strict=True)
+    ]
 
 
 # --- Branches ---
 
 
 def _cond(interpreter: Interpreter, call: Call) -> list[Value]:
-    """Branches agree on the dtype of a result: float32 where one needs it, or where none has gone low."""
-    branches, operands = call.params["branches"], call.operands[1:]
+    """Each result has one dtype in all branches: float32 if a branch needs it or none is low."""
+    operands = call.operands[1:]
+    branches = [body.jaxpr for body in programs_of(call.eqn).bodies]
 
     def retype(forced: tuple[DType | None, ...] | None) -> list[Retyped]:
         return [interpreter.retype(branch, operands, call.scope, call.wants, forced) for branch in branches]
@@ -92,58 +82,80 @@ def _cond(interpreter: Interpreter, call: Call) -> list[Value]:
     forced, known = [], []
     for index, v in enumerate(call.eqn.outvars):
         dtypes = {branch.dtypes[index] for branch in found}
-        tags = [branch.results[index][0] for branch in found]
+        results = [branch.results[index] for branch in found]
+        tags = [result.tag for result in results]
         needs_float32 = Tag.HIGH in tags or Tag.LOW not in tags
-        low = next((branch.dtypes[index] for branch in found if branch.results[index][0] is Tag.LOW), FLOAT32)
+        low = next((branch.dtypes[index] for branch in found if branch.results[index].tag is Tag.LOW), FLOAT32)
         disagree = is_eligible(v.aval) and len(dtypes) > 1
         forced.append((FLOAT32 if needs_float32 else low) if disagree else None)
-        origins = {branch.results[index][1] for branch in found}
-        known.append((max(tags), origins.pop() if len(origins) == 1 else Origin.COMPUTED))
+        origins = {result.origin for result in results}
+        known.append(Known(max(tags), origins.pop() if len(origins) == 1 else Origin.COMPUTED))
     agreed = retype(tuple(forced)) if any(forced) else found
     for branch in agreed:
         interpreter.records.extend(branch.records)
-    results = call.bind(call.arrays, branches=tuple(branch.jaxpr for branch in agreed))
-    return [Value(array, *about) for array, about in zip(results, known, strict=True)]
+    return list(map(Value, rebuilt(call.eqn, call.arrays, [branch.jaxpr for branch in agreed]), known))
 
 
 # --- Loops ---
 
 
 def _scan(interpreter: Interpreter, call: Call) -> list[Value]:
-    """A carry is low if it starts low and the body keeps it low; one that adds up stays float32.
+    """A carry is low if the body keeps it low, and it starts low or feeds products alone; a sum stays float32.
 
     Constants go in as float32, and are cast inside: the backward pass adds up their gradients over all iterations, in
     the dtype in which they went in. XLA moves such casts out of the loop by itself.
+
+    Whether a carry is low is found by trying: each round either stands, or takes at least one carry for float32 that
+    was low before, so that there are at most as many rounds as carries and one more.
     """
     body = call.params["jaxpr"]
     n_consts, n_carry = scan_counts(call.params)
     carried = slice(n_consts, n_consts + n_carry)
+    wants, of_results = interpreter.demands.through(call.eqn, call.wants)
     operands = list(call.operands)
     operands[:n_consts] = map(_constant, operands[:n_consts])
-    operands[carried] = [_carry(body, index, value) for index, value in enumerate(operands[carried], start=n_consts)]
-    for _ in range(n_carry + 1):
-        wants = (*map(_want, operands[carried]), *call.wants[n_carry:])
-        forced = (*map(_float_dtype, operands[carried]), *[None] * (len(wants) - n_carry))
-        inner = interpreter.retype(body, operands, call.scope, wants, forced)
+    low = interpreter.precision(call.scope, "scan").dtype
+    inner_program, _ = program(body)
+    operands[carried] = [
+        _carry(inner_program, v, value, want, low)
+        for v, value, want in zip(inner_program.invars[carried], operands[carried], wants[carried], strict=True)
+    ]
+    while True:
+        asked = [
+            want if value.tag is Tag.LOW else _kept_in_float32(want)
+            for want, value in zip(of_results[:n_carry], operands[carried], strict=True)
+        ]
+        forced = (*map(_float_dtype, operands[carried]), *[None] * (len(of_results) - n_carry))
+        inner = interpreter.retype(body, operands, call.scope, (*asked, *of_results[n_carry:]), forced)
         too_low = [
             n_consts + index
             for index, value in enumerate(operands[carried])
-            if value.tag is Tag.LOW and inner.results[index][0] is Tag.HIGH
+            if value.tag is Tag.LOW and inner.results[index].tag is not Tag.LOW
         ]
         if not too_low:
             break
         for index in too_low:
-            operands[index] = Value(cast(operands[index].array, FLOAT32), origin=Origin.INPUT)
-    values = interpreter.results(inner, call.bind([value.array for value in operands], jaxpr=inner.jaxpr))
+            operands[index] = Value(cast(call.operands[index].array, FLOAT32), INPUT)
+    jaxpr = inner.jaxpr
+    if interpreter.settings.residuals == "low":
+        jaxpr = _saving_low(jaxpr)
+    values = interpreter.results(inner, rebuilt(call.eqn, [value.array for value in operands], [jaxpr]))
     carries = [
-        Value(value.array, Tag.LOW if carry.tag is Tag.LOW else value.tag)
+        Value(value.array, Known(Tag.LOW if carry.tag is Tag.LOW else value.tag))
         for value, carry in zip(values[:n_carry], operands[carried], strict=True)
     ]
-    return [*carries, *(Value(value.array, value.tag) for value in values[n_carry:])]
+    return [*carries, *(Value(value.array, Known(value.tag)) for value in values[n_carry:])]
 
 
-def _want(carry: Value) -> Want:
-    return Want.MIXED if carry.tag is Tag.LOW else Want.HIGH
+def _saving_low(jaxpr: Jaxpr) -> Jaxpr:
+    """Gives the body of a loop the policy of ``residuals="low"``, without which all iterations' float32 is kept."""
+    body = jax.checkpoint(lambda *arrays: run(jaxpr, *arrays), policy=saves_low, prevent_cse=False)
+    return jax.make_jaxpr(body)(*program(jaxpr)[0].in_avals)
+
+
+def _kept_in_float32(want: Want) -> Want:
+    """What is wanted of the next value of a carry that is held in float32."""
+    return want & AS_WRITTEN | Want.KEPT
 
 
 def _float_dtype(value: Value) -> DType | None:
@@ -154,20 +166,20 @@ def _float_dtype(value: Value) -> DType | None:
 def _constant(value: Value) -> Value:
     if value.tag is not Tag.LOW:
         return value
-    return Value(cast(value.array, FLOAT32), Tag.SOFT, Origin.INPUT)
+    return Value(cast(value.array, FLOAT32), Known(Tag.SOFT, Origin.INPUT))
 
 
-def _carry(body: Jaxpr, index: int, value: Value) -> Value:
+def _carry(body: Any, v: Any, value: Value, want: Want, low: DType) -> Value:
     """Returns how a carry enters the loop."""
-    inner, _ = program(body)
-    v = inner.invars[index]
     if not is_eligible(v.aval):
-        return value._replace(origin=Origin.INPUT, number=None)
-    if _adds_up(inner, v):
-        return Value(cast(value.array, FLOAT32), Tag.HIGH, Origin.INPUT)
-    if value.tag is Tag.LOW:
-        return Value(value.array, Tag.LOW, Origin.INPUT)
-    return Value(cast(value.array, FLOAT32), origin=Origin.INPUT)
+        return Value(value.array, Known(value.tag, Origin.INPUT))
+    if _adds_up(body, v):
+        return Value(cast(value.array, FLOAT32), Known(Tag.HIGH, Origin.INPUT))
+    if want == Want.LOW:
+        return Value(cast(value.array, low), Known(Tag.LOW, Origin.INPUT))
+    if value.tag is Tag.LOW and not want & AS_WRITTEN:
+        return Value(value.array, Known(Tag.LOW, Origin.INPUT))
+    return Value(cast(value.array, FLOAT32), INPUT)
 
 
 def _adds_up(jaxpr: Any, v: Any) -> bool:
@@ -177,55 +189,26 @@ def _adds_up(jaxpr: Any, v: Any) -> bool:
 
 
 def _while(interpreter: Interpreter, call: Call) -> list[Value]:
-    """Carries keep their dtype; a loop that stops by a floating-point test runs as it was written.
+    """Carries keep their dtype; what the test of the loop depends on by way of floats runs as it was written.
 
     A search for a root whose products are rounded to 16 bits may never reach its tolerance.
     """
-    params = call.params
-    n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
-    if _stops_by_float(params):
-        return _in_float32(call, call.bind(call.originals))
-    operands = [Value(array, origin=Origin.INPUT) for array in call.originals]
+    n_cond, n_body = call.params["cond_nconsts"], call.params["body_nconsts"]
+    test, body = programs_of(call.eqn).bodies
+    _, of_results = interpreter.demands.through(call.eqn, call.wants)
+    operands = [Value(array, INPUT) for array in call.originals]
     operands[n_cond : n_cond + n_body] = call.operands[n_cond : n_cond + n_body]
-    forced = tuple(_float_dtype(value) for value in operands[n_cond + n_body :])
-    inner = interpreter.retype(params["body_jaxpr"], operands[n_cond:], call.scope, (Want.HIGH,) * len(forced), forced)
+    carries = operands[n_cond + n_body :]
+    asked = tuple(map(_kept_in_float32, of_results))
+    inner = interpreter.retype(body.jaxpr, operands[n_cond:], call.scope, asked, tuple(map(_float_dtype, carries)))
     interpreter.records.extend(inner.records)
-    return _in_float32(call, call.bind([value.array for value in operands], body_jaxpr=inner.jaxpr))
+    return _in_float32(call, rebuilt(call.eqn, [value.array for value in operands], [test.jaxpr, inner.jaxpr]))
 
 
-def _stops_by_float(params: Mapping[str, Any]) -> bool:
-    """Whether the test of a while loop depends on a floating-point carry, at once or by way of other carries."""
-    n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
-    body = program(params["body_jaxpr"])[0]
-    decisive: set[int] = set()
-    found = {index - n_cond for index in _inputs_behind(program(params["cond_jaxpr"])[0], {0})}
-    while not found <= decisive:
-        decisive |= {index for index in found if index >= 0}
-        found = {index - n_body for index in _inputs_behind(body, decisive) if index >= n_body}
-    carries = [v.aval for v in body.invars[n_body:]]
-    return any(jnp.issubdtype(getattr(carries[index], "dtype", bool), jnp.inexact) for index in decisive)
-
-
-def _inputs_behind(jaxpr: Any, results: set[int]) -> set[int]:
-    """Returns which inputs of a program some of its results depend on."""
-    needed = {jaxpr.outvars[k] for k in results if not is_literal(jaxpr.outvars[k])}
-    for eqn in reversed(jaxpr.eqns):
-        if not needed.isdisjoint(eqn.outvars):
-            needed.update(v for v in eqn.invars if not is_literal(v))
-    return {index for index, v in enumerate(jaxpr.invars) if v in needed}
-
+_BY_KIND: Mapping[str, Handler] = {"call": _call, "branch": _cond, "map": _shard_map, "references": _run_state}
+_LOOPS: Mapping[str, Handler] = {"scan": _scan, "while": _while}
 
 HANDLERS: Mapping[str, Handler] = {
-    "jit": _call("jaxpr"),
-    "closed_call": _call("call_jaxpr"),
-    "eval_jaxpr": _call("call_jaxpr"),
-    "xla_metadata_call": _call("jaxpr"),
-    "composite": _composite,
-    "remat2": _open_call,
-    "checkpoint": _open_call,
-    "shard_map": _shard_map,
-    "run_state": _run_state,
-    "cond": _cond,
-    "scan": _scan,
-    "while": _while,
+    **{name: _BY_KIND[row.kind] for name, row in PROGRAMS.items() if row.kind in _BY_KIND},
+    **_LOOPS,
 }

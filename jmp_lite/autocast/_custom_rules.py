@@ -6,17 +6,19 @@ dtypes finds what it expects, and residuals still cross from the forward to the 
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import linear_call
+from jax.custom_derivatives import SymbolicZero, linear_call
 
-from jmp_lite._compat import run
+from jmp_lite._compat import run, symbolic_zero
 from jmp_lite._tree import cast
 from jmp_lite.autocast._interpreter import Call, Handler, Interpreter, Retyped
-from jmp_lite.autocast._values import Tag, Value
+from jmp_lite.autocast._programs import programs_of
+from jmp_lite.autocast._values import Known, Tag, Value
 
 
 class _Parts(NamedTuple):
@@ -50,10 +52,11 @@ class _Parts(NamedTuple):
         return [value.array for value in self.interpreter.evaluate(jaxpr, operands, self.call.scope)]
 
 
-def _parts(interpreter: Interpreter, call: Call, parameter: str = "call_jaxpr") -> tuple[_Parts, list[Any]]:
+def _parts(interpreter: Interpreter, call: Call) -> tuple[_Parts, list[Any]]:
     """Splits a call into what its rules may keep, and the arguments."""
-    operands = interpreter.rounded(call, parameter)
-    inner = interpreter.retype(call.params[parameter], operands, call.scope, call.wants)
+    operands = interpreter.rounded(call)
+    [body] = programs_of(call.eqn).bodies
+    inner = interpreter.retype(body.jaxpr, operands, call.scope, call.wants)
     n_closed = call.params.get("num_consts", 0)
     arrays = [value.array for value in operands]
     known = dataclasses.replace(call, operands=[value._replace(array=None) for value in operands])
@@ -69,25 +72,55 @@ def _cast_floating(array: Any, dtype: Any) -> Any:
     return cast(array, dtype) if dtype is not None and jnp.issubdtype(dtype, jnp.floating) else array
 
 
+class _Live(NamedTuple):
+    """Which arguments are differentiated; the others stay constants, so that rules see them as such."""
+
+    flags: tuple[bool, ...]
+
+    def of(self, arrays: Sequence[Any]) -> list[Any]:
+        """Returns those that are."""
+        return list(itertools.compress(arrays, self.flags))
+
+    def merged(self, live: Sequence[Any], others: Sequence[Any]) -> list[Any]:
+        """Puts other arrays in their places."""
+        remaining = iter(live)
+        return [next(remaining) if flag else array for flag, array in zip(self.flags, others, strict=True)]
+
+
 def _custom_jvp(interpreter: Interpreter, call: Call) -> list[Value]:
     parts, arguments = _parts(interpreter, call)
     n = len(parts.closed)
     function = jax.custom_jvp(parts.run)
 
-    @function.defjvp
     def rule(primals: Any, tangents: Any) -> tuple[list[Any], list[Any]]:
+        live = _Live(tuple(not isinstance(tangent, SymbolicZero) for tangent in tangents))
+
         def jvp(*arrays: Any) -> list[Any]:
-            closed, arrays = arrays[:n], arrays[n:]
-            primals, tangents = arrays[: len(arrays) // 2], arrays[len(arrays) // 2 :]
-            outs, tangents_out = jax.jvp(lambda *a: parts.original(*closed, *a), primals, tangents)
+            closed, primals, tangents = arrays[:n], arrays[n : n + len(live.flags)], arrays[n + len(live.flags) :]
+
+            def original(*moved: Any) -> list[Any]:
+                return parts.original(*closed, *live.merged(moved, primals))
+
+            outs, tangents_out = jax.jvp(original, tuple(live.of(primals)), tuple(tangents))
             return [*outs, *tangents_out]
 
-        avals = [*parts.avals, *(aval.to_tangent_aval() for aval in parts.avals[n:])]
-        results = parts.evaluate(jvp, avals, [*parts.operands(primals), *map(Value, tangents)])
+        avals = [*parts.avals, *(aval.to_tangent_aval() for aval in live.of(parts.avals[n:]))]
+        results = parts.evaluate(jvp, avals, [*parts.operands(primals), *map(Value, live.of(tangents))])
         dtypes = parts.inner.dtypes
         return _like(results[: len(dtypes)], dtypes), _like(results[len(dtypes) :], dtypes)
 
+    function.defjvp(rule, symbolic_zeros=True)
     return interpreter.results(parts.inner, function(*arguments))
+
+
+class _Backward(NamedTuple):
+    """What the forward pass learns about the backward one."""
+
+    tree: Any
+    """Structure of the pullback, whose leaves are the residuals."""
+    avals: list[Any]
+    """Of the residuals, as the rule made them."""
+    live: _Live
 
 
 def _custom_vjp(interpreter: Interpreter, call: Call) -> list[Value]:
@@ -95,28 +128,41 @@ def _custom_vjp(interpreter: Interpreter, call: Call) -> list[Value]:
     n, n_results = len(parts.closed), len(parts.inner.results)
     dtypes = [getattr(array, "dtype", None) for array in arguments]
     wanted = [v.aval.to_tangent_aval() for v in call.eqn.outvars]
-    backward: dict[str, Any] = {}  # what the forward pass learns about the backward one: its tree and dtypes
+    learned: list[_Backward] = []
     function = jax.custom_vjp(parts.run)
 
-    def forward(*arguments: Any) -> tuple[list[Any], list[Any]]:
+    def forward(*primals: Any) -> tuple[list[Any], list[Any]]:
+        live = _Live(tuple(primal.perturbed for primal in primals))
+
         def vjp(*arrays: Any) -> list[Any]:
-            outs, pullback = jax.vjp(lambda *a: parts.original(*arrays[:n], *a), *arrays[n:])
-            residuals, backward["tree"] = jax.tree.flatten(pullback)
-            backward["avals"] = [jax.typeof(residual) for residual in residuals]
+            def original(*moved: Any) -> list[Any]:
+                return parts.original(*arrays[:n], *live.merged(moved, arrays[n:]))
+
+            outs, pullback = jax.vjp(original, *live.of(arrays[n:]))
+            residuals, tree = jax.tree.flatten(pullback)
+            learned[:] = [_Backward(tree, [jax.typeof(residual) for residual in residuals], live)]
             return [*outs, *residuals]
 
-        results = parts.evaluate(vjp, parts.avals, parts.operands(arguments))
+        results = parts.evaluate(vjp, parts.avals, parts.operands([primal.value for primal in primals]))
         return _like(results[:n_results], parts.inner.dtypes), results[n_results:]
 
     def pull_back(residuals: list[Any], cotangents: Any) -> tuple[Any, ...]:
+        [backward] = learned
+        there = _Live(tuple(not isinstance(cotangent, SymbolicZero) for cotangent in cotangents))
+        if not any(there.flags):
+            return (None,) * len(dtypes)
+
         def vjp(*arrays: Any) -> Any:
-            residuals, cotangents = arrays[: len(backward["avals"])], arrays[len(backward["avals"]) :]
-            return jax.tree.unflatten(backward["tree"], residuals)(list(cotangents))
+            residuals, cotangents = arrays[: len(backward.avals)], arrays[len(backward.avals) :]
+            zeros = [symbolic_zero(aval) for aval in wanted]
+            return jax.tree.unflatten(backward.tree, residuals)(there.merged(cotangents, zeros))
 
-        results = parts.evaluate(vjp, [*backward["avals"], *wanted], [_held(a) for a in (*residuals, *cotangents)])
-        return tuple(_like(results, dtypes))
+        operands = [_held(array) for array in (*residuals, *there.of(cotangents))]
+        results = parts.evaluate(vjp, [*backward.avals, *there.of(wanted)], operands)
+        found = _like(results, backward.live.of(dtypes))
+        return tuple(backward.live.merged(found, [None] * len(dtypes)))
 
-    function.defvjp(forward, pull_back)
+    function.defvjp(forward, pull_back, symbolic_zeros=True)
     return interpreter.results(parts.inner, function(*arguments))
 
 
@@ -124,11 +170,11 @@ def _held(array: Any) -> Value:
     """A value whose history is unknown: what is held in 16 bits was made by a product, or from one."""
     dtype = getattr(array, "dtype", None)
     is_low = dtype is not None and dtype.itemsize == 2 and jnp.issubdtype(dtype, jnp.floating)
-    return Value(array, Tag.LOW if is_low else Tag.NEUTRAL)
+    return Value(array, Known(Tag.LOW if is_low else Tag.NEUTRAL))
 
 
 def _custom_vmap(interpreter: Interpreter, call: Call) -> list[Value]:
-    parts, arguments = _parts(interpreter, call, "call")
+    parts, arguments = _parts(interpreter, call)
     function = jax.custom_batching.custom_vmap(parts.run)
 
     @function.def_vmap
@@ -147,7 +193,7 @@ def _custom_vmap(interpreter: Interpreter, call: Call) -> list[Value]:
 
 def _linear_call(interpreter: Interpreter, call: Call) -> list[Value]:
     """A linear function with a transpose of its own; ``num_res`` operands are not linear."""
-    parts, arguments = _parts(interpreter, call, "callee")
+    parts, arguments = _parts(interpreter, call)
     n = call.params["num_callee_consts"] + call.params["num_res"]
     dtypes = [getattr(array, "dtype", None) for array in arguments[n:]]
     wanted = [v.aval for v in call.eqn.outvars]

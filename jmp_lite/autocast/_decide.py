@@ -1,42 +1,102 @@
-"""Decides, for one equation, in which dtype it runs and how precise its results are. Pure: nothing is computed here."""
+"""Decides, for one equation, in which dtype it runs, how, and what is known of its results. Nothing is computed here."""
 
-from collections.abc import Sequence
+import enum
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
 from jmp_lite._compat import Atom, Equation, is_literal
 from jmp_lite._dtypes import FLOAT32, DType
-from jmp_lite.autocast._demand import WANTS_FLOAT32, Want, Wants, agreed
-from jmp_lite.autocast._ops import (
-    GATHERS,
-    KEEPS_BROADCAST,
-    Op,
-    OpClass,
-    moves_whole_arrays,
-    picks_values,
-    treats_operands_separately,
-)
+from jmp_lite.autocast import _ops
+from jmp_lite.autocast._demand import AS_WRITTEN, Want, Wants, joined
+from jmp_lite.autocast._ops import Op, OpClass
 from jmp_lite.autocast._rules import Precision
-from jmp_lite.autocast._values import OF_WEIGHTS, Origin, Tag, Value, exceeds, is_as_large, is_eligible, size
+from jmp_lite.autocast._values import (
+    OF_WEIGHTS,
+    Known,
+    Origin,
+    Tag,
+    Value,
+    exceeds,
+    is_as_large,
+    is_eligible,
+    size,
+)
+from jmp_lite.products._matmul import RoundsOperands
+
+
+class How(enum.Enum):
+    """How an equation is applied to its operands, which are cast before."""
+
+    BOUND = "the primitive, as written"
+    LOWERED = "the primitive, its parameters rewritten for the compute dtype"
+    WEIGHTS = "the primitive, weights rounded inside so that their gradients are not"
+    PRODUCT = "a product of ours: weights rounded inside, a result of its own dtype"
+    WIDE = "the primitive in float32, its result rounded: its gradient is a sum"
+    SLOPE = "an activation in float32, its value and its slope rounded"
+    DOT = "the product that the user gave"
+    OP = "the function that the user gave"
 
 
 class Decision(NamedTuple):
-    """What becomes of an equation.
-
-    ``dtype`` is what its float32 operands are cast to: a compute dtype; float32, which is what they were written as;
-    or ``None``, which leaves them as they are held.
-    """
+    """What becomes of an equation: all of it, so that nobody decides again."""
 
     dtype: DType | None
-    tags: tuple[Tag, ...]
+    """What its float32 operands are cast to: a compute dtype, float32, or ``None``, which leaves them as held."""
+    how: How
+    results: tuple[Known, ...]
     reason: str
+    result_dtype: DType | None = None
+    """Of a product: the dtype that its result leaves in."""
+    takes_weights: bool = False
+    """Whether weights go in as they are, to be rounded inside, so that their gradients are not."""
+
+
+class Facts:
+    """What the rules look at."""
+
+    def __init__(self, eqn: Equation, operands: Sequence[Value], op: Op, precision: Precision, want: Want) -> None:
+        self.eqn, self.operands, self.op, self.precision, self.want = eqn, operands, op, precision, want
+        self.name: str = eqn.primitive.name
+
+    @functools.cached_property
+    def floats(self) -> list[Value]:
+        """The operands that were float32, literals too."""
+        return [value for v, value in zip(self.eqn.invars, self.operands, strict=True) if is_eligible(v.aval)]
+
+    @functools.cached_property
+    def arrays(self) -> list[Value]:
+        """The same without literals."""
+        return [value for v, value in zip(self.eqn.invars, self.operands, strict=True) if _is_float_array(v)]
+
+    @functools.cached_property
+    def whole(self) -> list[Value]:
+        """Those of the arrays that have as much to say as the result; all floats if none has."""
+        shape = self.eqn.outvars[0].aval.shape
+        return [value for value in self.arrays if not _is_repeated(value, shape)] or self.floats
+
+    @functools.cached_property
+    def tag(self) -> Tag:
+        """The largest of all tags."""
+        return max(value.tag for value in self.floats)
+
+    @functools.cached_property
+    def tag_of_whole(self) -> Tag:
+        """The largest tag of the whole operands."""
+        return max(value.tag for value in self.whole)
+
+    @property
+    def is_rearranged(self) -> bool:
+        """Whether the results are elements of the operands."""
+        return _ops.picks_values(self.name) or _ops.moves_whole_arrays(self.name)
 
 
 def decide(
     eqn: Equation, operands: Sequence[Value], op: tuple[Op, str], precision: Precision, wants: Wants
 ) -> Decision:
-    """Decides about an equation that holds no other program.
+    """Decides about an equation that is to be applied as a whole.
 
     Args:
         eqn: The equation, of the original program.
@@ -46,101 +106,259 @@ def decide(
         wants: What the consumers of each result want.
     """
     op_class, why = op
+    facts = Facts(eqn, operands, op_class, precision, joined(wants))
     if precision.mode == "off":
-        return Decision(FLOAT32, (Tag.NEUTRAL,) * len(eqn.outvars), precision.reason)
+        return _float32(facts, Tag.NEUTRAL, precision.reason)
     if precision.mode == "full":
-        return _in_float32(eqn, precision.reason)
+        return _float32(facts, Tag.HIGH, precision.reason)
     if eqn.primitive.name == "convert_element_type":
-        return _decide_conversion(eqn, operands[0])
+        return _conversion(facts)
     if not isinstance(op_class, OpClass):
-        return _in_half(eqn, precision.dtype, f"replaced by a function {why}")
+        return _low(facts, How.OP, f"replaced by a function {why}")
     if op_class in (OpClass.AS_WRITTEN, OpClass.NESTED):
-        return _in_float32(eqn, why)
-    if op_class is OpClass.ALLOW and not (
-        _is_any_eligible(eqn.invars) and all(is_eligible(v.aval) for v in eqn.outvars)
-    ):
-        return _in_float32(eqn, "not a product of float32 arrays")
-    if op_class is OpClass.ALLOW and precision.dot is not None and eqn.primitive.name == "dot_general":
-        return _in_half(eqn, precision.dtype, f"replaced by {getattr(precision.dot, '__name__', precision.dot)}")
+        return _float32(facts, Tag.HIGH, why)
+    if facts.want & AS_WRITTEN and precision.mode != "low":
+        user = "linear algebra" if facts.want & Want.SOLVED else "the test of a loop"
+        return _float32(facts, Tag.HIGH, f"{user} depends on it: as written")
     if op_class is OpClass.ALLOW:
-        return _in_half(eqn, precision.dtype, why)
-    if precision.mode == "low" and _is_made_of_exact_values(eqn, operands):
-        return _in_float32(eqn, "made of random numbers or other results that are as written")
+        return _product(facts, why)
     if precision.mode == "low":
-        return _in_half(eqn, precision.dtype, precision.reason)
+        if _is_made_as_written(facts):
+            return _float32(facts, Tag.HIGH, "made of random numbers or other results that are as written")
+        return _low(facts, _how_low(facts), precision.reason)
     if op_class is OpClass.DENY:
-        return _in_float32(eqn, why)
-    return _follow(eqn, operands, precision, wants)
+        return _float32(facts, Tag.HIGH, why)
+    return _follow(facts)
 
 
-def _in_float32(eqn: Equation, reason: str) -> Decision:
-    return Decision(FLOAT32, _tags(eqn, Tag.HIGH), reason)
+# --- What is decided for a class ---
 
 
-def _in_half(eqn: Equation, compute_dtype: DType, reason: str) -> Decision:
-    return Decision(compute_dtype, _tags(eqn, Tag.LOW), reason)
+def _float32(facts: Facts, tag: Tag, reason: str) -> Decision:
+    return Decision(FLOAT32, How.BOUND, _known(facts, tag), reason)
 
 
-def _tags(eqn: Equation, tag: Tag) -> tuple[Tag, ...]:
-    return tuple(tag if is_eligible(v.aval) else Tag.NEUTRAL for v in eqn.outvars)
+def _low(facts: Facts, how: How, reason: str) -> Decision:
+    known = _known(facts, Tag.LOW)
+    return Decision(facts.precision.dtype, how, known, reason, takes_weights=how is How.WEIGHTS)
 
 
-def _is_any_eligible(atoms: Sequence[Atom]) -> bool:
-    return any(is_eligible(v.aval) for v in atoms)
+def _how_low(facts: Facts) -> How:
+    """Weights are rounded inside of what repeats or gathers them, because their gradients are sums."""
+    is_sum = facts.precision.widens_gradients and facts.name in _REPEATS
+    is_gathered = facts.name in _ops.GATHERS and facts.precision.dtype != facts.precision.reduce_dtype
+    return How.WEIGHTS if is_sum or is_gathered else How.LOWERED
 
 
-def _untouched(eqn: Equation) -> Decision:
-    return Decision(FLOAT32, (Tag.NEUTRAL,) * len(eqn.outvars), "no float32 array takes part")
+def _known(facts: Facts, tag: Tag) -> tuple[Known, ...]:
+    origin, number = _origin_of_results(facts), number_of_results(facts.eqn, facts.operands)
+    return tuple(
+        Known(tag if is_eligible(v.aval) else Tag.NEUTRAL, origin, number) for v in facts.eqn.outvars
+    )
 
 
-def _decide_conversion(eqn: Equation, operand: Value) -> Decision:
-    """A cast to float32 of what was float32 is none; one of a narrower float is a wish for float32."""
-    source = eqn.invars[0].aval
-    if is_eligible(source) and eqn.params["new_dtype"] == FLOAT32:
-        return Decision(None, (operand.tag,), "already float32 in the original program: keeps its precision")
-    is_upcast = jnp.issubdtype(source.dtype, jnp.floating) and is_eligible(eqn.outvars[0].aval)
-    return Decision(None, (Tag.HIGH if is_upcast else Tag.NEUTRAL,), "a cast of the original program")
+def _conversion(facts: Facts) -> Decision:
+    """A float32-to-float32 cast is a no-op; an upcast of a narrower float asks for float32."""
+    source, result = facts.eqn.invars[0].aval, facts.eqn.outvars[0].aval
+    if is_eligible(source) and is_eligible(result):
+        tag, reason = facts.operands[0].tag, "already float32 in the original program: keeps its precision"
+    else:
+        is_upcast = jnp.issubdtype(source.dtype, jnp.floating) and is_eligible(result)
+        tag, reason = Tag.HIGH if is_upcast else Tag.NEUTRAL, "a cast of the original program"
+    known = _known(facts, tag)[0]._replace(tag=tag)
+    return Decision(None, How.BOUND, (known,), reason)
 
 
-def _follow(eqn: Equation, operands: Sequence[Value], precision: Precision, wants: Wants) -> Decision:
-    compute_dtype = precision.dtype
-    floats = [value for v, value in zip(eqn.invars, operands, strict=True) if is_eligible(v.aval)]
-    if not floats:
-        return _untouched(eqn)
-    if treats_operands_separately(eqn.primitive.name) and len(operands) == len(eqn.outvars):
-        return Decision(None, tuple(value.tag for value in operands), "every operand keeps its precision")
-    if number_of_results(eqn, operands) is not None:
-        return Decision(FLOAT32, (operands[0].tag,), "a number, which can be had in any precision")
-    name, want = eqn.primitive.name, agreed(wants)
-    arrays = [value for v, value in zip(eqn.invars, operands, strict=True) if _is_float_array(v)]
-    whole = [value for value in arrays if not _is_repeated(value, eqn.outvars[0].aval.shape)] or floats
-    tag, tag_of_whole = (max(value.tag for value in values) for values in (floats, whole))
-    is_moved_low = want is Want.LOW and tag is not Tag.HIGH and moves_whole_arrays(name)
-    if is_moved_low and not (
-        precision.widens_gradients and name not in GATHERS and all(value.is_weight for value in floats)
-    ):
-        return _in_half(eqn, compute_dtype, "moved in the compute dtype, which costs least")
-    is_rearranged = picks_values(name) or moves_whole_arrays(name)
-    if tag is Tag.SOFT and len(floats) == 1 and is_rearranged:
-        return Decision(None, _tags(eqn, Tag.SOFT), "moved or picked as it is held")
-    is_scaled = name in ("mul", "div") and any(value.number is not None for value in floats)
-    if all(value.tag is Tag.LOW for value in whole) and tag is Tag.LOW and (is_rearranged or is_scaled):
-        return _in_half(eqn, compute_dtype, "as precise in the compute dtype as its operands")
-    if want in WANTS_FLOAT32 and _is_any_eligible(eqn.outvars):
-        return _in_float32(eqn, "all that use it want float32")
-    if tag_of_whole is Tag.HIGH or tag > tag_of_whole is Tag.NEUTRAL:
-        return _in_float32(eqn, "follows an operand that needs float32, or is of float32 as a whole")
-    if tag_of_whole is Tag.NEUTRAL and any(exceeds(value.number, compute_dtype) for value in floats):
-        return _in_float32(eqn, "made of a number that the compute dtype cannot hold")
-    if tag_of_whole is Tag.NEUTRAL:
-        is_held_low = {value.array.dtype for value in whole} == {compute_dtype}
-        reason = "no decision has touched its operands yet"
-        return Decision(compute_dtype if is_held_low else FLOAT32, (Tag.NEUTRAL,) * len(eqn.outvars), reason)
-    if any(_promotes(value, whole) for value in whole):
-        return _in_float32(eqn, "a float32 argument as large as the others promotes")
-    if tag is Tag.HIGH or (tag is Tag.SOFT and len(whole) == 1 and len(arrays) > 1):
-        return _in_float32(eqn, "scaled or shifted by float32 statistics")._replace(tags=_tags(eqn, Tag.SOFT))
-    return _in_half(eqn, compute_dtype, "follows its operands")
+def _product(facts: Facts, why: str) -> Decision:
+    """A product leaves in float32 if all that use it want that and it is free, or if a rule asks for it."""
+    eqn, precision = facts.eqn, facts.precision
+    if not facts.floats or not all(is_eligible(v.aval) for v in eqn.outvars):
+        return _float32(facts, Tag.HIGH, "not a product of float32 arrays")
+    is_ours = precision.dot is None or isinstance(precision.dot, RoundsOperands)
+    is_wanted = facts.want.is_float32 and bool(facts.want & (Want.HIGH | Want.PLACE))
+    is_wide = precision.result == FLOAT32 or (is_wanted and is_ours and _is_free(eqn))
+    result_dtype = FLOAT32 if is_wide else precision.dtype
+    reason = "all that use it want float32, which costs nothing more here" if is_wide else why
+    if precision.result == FLOAT32:
+        reason = f"result of float32 asked for by {precision.reason}"
+    is_dot = eqn.primitive.name == "dot_general"
+    how = How.PRODUCT if is_wide or (is_dot and (precision.widens_gradients or precision.accumulates)) else How.LOWERED
+    if is_dot and precision.dot is not None:
+        how, reason = How.DOT, f"replaced by {getattr(precision.dot, '__name__', precision.dot)}"
+    if precision.dtype == FLOAT32:
+        how = How.DOT if how is How.DOT else How.BOUND
+    if precision.dot is not None and how is not How.DOT:
+        reason += "; dot= replaces dot_general alone"
+    takes_weights = how is How.PRODUCT or (how is How.DOT and isinstance(precision.dot, RoundsOperands))
+    known = _known(facts, Tag.HIGH if is_wide else Tag.LOW)
+    return Decision(precision.dtype, how, known, reason, result_dtype, takes_weights)
+
+
+def _is_free(eqn: Equation) -> bool:
+    """Whether the result of a product is no larger in float32 than its operands in 16 bits."""
+    return is_as_large(sum(size(v.aval) for v in eqn.invars[:2]) * 2, size(eqn.outvars[0].aval) * 4)
+
+
+# --- What follows its operands ---
+
+
+class FollowRule(NamedTuple):
+    """One row of the table of what follows its operands; the first whose condition holds decides."""
+
+    reason: str
+    when: Callable[[Facts], bool]
+    how: How
+    tag: Tag | Callable[[Facts], Tag]
+    is_low: bool | Callable[[Facts], bool] = False
+    """Whether float32 operands are cast to the compute dtype, or stay float32."""
+
+
+def _keeps_weights(facts: Facts) -> bool:
+    is_gathered = facts.name in _ops.GATHERS
+    return facts.precision.widens_gradients and not is_gathered and all(value.is_weight for value in facts.floats)
+
+
+def _is_as_precise_in_16_bits(facts: Facts) -> bool:
+    is_scaled = facts.name in ("mul", "div") and any(value.known.number is not None for value in facts.floats)
+    is_low = facts.tag is Tag.LOW and all(value.tag is Tag.LOW for value in facts.whole)
+    return is_low and (facts.is_rearranged or is_scaled)
+
+
+def _is_held_low(facts: Facts) -> bool:
+    return {value.array.dtype for value in facts.whole} == {facts.precision.dtype}
+
+
+def _promotes(facts: Facts) -> bool:
+    """Whether an operand is data of its own right beside low ones: a parameter being updated, an accumulator."""
+
+    def is_data(value: Value) -> bool:
+        held = value.tag is Tag.NEUTRAL and value.known.origin is Origin.INPUT and value.array.dtype == FLOAT32
+        others = [other for other in facts.whole if Tag.NEUTRAL < other.tag < Tag.HIGH]
+        return held and any(is_as_large(size(value.array), size(other.array)) for other in others)
+
+    return any(map(is_data, facts.whole))
+
+
+def _is_shifted(facts: Facts) -> bool:
+    return facts.tag is Tag.HIGH or (facts.tag is Tag.SOFT and len(facts.whole) == 1 and len(facts.arrays) > 1)
+
+
+def _is_moved_low(facts: Facts) -> bool:
+    is_low = facts.want == Want.LOW and facts.tag is not Tag.HIGH and _ops.moves_whole_arrays(facts.name)
+    return is_low and not _keeps_weights(facts)
+
+
+FOLLOWS = (
+    FollowRule(
+        "a number, which can be had in any precision",
+        lambda facts: number_of_results(facts.eqn, facts.operands) is not None,
+        How.BOUND,
+        lambda facts: facts.operands[0].tag,
+    ),
+    FollowRule(
+        "moved in the compute dtype, which costs least",
+        _is_moved_low,
+        How.LOWERED,
+        Tag.LOW,
+        is_low=True,
+    ),
+    FollowRule(
+        "taken in the precision of its operand, whose gradient adds up in float32",
+        lambda facts: facts.name in _ops.TAKES and facts.tag is Tag.LOW,
+        How.WIDE,
+        Tag.LOW,
+    ),
+    FollowRule(
+        "as precise in the compute dtype as its operands",
+        _is_as_precise_in_16_bits,
+        How.LOWERED,
+        Tag.LOW,
+        is_low=True,
+    ),
+    FollowRule(
+        "all that use it want float32",
+        lambda facts: facts.want.is_float32 and any(is_eligible(v.aval) for v in facts.eqn.outvars),
+        How.BOUND,
+        Tag.HIGH,
+    ),
+    FollowRule(
+        "levels off, and something that uses it wants float32",
+        lambda facts: bool(facts.want & Want.HIGH) and facts.name in _ops.SATURATES and facts.tag is not Tag.NEUTRAL,
+        How.BOUND,
+        lambda facts: max(Tag.SOFT, facts.tag_of_whole),
+    ),
+    FollowRule(
+        "follows an operand that needs float32, or is of float32 as a whole",
+        lambda facts: facts.tag_of_whole is Tag.HIGH or facts.tag > facts.tag_of_whole is Tag.NEUTRAL,
+        How.BOUND,
+        Tag.HIGH,
+    ),
+    FollowRule(
+        "made of a number that the compute dtype cannot hold",
+        lambda facts: facts.tag_of_whole is Tag.NEUTRAL
+        and any(exceeds(value.known.number, facts.precision.dtype) for value in facts.floats),
+        How.BOUND,
+        Tag.HIGH,
+    ),
+    FollowRule(
+        "no decision has touched its operands yet",
+        lambda facts: facts.tag_of_whole is Tag.NEUTRAL,
+        How.LOWERED,
+        Tag.NEUTRAL,
+        is_low=_is_held_low,
+    ),
+    FollowRule(
+        "a float32 argument as large as the others promotes",
+        _promotes,
+        How.BOUND,
+        Tag.HIGH,
+    ),
+    FollowRule(
+        "scaled or shifted by float32 statistics",
+        _is_shifted,
+        How.BOUND,
+        Tag.SOFT,
+    ),
+    FollowRule(
+        "follows its operands",
+        lambda facts: True,
+        How.LOWERED,
+        Tag.LOW,
+        is_low=True,
+    ),
+)
+
+#: Primitives that repeat an operand with fewer elements, so that its gradient is a sum.
+_REPEATS = frozenset({"add", "sub", "mul"})
+
+
+def _follow(facts: Facts) -> Decision:
+    eqn, precision = facts.eqn, facts.precision
+    if not facts.floats:
+        return _float32(facts, Tag.NEUTRAL, "no float32 array takes part")
+    if _ops.treats_operands_separately(facts.name) and len(facts.operands) == len(eqn.outvars):
+        origin = _origin_of_results(facts)
+        known = tuple(Known(value.tag, origin) for value in facts.operands)
+        return Decision(None, How.BOUND, known, "every operand keeps its precision")
+    rule = next(rule for rule in FOLLOWS if rule.when(facts))
+    is_low = rule.is_low(facts) if callable(rule.is_low) else rule.is_low
+    known = _known(facts, rule.tag(facts) if callable(rule.tag) else rule.tag)
+    how = _how_low(facts) if is_low else rule.how
+    return Decision(
+        precision.dtype if is_low else FLOAT32, how, known, rule.reason, takes_weights=how is How.WEIGHTS
+    )
+
+
+def decide_activation(eqn: Equation, operand: Value, precision: Precision, want: Want) -> Decision | None:
+    """Decides about an activation of ``jax.nn``; ``None`` where it is to be gone into like any program."""
+    is_low = precision.mode == "auto" and precision.dtype != FLOAT32 and operand.tag in (Tag.LOW, Tag.SOFT)
+    if not is_low or want.is_float32 or not is_eligible(eqn.invars[0].aval):
+        return None
+    reason = "an activation of bounded slope: computed in float32, kept in the compute dtype"
+    return Decision(precision.dtype, How.SLOPE, (Known(Tag.LOW),), reason)
+
+
+# --- What is known of operands and results ---
 
 
 def _is_float_array(atom: Atom) -> bool:
@@ -150,40 +368,31 @@ def _is_float_array(atom: Atom) -> bool:
 def _is_repeated(value: Value, shape: Sequence[Any]) -> bool:
     """Whether an operand has less to say than the result, such as a bias, a mean, a scale."""
     own = value.array.shape
-    return value.origin is Origin.REPEATED or not own or any(a == 1 != b for a, b in zip(own, shape, strict=False))
+    is_small = not own or any(a == 1 != b for a, b in zip(own, shape, strict=False))
+    return value.known.origin is Origin.REPEATED or is_small
 
 
-def _promotes(value: Value, operands: Sequence[Value]) -> bool:
-    """Whether an operand is data of its own right beside low ones: a parameter being updated, an accumulator."""
-    array, tag, origin, _ = value
-    if tag is not Tag.NEUTRAL or origin is not Origin.INPUT or array.dtype != FLOAT32:
-        return False
-    return any(Tag.NEUTRAL < other.tag < Tag.HIGH and is_as_large(array, other.array) for other in operands)
-
-
-def origin_of_results(eqn: Equation, operands: Sequence[Value], op: Op, precision: Precision) -> Origin:
-    """Returns where the results of an equation come from."""
-    if op is OpClass.AS_WRITTEN or _is_made_of_exact_values(eqn, operands):
-        return Origin.EXACT
-    if _repeats_something_smaller(eqn, operands):
+def _origin_of_results(facts: Facts) -> Origin:
+    if facts.op is OpClass.AS_WRITTEN or _is_made_as_written(facts):
+        return Origin.AS_WRITTEN
+    if _repeats_something_smaller(facts.eqn, facts.operands):
         return Origin.REPEATED
-    origins = {value.origin for v, value in zip(eqn.invars, operands, strict=True) if _is_float_array(v)}
-    name = eqn.primitive.name
-    moves = moves_whole_arrays(name) or name in ("dynamic_slice", "concatenate", "split") or precision.mode == "off"
+    origins, name = {value.known.origin for value in facts.arrays}, facts.name
+    moves = _ops.moves_whole_arrays(name) or name in ("dynamic_slice", "concatenate", "split")
+    moves = moves or facts.precision.mode == "off"
     return Origin.MOVED if moves and origins and origins <= OF_WEIGHTS else Origin.COMPUTED
 
 
-def _is_made_of_exact_values(eqn: Equation, operands: Sequence[Value]) -> bool:
-    arrays = [value for v, value in zip(eqn.invars, operands, strict=True) if _is_float_array(v)]
-    origins = {value.origin for value in arrays}
-    return Origin.EXACT in origins and origins <= {Origin.EXACT, Origin.REPEATED}
+def _is_made_as_written(facts: Facts) -> bool:
+    origins = {value.known.origin for value in facts.arrays}
+    return Origin.AS_WRITTEN in origins and origins <= {Origin.AS_WRITTEN, Origin.REPEATED}
 
 
 def number_of_results(eqn: Equation, operands: Sequence[Value]) -> float | None:
     """Returns the number that the result of an equation repeats, if it is known."""
-    moves = moves_whole_arrays(eqn.primitive.name) or eqn.primitive.name == "convert_element_type"
+    moves = _ops.moves_whole_arrays(eqn.primitive.name) or eqn.primitive.name == "convert_element_type"
     is_one_array = len(eqn.outvars) == 1 and is_eligible(eqn.outvars[0].aval)
-    return operands[0].number if moves and is_one_array and is_eligible(eqn.invars[0].aval) else None
+    return operands[0].known.number if moves and is_one_array and is_eligible(eqn.invars[0].aval) else None
 
 
 def _repeats_something_smaller(eqn: Equation, operands: Sequence[Value]) -> bool:
@@ -192,9 +401,9 @@ def _repeats_something_smaller(eqn: Equation, operands: Sequence[Value]) -> bool
         return len(eqn.params["shape"]) > 1
     if name == "broadcast_in_dim":
         source, result = eqn.invars[0], eqn.outvars[0]
-        is_copy = operands[0].origin is Origin.REPEATED
+        is_copy = operands[0].known.origin is Origin.REPEATED
         return is_copy or is_literal(source) or size(source.aval) != size(result.aval)
-    return name in KEEPS_BROADCAST and all(
-        is_literal(v) or value.origin is Origin.REPEATED or getattr(v.aval, "ndim", 1) == 0
+    return name in _ops.KEEPS_BROADCAST and all(
+        is_literal(v) or value.known.origin is Origin.REPEATED or getattr(v.aval, "ndim", 1) == 0
         for v, value in zip(eqn.invars, operands, strict=True)
     )

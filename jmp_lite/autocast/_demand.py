@@ -2,7 +2,8 @@
 
 A precise operation is only as precise as its operands: where a square root or an exponential wants float32, the mild
 arithmetic that feeds nothing else is done in float32 too, so that variances, norms and softmax are computed as a whole.
-What feeds matrix products alone is cast before it is moved.
+What linear algebra or the test of a loop depends on is computed as written. What feeds matrix products alone is cast
+before it is moved.
 
 References:
     The passes of TensorFlow's ``auto_mixed_precision.cc`` find such chains forward and backward between deny nodes.
@@ -10,60 +11,53 @@ References:
 
 import enum
 import functools
+import operator
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jmp_lite._compat import Atom, Equation, Jaxpr, Var, is_literal, program
-from jmp_lite.autocast._ops import (
-    Op,
-    OpClass,
-    classify,
-    moves_whole_arrays,
-    rounds_to_integers,
-    treats_operands_separately,
-)
+from jmp_lite.autocast import _ops
+from jmp_lite.autocast._ops import Op, OpClass, classify
+from jmp_lite.autocast._programs import Body, inputs, programs_of
 from jmp_lite.autocast._values import is_eligible
 
 
-class Want(enum.Enum):
-    """What all consumers of a variable agree on; ``None`` stands for no consumer."""
+class Want(enum.IntFlag):
+    """What the consumers of a variable want, one flag for each kind of consumer that it has."""
 
-    STRICT = "float32, whatever others want: to be rounded to an integer"
-    HIGH = "float32"
-    LOW = "compute dtype"
-    MIXED = "either"
+    NOTHING = 0
+    LOW = enum.auto()
+    """A matrix product, which rounds it to the compute dtype."""
+    EITHER = enum.auto()
+    """An operation that takes it as it is."""
+    HIGH = enum.auto()
+    """An operation that needs float32."""
+    KEPT = enum.auto()
+    """The next iteration of a loop, which holds it in float32: worth no more than what it is made of."""
+    PLACE = enum.auto()
+    """A cast to an integer: float32, whatever others want."""
+    SOLVED = enum.auto()
+    """Linear algebra: computed as written, products too."""
+    TESTED = enum.auto()
+    """The test of the loop that it is in: computed as written, products too."""
 
-
-Wants = tuple[Want | None, ...]
-WANTS_FLOAT32 = frozenset({Want.STRICT, Want.HIGH})
-
-#: Primitives whose operands and results are those of the program they hold, with the parameter that holds it.
-CALLS = {
-    "jit": "jaxpr",
-    "remat2": "jaxpr",
-    "checkpoint": "jaxpr",
-    "shard_map": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "eval_jaxpr": "call_jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-    "custom_vmap_call": "call",
-}
-
-
-def meet(a: Want | None, b: Want | None) -> Want | None:
-    """Joins the wants of two consumers."""
-    if a is None or a is b:
-        return b
-    if Want.STRICT in (a, b):
-        return Want.STRICT
-    return a if b is None else Want.MIXED
+    @property
+    def is_float32(self) -> bool:
+        """Whether the value is to be float32: for all consumers, or for one that has the say."""
+        is_for_all = bool(self) and not self & (Want.LOW | Want.EITHER)
+        return is_for_all or bool(self & (Want.PLACE | AS_WRITTEN))
 
 
-def agreed(wants: Wants) -> Want | None:
-    """Joins the wants of all results of an equation."""
-    return functools.reduce(meet, wants, None)
+AS_WRITTEN = Want.SOLVED | Want.TESTED
+
+
+Wants = tuple[Want, ...]
+
+
+def joined(wants: Iterable[Want]) -> Want:
+    """Joins the wants of several consumers, or of all results of an equation."""
+    return functools.reduce(operator.or_, wants, Want.NOTHING)
 
 
 class Demands:
@@ -87,45 +81,81 @@ class Demands:
         wants: Mapping[Var, Want] = found[wanted]
         return wants
 
+    def through(self, eqn: Equation, of_results: Sequence[Want]) -> tuple[list[Want], Wants]:
+        """Searches the programs of an equation, loops until nothing changes.
+
+        Returns:
+            What is wanted of each operand, and of each result: of a carry also by the next iteration.
+        """
+        programs, results = programs_of(eqn), list(of_results)
+        wants = [Want.NOTHING] * len(eqn.invars)
+        while True:
+            before = list(wants)
+            for body in programs.bodies:
+                inner = self.of(body.jaxpr, _wants_of(body, results))
+                for v, operand in zip(inputs(body), body.operands, strict=True):
+                    wants[operand] |= inner.get(v, Want.NOTHING)
+            for operand, result in programs.carried.items():
+                results[result] |= wants[operand]
+            if wants == before:
+                break
+        if programs.choice is not None:
+            wants[programs.choice] |= joined(results) & AS_WRITTEN
+        if not joined(of_results) & Want.TESTED:  # a test asks nothing of what was computed before its loop
+            wants = [Want.HIGH | (want & ~Want.TESTED) if want & Want.TESTED else want for want in wants]
+        return wants, tuple(results)
+
     def _search(self, inner: Any, wanted: Wants) -> dict[Var, Want]:
         wants: dict[Var, Want] = {}
         for atom, want in zip(inner.outvars, wanted, strict=True):
             _add(wants, atom, want)
         for eqn in reversed(inner.eqns):
-            for atom, want in zip(eqn.invars, self._of_operands(eqn, wants), strict=True):
+            of_results = [wants.get(v, Want.NOTHING) for v in eqn.outvars]
+            for atom, want in zip(eqn.invars, self._of_operands(eqn, of_results), strict=True):
                 _add(wants, atom, want)
         return wants
 
-    def _of_operands(self, eqn: Equation, wants: Mapping[Var, Want]) -> Sequence[Want | None]:
-        name = eqn.primitive.name
-        of_results = tuple(wants.get(v) for v in eqn.outvars)
-        if name in CALLS:
-            inner = eqn.params[CALLS[name]]
-            inner_wants = self.of(inner, of_results)
-            return [inner_wants.get(v) for v in program(inner)[0].invars]
-        if treats_operands_separately(name) and len(eqn.invars) == len(eqn.outvars):
-            return [want if want in WANTS_FLOAT32 else Want.MIXED for want in of_results]
-        return [self._of_operand(eqn, of_results)] * len(eqn.invars)
-
-    def _of_operand(self, eqn: Equation, of_results: Wants) -> Want | None:
+    def _of_operands(self, eqn: Equation, of_results: list[Want]) -> Sequence[Want]:
         op, _ = classify(eqn, self.ops)
-        if rounds_to_integers(eqn):
-            return Want.STRICT
+        if op is OpClass.NESTED and programs_of(eqn).bodies:
+            return self.through(eqn, of_results)[0]
+        if _ops.treats_operands_separately(eqn.primitive.name) and len(eqn.invars) == len(eqn.outvars):
+            return [_passed_on(want) for want in of_results]
+        hangs_on = joined(of_results[:1] if eqn.primitive.name in _ops.CHOOSES else of_results) & AS_WRITTEN
+        if eqn.primitive.name in _ops.PLACES:
+            hangs_on = Want.NOTHING
+        return [self._of_operand(eqn, op, joined(of_results)) | hangs_on] * len(eqn.invars)
+
+    def _of_operand(self, eqn: Equation, op: Op, want: Want) -> Want:
+        name = eqn.primitive.name
+        if _ops.rounds_to_integers(eqn):
+            return Want.PLACE
+        if op is OpClass.AS_WRITTEN:
+            return Want.SOLVED if _ops.solves(eqn) else Want.HIGH if name in _ops.PRODUCTS else Want.EITHER
         if op is OpClass.DENY:
             return Want.HIGH
         if op is OpClass.ALLOW or not isinstance(op, OpClass):
             return Want.LOW
-        if op is OpClass.FOLLOW:
-            if not any(is_eligible(v.aval) for v in eqn.outvars):
-                return None  # a comparison of low values is as good as they are
-            want = agreed(of_results)
-            if want in WANTS_FLOAT32 or (want is Want.LOW and moves_whole_arrays(eqn.primitive.name)):
-                return want
-        return Want.MIXED
+        if not any(is_eligible(v.aval) for v in eqn.outvars):
+            return Want.NOTHING  # a comparison of low values is as good as they are
+        if _ops.moves_whole_arrays(name):
+            return want
+        if _ops.picks_values(name):
+            return _passed_on(want)
+        return want if want.is_float32 else Want.EITHER
 
 
-def _add(wants: dict[Var, Want], atom: Atom, want: Want | None) -> None:
-    if not is_literal(atom):
-        joined = meet(wants.get(atom), want)
-        if joined is not None:
-            wants[atom] = joined
+def _passed_on(want: Want) -> Want:
+    """What is wanted of an operand that comes back as it is: a product behind may round it only then."""
+    return want & ~Want.LOW | Want.EITHER if want & Want.LOW else want
+
+
+def _wants_of(body: Body, of_results: Sequence[Want]) -> Wants:
+    if body.results is None:
+        return (Want.TESTED,)
+    return tuple(of_results[result] for result in body.results)
+
+
+def _add(wants: dict[Var, Want], atom: Atom, want: Want) -> None:
+    if not is_literal(atom) and want:
+        wants[atom] = wants.get(atom, Want.NOTHING) | want

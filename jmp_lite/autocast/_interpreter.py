@@ -22,7 +22,6 @@ from jmp_lite._compat import (
     as_traced,
     bind,
     is_literal,
-    leaves_are_local,
     program,
     scope_names,
     source_line,
@@ -31,12 +30,12 @@ from jmp_lite._compat import (
 from jmp_lite._dtypes import FLOAT32, DType
 from jmp_lite._tree import cast
 from jmp_lite.autocast import _regions
-from jmp_lite.autocast._apply import apply, takes_weights
-from jmp_lite.autocast._decide import decide, number_of_results, origin_of_results
-from jmp_lite.autocast._demand import WANTS_FLOAT32, Demands, Want, Wants
-from jmp_lite.autocast._ops import OpClass, classify
-from jmp_lite.autocast._rules import Precision, Settings
-from jmp_lite.autocast._values import Origin, Tag, Value, as_dtype, is_eligible
+from jmp_lite.autocast._apply import apply
+from jmp_lite.autocast._decide import Decision, decide, decide_activation
+from jmp_lite.autocast._demand import Demands, Want, Wants, joined
+from jmp_lite.autocast._ops import OpClass, classify, is_activation
+from jmp_lite.autocast._rules import Matches, Precision, Settings
+from jmp_lite.autocast._values import INPUT, Known, Origin, Tag, Value, as_dtype, is_eligible
 
 Handler = Callable[["Interpreter", "Call"], list[Value]]
 
@@ -62,7 +61,7 @@ class Retyped(NamedTuple):
     """A program traced anew at other dtypes: the jaxpr, what is known of its results, and the decisions in it."""
 
     jaxpr: Jaxpr
-    results: tuple[tuple[Tag, Origin, float | None], ...]
+    results: tuple[Known, ...]
     records: tuple[Record, ...]
 
     @property
@@ -111,7 +110,7 @@ class Frame:
         self.values: dict[Var, Value] = {}
         self.casts: dict[tuple[Var, DType], Any] = {}
         for v, const in zip(self.jaxpr.constvars, consts, strict=True):
-            self.values[v] = Value(const, self._tag_of_constant(const), Origin.INPUT)
+            self.values[v] = Value(const, Known(self._tag_of_constant(const), Origin.INPUT))
         self.values.update(zip(self.jaxpr.invars, operands, strict=True))
         results = {v for v in self.jaxpr.outvars if not is_literal(v)}
         last_use = {v: i for i, eqn in enumerate(self.jaxpr.eqns) for v in eqn.invars if not is_literal(v)}
@@ -136,7 +135,7 @@ class Frame:
         """Returns a variable as it is held, or the value of a literal."""
         if is_literal(atom):
             number = float(atom.val) if is_eligible(atom.aval) and not np.isnan(atom.val) else None
-            return Value(atom.val, self._tag_of_constant(atom.val), Origin.REPEATED, number)
+            return Value(atom.val, Known(self._tag_of_constant(atom.val), Origin.REPEATED, number))
         return self.values[atom]
 
     def array(self, atom: Atom, dtype: DType | None) -> Any:
@@ -147,13 +146,14 @@ class Frame:
         if is_literal(atom):
             in_half = is_eligible(atom.aval) and dtype not in (None, FLOAT32)
             return as_dtype(atom.val, dtype) if in_half else atom.val
-        held, number = self.values[atom].array, self.values[atom].number
+        held, known = self.values[atom]
         if dtype is None or not is_eligible(atom.aval) or held.dtype == dtype:
             return held
-        if self.values[atom].origin is Origin.INPUT:
+        if known.origin is Origin.INPUT:
             return cast(held, dtype)
         if (atom, dtype) not in self.casts:
-            self.casts[atom, dtype] = cast(held, dtype) if number is None else _full_like(held, number, dtype)
+            is_number = known.number is not None
+            self.casts[atom, dtype] = _full_like(held, known.number, dtype) if is_number else cast(held, dtype)
         return self.casts[atom, dtype]
 
     def weight_or_array(self, atom: Atom, dtype: DType | None) -> Any:
@@ -182,14 +182,16 @@ class Interpreter:
         self.keeps_records = keeps_records
         self.records: list[Record] = []
         self.demands = Demands(settings.ops_by_name)
+        self._matches = Matches(settings)
         self._precisions: dict[tuple[str, str], Precision] = {}
         self._retyped: Any = weakref.WeakKeyDictionary()
 
     def run(self, jaxpr: Jaxpr, arrays: Sequence[Any]) -> list[Any]:
         """Evaluates a whole program, whose results get the dtypes that they were written for."""
-        operands = [Value(array, origin=Origin.INPUT) for array in arrays]
+        operands = [Value(array, INPUT) for array in arrays]
         results = program(jaxpr)[0].outvars
         values = self.evaluate(jaxpr, operands, scope="", wants=(Want.HIGH,) * len(results))
+        self._matches.warn()
         return [_restore(value.array, v.aval) for value, v in zip(values, results, strict=True)]
 
     def evaluate(self, jaxpr: Jaxpr, operands: Sequence[Value], scope: str, wants: Wants | None = None) -> list[Value]:
@@ -202,10 +204,10 @@ class Interpreter:
             wants: What the consumers of its results want; nothing in particular by default.
         """
         frame = Frame(jaxpr, operands, self.settings)
-        demands = self.demands.of(frame.jaxpr, wants or (Want.MIXED,) * len(frame.jaxpr.outvars))
+        demands = self.demands.of(frame.jaxpr, wants or (Want.EITHER,) * len(frame.jaxpr.outvars))
         for index, eqn in enumerate(frame.jaxpr.eqns):
             with as_traced(eqn):
-                frame.write(eqn, self._equation(frame, eqn, scope, tuple(demands.get(v) for v in eqn.outvars)))
+                frame.write(eqn, self._equation(frame, eqn, scope, tuple(demands.get(v, Want.NOTHING) for v in eqn.outvars)))
             frame.forget(index)
         return [frame.read(v) for v in frame.jaxpr.outvars]
 
@@ -230,13 +232,13 @@ class Interpreter:
         if not (self.settings.depends_on_scope or self.keeps_records):
             scope = _regions.innermost(scope) or ""
         dtypes = tuple(getattr(value.array, "dtype", None) for value in operands)
-        known = tuple(value[1:] for value in operands)
+        known = tuple(value.known for value in operands)
         found = self._retyped.setdefault(jaxpr if consts else inner, {})
-        key = (dtypes, known, scope, wants, forced, leaves_are_local())
+        key = (dtypes, known, scope, wants, forced)
         if key not in found:
 
             def evaluate(*arrays: Any) -> list[Value]:
-                operands = [Value(array, *about) for array, about in zip(arrays, known, strict=True)]
+                operands = list(map(Value, arrays, known))
                 return self.evaluate(jaxpr, operands, scope, wants)
 
             avals = [_with_dtype(v.aval, dtype) for v, dtype in zip(inner.invars, dtypes, strict=True)]
@@ -245,11 +247,11 @@ class Interpreter:
         return retyped
 
     def _trace(self, evaluate: Callable[..., list[Value]], avals: Sequence[Any], forced: Sequence[Any]) -> Retyped:
-        results: list[tuple[Tag, Origin, float | None]] = []
+        results: list[Known] = []
 
         def run(*arrays: Any) -> list[Any]:
             values = evaluate(*arrays)
-            results[:] = [value[1:] for value in values]
+            results[:] = [value.known for value in values]
             return [v.array if dtype is None else cast(v.array, dtype) for v, dtype in zip(values, forced, strict=True)]
 
         outer, self.records = self.records, []
@@ -263,27 +265,27 @@ class Interpreter:
         key = (scope, primitive if self.settings.rules else "")
         if key not in self._precisions:
             self._precisions[key] = self.settings.precision(scope, primitive)
+            self._matches.note(scope, primitive)
         return self._precisions[key]
 
-    def rounded(self, call: Call, parameter: str) -> list[Value]:
+    def rounded(self, call: Call) -> list[Value]:
         """Returns the operands of a call; those that lose nothing by it are rounded, unless float32 is wanted inside.
 
         What the call saves for its backward pass, and the gradient it returns, are then held in the compute dtype.
         """
-        inner, _ = program(call.params[parameter])
-        wants = self.demands.of(inner, call.wants)
+        wants, _ = self.demands.through(call.eqn, call.wants)
         dtype = self.precision(call.scope, call.eqn.primitive.name).dtype
         return [
-            Value(cast(value.array, dtype), Tag.LOW, value.origin)
-            if value.tag is Tag.SOFT and wants.get(v) not in WANTS_FLOAT32
+            Value(cast(value.array, dtype), value.known._replace(tag=Tag.LOW))
+            if value.tag is Tag.SOFT and not want.is_float32
             else value
-            for v, value in zip(inner.invars, call.operands, strict=True)
+            for want, value in zip(wants, call.operands, strict=True)
         ]
 
     def results(self, retyped: Retyped, arrays: Sequence[Any]) -> list[Value]:
         """Pairs what a retyped program returned with what is known of it, and keeps the record of its decisions."""
         self.records.extend(retyped.records)
-        return [Value(array, *known) for array, known in zip(arrays, retyped.results, strict=True)]
+        return list(map(Value, arrays, retyped.results))
 
     def _equation(self, frame: Frame, eqn: Equation, scope: str, wants: Wants) -> list[Value]:
         name = eqn.primitive.name
@@ -292,25 +294,37 @@ class Interpreter:
         op, why = classify(eqn, self.settings.ops_by_name)
         operands = [frame.read(v) for v in eqn.invars]
         position = len(self.records)
-        if op is OpClass.NESTED and name in self.handlers and not precision.leaves_whole:
+        decision: Decision | None = None
+        is_nested = op is OpClass.NESTED and name in self.handlers and not precision.leaves_whole
+        if is_nested and is_activation(eqn):
+            decision = decide_activation(eqn, operands[0], precision, joined(wants))
+        elif not is_nested:
+            decision = decide(eqn, operands, (op, why), precision, wants)
+        if decision is None:
             call = Call(eqn, [_as_array(v, value) for v, value in zip(eqn.invars, operands, strict=True)], scope, wants)
-            arrays, values, reason, is_wide = call.arrays, self.handlers[name](self, call), why, False
+            arrays, values, reason = call.arrays, self.handlers[name](self, call), self._reason_of_call(call, why)
         else:
-            dtype, tags, reason = decide(eqn, operands, (op, why), precision, wants)
-            is_wide = takes_weights(eqn, op, precision, dtype)
-            arrays = [frame.weight_or_array(v, dtype) if is_wide else frame.array(v, dtype) for v in eqn.invars]
-            origin, number = origin_of_results(eqn, operands, op, precision), number_of_results(eqn, operands)
-            results = apply(eqn, arrays, op, precision, dtype)
-            values = [Value(array, _tag(array, tag), origin, number) for array, tag in zip(results, tags, strict=True)]
+            read = frame.weight_or_array if decision.takes_weights else frame.array
+            arrays, reason = [read(v, decision.dtype) for v in eqn.invars], decision.reason
+            results = apply(eqn, arrays, op, precision, decision)
+            values = [Value(x, _checked_tag(x, known)) for x, known in zip(results, decision.results, strict=True)]
         if self.keeps_records:
             op_class = op.value if isinstance(op, OpClass) else "replaced"
             tag = "/".join(dict.fromkeys(value.tag.name for value in values))
             about = (scope, source_line(eqn), name, op_class, tag)
             in_dtypes, out_dtypes = _dtypes(arrays), _dtypes([value.array for value in values])
-            if is_wide:
-                in_dtypes = (str(dtype),) * len(arrays)
+            if decision is not None and decision.takes_weights:
+                in_dtypes = tuple(str(decision.dtype) if dtype == "float32" else dtype for dtype in in_dtypes)
             self.records.insert(position, Record(*about, in_dtypes, out_dtypes, reason))
         return values
+
+    def _reason_of_call(self, call: Call, why: str) -> str:
+        """Says of a loop that what its test depends on runs as written, if that is any float."""
+        if not self.keeps_records or call.eqn.primitive.name != "while":
+            return why
+        _, results = self.demands.through(call.eqn, call.wants)
+        is_tested = any(want & Want.TESTED and is_eligible(v.aval) for v, want in zip(call.eqn.outvars, results))
+        return "a loop: what its floating-point test depends on runs as written" if is_tested else why
 
 
 def _full_like(array: Any, number: float, dtype: DType) -> Any:
@@ -319,9 +333,9 @@ def _full_like(array: Any, number: float, dtype: DType) -> Any:
     return value if array.ndim == 0 else jax.lax.full_like(array, value, dtype)
 
 
-def _tag(array: Any, tag: Tag) -> Tag:
+def _checked_tag(array: Any, known: Known) -> Known:
     """What takes the place of a primitive may return float32 where the primitive would not."""
-    return Tag.HIGH if tag is Tag.LOW and array.dtype == FLOAT32 else tag
+    return known._replace(tag=Tag.HIGH) if known.tag is Tag.LOW and array.dtype == FLOAT32 else known
 
 
 def _as_array(atom: Atom, value: Value) -> Value:

@@ -11,12 +11,15 @@ References:
 
 import enum
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jmp_lite._compat import Equation, Primitive
+from jmp_lite._compat import Equation, Primitive, source_line
 from jmp_lite._errors import InvalidOpError
 
 
@@ -51,6 +54,9 @@ class Family(NamedTuple):
 _MOVEMENT = "moves whole arrays: cheaper after a cast to 16 bits"
 _PICKING = "picks values: exact in the precision of its operands"
 _PER_OPERAND = "treats each operand by itself: every one keeps its precision"
+_SOLVERS = "linear algebra: solvers need the digits they were written for"
+_CALLS_OUT = "calls out of the program: the other side expects the dtypes it was written for"
+_KERNELS = "kernels: they were traced for their dtypes; cast around them"
 
 #: The last family of this table is what stands for primitives that are not in it.
 FAMILIES = (
@@ -63,7 +69,7 @@ FAMILIES = (
         OpClass.DENY,
         "steep or singular functions: a rounded argument or result costs many digits",
         """exp exp2 expm1 log log1p log2 pow rsqrt sqrt cbrt sin cos tan asin acos atan atan2 sinh cosh asinh acosh
-        atanh erf_inv erfc lgamma digamma polygamma igamma igammac igamma_grad_a random_gamma_grad
+        atanh erf_inv lgamma digamma polygamma igamma igammac igamma_grad_a random_gamma_grad
         regularized_incomplete_beta zeta bessel_i0e bessel_i1e polynomial one_minus_square nextafter""",
     ),
     Family(
@@ -80,7 +86,7 @@ FAMILIES = (
     Family(
         OpClass.FOLLOW,
         "mild arithmetic: as precise as its operands",
-        """add sub mul div rem square integer_pow tanh logistic erf add_any mul_add
+        """add sub mul div rem square integer_pow tanh logistic erf erfc add_any mul_add
         select_and_scatter_add select_and_gather_add symmetric_product""",
     ),
     Family(
@@ -117,10 +123,11 @@ FAMILIES = (
     ),
     Family(
         OpClass.AS_WRITTEN,
-        "linear algebra and transforms: solvers need the digits they were written for",
+        _SOLVERS,
         """cholesky cholesky_update lu lu_pivots_to_permutation qr geqrf geqp3 ormqr householder_product eig eigh svd
-        schur hessenberg triangular_solve tridiagonal tridiagonal_solve custom_linear_solve fft""",
+        schur hessenberg triangular_solve tridiagonal tridiagonal_solve custom_linear_solve""",
     ),
+    Family(OpClass.AS_WRITTEN, "transforms: float32 and complex numbers alone", "fft"),
     Family(
         OpClass.AS_WRITTEN,
         "random numbers: the same bits with and without autocast",
@@ -146,10 +153,14 @@ FAMILIES = (
     ),
     Family(
         OpClass.AS_WRITTEN,
-        "calls out of the program: the other side expects the dtypes it was written for",
-        """pure_callback io_callback debug_callback debug_print inspect_sharding check ffi_call pallas_call
-        custom_partitioning call_exported call_hi_primitive call_hi_primitive_linearized cudnn_fusion core_map mpmd_map
-        jaxpr_call  dot_product_attention_fwd dot_product_attention_fwd_wrapper dot_product_attention_bwd
+        _CALLS_OUT,
+        """pure_callback io_callback debug_callback debug_print inspect_sharding check call_exported call_hi_primitive
+        call_hi_primitive_linearized jaxpr_call""",
+    ),
+    Family(
+        OpClass.AS_WRITTEN,
+        _KERNELS,
+        """pallas_call ffi_call custom_partitioning cudnn_fusion core_map mpmd_map dot_product_attention_fwd dot_product_attention_fwd_wrapper dot_product_attention_bwd
         dot_product_attention_bwd_wrapper dot_product_attention_fp8_fwd dot_product_attention_fp8_fwd_wrapper
         dot_product_attention_fp8_bwd dot_product_attention_fp8_bwd_wrapper scaled_matmul scaled_matmul_wrapper""",
     ),
@@ -181,9 +192,31 @@ FAMILIES = (
 )
 
 _BY_NAME: dict[str, Family] = {name: family for family in FAMILIES for name in family.primitives.split()}
-_OUTER_PRODUCT = Family(OpClass.FOLLOW, "a product without contraction adds nothing up", "")
+
+#: Products that contract over fewer terms gain nothing from a matrix unit, which takes at least eight at a time, and are
+#: geometry: rotations, cameras, grids (benchmarks/RESULTS.md, "Small contractions").
+HANDFUL = 4
+_HANDFUL = Family(OpClass.FOLLOW, f"a product of at most {HANDFUL} terms gains nothing from a matrix unit", "")
+_ASKED = Family(OpClass.AS_WRITTEN, "precision={} asks for more than the compute dtype", "")
 _SMALL_POWER = Family(OpClass.FOLLOW, "a small positive power: as precise as its operand", "")
 _OTHER_POWER = Family(OpClass.DENY, "a large or negative power: a rounded argument costs many digits", "")
+_LIBRARY = Family(OpClass.AS_WRITTEN, "a function of JAX that is products inside: as written", "")
+
+#: Functions of JAX, by the name of their ``jit`` equation, that are matrix products inside though nobody asked for one.
+LIBRARY = frozenset(
+    """expm matrix_power cov corrcoef polyfit lstsq _lstsq pinv _multivariate_normal _resize _scale_and_translate
+    convolve correlate _convolve_nd""".split()
+)
+
+#: The same by the Python function that a product comes from: power iterations, which Flax, Haiku and Equinox run in float32.
+_POWER_ITERATION = re.compile(r"SpectralNorm\.|power_iteration")
+
+#: Activations of ``jax.nn`` that hold exponentials or logarithms, by the name of their ``jit`` equation: their slopes are
+#: bounded, so that value and slope may be rounded once they are computed.
+ACTIVATIONS = frozenset("softplus mish log_sigmoid elu selu celu squareplus".split())
+
+#: Functions that level off: beside 1 the compute dtype has no numbers, and ``log(1 - p)`` wants some.
+SATURATES = frozenset({"logistic", "tanh", "erf", "erfc", "clamp", "max", "min"})
 
 #: Results of these have no more information than their operands: what is a copy of something smaller stays one.
 KEEPS_BROADCAST = frozenset(
@@ -195,6 +228,16 @@ KEEPS_BROADCAST = frozenset(
 
 #: Primitives that gather over devices: their gradient is a sum over devices.
 GATHERS = frozenset({"all_gather", "all_gather_reduced"})
+
+#: Primitives that may take an element many times: their gradient is a sum.
+TAKES = frozenset({"gather", "dynamic_slice"})
+
+#: Results that say where something is or what it is like, which does not hang on digits.
+PLACES = frozenset({"argmax", "argmin", "is_finite"})
+#: The same but for their first result.
+CHOOSES = frozenset({"top_k", "approx_top_k"})
+
+PRODUCTS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general", "scaled_dot"})
 
 Op = OpClass | Callable[..., Any]
 
@@ -237,8 +280,13 @@ def _checked(name: str, op: Any) -> Op:
     is_function = callable(op) and getattr(op, "__hash__", None) is not None
     if op is OpClass.NESTED or not (isinstance(op, OpClass) or is_function):
         raise InvalidOpError(
-            f"{op!r} cannot stand for primitive {name!r}. Give OpClass.ALLOW, DENY, FOLLOW or AS_WRITTEN, or a hashable "
-            "function of the operands and parameters."
+            f"{op!r} cannot stand for primitive {name!r}. Give OpClass.ALLOW, DENY, FOLLOW or AS_WRITTEN, or a "
+            "hashable function of the operands and parameters."
+        )
+    if isinstance(op, OpClass) and op is not OpClass.AS_WRITTEN and family(name).reason in (_KERNELS, _CALLS_OUT):
+        raise InvalidOpError(
+            f"OpClass.{op.name} cannot stand for primitive {name!r}, which was traced for the dtypes it has. Cast around "
+            "it with jmp.with_policy(function, policy), or give a function that takes its place."
         )
     checked_op: Op = op
     return checked_op
@@ -269,6 +317,23 @@ def treats_operands_separately(name: str) -> bool:
     return family(name).reason is _PER_OPERAND
 
 
+def is_kernel(name: str) -> bool:
+    """Whether a primitive is a kernel or a foreign call."""
+    return family(name).reason is _KERNELS
+
+
+def solves(eqn: Equation) -> bool:
+    """Whether an equation is linear algebra, or a function of JAX that holds products for its own ends."""
+    return family(eqn.primitive.name).reason is _SOLVERS or eqn.params.get("name") in LIBRARY
+
+
+def is_activation(eqn: Equation) -> bool:
+    """Whether an equation is an activation of ``jax.nn`` with a bounded slope, of one array."""
+    if eqn.primitive.name != "jit" or eqn.params["name"] not in ACTIVATIONS or len(eqn.invars) != 1:
+        return False
+    return bool(eqn.invars[0].aval.shape == eqn.outvars[0].aval.shape)
+
+
 def classify(eqn: Equation, ops: Mapping[str, Op]) -> tuple[Op, str]:
     """Returns the class of an equation, or the function that takes its place, and the reason.
 
@@ -280,13 +345,34 @@ def classify(eqn: Equation, ops: Mapping[str, Op]) -> tuple[Op, str]:
     for source, table in (("given in ops", ops), ("registered", _REGISTERED)):
         if name in table:
             return table[name], source
+    op_class, reason, _ = family(name)
     if name == "integer_pow":
         op_class, reason, _ = _SMALL_POWER if 1 <= eqn.params["y"] <= 3 else _OTHER_POWER
-    elif name == "dot_general" and _contracted_size(eqn) == 1:
-        op_class, reason, _ = _OUTER_PRODUCT
-    else:
-        op_class, reason, _ = family(name)
+    elif name in PRODUCTS and (asked := asked_precision(eqn)):
+        op_class, reason = _ASKED.op_class, _ASKED.reason.format(asked)
+    elif name == "dot_general" and is_handful(eqn):
+        op_class, reason, _ = _HANDFUL
+    elif (op_class is OpClass.NESTED and eqn.params.get("name") in LIBRARY) or (
+        name == "dot_general" and _POWER_ITERATION.search(source_line(eqn))
+    ):
+        op_class, reason, _ = _LIBRARY
     return op_class, reason
+
+
+def asked_precision(eqn: Equation) -> str:
+    """Returns the name of a precision that promises more than 16-bit operands give, if a product asks for one."""
+    precision = eqn.params.get("precision")
+    for asked in precision if isinstance(precision, tuple) else (precision,):
+        if asked in (jax.lax.Precision.HIGH, jax.lax.Precision.HIGHEST):
+            return str(asked.name)
+        if isinstance(asked, jax.lax.DotAlgorithmPreset):
+            if re.search(r"_X\d|TF32|\AF32|\AF64", asked.name):
+                return str(asked.name)
+        elif isinstance(asked, jax.lax.DotAlgorithm):
+            is_wide = np.dtype(asked.lhs_precision_type).itemsize > 2
+            if is_wide or asked.num_primitive_operations > 1:
+                return "DotAlgorithm"
+    return ""
 
 
 def rounds_to_integers(eqn: Equation) -> bool:
@@ -296,7 +382,9 @@ def rounds_to_integers(eqn: Equation) -> bool:
     return is_cast or name in ("floor", "ceil", "round")
 
 
-def _contracted_size(eqn: Equation) -> Any:
+def is_handful(eqn: Equation) -> bool:
+    """Whether a product adds up so few terms that they are no work for a matrix unit."""
     (contracted, _), _ = eqn.params["dimension_numbers"]
     shape = eqn.invars[0].aval.shape
-    return math.prod(shape[dimension] for dimension in contracted)
+    terms = math.prod(shape[dimension] for dimension in contracted)
+    return isinstance(terms, int) and terms <= HANDFUL

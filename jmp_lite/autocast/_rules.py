@@ -1,16 +1,17 @@
 """Which precision holds where: rules, policies per module, and regions, resolved for a name scope and a primitive."""
 
 import dataclasses
+import difflib
 import functools
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from jmp_lite._compat import leaves_are_local
 from jmp_lite._dtypes import ACCEPTED_NAMES, FLOAT32, DType, dtype_or_none
-from jmp_lite._errors import InvalidPolicyError, InvalidRuleError
+from jmp_lite._errors import InvalidPolicyError, InvalidRuleError, UnknownDtypeError, UnmatchedRuleWarning
 from jmp_lite._policy import Policy, PolicyMap, compile_pattern, get_policy
 from jmp_lite.autocast import _regions
 from jmp_lite.autocast._ops import Op, OpClass
@@ -25,8 +26,12 @@ class Precision(NamedTuple):
 
     mode: str
     dtype: DType
-    dot: Callable[..., Any] | None
+    dot: Callable[..., Any] | None = None
     reason: str = ""
+    result: DType | None = None
+    """The dtype that products are asked to leave in."""
+    accumulates: bool = False
+    """Whether products are asked to add up in float32."""
     leaves_whole: bool = False
     """Whether an equation that holds programs runs as it was written, programs included."""
     reduce_dtype: DType = FLOAT32
@@ -34,8 +39,8 @@ class Precision(NamedTuple):
 
     @property
     def widens_gradients(self) -> bool:
-        """Whether gradients of weights leave equations in float32, because devices may add them up right there."""
-        return self.dtype.itemsize < FLOAT32.itemsize and self.reduce_dtype != self.dtype and not leaves_are_local()
+        """Whether gradients of weights leave equations in float32: devices may add them up right there."""
+        return self.dtype.itemsize < FLOAT32.itemsize and self.reduce_dtype != self.dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +56,16 @@ class Rule:
         primitive: Regular expression for the whole name of a primitive, such as ``exp`` or ``reduce_.*``; ``None``
             matches all.
         precision: ``"full"``, float32; ``"low"``, the compute dtype, for exponentials and sums too; ``"auto"``, the
-            classes of the primitives; or a 16-bit dtype, which then takes the place of the compute dtype.
+            classes of the primitives; or a dtype or policy as ``get_policy`` takes it, whose 16-bit compute dtype then
+            takes the place of that of the policy.
         dot: Takes the place of ``lax.dot_general`` and has its signature; for matrix products that run in the compute
             dtype.
+        result: ``jnp.float32`` for the dtype that matrix products leave in, from operands in the compute dtype, also
+            where the result is larger than these. Without it, products leave in float32 where all that uses them wants
+            that and it costs nothing.
 
     Raises:
-        InvalidRuleError: If the precision means nothing.
+        InvalidRuleError: If the precision or the result means nothing.
         UnknownDtypeError: If a pattern is no regular expression.
 
     Example:
@@ -73,8 +82,14 @@ class Rule:
     primitive: str | None = None
     precision: Any = "auto"
     dot: Callable[..., Any] | None = dataclasses.field(default=None, kw_only=True)
+    result: Any = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
+        if _is_precision(self.primitive):
+            raise InvalidRuleError(
+                f"primitive is {self.primitive!r}, which is a precision. Write Rule({self.scope!r}, "
+                f"precision={self.primitive!r})."
+            )
         object.__setattr__(self, "precision", _checked_precision(self.precision))
         for field in ("scope", "primitive"):
             pattern = getattr(self, field)
@@ -82,11 +97,9 @@ class Rule:
                 raise InvalidRuleError(f"{field} must be a regular expression or None, got {pattern!r}.")
             if pattern is not None:
                 compile_pattern(pattern)
-        if _is_precision(self.primitive):
-            raise InvalidRuleError(
-                f"primitive is {self.primitive!r}, which is a precision. Write Rule({self.scope!r}, "
-                f"precision={self.primitive!r})."
-            )
+        if self.result is not None and dtype_or_none(self.result) != FLOAT32:
+            raise InvalidRuleError(f"result must be float32 or None, got {self.result!r}.")
+        object.__setattr__(self, "result", None if self.result is None else FLOAT32)
         checked_dot(self.dot)
 
     def matches(self, scope: str, primitive: str) -> bool:
@@ -98,12 +111,13 @@ class Rule:
     def applied_to(self, precision: Precision) -> Precision:
         """Returns what holds where the rule matches, given what would hold without it."""
         is_whole = self.precision == "full" and self.primitive is not None
-        dot = self.dot or precision.dot
+        dot, reason = self.dot or precision.dot, str(self)
+        held = precision._replace(dot=dot, reason=reason, result=self.result)
         if not isinstance(self.precision, str):
-            return precision._replace(mode="auto", dtype=self.precision, dot=dot, reason=str(self))
+            return held._replace(mode="auto", dtype=self.precision)
         if self.precision != "full" and precision.dtype.itemsize >= FLOAT32.itemsize:
-            return precision if dot is None else precision._replace(mode="auto", dot=dot, reason=str(self))
-        return precision._replace(mode=self.precision, dot=dot, reason=str(self), leaves_whole=is_whole)
+            return precision if dot is None else held._replace(mode="auto")
+        return held._replace(mode=self.precision, leaves_whole=is_whole)
 
     def __str__(self) -> str:
         wanted = [("scope", self.scope), ("primitive", self.primitive)]
@@ -120,23 +134,30 @@ def checked_dot(dot: Any) -> Any:
     return dot
 
 
-def _half_dtype(precision: Any) -> DType | None:
-    dtype = dtype_or_none(precision)
-    return dtype if dtype is not None and dtype.itemsize == 2 and jnp.issubdtype(dtype, jnp.floating) else None
+def _compute_dtype(precision: Any) -> DType | None:
+    """Returns the dtype that a dtype or a policy string stands for; ``None`` if it is neither."""
+    try:
+        return get_policy(precision).compute_dtype if isinstance(precision, str) else dtype_or_none(precision)
+    except UnknownDtypeError:
+        return None
 
 
-def _is_precision(text: str | None) -> bool:
-    return text is not None and (text in _MODES or _half_dtype(text) is not None)
+def _is_precision(primitive: Any) -> bool:
+    if not isinstance(primitive, str):
+        return primitive is not None and dtype_or_none(primitive) is not None
+    return primitive in _MODES or _compute_dtype(primitive) is not None
 
 
 def _checked_precision(precision: Any) -> Any:
     if isinstance(precision, str) and precision in _MODES:
         return precision
-    dtype = _half_dtype(precision)
-    if dtype is None:
+    dtype = _compute_dtype(precision)
+    if dtype == FLOAT32:
+        return "full"
+    if dtype is None or dtype.itemsize != 2 or not jnp.issubdtype(dtype, jnp.floating):
         raise InvalidRuleError(
-            f"precision must be 'auto', 'full', 'low' or a 16-bit dtype, got {precision!r}. Write for example "
-            "Rule('head', precision='full')."
+            f"precision must be 'auto', 'full', 'low', or stand for float32 or a 16-bit dtype, got {precision!r}. Write "
+            "for example Rule('head', precision='full'); products in 8 bits are Rule('head', dot=jmp.quant.FP8)."
         )
     return dtype
 
@@ -155,6 +176,8 @@ class Settings:
     rules: tuple[Rule, ...] = ()
     ops: tuple[tuple[str, Op], ...] = ()
     dot: Callable[..., Any] | None = None
+    accumulates: bool = False
+    residuals: str = "all"
     root: str = ""
     """Name scope of the model, if paths of the policy are those inside it."""
 
@@ -188,7 +211,9 @@ class Settings:
         is_full = dtype.itemsize >= FLOAT32.itemsize and not self.has_replacements
         mode, reduce_dtype = "full" if is_full else "auto", policy.reduce_dtype or FLOAT32
         reason = "compute dtype of the policy is float32"
-        in_policy = Precision(mode, dtype, self.dot, reason, reduce_dtype=reduce_dtype)
+        in_policy = Precision(
+            mode, dtype, self.dot, reason, accumulates=self.accumulates, reduce_dtype=reduce_dtype
+        )
         region = _regions.innermost(scope)
         if region is not None:
             region_mode = _regions.MODES[region]
@@ -199,9 +224,57 @@ class Settings:
         rule = next((rule for rule in self.rules if rule.matches(scope, primitive)), None)
         return in_policy if rule is None else rule.applied_to(in_policy)
 
+    @functools.cached_property
+    def patterns(self) -> tuple[tuple[str, Callable[[str, str], bool]], ...]:
+        """What the user named parts of the program by, with a test of a name scope and a primitive."""
+        rules = [(str(rule), rule.matches) for rule in self.rules]
+        policies = self.policy.policies if isinstance(self.policy, PolicyMap) else ()
+        return (*rules, *((f"pattern {key!r} of the PolicyMap", _names(key, self.root)) for key, _ in policies))
+
     def is_in_range(self, number: float) -> bool:
         """Whether all compute dtypes hold a number to within their rounding error."""
         return all(is_in_range(number, dtype) for dtype in self.dtypes)
+
+
+def _names(key: str, root: str) -> Callable[[str, str], bool]:
+    def matches(scope: str, primitive: str) -> bool:
+        del primitive
+        path = _path_in_model(scope, root)
+        return compile_pattern(key).search(path) is not None or path == key or path.startswith(f"{key}/")
+
+    return matches
+
+
+class Matches:
+    """Which rules and patterns have matched an equation so far; the others are worth a warning, once."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._missing = dict(settings.patterns)
+        self._seen: set[str] = set()
+
+    def note(self, scope: str, primitive: str) -> None:
+        """Takes note of an equation."""
+        self._seen.add(scope)
+        for name in [name for name, matches in self._missing.items() if matches(scope, primitive)]:
+            del self._missing[name]
+
+    def warn(self) -> None:
+        """Warns of what has matched nothing.
+
+        Warns:
+            UnmatchedRuleWarning: With the name scopes that come nearest.
+        """
+        scopes = {part: None for scope in sorted(self._seen) for part in (*scope.split("/"), scope) if part}
+        for name in self._missing:
+            near = difflib.get_close_matches(name.split("'")[1] if "'" in name else name, scopes, n=3, cutoff=0.4)
+            nearest = " and ".join(map(repr, near or list(scopes)[:3])) or "none: the program has no name scopes"
+            warnings.warn(
+                f"The {name} matched no equation of the program and does nothing. The nearest name scopes are {nearest}. "
+                "jmp.explain shows the scopes of all equations.",
+                UnmatchedRuleWarning,
+                stacklevel=2,
+            )
+        self._missing = {}
 
 
 def _path_in_model(scope: str, root: str) -> str:
@@ -209,9 +282,7 @@ def _path_in_model(scope: str, root: str) -> str:
     return path.removeprefix(root).removeprefix("/") if root else path
 
 
-def checked_settings(
-    policy: Any, rules: Any, ops: Mapping[str, Op], dot: Callable[..., Any] | None, root: str = ""
-) -> Settings:
+def checked_settings(policy: Any, rules: Any, ops: Mapping[str, Op], **settings: Any) -> Settings:
     """Builds settings from what the user gave.
 
     Raises:
@@ -223,12 +294,12 @@ def checked_settings(
         raise InvalidRuleError(
             f"rules must be a sequence of Rule, got {rules!r}. Write rules=[Rule(scope, primitive, precision)]."
         )
-    rules = tuple(rules)
-    settings = Settings(get_policy(policy), rules, tuple(sorted(ops.items(), key=lambda item: item[0])), dot, root)
-    for dtype in settings.dtypes:
+    by_name = tuple(sorted(ops.items(), key=lambda item: item[0]))
+    checked = Settings(get_policy(policy), tuple(rules), by_name, **settings)
+    for dtype in checked.dtypes:
         if dtype.itemsize < 2:
             raise InvalidPolicyError(
                 f"autocast computes in 16 bits, got the compute dtype {dtype}. Name a 16-bit dtype, and give "
                 f"the matrix products in {dtype} as dot=. Accepted names: {ACCEPTED_NAMES}."
             )
-    return settings
+    return checked

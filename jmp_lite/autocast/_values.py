@@ -34,7 +34,7 @@ class Origin(enum.Enum):
     """An input that was transposed, reshaped, cut or left alone: still a parameter."""
     REPEATED = "repeated"
     """Something smaller, repeated: a bias, a mask, a scale, a statistic."""
-    EXACT = "exact"
+    AS_WRITTEN = "as written"
     """An operation that runs as written, such as a random number, or arithmetic on nothing else."""
     COMPUTED = "computed"
     """Anything else."""
@@ -44,18 +44,32 @@ class Origin(enum.Enum):
 OF_WEIGHTS = frozenset({Origin.INPUT, Origin.MOVED})
 
 
-class Value(NamedTuple):
-    """An array as it is held, how precise it is, where it comes from, and the number that all its elements are."""
+class Known(NamedTuple):
+    """How precise a value is, where it comes from, and the number that all its elements are."""
 
-    array: Any
     tag: Tag = Tag.NEUTRAL
     origin: Origin = Origin.COMPUTED
     number: float | None = None
 
+
+class Value(NamedTuple):
+    """An array as it is held, and what is known of it."""
+
+    array: Any
+    known: Known = Known()
+
+    @property
+    def tag(self) -> Tag:
+        """How precise it is."""
+        return self.known.tag
+
     @property
     def is_weight(self) -> bool:
         """Whether it is a parameter that no decision has touched, transposed or cut perhaps."""
-        return self.tag is Tag.NEUTRAL and self.number is None and self.origin in OF_WEIGHTS
+        return self.tag is Tag.NEUTRAL and self.known.number is None and self.known.origin in OF_WEIGHTS
+
+
+INPUT = Known(origin=Origin.INPUT)
 
 
 def is_eligible(aval: Any) -> bool:
@@ -69,10 +83,10 @@ def size(array: Any) -> Any:
 
 
 def is_as_large(a: Any, b: Any) -> bool:
-    """Whether ``a`` has as many elements as ``b``; sizes that cannot be compared are taken for smaller."""
+    """Whether one number of elements is at least another; those that cannot be compared are taken for smaller."""
     try:
-        return bool(size(a) >= size(b))
-    except jax.core.InconclusiveDimensionOperation:
+        return bool(a >= b)
+    except jax.errors.InconclusiveDimensionOperation:
         return False
 
 

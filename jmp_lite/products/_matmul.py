@@ -24,37 +24,83 @@ from jmp_lite.products._dimensions import dimensions, mapped, transposed
 Params = tuple[tuple[str, Any], ...]
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
-def rounded_dot(lhs: Any, rhs: Any, compute_dtype: DType, params: Params, accumulates: bool = False) -> Any:
+class RoundsOperands:
+    """Base of what takes the place of ``lax.dot_general`` and rounds its operands itself.
+
+    Weights reach it as they are, so that they are rounded once and their gradients are not.
+    """
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4, 5))
+def matmul(
+    lhs: Any, rhs: Any, compute_dtype: DType, params: Params, result_dtype: DType, accumulates: bool = False
+) -> Any:
     """Multiplies two arrays, rounded to a compute dtype; gradients have the dtypes that the arrays were given in.
+
+    All three products have operands of the compute dtype, whatever the dtype of the result: asking ``lax.dot_general``
+    for a float32 result makes its backward products those of float32 cotangents (github.com/jax-ml/jax/issues/34330).
 
     Args:
         lhs: Left operand, of the compute dtype or float32.
         rhs: Right operand.
         compute_dtype: A 16-bit dtype.
         params: Of ``lax.dot_general``.
-        accumulates: Whether to ask for a float32 sum that is rounded afterwards.
+        result_dtype: The compute dtype or float32.
+        accumulates: Whether to ask for a float32 sum that is rounded to the compute dtype afterwards.
     """
-    dot = _accumulated_dot if accumulates else _plain_dot
-    return dot(cast(lhs, compute_dtype), cast(rhs, compute_dtype), compute_dtype, params)
+    return _rounded(cast(lhs, compute_dtype), cast(rhs, compute_dtype), compute_dtype, params, result_dtype, accumulates)
 
 
-def _dot_jvp(compute_dtype: DType, params: Params, accumulates: bool, primals: Any, tangents: Any) -> tuple[Any, Any]:
+def _rounded(
+    lhs: Any, rhs: Any, compute_dtype: DType, params: Params, result_dtype: DType, accumulates: bool
+) -> Any:
+    if result_dtype == compute_dtype and not accumulates:
+        return _plain_dot(lhs, rhs, compute_dtype, params)
+    return cast(product(lhs, rhs, compute_dtype, params, FLOAT32), result_dtype)
+
+
+def _dot_jvp(
+    compute_dtype: DType, params: Params, result_dtype: DType, accumulates: bool, primals: Any, tangents: Any
+) -> tuple[Any, Any]:
     lhs, rhs = (cast(x, compute_dtype) for x in primals)
 
     def linear(lhs: Any, rhs: Any, tangent: Any) -> Any:
         if tangent.dtype == compute_dtype:
             return _plain_dot(lhs, rhs, compute_dtype, params)
-        return product(
-            lhs, rhs, compute_dtype, params, compute_dtype
-        )  # transposed, it returns the dtype of the tangent
+        # Transposed, this returns the dtype of the tangent.
+        return product(lhs, rhs, compute_dtype, params, compute_dtype)
 
-    dot = _accumulated_dot if accumulates else _plain_dot
     tangent = _add_terms(tangents, lambda t: linear(t, rhs, t), lambda t: linear(lhs, t, t))
-    return dot(lhs, rhs, compute_dtype, params), tangent
+    return _rounded(lhs, rhs, compute_dtype, params, result_dtype, accumulates), cast(tangent, result_dtype)
 
 
-rounded_dot.defjvp(_dot_jvp, symbolic_zeros=True)
+matmul.defjvp(_dot_jvp, symbolic_zeros=True)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def float32_result(multiply: Callable[..., Any], lhs: Any, rhs: Any, *others: Any) -> Any:
+    """Returns a bilinear function of two 16-bit arrays, such as a convolution, in float32; its derivative is in 16 bits.
+
+    Args:
+        multiply: A hashable function ``multiply(lhs, rhs, *others, preferred_element_type)``.
+        lhs: Left operand.
+        rhs: Right operand.
+        *others: Integers that it takes, such as sizes of groups.
+    """
+    return multiply(lhs, rhs, *others, FLOAT32)
+
+
+def _float32_result_jvp(multiply: Callable[..., Any], primals: Any, tangents: Any) -> tuple[Any, Any]:
+    lhs, rhs, *others = primals
+
+    def term(lhs: Any, rhs: Any) -> Any:
+        return multiply(lhs, rhs, *others, lhs.dtype)
+
+    tangent = _add_terms(tangents[:2], lambda t: term(t, rhs), lambda t: term(lhs, t))
+    return multiply(*primals, FLOAT32), cast(tangent, FLOAT32)
+
+
+float32_result.defjvp(_float32_result_jvp, symbolic_zeros=True)
 
 
 @jax.custom_jvp
@@ -94,11 +140,6 @@ def _plain_dot(lhs: Any, rhs: Any, compute_dtype: DType, params: Params) -> Any:
     return lax.dot_general(lhs, rhs, **{**dict(params), "preferred_element_type": compute_dtype})
 
 
-def _accumulated_dot(lhs: Any, rhs: Any, compute_dtype: DType, params: Params) -> Any:
-    """A product that is added up in float32, then rounded."""
-    return lax.convert_element_type(product(lhs, rhs, compute_dtype, params, FLOAT32), compute_dtype)
-
-
 def product(lhs: Any, rhs: Any, compute_dtype: DType, params: Params, result_dtype: DType) -> Any:
     """Multiplies two arrays, rounded to a compute dtype, into a result of a dtype that may be wider."""
     static = {"out_sharding": None, "precision": None, **dict(params)}
@@ -113,6 +154,11 @@ def _primitive() -> Any:
     operands are cast up first, which changes no digit: products of 16-bit numbers are exact in float32.
     """
     return bilinear_primitive("dot_general", _product, _transpose, _batch, {"cpu": _product_on_cpu})
+
+
+def as_primitive_of_jax(primitive: Any) -> Any:
+    """Returns ``lax.dot_general_p`` for the primitive of ``product``, and any other as it is."""
+    return lax.dot_general_p if primitive is _primitive() else primitive
 
 
 def _product(lhs: Any, rhs: Any, *, compute_dtype: DType, **params: Any) -> Any:

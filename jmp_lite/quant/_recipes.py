@@ -6,14 +6,14 @@ from typing import Any
 import jax
 
 from jmp_lite._errors import InvalidRecipeError
-from jmp_lite.autocast._dot import Product
+from jmp_lite.products._matmul import RoundsOperands
 from jmp_lite.quant._conv import quantized_conv
 from jmp_lite.quant._dot import scaled_dot
 from jmp_lite.quant._spec import QuantSpec, Specs
 
 
 @dataclasses.dataclass(frozen=True)
-class DotRecipe(Specs, Product):
+class DotRecipe(Specs, RoundsOperands):
     """How a matrix product and the two products of its gradient are quantised; also the function that does it.
 
     It has the signature of ``lax.dot_general`` and goes wherever that goes: ``jmp.autocast(loss, policy, dot=FP8)``,
