@@ -119,8 +119,18 @@ def run(closed: Jaxpr, *arrays: Any) -> list[Any]:
 
 def bind(eqn: Equation, operands: Sequence[Any], params: dict[str, Any]) -> list[Any]:
     """Applies the primitive of an equation to other operands, under other parameters."""
-    results = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(params))
-    return list(results) if eqn.primitive.multiple_results else [results]
+    primitive = eqn.primitive
+    if not (primitive.multiple_results or eqn.effects):
+        with contextlib.suppress(TypeError):  # of parameters that cannot be hashed
+            return [_inlined(primitive, tuple(params.items()))(*operands)]
+    results = primitive.bind(*operands, **primitive.get_bind_params(params))
+    return list(results) if primitive.multiple_results else [results]
+
+
+@functools.lru_cache(maxsize=4096)
+def _inlined(primitive: Any, params: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+    """JAX remembers the derivative of what is jitted, and works out that of a bare primitive at every equation."""
+    return jax.jit(functools.partial(primitive.bind, **dict(params)), inline=True)
 
 
 def scan_counts(params: dict[str, Any]) -> tuple[int, int]:

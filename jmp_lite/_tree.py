@@ -4,6 +4,7 @@ One rule decides what a cast touches: arrays whose dtype is a standard floating 
 one that the caller names. Everything else is handed through as the same object.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -77,7 +78,13 @@ def path_string(path: Path) -> str:
 
 def cast(array: Any, dtype: Any) -> Any:
     """Casts an array that may be in that dtype already."""
-    return array if array.dtype == dtype else jax.lax.convert_element_type(array, dtype)
+    return array if array.dtype == dtype else _converter(dtype)(array)
+
+
+@functools.lru_cache(maxsize=64)
+def _converter(dtype: Any) -> Callable[[Any], Any]:
+    """JAX remembers the derivative of what is jitted."""
+    return jax.jit(functools.partial(jax.lax.convert_element_type, new_dtype=dtype), inline=True)
 
 
 def vary_over(flags: jax.Array, axis_name: Any) -> jax.Array:

@@ -57,10 +57,10 @@ def autocast(
             place of the primitive; for this function only (see ``register_op``).
         dot: Takes the place of ``lax.dot_general`` for products in the compute dtype, and has its signature; also if
             that is float32. Recipes of ``jmp.quant`` are such functions.
-        accumulation_dtype: ``jnp.float32`` to ask for sums of products in float32 (which accelerators keep anyway) before the
-            result is rounded to the compute dtype. ``None`` leaves that to the compiler.
-        residuals: ``"all"`` keeps what the backward pass needs; ``"low"`` keeps no large float32 array, and computes the
-            inside of norms and softmax again.
+        accumulation_dtype: ``jnp.float32`` to ask for sums of products in float32 (which accelerators keep anyway)
+            before the result is rounded to the compute dtype. ``None`` leaves that to the compiler.
+        residuals: ``"all"`` keeps what the backward pass needs; ``"low"`` keeps no large float32 array, and computes
+            the inside of norms and softmax again, in each iteration of a scan for itself.
 
     Returns:
         A function with the signature of ``fun``.

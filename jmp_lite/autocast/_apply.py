@@ -15,7 +15,7 @@ from jmp_lite.autocast._ops import GATHERS, Op
 from jmp_lite.autocast._rules import Precision
 from jmp_lite.autocast._values import is_eligible
 from jmp_lite.distributed._gather import travel
-from jmp_lite.products._matmul import float32_result, matmul, repeat, rounded_scale
+from jmp_lite.products._matmul import Matmul, float32_result, matmul, repeat, rounded_scale
 
 
 def apply(eqn: Equation, arrays: Sequence[Any], op: Op, precision: Precision, decision: Decision) -> list[Any]:
@@ -40,10 +40,9 @@ def apply(eqn: Equation, arrays: Sequence[Any], op: Op, precision: Precision, de
 
 
 def _lowered(eqn: Equation, arrays: Sequence[Any], precision: Precision, decision: Decision) -> list[Any]:
-    dtype = decision.dtype
-    if dtype == FLOAT32:
+    if decision.dtype == FLOAT32:
         return bind(eqn, arrays, eqn.params)
-    params = _params_at(eqn.params, dtype)
+    params = _params_at(eqn.params, precision.dtype)
     if not any(getattr(array, "dtype", None) == FLOAT32 for array in arrays):
         return bind(eqn, arrays, params)
     return [_of_weights(eqn, arrays, params, precision)]
@@ -53,8 +52,8 @@ def _product(eqn: Equation, arrays: Sequence[Any], precision: Precision, decisio
     params = _params_at(eqn.params, precision.dtype)
     del params["preferred_element_type"]
     if eqn.primitive.name == "dot_general":
-        settings = precision.dtype, tuple(params.items()), decision.result_dtype, precision.accumulates
-        return matmul(*arrays, *settings)
+        result_dtype = decision.result_dtype or precision.dtype
+        return matmul(*arrays, Matmul(precision.dtype, tuple(params.items()), result_dtype, precision.accumulates))
     arrays = [cast(array, precision.dtype) if array.dtype == FLOAT32 else array for array in arrays]
     return float32_result(_Multiply(eqn), *arrays)
 

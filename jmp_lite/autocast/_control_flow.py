@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jmp_lite._compat import Jaxpr, manual_axes, open_jaxpr, program, run, scan_counts
 from jmp_lite._dtypes import FLOAT32, DType
 from jmp_lite._tree import cast
-from jmp_lite.autocast._demand import AS_WRITTEN, Want
+from jmp_lite.autocast._demand import AS_WRITTEN, KEPT, LOW, Want
 from jmp_lite.autocast._interpreter import Call, Handler, Interpreter, Retyped
 from jmp_lite.autocast._programs import PROGRAMS, programs_of, rebuilt
 from jmp_lite.autocast._residuals import saves_low
@@ -155,7 +155,7 @@ def _saving_low(jaxpr: Jaxpr) -> Jaxpr:
 
 def _kept_in_float32(want: Want) -> Want:
     """What is wanted of the next value of a carry that is held in float32."""
-    return want & AS_WRITTEN | Want.KEPT
+    return want & AS_WRITTEN | KEPT
 
 
 def _float_dtype(value: Value) -> DType | None:
@@ -175,7 +175,7 @@ def _carry(body: Any, v: Any, value: Value, want: Want, low: DType) -> Value:
         return Value(value.array, Known(value.tag, Origin.INPUT))
     if _adds_up(body, v):
         return Value(cast(value.array, FLOAT32), Known(Tag.HIGH, Origin.INPUT))
-    if want == Want.LOW:
+    if want == LOW:
         return Value(cast(value.array, low), Known(Tag.LOW, Origin.INPUT))
     if value.tag is Tag.LOW and not want & AS_WRITTEN:
         return Value(value.array, Known(Tag.LOW, Origin.INPUT))

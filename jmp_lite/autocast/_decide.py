@@ -1,4 +1,4 @@
-"""Decides, for one equation, in which dtype it runs, how, and what is known of its results. Nothing is computed here."""
+"""Decides, for one equation, in which dtype it runs, how, and what is known of its results. Computes nothing."""
 
 import enum
 import functools
@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from jmp_lite._compat import Atom, Equation, is_literal
 from jmp_lite._dtypes import FLOAT32, DType
-from jmp_lite.autocast import _ops
-from jmp_lite.autocast._demand import AS_WRITTEN, Want, Wants, joined
+from jmp_lite.autocast import _demand, _ops
+from jmp_lite.autocast._demand import Want, Wants, is_float32, joined
 from jmp_lite.autocast._ops import Op, OpClass
 from jmp_lite.autocast._rules import Precision
 from jmp_lite.autocast._values import (
@@ -117,8 +117,8 @@ def decide(
         return _low(facts, How.OP, f"replaced by a function {why}")
     if op_class in (OpClass.AS_WRITTEN, OpClass.NESTED):
         return _float32(facts, Tag.HIGH, why)
-    if facts.want & AS_WRITTEN and precision.mode != "low":
-        user = "linear algebra" if facts.want & Want.SOLVED else "the test of a loop"
+    if facts.want & _demand.AS_WRITTEN and precision.mode != "low":
+        user = "linear algebra" if facts.want & _demand.SOLVED else "the test of a loop"
         return _float32(facts, Tag.HIGH, f"{user} depends on it: as written")
     if op_class is OpClass.ALLOW:
         return _product(facts, why)
@@ -152,9 +152,7 @@ def _how_low(facts: Facts) -> How:
 
 def _known(facts: Facts, tag: Tag) -> tuple[Known, ...]:
     origin, number = _origin_of_results(facts), number_of_results(facts.eqn, facts.operands)
-    return tuple(
-        Known(tag if is_eligible(v.aval) else Tag.NEUTRAL, origin, number) for v in facts.eqn.outvars
-    )
+    return tuple(Known(tag if is_eligible(v.aval) else Tag.NEUTRAL, origin, number) for v in facts.eqn.outvars)
 
 
 def _conversion(facts: Facts) -> Decision:
@@ -175,7 +173,7 @@ def _product(facts: Facts, why: str) -> Decision:
     if not facts.floats or not all(is_eligible(v.aval) for v in eqn.outvars):
         return _float32(facts, Tag.HIGH, "not a product of float32 arrays")
     is_ours = precision.dot is None or isinstance(precision.dot, RoundsOperands)
-    is_wanted = facts.want.is_float32 and bool(facts.want & (Want.HIGH | Want.PLACE))
+    is_wanted = is_float32(facts.want) and bool(facts.want & (_demand.HIGH | _demand.PLACE))
     is_wide = precision.result == FLOAT32 or (is_wanted and is_ours and _is_free(eqn))
     result_dtype = FLOAT32 if is_wide else precision.dtype
     reason = "all that use it want float32, which costs nothing more here" if is_wide else why
@@ -244,7 +242,7 @@ def _is_shifted(facts: Facts) -> bool:
 
 
 def _is_moved_low(facts: Facts) -> bool:
-    is_low = facts.want == Want.LOW and facts.tag is not Tag.HIGH and _ops.moves_whole_arrays(facts.name)
+    is_low = facts.want == _demand.LOW and facts.tag is not Tag.HIGH and _ops.moves_whole_arrays(facts.name)
     return is_low and not _keeps_weights(facts)
 
 
@@ -277,13 +275,13 @@ FOLLOWS = (
     ),
     FollowRule(
         "all that use it want float32",
-        lambda facts: facts.want.is_float32 and any(is_eligible(v.aval) for v in facts.eqn.outvars),
+        lambda facts: is_float32(facts.want) and any(is_eligible(v.aval) for v in facts.eqn.outvars),
         How.BOUND,
         Tag.HIGH,
     ),
     FollowRule(
         "levels off, and something that uses it wants float32",
-        lambda facts: bool(facts.want & Want.HIGH) and facts.name in _ops.SATURATES and facts.tag is not Tag.NEUTRAL,
+        lambda facts: bool(facts.want & _demand.HIGH) and facts.name in _ops.SATURATES and facts.tag is not Tag.NEUTRAL,
         How.BOUND,
         lambda facts: max(Tag.SOFT, facts.tag_of_whole),
     ),
@@ -295,8 +293,10 @@ FOLLOWS = (
     ),
     FollowRule(
         "made of a number that the compute dtype cannot hold",
-        lambda facts: facts.tag_of_whole is Tag.NEUTRAL
-        and any(exceeds(value.known.number, facts.precision.dtype) for value in facts.floats),
+        lambda facts: (
+            facts.tag_of_whole is Tag.NEUTRAL
+            and any(exceeds(value.known.number, facts.precision.dtype) for value in facts.floats)
+        ),
         How.BOUND,
         Tag.HIGH,
     ),
@@ -321,7 +321,7 @@ FOLLOWS = (
     ),
     FollowRule(
         "follows its operands",
-        lambda facts: True,
+        lambda _: True,
         How.LOWERED,
         Tag.LOW,
         is_low=True,
@@ -344,15 +344,13 @@ def _follow(facts: Facts) -> Decision:
     is_low = rule.is_low(facts) if callable(rule.is_low) else rule.is_low
     known = _known(facts, rule.tag(facts) if callable(rule.tag) else rule.tag)
     how = _how_low(facts) if is_low else rule.how
-    return Decision(
-        precision.dtype if is_low else FLOAT32, how, known, rule.reason, takes_weights=how is How.WEIGHTS
-    )
+    return Decision(precision.dtype if is_low else FLOAT32, how, known, rule.reason, takes_weights=how is How.WEIGHTS)
 
 
 def decide_activation(eqn: Equation, operand: Value, precision: Precision, want: Want) -> Decision | None:
     """Decides about an activation of ``jax.nn``; ``None`` where it is to be gone into like any program."""
     is_low = precision.mode == "auto" and precision.dtype != FLOAT32 and operand.tag in (Tag.LOW, Tag.SOFT)
-    if not is_low or want.is_float32 or not is_eligible(eqn.invars[0].aval):
+    if not is_low or is_float32(want) or not is_eligible(eqn.invars[0].aval):
         return None
     reason = "an activation of bounded slope: computed in float32, kept in the compute dtype"
     return Decision(precision.dtype, How.SLOPE, (Known(Tag.LOW),), reason)

@@ -9,7 +9,6 @@ References:
     The passes of TensorFlow's ``auto_mixed_precision.cc`` find such chains forward and backward between deny nodes.
 """
 
-import enum
 import functools
 import operator
 import weakref
@@ -22,42 +21,36 @@ from jmp_lite.autocast._ops import Op, OpClass, classify
 from jmp_lite.autocast._programs import Body, inputs, programs_of
 from jmp_lite.autocast._values import is_eligible
 
+#: A set of the kinds of consumers that a variable has: the sum of some of the flags below.
+Want = int
 
-class Want(enum.IntFlag):
-    """What the consumers of a variable want, one flag for each kind of consumer that it has."""
+#: A matrix product, which rounds it to the compute dtype.
+LOW: Want = 1
+#: An operation that takes it as it is.
+EITHER: Want = 2
+#: An operation that needs float32.
+HIGH: Want = 4
+#: The next iteration of a loop, which holds it in float32: worth no more than what it is made of.
+KEPT: Want = 8
+#: A cast to an integer: float32, whatever others want.
+PLACE: Want = 16
+#: Linear algebra: computed as written, products too.
+SOLVED: Want = 32
+#: The test of the loop that it is in: computed as written, products too.
+TESTED: Want = 64
 
-    NOTHING = 0
-    LOW = enum.auto()
-    """A matrix product, which rounds it to the compute dtype."""
-    EITHER = enum.auto()
-    """An operation that takes it as it is."""
-    HIGH = enum.auto()
-    """An operation that needs float32."""
-    KEPT = enum.auto()
-    """The next iteration of a loop, which holds it in float32: worth no more than what it is made of."""
-    PLACE = enum.auto()
-    """A cast to an integer: float32, whatever others want."""
-    SOLVED = enum.auto()
-    """Linear algebra: computed as written, products too."""
-    TESTED = enum.auto()
-    """The test of the loop that it is in: computed as written, products too."""
-
-    @property
-    def is_float32(self) -> bool:
-        """Whether the value is to be float32: for all consumers, or for one that has the say."""
-        is_for_all = bool(self) and not self & (Want.LOW | Want.EITHER)
-        return is_for_all or bool(self & (Want.PLACE | AS_WRITTEN))
-
-
-AS_WRITTEN = Want.SOLVED | Want.TESTED
-
-
+AS_WRITTEN: Want = SOLVED | TESTED
 Wants = tuple[Want, ...]
+
+
+def is_float32(want: Want) -> bool:
+    """Whether a value is to be float32: for all its consumers, or for one that has the say."""
+    return (want != 0 and not want & (LOW | EITHER)) or want & (PLACE | AS_WRITTEN) != 0
 
 
 def joined(wants: Iterable[Want]) -> Want:
     """Joins the wants of several consumers, or of all results of an equation."""
-    return functools.reduce(operator.or_, wants, Want.NOTHING)
+    return functools.reduce(operator.or_, wants, 0)
 
 
 class Demands:
@@ -88,21 +81,21 @@ class Demands:
             What is wanted of each operand, and of each result: of a carry also by the next iteration.
         """
         programs, results = programs_of(eqn), list(of_results)
-        wants = [Want.NOTHING] * len(eqn.invars)
+        wants = [0] * len(eqn.invars)
         while True:
             before = list(wants)
             for body in programs.bodies:
                 inner = self.of(body.jaxpr, _wants_of(body, results))
                 for v, operand in zip(inputs(body), body.operands, strict=True):
-                    wants[operand] |= inner.get(v, Want.NOTHING)
+                    wants[operand] |= inner.get(v, 0)
             for operand, result in programs.carried.items():
                 results[result] |= wants[operand]
             if wants == before:
                 break
         if programs.choice is not None:
             wants[programs.choice] |= joined(results) & AS_WRITTEN
-        if not joined(of_results) & Want.TESTED:  # a test asks nothing of what was computed before its loop
-            wants = [Want.HIGH | (want & ~Want.TESTED) if want & Want.TESTED else want for want in wants]
+        if not joined(of_results) & TESTED:  # a test asks nothing of what was computed before its loop
+            wants = [HIGH | (want & ~TESTED) if want & TESTED else want for want in wants]
         return wants, tuple(results)
 
     def _search(self, inner: Any, wanted: Wants) -> dict[Var, Want]:
@@ -110,7 +103,7 @@ class Demands:
         for atom, want in zip(inner.outvars, wanted, strict=True):
             _add(wants, atom, want)
         for eqn in reversed(inner.eqns):
-            of_results = [wants.get(v, Want.NOTHING) for v in eqn.outvars]
+            of_results = [wants.get(v, 0) for v in eqn.outvars]
             for atom, want in zip(eqn.invars, self._of_operands(eqn, of_results), strict=True):
                 _add(wants, atom, want)
         return wants
@@ -123,39 +116,39 @@ class Demands:
             return [_passed_on(want) for want in of_results]
         hangs_on = joined(of_results[:1] if eqn.primitive.name in _ops.CHOOSES else of_results) & AS_WRITTEN
         if eqn.primitive.name in _ops.PLACES:
-            hangs_on = Want.NOTHING
+            hangs_on = 0
         return [self._of_operand(eqn, op, joined(of_results)) | hangs_on] * len(eqn.invars)
 
     def _of_operand(self, eqn: Equation, op: Op, want: Want) -> Want:
         name = eqn.primitive.name
         if _ops.rounds_to_integers(eqn):
-            return Want.PLACE
+            return PLACE
         if op is OpClass.AS_WRITTEN:
-            return Want.SOLVED if _ops.solves(eqn) else Want.HIGH if name in _ops.PRODUCTS else Want.EITHER
+            return SOLVED if _ops.solves(name) else HIGH if name in _ops.PRODUCTS else EITHER
         if op is OpClass.DENY:
-            return Want.HIGH
+            return HIGH
         if op is OpClass.ALLOW or not isinstance(op, OpClass):
-            return Want.LOW
+            return LOW
         if not any(is_eligible(v.aval) for v in eqn.outvars):
-            return Want.NOTHING  # a comparison of low values is as good as they are
+            return 0  # a comparison of low values is as good as they are
         if _ops.moves_whole_arrays(name):
             return want
         if _ops.picks_values(name):
             return _passed_on(want)
-        return want if want.is_float32 else Want.EITHER
+        return want if is_float32(want) else EITHER
 
 
 def _passed_on(want: Want) -> Want:
     """What is wanted of an operand that comes back as it is: a product behind may round it only then."""
-    return want & ~Want.LOW | Want.EITHER if want & Want.LOW else want
+    return want & ~LOW | EITHER if want & LOW else want
 
 
 def _wants_of(body: Body, of_results: Sequence[Want]) -> Wants:
     if body.results is None:
-        return (Want.TESTED,)
+        return (TESTED,)
     return tuple(of_results[result] for result in body.results)
 
 
 def _add(wants: dict[Var, Want], atom: Atom, want: Want) -> None:
     if not is_literal(atom) and want:
-        wants[atom] = wants.get(atom, Want.NOTHING) | want
+        wants[atom] = wants.get(atom, 0) | want

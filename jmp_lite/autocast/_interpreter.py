@@ -32,7 +32,7 @@ from jmp_lite._tree import cast
 from jmp_lite.autocast import _regions
 from jmp_lite.autocast._apply import apply
 from jmp_lite.autocast._decide import Decision, decide, decide_activation
-from jmp_lite.autocast._demand import Demands, Want, Wants, joined
+from jmp_lite.autocast._demand import EITHER, HIGH, TESTED, Demands, Wants, is_float32, joined
 from jmp_lite.autocast._ops import OpClass, classify, is_activation
 from jmp_lite.autocast._rules import Matches, Precision, Settings
 from jmp_lite.autocast._values import INPUT, Known, Origin, Tag, Value, as_dtype, is_eligible
@@ -152,8 +152,8 @@ class Frame:
         if known.origin is Origin.INPUT:
             return cast(held, dtype)
         if (atom, dtype) not in self.casts:
-            is_number = known.number is not None
-            self.casts[atom, dtype] = _full_like(held, known.number, dtype) if is_number else cast(held, dtype)
+            number = known.number
+            self.casts[atom, dtype] = cast(held, dtype) if number is None else _full_like(held, number, dtype)
         return self.casts[atom, dtype]
 
     def weight_or_array(self, atom: Atom, dtype: DType | None) -> Any:
@@ -190,7 +190,7 @@ class Interpreter:
         """Evaluates a whole program, whose results get the dtypes that they were written for."""
         operands = [Value(array, INPUT) for array in arrays]
         results = program(jaxpr)[0].outvars
-        values = self.evaluate(jaxpr, operands, scope="", wants=(Want.HIGH,) * len(results))
+        values = self.evaluate(jaxpr, operands, scope="", wants=(HIGH,) * len(results))
         self._matches.warn()
         return [_restore(value.array, v.aval) for value, v in zip(values, results, strict=True)]
 
@@ -204,10 +204,10 @@ class Interpreter:
             wants: What the consumers of its results want; nothing in particular by default.
         """
         frame = Frame(jaxpr, operands, self.settings)
-        demands = self.demands.of(frame.jaxpr, wants or (Want.EITHER,) * len(frame.jaxpr.outvars))
+        demands = self.demands.of(frame.jaxpr, wants or (EITHER,) * len(frame.jaxpr.outvars))
         for index, eqn in enumerate(frame.jaxpr.eqns):
             with as_traced(eqn):
-                frame.write(eqn, self._equation(frame, eqn, scope, tuple(demands.get(v, Want.NOTHING) for v in eqn.outvars)))
+                frame.write(eqn, self._equation(frame, eqn, scope, tuple(demands.get(v, 0) for v in eqn.outvars)))
             frame.forget(index)
         return [frame.read(v) for v in frame.jaxpr.outvars]
 
@@ -277,7 +277,7 @@ class Interpreter:
         dtype = self.precision(call.scope, call.eqn.primitive.name).dtype
         return [
             Value(cast(value.array, dtype), value.known._replace(tag=Tag.LOW))
-            if value.tag is Tag.SOFT and not want.is_float32
+            if value.tag is Tag.SOFT and not is_float32(want)
             else value
             for want, value in zip(wants, call.operands, strict=True)
         ]
@@ -323,7 +323,9 @@ class Interpreter:
         if not self.keeps_records or call.eqn.primitive.name != "while":
             return why
         _, results = self.demands.through(call.eqn, call.wants)
-        is_tested = any(want & Want.TESTED and is_eligible(v.aval) for v, want in zip(call.eqn.outvars, results))
+        is_tested = any(
+            want & TESTED and is_eligible(v.aval) for v, want in zip(call.eqn.outvars, results, strict=True)
+        )
         return "a loop: what its floating-point test depends on runs as written" if is_tested else why
 
 

@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jmp_lite._compat import Equation, Primitive, source_line
+from jmp_lite._compat import Equation, Primitive
 from jmp_lite._errors import InvalidOpError
+from jmp_lite.autocast._library import is_of_library
 
 
 class OpClass(enum.Enum):
@@ -160,7 +161,8 @@ FAMILIES = (
     Family(
         OpClass.AS_WRITTEN,
         _KERNELS,
-        """pallas_call ffi_call custom_partitioning cudnn_fusion core_map mpmd_map dot_product_attention_fwd dot_product_attention_fwd_wrapper dot_product_attention_bwd
+        """pallas_call ffi_call custom_partitioning cudnn_fusion core_map mpmd_map dot_product_attention_fwd
+        dot_product_attention_fwd_wrapper dot_product_attention_bwd
         dot_product_attention_bwd_wrapper dot_product_attention_fp8_fwd dot_product_attention_fp8_fwd_wrapper
         dot_product_attention_fp8_bwd dot_product_attention_fp8_bwd_wrapper scaled_matmul scaled_matmul_wrapper""",
     ),
@@ -193,27 +195,18 @@ FAMILIES = (
 
 _BY_NAME: dict[str, Family] = {name: family for family in FAMILIES for name in family.primitives.split()}
 
-#: Products that contract over fewer terms gain nothing from a matrix unit, which takes at least eight at a time, and are
-#: geometry: rotations, cameras, grids (benchmarks/RESULTS.md, "Small contractions").
+#: Products of so few terms gain nothing from a matrix unit, which takes at least eight at a time, and are geometry:
+#: rotations, cameras, grids (benchmarks/RESULTS.md, "Small contractions").
 HANDFUL = 4
 _HANDFUL = Family(OpClass.FOLLOW, f"a product of at most {HANDFUL} terms gains nothing from a matrix unit", "")
 _ASKED = Family(OpClass.AS_WRITTEN, "precision={} asks for more than the compute dtype", "")
 _SMALL_POWER = Family(OpClass.FOLLOW, "a small positive power: as precise as its operand", "")
 _OTHER_POWER = Family(OpClass.DENY, "a large or negative power: a rounded argument costs many digits", "")
-_LIBRARY = Family(OpClass.AS_WRITTEN, "a function of JAX that is products inside: as written", "")
+_LIBRARY = Family(OpClass.AS_WRITTEN, "a product inside a function of a library that nobody asked for: as written", "")
 
-#: Functions of JAX, by the name of their ``jit`` equation, that are matrix products inside though nobody asked for one.
-LIBRARY = frozenset(
-    """expm matrix_power cov corrcoef polyfit lstsq _lstsq pinv _multivariate_normal _resize _scale_and_translate
-    convolve correlate _convolve_nd""".split()
-)
-
-#: The same by the Python function that a product comes from: power iterations, which Flax, Haiku and Equinox run in float32.
-_POWER_ITERATION = re.compile(r"SpectralNorm\.|power_iteration")
-
-#: Activations of ``jax.nn`` that hold exponentials or logarithms, by the name of their ``jit`` equation: their slopes are
-#: bounded, so that value and slope may be rounded once they are computed.
-ACTIVATIONS = frozenset("softplus mish log_sigmoid elu selu celu squareplus".split())
+#: Activations of ``jax.nn`` that hold exponentials or logarithms, by the name of their ``jit`` equation. Their slopes
+#: are bounded, so that value and slope may be rounded once they are computed.
+ACTIVATIONS = frozenset(["softplus", "mish", "log_sigmoid", "elu", "selu", "celu", "squareplus"])
 
 #: Functions that level off: beside 1 the compute dtype has no numbers, and ``log(1 - p)`` wants some.
 SATURATES = frozenset({"logistic", "tanh", "erf", "erfc", "clamp", "max", "min"})
@@ -285,8 +278,8 @@ def _checked(name: str, op: Any) -> Op:
         )
     if isinstance(op, OpClass) and op is not OpClass.AS_WRITTEN and family(name).reason in (_KERNELS, _CALLS_OUT):
         raise InvalidOpError(
-            f"OpClass.{op.name} cannot stand for primitive {name!r}, which was traced for the dtypes it has. Cast around "
-            "it with jmp.with_policy(function, policy), or give a function that takes its place."
+            f"OpClass.{op.name} cannot stand for primitive {name!r}, which was traced for the dtypes it has. Cast "
+            "around it with jmp.with_policy(function, policy), or give a function that takes its place."
         )
     checked_op: Op = op
     return checked_op
@@ -322,9 +315,9 @@ def is_kernel(name: str) -> bool:
     return family(name).reason is _KERNELS
 
 
-def solves(eqn: Equation) -> bool:
-    """Whether an equation is linear algebra, or a function of JAX that holds products for its own ends."""
-    return family(eqn.primitive.name).reason is _SOLVERS or eqn.params.get("name") in LIBRARY
+def solves(name: str) -> bool:
+    """Whether a primitive is linear algebra."""
+    return family(name).reason is _SOLVERS
 
 
 def is_activation(eqn: Equation) -> bool:
@@ -352,9 +345,7 @@ def classify(eqn: Equation, ops: Mapping[str, Op]) -> tuple[Op, str]:
         op_class, reason = _ASKED.op_class, _ASKED.reason.format(asked)
     elif name == "dot_general" and is_handful(eqn):
         op_class, reason, _ = _HANDFUL
-    elif (op_class is OpClass.NESTED and eqn.params.get("name") in LIBRARY) or (
-        name == "dot_general" and _POWER_ITERATION.search(source_line(eqn))
-    ):
+    elif name in PRODUCTS and is_of_library(eqn):
         op_class, reason, _ = _LIBRARY
     return op_class, reason
 

@@ -156,8 +156,8 @@ def _checked_precision(precision: Any) -> Any:
         return "full"
     if dtype is None or dtype.itemsize != 2 or not jnp.issubdtype(dtype, jnp.floating):
         raise InvalidRuleError(
-            f"precision must be 'auto', 'full', 'low', or stand for float32 or a 16-bit dtype, got {precision!r}. Write "
-            "for example Rule('head', precision='full'); products in 8 bits are Rule('head', dot=jmp.quant.FP8)."
+            f"precision must be 'auto', 'full', 'low', or stand for float32 or a 16-bit dtype, got {precision!r}. "
+            "Write for example Rule('head', precision='full'); products in 8 bits are Rule('head', dot=jmp.quant.FP8)."
         )
     return dtype
 
@@ -211,9 +211,7 @@ class Settings:
         is_full = dtype.itemsize >= FLOAT32.itemsize and not self.has_replacements
         mode, reduce_dtype = "full" if is_full else "auto", policy.reduce_dtype or FLOAT32
         reason = "compute dtype of the policy is float32"
-        in_policy = Precision(
-            mode, dtype, self.dot, reason, accumulates=self.accumulates, reduce_dtype=reduce_dtype
-        )
+        in_policy = Precision(mode, dtype, self.dot, reason, accumulates=self.accumulates, reduce_dtype=reduce_dtype)
         region = _regions.innermost(scope)
         if region is not None:
             region_mode = _regions.MODES[region]
@@ -269,8 +267,8 @@ class Matches:
             near = difflib.get_close_matches(name.split("'")[1] if "'" in name else name, scopes, n=3, cutoff=0.4)
             nearest = " and ".join(map(repr, near or list(scopes)[:3])) or "none: the program has no name scopes"
             warnings.warn(
-                f"The {name} matched no equation of the program and does nothing. The nearest name scopes are {nearest}. "
-                "jmp.explain shows the scopes of all equations.",
+                f"The {name} matched no equation of the program and does nothing. The nearest name scopes are "
+                f"{nearest}. jmp.explain shows the scopes of all equations.",
                 UnmatchedRuleWarning,
                 stacklevel=2,
             )

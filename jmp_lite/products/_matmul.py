@@ -7,7 +7,7 @@ inside, and its gradient comes out in float32. The operands of all three product
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,10 +31,20 @@ class RoundsOperands:
     """
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4, 5))
-def matmul(
-    lhs: Any, rhs: Any, compute_dtype: DType, params: Params, result_dtype: DType, accumulates: bool = False
-) -> Any:
+class Matmul(NamedTuple):
+    """What kind of a product of two arrays is wanted."""
+
+    compute_dtype: DType
+    """A 16-bit dtype, that of the operands of all three products."""
+    params: Params
+    result_dtype: DType
+    """The compute dtype or float32."""
+    accumulates: bool = False
+    """Whether to ask for a float32 sum that is rounded to the compute dtype afterwards."""
+
+
+@functools.partial(jax.jit, static_argnums=2, inline=True)  # JAX remembers the derivative of what is jitted
+def matmul(lhs: Any, rhs: Any, kind: Matmul) -> Any:
     """Multiplies two arrays, rounded to a compute dtype; gradients have the dtypes that the arrays were given in.
 
     All three products have operands of the compute dtype, whatever the dtype of the result: asking ``lax.dot_general``
@@ -43,43 +53,41 @@ def matmul(
     Args:
         lhs: Left operand, of the compute dtype or float32.
         rhs: Right operand.
-        compute_dtype: A 16-bit dtype.
-        params: Of ``lax.dot_general``.
-        result_dtype: The compute dtype or float32.
-        accumulates: Whether to ask for a float32 sum that is rounded to the compute dtype afterwards.
+        kind: Dtypes and parameters.
     """
-    return _rounded(cast(lhs, compute_dtype), cast(rhs, compute_dtype), compute_dtype, params, result_dtype, accumulates)
+    return _matmul(lhs, rhs, kind)
 
 
-def _rounded(
-    lhs: Any, rhs: Any, compute_dtype: DType, params: Params, result_dtype: DType, accumulates: bool
-) -> Any:
-    if result_dtype == compute_dtype and not accumulates:
-        return _plain_dot(lhs, rhs, compute_dtype, params)
-    return cast(product(lhs, rhs, compute_dtype, params, FLOAT32), result_dtype)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _matmul(lhs: Any, rhs: Any, kind: Matmul) -> Any:
+    return _multiplied(cast(lhs, kind.compute_dtype), cast(rhs, kind.compute_dtype), kind)
 
 
-def _dot_jvp(
-    compute_dtype: DType, params: Params, result_dtype: DType, accumulates: bool, primals: Any, tangents: Any
-) -> tuple[Any, Any]:
-    lhs, rhs = (cast(x, compute_dtype) for x in primals)
+def _multiplied(lhs: Any, rhs: Any, kind: Matmul) -> Any:
+    if kind.result_dtype == kind.compute_dtype and not kind.accumulates:
+        return _plain_dot(lhs, rhs, kind.compute_dtype, kind.params)
+    return cast(product(lhs, rhs, kind.compute_dtype, kind.params, FLOAT32), kind.result_dtype)
+
+
+def _matmul_jvp(kind: Matmul, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    dtype, params = kind.compute_dtype, kind.params
+    lhs, rhs = (cast(x, dtype) for x in primals)
 
     def linear(lhs: Any, rhs: Any, tangent: Any) -> Any:
-        if tangent.dtype == compute_dtype:
-            return _plain_dot(lhs, rhs, compute_dtype, params)
-        # Transposed, this returns the dtype of the tangent.
-        return product(lhs, rhs, compute_dtype, params, compute_dtype)
+        if tangent.dtype == dtype:
+            return _plain_dot(lhs, rhs, dtype, params)
+        return product(lhs, rhs, dtype, params, dtype)  # transposed, it returns the dtype of the tangent
 
     tangent = _add_terms(tangents, lambda t: linear(t, rhs, t), lambda t: linear(lhs, t, t))
-    return _rounded(lhs, rhs, compute_dtype, params, result_dtype, accumulates), cast(tangent, result_dtype)
+    return _multiplied(lhs, rhs, kind), cast(tangent, kind.result_dtype)
 
 
-matmul.defjvp(_dot_jvp, symbolic_zeros=True)
+_matmul.defjvp(_matmul_jvp, symbolic_zeros=True)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def float32_result(multiply: Callable[..., Any], lhs: Any, rhs: Any, *others: Any) -> Any:
-    """Returns a bilinear function of two 16-bit arrays, such as a convolution, in float32; its derivative is in 16 bits.
+    """Returns a bilinear function of two 16-bit arrays, such as a convolution, in float32; its derivative is 16 bits.
 
     Args:
         multiply: A hashable function ``multiply(lhs, rhs, *others, preferred_element_type)``.
