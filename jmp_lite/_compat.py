@@ -1,6 +1,8 @@
 """The only file that knows about versions of JAX and about libraries that may or may not be there.
 
-``jax.extend`` is imported where it is used: it brings Pallas along, which takes longer than all of this library.
+``jax.extend`` brings Pallas along. From jax 0.11 on, importing it inside the first trace changes what JAX keeps
+programs by, and the first step is compiled twice: there it is imported at once. Before, it takes longer than all of
+this library and is imported where it is used.
 """
 
 import contextlib
@@ -11,6 +13,10 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 
 import jax
 import numpy as np
+
+if jax.__version_info__ >= (0, 11):
+    import jax.extend.core.primitives
+    import jax.extend.source_info_util
 
 T = TypeVar("T")
 
@@ -74,16 +80,6 @@ def sharding_in_type(aval: Any) -> Any:
 def mesh_is_explicit() -> bool:
     """Whether shardings are parts of types at this point of a trace."""
     return jax.sharding.AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
-
-
-def import_jax_extend() -> None:
-    """Imports what tracing under autocast needs of ``jax.extend``.
-
-    Importing it inside the first trace changes what JAX keeps programs by, and the first step is compiled twice.
-    """
-    import jax.extend.core.primitives
-    import jax.extend.source_info_util
-    import jax.interpreters.mlir  # noqa: F401
 
 
 # --- Programs ---

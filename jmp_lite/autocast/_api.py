@@ -8,7 +8,6 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 import jax
 import numpy as np
 
-from jmp_lite._compat import import_jax_extend
 from jmp_lite._dtypes import FLOAT32, dtype_or_none, warn_if_slow
 from jmp_lite._errors import InvalidRuleError
 from jmp_lite._policy import Policy, PolicyMap
@@ -125,7 +124,6 @@ def wrap(fun: Callable[P, R], settings: Settings, residuals: str) -> Callable[P,
     if residuals not in ("all", "low"):
         raise InvalidRuleError(f"residuals must be 'all' or 'low', got {residuals!r}.")
     settings = dataclasses.replace(settings, residuals=residuals)
-    import_jax_extend()
 
     @functools.wraps(fun)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:

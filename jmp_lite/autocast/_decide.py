@@ -87,10 +87,10 @@ class Facts:
         """The largest tag of the whole operands."""
         return max(value.tag for value in self.whole)
 
-    @property
-    def is_rearranged(self) -> bool:
-        """Whether the results are elements of the operands."""
-        return _ops.picks_values(self.name) or _ops.moves_whole_arrays(self.name)
+    @functools.cached_property
+    def has_float_results(self) -> bool:
+        """Whether a result was float32; those of comparisons are not."""
+        return any(is_eligible(v.aval) for v in self.eqn.outvars)
 
 
 def decide(
@@ -120,6 +120,8 @@ def decide(
     if facts.want & _demand.AS_WRITTEN and precision.mode != "low":
         user = "linear algebra" if facts.want & _demand.SOLVED else "the test of a loop"
         return _float32(facts, Tag.HIGH, f"{user} depends on it: as written")
+    if op_class is OpClass.ALLOW and precision.mode != "low" and _takes_solution(facts):
+        return _float32(facts, Tag.HIGH, "takes what linear algebra made: as written")
     if op_class is OpClass.ALLOW:
         return _product(facts, why)
     if precision.mode == "low":
@@ -211,15 +213,52 @@ class FollowRule(NamedTuple):
     """Whether float32 operands are cast to the compute dtype, or stay float32."""
 
 
-def _keeps_weights(facts: Facts) -> bool:
-    is_gathered = facts.name in _ops.GATHERS
-    return facts.precision.widens_gradients and not is_gathered and all(value.is_weight for value in facts.floats)
+def _is_number(facts: Facts) -> bool:
+    return number_of_results(facts.eqn, facts.operands) is not None
+
+
+def _is_moved_low(facts: Facts) -> bool:
+    """Whether products alone want it; weights are moved in float32 and rounded in the product, but for gathers."""
+    is_low = facts.want == _demand.LOW and facts.tag is not Tag.HIGH and _ops.moves_whole_arrays(facts.name)
+    is_kept = facts.precision.widens_gradients and facts.name not in _ops.GATHERS
+    return is_low and not (is_kept and all(value.is_weight for value in facts.floats))
+
+
+def _is_taken(facts: Facts) -> bool:
+    return facts.name in _ops.TAKES and facts.tag is Tag.LOW
 
 
 def _is_as_precise_in_16_bits(facts: Facts) -> bool:
+    is_rearranged = _ops.picks_values(facts.name) or _ops.moves_whole_arrays(facts.name)
     is_scaled = facts.name in ("mul", "div") and any(value.known.number is not None for value in facts.floats)
     is_low = facts.tag is Tag.LOW and all(value.tag is Tag.LOW for value in facts.whole)
-    return is_low and (facts.is_rearranged or is_scaled)
+    return is_low and (is_rearranged or is_scaled)
+
+
+def _is_wanted(facts: Facts) -> bool:
+    return is_float32(facts.want) and facts.has_float_results
+
+
+def _levels_off(facts: Facts) -> bool:
+    """Whether a function levels off, or goes on from one that did: ``1 - p`` has the digits that ``p`` lacks."""
+    is_wanted = bool(facts.want & _demand.HIGH)
+    if facts.tag is Tag.SOFT and not facts.has_float_results:
+        return True  # compared as it is held
+    if facts.tag is Tag.SOFT and len(facts.arrays) == 1:
+        return is_wanted or facts.name in ("add", "sub")
+    return is_wanted and facts.tag is not Tag.NEUTRAL and facts.name in _ops.SATURATES
+
+
+def _is_precise(facts: Facts) -> bool:
+    return facts.tag_of_whole is Tag.HIGH or facts.tag > facts.tag_of_whole is Tag.NEUTRAL
+
+
+def _is_neutral(facts: Facts) -> bool:
+    return facts.tag_of_whole is Tag.NEUTRAL
+
+
+def _is_out_of_range(facts: Facts) -> bool:
+    return _is_neutral(facts) and any(exceeds(value.known.number, facts.precision.dtype) for value in facts.floats)
 
 
 def _is_held_low(facts: Facts) -> bool:
@@ -241,91 +280,24 @@ def _is_shifted(facts: Facts) -> bool:
     return facts.tag is Tag.HIGH or (facts.tag is Tag.SOFT and len(facts.whole) == 1 and len(facts.arrays) > 1)
 
 
-def _is_moved_low(facts: Facts) -> bool:
-    is_low = facts.want == _demand.LOW and facts.tag is not Tag.HIGH and _ops.moves_whole_arrays(facts.name)
-    return is_low and not _keeps_weights(facts)
-
-
 FOLLOWS = (
-    FollowRule(
-        "a number, which can be had in any precision",
-        lambda facts: number_of_results(facts.eqn, facts.operands) is not None,
-        How.BOUND,
-        lambda facts: facts.operands[0].tag,
-    ),
-    FollowRule(
-        "moved in the compute dtype, which costs least",
-        _is_moved_low,
-        How.LOWERED,
-        Tag.LOW,
-        is_low=True,
-    ),
-    FollowRule(
-        "taken in the precision of its operand, whose gradient adds up in float32",
-        lambda facts: facts.name in _ops.TAKES and facts.tag is Tag.LOW,
-        How.WIDE,
-        Tag.LOW,
-    ),
-    FollowRule(
-        "as precise in the compute dtype as its operands",
-        _is_as_precise_in_16_bits,
-        How.LOWERED,
-        Tag.LOW,
-        is_low=True,
-    ),
-    FollowRule(
-        "all that use it want float32",
-        lambda facts: is_float32(facts.want) and any(is_eligible(v.aval) for v in facts.eqn.outvars),
-        How.BOUND,
-        Tag.HIGH,
-    ),
+    FollowRule("a number, which can be had in any precision", _is_number, How.BOUND, lambda f: f.operands[0].tag),
+    FollowRule("moved in the compute dtype, which costs least", _is_moved_low, How.LOWERED, Tag.LOW, True),
+    FollowRule("taken as precise as it is; its gradient adds up in float32", _is_taken, How.WIDE, Tag.LOW),
+    FollowRule("as precise in 16 bits as its operands", _is_as_precise_in_16_bits, How.LOWERED, Tag.LOW, True),
+    FollowRule("all that use it want float32", _is_wanted, How.BOUND, Tag.HIGH),
     FollowRule(
         "levels off, and something that uses it wants float32",
-        lambda facts: bool(facts.want & _demand.HIGH) and facts.name in _ops.SATURATES and facts.tag is not Tag.NEUTRAL,
+        _levels_off,
         How.BOUND,
         lambda facts: max(Tag.SOFT, facts.tag_of_whole),
     ),
-    FollowRule(
-        "follows an operand that needs float32, or is of float32 as a whole",
-        lambda facts: facts.tag_of_whole is Tag.HIGH or facts.tag > facts.tag_of_whole is Tag.NEUTRAL,
-        How.BOUND,
-        Tag.HIGH,
-    ),
-    FollowRule(
-        "made of a number that the compute dtype cannot hold",
-        lambda facts: (
-            facts.tag_of_whole is Tag.NEUTRAL
-            and any(exceeds(value.known.number, facts.precision.dtype) for value in facts.floats)
-        ),
-        How.BOUND,
-        Tag.HIGH,
-    ),
-    FollowRule(
-        "no decision has touched its operands yet",
-        lambda facts: facts.tag_of_whole is Tag.NEUTRAL,
-        How.LOWERED,
-        Tag.NEUTRAL,
-        is_low=_is_held_low,
-    ),
-    FollowRule(
-        "a float32 argument as large as the others promotes",
-        _promotes,
-        How.BOUND,
-        Tag.HIGH,
-    ),
-    FollowRule(
-        "scaled or shifted by float32 statistics",
-        _is_shifted,
-        How.BOUND,
-        Tag.SOFT,
-    ),
-    FollowRule(
-        "follows its operands",
-        lambda _: True,
-        How.LOWERED,
-        Tag.LOW,
-        is_low=True,
-    ),
+    FollowRule("follows an operand that needs float32, or is of float32 as a whole", _is_precise, How.BOUND, Tag.HIGH),
+    FollowRule("made of a number that the compute dtype cannot hold", _is_out_of_range, How.BOUND, Tag.HIGH),
+    FollowRule("no decision has touched its operands yet", _is_neutral, How.LOWERED, Tag.NEUTRAL, _is_held_low),
+    FollowRule("a float32 argument as large as the others promotes", _promotes, How.BOUND, Tag.HIGH),
+    FollowRule("scaled or shifted by float32 statistics", _is_shifted, How.BOUND, Tag.SOFT),
+    FollowRule("follows its operands", lambda _: True, How.LOWERED, Tag.LOW, True),
 )
 
 #: Primitives that repeat an operand with fewer elements, so that its gradient is a sum.
@@ -371,14 +343,22 @@ def _is_repeated(value: Value, shape: Sequence[Any]) -> bool:
 
 
 def _origin_of_results(facts: Facts) -> Origin:
+    if facts.op is OpClass.AS_WRITTEN and (_ops.solves(facts.name) or facts.name in _ops.PRODUCTS):
+        return Origin.SOLVED
     if facts.op is OpClass.AS_WRITTEN or _is_made_as_written(facts):
         return Origin.AS_WRITTEN
     if _repeats_something_smaller(facts.eqn, facts.operands):
         return Origin.REPEATED
     origins, name = {value.known.origin for value in facts.arrays}, facts.name
+    if facts.op is OpClass.FOLLOW and facts.arrays and {value.known.origin for value in facts.whole} == {Origin.SOLVED}:
+        return Origin.SOLVED
     moves = _ops.moves_whole_arrays(name) or name in ("dynamic_slice", "concatenate", "split")
     moves = moves or facts.precision.mode == "off"
     return Origin.MOVED if moves and origins and origins <= OF_WEIGHTS else Origin.COMPUTED
+
+
+def _takes_solution(facts: Facts) -> bool:
+    return any(value.known.origin is Origin.SOLVED for value in facts.arrays)
 
 
 def _is_made_as_written(facts: Facts) -> bool:

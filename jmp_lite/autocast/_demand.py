@@ -133,7 +133,7 @@ class Demands:
             return 0  # a comparison of low values is as good as they are
         if _ops.moves_whole_arrays(name):
             return want
-        if _ops.picks_values(name):
+        if _ops.picks_values(name) or sum(not is_literal(v) for v in eqn.invars) == 1:
             return _passed_on(want)
         return want if is_float32(want) else EITHER
 

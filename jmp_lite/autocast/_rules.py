@@ -14,7 +14,7 @@ from jmp_lite._dtypes import ACCEPTED_NAMES, FLOAT32, DType, dtype_or_none
 from jmp_lite._errors import InvalidPolicyError, InvalidRuleError, UnknownDtypeError, UnmatchedRuleWarning
 from jmp_lite._policy import Policy, PolicyMap, compile_pattern, get_policy
 from jmp_lite.autocast import _regions
-from jmp_lite.autocast._ops import Op, OpClass
+from jmp_lite.autocast._ops import Op, OpClass, is_kernel
 from jmp_lite.autocast._values import is_in_range
 
 #: ``Module.method``, as Linen names the scope of any method but ``__call__``.
@@ -101,6 +101,11 @@ class Rule:
             raise InvalidRuleError(f"result must be float32 or None, got {self.result!r}.")
         object.__setattr__(self, "result", None if self.result is None else FLOAT32)
         checked_dot(self.dot)
+        if self.primitive is not None and is_kernel(self.primitive) and (self.precision != "full" or self.dot):
+            raise InvalidRuleError(
+                f"Primitive {self.primitive!r} is a kernel, traced for the dtypes it has: no rule can change them. Cast "
+                "around it with jmp.with_policy(function, policy)."
+            )
 
     def matches(self, scope: str, primitive: str) -> bool:
         """Whether the rule holds for a primitive in a scope."""

@@ -34,6 +34,8 @@ class Origin(enum.Enum):
     """An input that was transposed, reshaped, cut or left alone: still a parameter."""
     REPEATED = "repeated"
     """Something smaller, repeated: a bias, a mask, a scale, a statistic."""
+    SOLVED = "solved"
+    """Linear algebra, moved or scaled perhaps: a product that takes it belongs to it."""
     AS_WRITTEN = "as written"
     """An operation that runs as written, such as a random number, or arithmetic on nothing else."""
     COMPUTED = "computed"

@@ -22,6 +22,7 @@ from jmp_lite._loss_scale import NoOpLossScale
 from jmp_lite._scale_in_state import find_loss_scale
 from jmp_lite._tree import combine, describe, is_inexact, partition
 from jmp_lite.autocast._api import is_traced, trace
+from jmp_lite.autocast._programs import PROGRAMS
 from jmp_lite.quant._history import PLACEHOLDER, Histories
 from jmp_lite.quant._operands import amax_of_all
 
@@ -30,16 +31,8 @@ AmaxHistories = dict[str, jax.Array]
 #: Where an equation stands: its number, and for those inside of others the number of the program there, and so on.
 Position = tuple[int, ...]
 
-#: Equations whose programs are searched, and the parameters that hold these.
-_PROGRAMS = {
-    "jit": ("jaxpr",),
-    "closed_call": ("call_jaxpr",),
-    "remat2": ("jaxpr",),
-    "checkpoint": ("jaxpr",),
-    "scan": ("jaxpr",),
-    "while": ("cond_jaxpr", "body_jaxpr"),
-    "cond": ("branches",),
-}
+#: Kinds of equations whose programs are searched: those that are evaluated here.
+_KINDS = frozenset({"call", "branch", "loop"})
 
 
 def delayed(fun: Callable[..., Any]) -> "Delayed":
@@ -237,8 +230,8 @@ def _search(jaxpr: Jaxpr, scope: str, at: Position) -> Iterator[tuple[Position, 
 
 
 def _programs(eqn: Equation) -> list[Jaxpr]:
-    held = [eqn.params[name] for name in _PROGRAMS.get(eqn.primitive.name, ())]
-    return [jaxpr for entry in held for jaxpr in (entry if isinstance(entry, (tuple, list)) else [entry])]
+    row = PROGRAMS.get(eqn.primitive.name)
+    return [body.jaxpr for body in row.programs(eqn).bodies] if row and row.kind in _KINDS else []
 
 
 # --- Evaluation -----------------------------------------------------------------------------------
