@@ -76,7 +76,7 @@ def autocast(
     Example:
         >>> def loss(w, x):
         ...     return jnp.mean(jax.nn.softmax(x @ w)[:, 0])
-        >>> w, x = jnp.ones((4, 3)), jnp.ones((2, 4))
+        >>> w, x = jnp.ones((8, 16)), jnp.ones((32, 8))
         >>> value, grad = jax.value_and_grad(jmp.autocast(loss, "mixed_bfloat16"))(w, x)
         >>> value.dtype, grad.dtype
         (dtype('float32'), dtype('float32'))

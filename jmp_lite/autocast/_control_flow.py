@@ -139,7 +139,8 @@ def _scan(interpreter: Interpreter, call: Call) -> list[Value]:
     jaxpr = inner.jaxpr
     if interpreter.settings.residuals == "low":
         jaxpr = _saving_low(jaxpr)
-    values = interpreter.results(inner, rebuilt(call.eqn, [value.array for value in operands], [jaxpr]))
+    results = rebuilt(call.eqn, [value.array for value in operands], [jaxpr])
+    values = interpreter.results(inner, results, trips=call.params["length"])
     carries = [
         Value(value.array, Known(Tag.LOW if carry.tag is Tag.LOW else value.tag))
         for value, carry in zip(values[:n_carry], operands[carried], strict=True)

@@ -24,7 +24,6 @@ from jmp_lite._compat import (
     is_literal,
     program,
     scope_names,
-    source_line,
     with_weak_type,
 )
 from jmp_lite._dtypes import FLOAT32, DType
@@ -34,27 +33,11 @@ from jmp_lite.autocast._apply import apply
 from jmp_lite.autocast._decide import Decision, decide, decide_activation
 from jmp_lite.autocast._demand import EITHER, HIGH, TESTED, Demands, Wants, is_float32, joined
 from jmp_lite.autocast._ops import OpClass, classify, is_activation
+from jmp_lite.autocast._record import Record, record_of
 from jmp_lite.autocast._rules import Matches, Precision, Settings
 from jmp_lite.autocast._values import INPUT, Known, Origin, Tag, Value, as_dtype, is_eligible
 
 Handler = Callable[["Interpreter", "Call"], list[Value]]
-
-
-class Record(NamedTuple):
-    """What was decided about an equation; the fields of ``jmp.explain``."""
-
-    scope: str
-    source: str
-    primitive: str
-    op_class: str
-    tag: str
-    in_dtypes: tuple[str, ...]
-    out_dtypes: tuple[str, ...]
-    reason: str
-
-
-def _dtypes(arrays: Sequence[Any]) -> tuple[str, ...]:
-    return tuple(str(getattr(array, "dtype", type(array).__name__)) for array in arrays)
 
 
 class Retyped(NamedTuple):
@@ -282,9 +265,9 @@ class Interpreter:
             for want, value in zip(wants, call.operands, strict=True)
         ]
 
-    def results(self, retyped: Retyped, arrays: Sequence[Any]) -> list[Value]:
+    def results(self, retyped: Retyped, arrays: Sequence[Any], trips: int = 1) -> list[Value]:
         """Pairs what a retyped program returned with what is known of it, and keeps the record of its decisions."""
-        self.records.extend(retyped.records)
+        self.records.extend(record._replace(trips=record.trips * trips) for record in retyped.records)
         return list(map(Value, arrays, retyped.results))
 
     def _equation(self, frame: Frame, eqn: Equation, scope: str, wants: Wants) -> list[Value]:
@@ -309,13 +292,8 @@ class Interpreter:
             results = apply(eqn, arrays, op, precision, decision)
             values = [Value(x, _checked_tag(x, known)) for x, known in zip(results, decision.results, strict=True)]
         if self.keeps_records:
-            op_class = op.value if isinstance(op, OpClass) else "replaced"
-            tag = "/".join(dict.fromkeys(value.tag.name for value in values))
-            about = (scope, source_line(eqn), name, op_class, tag)
-            in_dtypes, out_dtypes = _dtypes(arrays), _dtypes([value.array for value in values])
-            if decision is not None and decision.takes_weights:
-                in_dtypes = tuple(str(decision.dtype) if dtype == "float32" else dtype for dtype in in_dtypes)
-            self.records.insert(position, Record(*about, in_dtypes, out_dtypes, reason))
+            found = {"operands": operands, "arrays": arrays, "values": values, "decision": decision, "reason": reason}
+            self.records.insert(position, record_of(eqn, scope, op, **found))  # type: ignore[arg-type]
         return values
 
     def _reason_of_call(self, call: Call, why: str) -> str:

@@ -69,11 +69,11 @@ class Rule:
         UnknownDtypeError: If a pattern is no regular expression.
 
     Example:
-        >>> rules = [jmp.Rule("router", precision="full"), jmp.Rule(r"block_\d+", "exp", precision="low")]
+        >>> rules = [jmp.Rule("router", precision="full")]
         >>> def model(x, w):
         ...     with jax.named_scope("router"):
         ...         return x @ w
-        >>> x, w = jnp.ones((2, 4)), jnp.ones((4, 3))
+        >>> x, w = jnp.ones((2, 8)), jnp.ones((8, 3))
         >>> print(jmp.explain(model, "mixed_bfloat16", rules=rules)(x, w)[0].reason)
         rule for scope 'router'
     """
@@ -103,8 +103,8 @@ class Rule:
         checked_dot(self.dot)
         if self.primitive is not None and is_kernel(self.primitive) and (self.precision != "full" or self.dot):
             raise InvalidRuleError(
-                f"Primitive {self.primitive!r} is a kernel, traced for the dtypes it has: no rule can change them. Cast "
-                "around it with jmp.with_policy(function, policy)."
+                f"Primitive {self.primitive!r} is a kernel, traced for the dtypes it has: no rule can change them. "
+                "Cast around it with jmp.with_policy(function, policy)."
             )
 
     def matches(self, scope: str, primitive: str) -> bool:

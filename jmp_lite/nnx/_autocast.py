@@ -8,12 +8,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+from flax import nnx
 
 from jmp_lite._policy import Policy, PolicyMap
+from jmp_lite._tree import combine, partition
 from jmp_lite.autocast._api import settings_from, wrap
+from jmp_lite.autocast._explain import Explanation, explained
 from jmp_lite.autocast._ops import Op
 from jmp_lite.autocast._rules import Rule
-from jmp_lite.nnx._modules import change_class, derived_class, objects, unbound
+from jmp_lite.nnx._modules import change_class, derived_class, is_leaf, is_node, objects, unbound
 from jmp_lite.nnx._pure import call_pure
 
 #: Path of the module whose method is running.
@@ -81,6 +84,66 @@ def autocast(
         return call_pure(function, lambda pure: wrap(pure, settings, residuals), args, kwargs, around=_scopes)
 
     return functools.partial(wrapped, *first) if first else wrapped
+
+
+def explain(
+    fn: Callable[..., Any],
+    policy: str | Policy | PolicyMap,
+    *,
+    rules: Rule | Sequence[Rule] = (),
+    ops: Mapping[str, Op] | None = None,
+    dot: Callable[..., Any] | None = None,
+    accumulation_dtype: Any = None,
+) -> Callable[..., Explanation]:
+    """Tells what ``nnx.autocast`` does to every equation of a function of modules: ``jmp.explain`` for NNX.
+
+    Nothing is computed, and the modules stay as they are. Scopes are the paths of modules.
+
+    Args:
+        fn: As for ``nnx.autocast``.
+        policy: As for ``nnx.autocast``.
+        rules: As for ``autocast``.
+        ops: As for ``autocast``.
+        dot: As for ``autocast``.
+        accumulation_dtype: As for ``autocast``.
+
+    Returns:
+        A function with the arguments of ``fn`` that returns an ``Explanation``.
+
+    Raises:
+        InvalidRuleError: As ``autocast``, and so for the other errors.
+
+    Example:
+        >>> from flax import nnx
+        >>> model = nnx.Sequential(*(nnx.Linear(8, 8, rngs=nnx.Rngs(i)) for i in range(2)))
+        >>> policies = jmp.PolicyMap({"layers/1": "full"}, default="mixed_bfloat16")
+        >>> explanation = jmp.nnx.explain(lambda model, x: model(x), policies)(model, jnp.ones((2, 8)))
+        >>> [(d.scope, d.in_dtypes[0]) for d in explanation if d.primitive == "dot_general"]
+        [('layers/0', 'bfloat16'), ('layers/1', 'float32')]
+
+    References:
+        ``jmp_lite.explain``.
+    """
+    function, first = unbound(fn)
+    settings = settings_from(policy, rules=rules, ops=ops, dot=dot, accumulation_dtype=accumulation_dtype)
+
+    def explanation_of(*args: Any, **kwargs: Any) -> Explanation:
+        found: list[Explanation] = []
+
+        def instead(pure: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*pure_args: Any) -> Any:
+                explanation, results = explained(pure, settings, pure_args, {})
+                found.append(explanation)
+                return results
+
+            return call
+
+        nodes, others, layout = partition(((*first, *args), kwargs), is_node, is_leaf)
+        copied_args, copied_kwargs = combine(nnx.clone(nodes), others, layout)
+        call_pure(function, instead, copied_args, copied_kwargs, around=_scopes)
+        return found[0]
+
+    return explanation_of
 
 
 # --- Name scopes ---
