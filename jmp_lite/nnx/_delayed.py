@@ -32,13 +32,13 @@ def delayed(fn: Callable[..., Any]) -> "Delayed":
         >>> from flax import nnx
         >>> def loss(model, x):
         ...     return jnp.mean((model(x) - 1) ** 2)
-        >>> model, x = nnx.Linear(4, 3, rngs=nnx.Rngs(0)), jnp.ones((2, 4))
+        >>> model, x = nnx.Linear(8, 3, rngs=nnx.Rngs(0)), jnp.ones((2, 8))
         >>> loss = jmp.nnx.delayed(jmp.nnx.autocast(loss, "mixed_bfloat16", dot=jmp.quant.FP8_DELAYED))
         >>> histories = loss.init(model, x)
         >>> observed, grads = nnx.grad(loss, argnums=(0, 1))(histories, model, x)
         >>> histories = jmp.quant.update_histories(histories, observed)
         >>> grads["kernel"][...].shape, [history.shape for history in histories.values()]
-        ((4, 3), [(3, 1024)])
+        ((8, 3), [(3, 1024)])
     """
     return Delayed(*unbound(fn))
 
