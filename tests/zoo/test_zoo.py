@@ -1,0 +1,85 @@
+"""Models that others wrote, in mixed precision: what autocast promises holds for them too."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from zoo import decoding, measure, minilm
+from zoo.table import MODELS
+
+import jmp_lite as jmp
+
+# Packages warn of what they will remove; such warnings are theirs to heed.
+pytestmark = [pytest.mark.zoo, pytest.mark.filterwarnings("ignore")]
+BF16, FP16 = measure.BF16, measure.FP16
+autocast = functools.partial(jmp.autocast, policy=BF16)
+# With `--dist=loadgroup` one process runs the tests of a model, which share its errors.
+grouped = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in MODELS]
+each_model = pytest.mark.parametrize("name", grouped)
+
+
+@functools.cache
+def errors(name):
+    """The errors of a model's gradients; computed once for the tests of one process."""
+    return measure.errors(MODELS[name]())
+
+
+# --- Gradients ---
+
+
+@each_model
+def test_every_product_of_the_gradient_is_low(name):
+    model = MODELS[name]()
+    found = measure.products(jax.grad(autocast(model.loss)), *model.draw(0))
+    assert found
+    assert measure.left_in_float32(found, model.in_float32) == []
+
+
+@each_model
+def test_the_gradient_in_bfloat16_is_as_good_as_the_models_own(name):
+    assert errors(name)[BF16] <= 1.1 * errors(name)["own"]
+
+
+@each_model
+def test_the_gradient_in_float16_is_finite_and_better_than_in_bfloat16(name):
+    assert np.isfinite(errors(name)[FP16])
+    # All in float32, as rightly in some loops, both errors are zero.
+    assert errors(name)[FP16] < errors(name)[BF16] or errors(name)[BF16] == errors(name)[FP16] == 0
+
+
+# --- Text of GPT-2 ---
+
+
+decoder = functools.cache(decoding.decoder)
+each_way = pytest.mark.parametrize("sample", [False, True], ids=["greedy", "sampled"])
+
+
+@each_way
+def test_every_product_of_generating_is_low(sample):
+    generate = autocast(functools.partial(decoder().generate, sample=sample))
+    found = measure.products(generate, decoder().params, decoder().prompts)
+    assert any("while" in product.scope.split("/") for product in found)
+    assert measure.left_in_float32(found, {}) == []
+
+
+@each_way
+def test_the_text_is_that_of_float32_where_tokens_are_not_tied(sample):
+    exact, found = (decoding.tokens(decoder(), cast, sample=sample) for cast in (lambda fun: fun, autocast))
+    assert len(np.unique(exact[:, decoding.LENGTH :])) > 8
+    for difference in decoding.differences(decoder(), autocast, exact, found, sample=sample):
+        assert difference.rounding < 0.02 * difference.largest
+        assert 0 <= difference.gap <= 2 * difference.rounding
+
+
+# --- Vectors of MiniLM ---
+
+
+@pytest.mark.skipif(not minilm.installed(), reason=f"needs {minilm.PACKAGE}, which `nox -s zoo` installs")
+def test_vectors_of_trained_weights():
+    lm = minilm.load()
+    exact, own, found = (minilm.vectors(lm, encode) for encode in (lm.encode, lm.own, autocast(lm.encode)))
+    ours, theirs = minilm.likeness(exact, found), minilm.likeness(exact, own)
+    assert ours.mean_cosine >= theirs.mean_cosine - 1e-4
+    assert ours.least_cosine >= theirs.least_cosine - 1e-4
+    assert ours.same_nearest >= 0.97
