@@ -347,7 +347,7 @@ class InvalidRuleError(JmpLiteError, ValueError):
     Example:
         >>> jmp.Rule("head", precision="fast")
         Traceback (most recent call last):
-        jmp_lite._errors.InvalidRuleError: precision must be 'auto', 'full', 'low', or stand for float32 or a 16-bit dtype, got 'fast'...
+        jmp_lite._errors.InvalidRuleError: precision must be 'auto', 'full', 'low', or stand for float32 or ...
         >>> jmp.Rule("head", precision="full").precision
         'full'
     """

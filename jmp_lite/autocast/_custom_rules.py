@@ -129,6 +129,7 @@ def _custom_vjp(interpreter: Interpreter, call: Call) -> list[Value]:
     dtypes = [getattr(array, "dtype", None) for array in arguments]
     wanted = [v.aval.to_tangent_aval() for v in call.eqn.outvars]
     learned: list[_Backward] = []
+    is_search = interpreter.demands.has_search(call.params["call_jaxpr"])
     function = jax.custom_vjp(parts.run)
 
     def forward(*primals: Any) -> tuple[list[Any], list[Any]]:
@@ -158,7 +159,11 @@ def _custom_vjp(interpreter: Interpreter, call: Call) -> list[Value]:
             return jax.tree.unflatten(backward.tree, residuals)(there.merged(cotangents, zeros))
 
         operands = [_held(array) for array in (*residuals, *there.of(cotangents))]
-        results = parts.evaluate(vjp, [*backward.avals, *there.of(wanted)], operands)
+        avals = [*backward.avals, *there.of(wanted)]
+        if is_search:  # the backward pass takes the steps of the forward pass again, which it must find as they were
+            results = vjp(*_like([value.array for value in operands], [aval.dtype for aval in avals]))
+        else:
+            results = parts.evaluate(vjp, avals, operands)
         found = _like(results, backward.live.of(dtypes))
         return tuple(backward.live.merged(found, [None] * len(dtypes)))
 

@@ -98,6 +98,19 @@ class Demands:
             wants = [HIGH | (want & ~TESTED) if want & TESTED else want for want in wants]
         return wants, tuple(results)
 
+    def has_search(self, jaxpr: Jaxpr, wanted: Wants = ()) -> bool:
+        """Whether a loop inside a program goes on until what products make of its carries is good enough."""
+        inner, _ = program(jaxpr)
+        wants = self.of(inner, wanted or (EITHER,) * len(inner.outvars))
+        for eqn in inner.eqns:
+            of_results = [wants.get(v, 0) for v in eqn.outvars]
+            if classify(eqn, self.ops)[0] is OpClass.ALLOW and joined(of_results) & TESTED:
+                return True
+            _, results = self.through(eqn, of_results)
+            if any(self.has_search(body.jaxpr, _wants_of(body, results)) for body in programs_of(eqn).bodies):
+                return True
+        return False
+
     def _search(self, inner: Any, wanted: Wants) -> dict[Var, Want]:
         wants: dict[Var, Want] = {}
         for atom, want in zip(inner.outvars, wanted, strict=True):

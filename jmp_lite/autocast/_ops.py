@@ -322,7 +322,8 @@ def solves(name: str) -> bool:
 
 def is_activation(eqn: Equation) -> bool:
     """Whether an equation is an activation of ``jax.nn`` with a bounded slope, of one array."""
-    if eqn.primitive.name != "jit" or eqn.params["name"] not in ACTIVATIONS or len(eqn.invars) != 1:
+    is_of_one = len(eqn.invars) == len(eqn.outvars) == 1
+    if eqn.primitive.name != "jit" or eqn.params["name"] not in ACTIVATIONS or not is_of_one:
         return False
     return bool(eqn.invars[0].aval.shape == eqn.outvars[0].aval.shape)
 

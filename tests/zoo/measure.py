@@ -26,6 +26,8 @@ class Product(NamedTuple):
     summed: int
     dtypes: tuple[str, str]
     shapes: tuple[tuple[int, ...], tuple[int, ...]]
+    is_asked_for: bool
+    """Whether its author asked for more than 16 bits, as Diffrax does for the sums of its tableaus."""
 
     @property
     def is_low(self) -> bool:
@@ -59,7 +61,8 @@ def _walk(jaxpr: Any, scope: tuple[str, ...]) -> Iterator[Product]:
         if name in {"dot_general", "conv_general_dilated", "ragged_dot_general"}:
             operands = [operand.aval for operand in equation.invars[:2]]
             dtypes, shapes = (tuple(f(operand) for operand in operands) for f in (_dtype, np.shape))
-            yield Product("/".join(here), name, _summed(equation), dtypes, shapes)
+            is_asked_for = "HIGHEST" in str(equation.params["precision"])
+            yield Product("/".join(here), name, _summed(equation), dtypes, shapes, is_asked_for)
         for inner in (inner for value in equation.params.values() for inner in _jaxprs(value)):
             yield from _walk(inner, (*here, name))
 
@@ -75,7 +78,8 @@ def products(fun: Callable[..., Any], *args: Any) -> list[Product]:
 
 def left_in_float32(found: list[Product], allowed: dict[str, str]) -> list[Product]:
     """The products that are not low, but for those in a scope of which that is known to be right."""
-    return [p for p in found if not p.is_low and not any(scope in p.scope.split("/") for scope in allowed)]
+    suspects = [p for p in found if not p.is_low and not p.is_asked_for]
+    return [p for p in suspects if not any(scope in p.scope.split("/") for scope in allowed)]
 
 
 def gradients(model: Model) -> dict[str, Callable[..., Any]]:
