@@ -123,10 +123,14 @@ def bind(eqn: Equation, operands: Sequence[Any], params: dict[str, Any]) -> list
     return list(results) if primitive.multiple_results else [results]
 
 
+#: For ``jax.jit(inline=)``: into the jaxpr that is being traced. Before jax 0.11 there was no other way.
+INLINE: Any = getattr(getattr(jax, "Inline", None), "JAX_EARLY", True)
+
+
 @functools.lru_cache(maxsize=4096)
 def _inlined(primitive: Any, params: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
     """JAX remembers the derivative of what is jitted, and works out that of a bare primitive at every equation."""
-    return jax.jit(functools.partial(primitive.bind, **dict(params)), inline=True)
+    return jax.jit(functools.partial(primitive.bind, **dict(params)), inline=INLINE)
 
 
 def scan_counts(params: dict[str, Any]) -> tuple[int, int]:

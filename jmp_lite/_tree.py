@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jmp_lite._compat import INLINE
 from jmp_lite._dtypes import (
     FLOAT32,
     STANDARD_FORMATS,
@@ -84,7 +85,7 @@ def cast(array: Any, dtype: Any) -> Any:
 @functools.lru_cache(maxsize=64)
 def _converter(dtype: Any) -> Callable[[Any], Any]:
     """JAX remembers the derivative of what is jitted."""
-    return jax.jit(functools.partial(jax.lax.convert_element_type, new_dtype=dtype), inline=True)
+    return jax.jit(functools.partial(jax.lax.convert_element_type, new_dtype=dtype), inline=INLINE)
 
 
 def vary_over(flags: jax.Array, axis_name: Any) -> jax.Array:

@@ -83,8 +83,8 @@ LAYERS = {
         lambda x, w: jnp.tanh(lax.ragged_dot(x, w, jnp.array([3, 0, 5], jnp.int32))), normal((8, 16), (3, 16, 4))
     ),
     "mixture of experts": Case(
-        lambda x, w: jnp.einsum("bef,be->bf", jnp.einsum("bd,edf->bef", x, w), jax.nn.softmax(x[:, :3])),
-        normal((8, 16), (3, 16, 4)),
+        lambda x, w: jnp.einsum("bef,be->bf", jnp.einsum("bd,edf->bef", x, w), jax.nn.softmax(x[:, :8])),
+        normal((8, 16), (8, 16, 4)),
     ),
 }
 

@@ -1,7 +1,11 @@
 """What a traced function computes, and in which dtypes."""
 
+import math
+
 import jax
 import jax.numpy as jnp
+
+from jmp_lite.autocast._ops import HANDFUL
 
 CONTRACTIONS = ("dot_general", "conv_general_dilated")
 
@@ -20,12 +24,22 @@ def _equations(jaxpr, scope):
                 yield from _equations(getattr(value, "jaxpr", value), here)
 
 
+def is_worth_16_bits(eqn):
+    """Whether a product is one that autocast lowers: it adds up more than a few terms, and nobody asked for more."""
+    if eqn.primitive.name not in (*CONTRACTIONS, "ragged_dot_general") or "HIGH" in str(eqn.params["precision"]):
+        return False
+    if eqn.primitive.name != "dot_general":
+        return True
+    (contracted, _), _ = eqn.params["dimension_numbers"]
+    return math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted) > HANDFUL
+
+
 def contractions(fun, *args):
-    """The matrix products and convolutions of a function: a list of (name scope, dtypes of the operands)."""
+    """The products of a function that are worth 16 bits: a list of (name scope, dtypes of the operands)."""
     return [
         (scope, {str(operand.aval.dtype) for operand in eqn.invars})
         for scope, eqn in _equations(jax.make_jaxpr(fun)(*args).jaxpr, "")
-        if eqn.primitive.name in CONTRACTIONS
+        if eqn.primitive.name in CONTRACTIONS and is_worth_16_bits(eqn)
     ]
 
 

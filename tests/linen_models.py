@@ -12,12 +12,12 @@ from support import slow_but_for
 class Compact(nn.Module):
     @nn.compact
     def __call__(self, x):
-        return nn.Dense(3, name="head")(nn.relu(nn.Dense(4, name="body")(x)))
+        return nn.Dense(3, name="head")(nn.relu(nn.Dense(16, name="body")(x)))
 
 
 class Setup(nn.Module):
     def setup(self):
-        self.body, self.head = nn.Dense(4), nn.Dense(3)
+        self.body, self.head = nn.Dense(16), nn.Dense(3)
 
     def __call__(self, x):
         return self.head(self.encode(x))
@@ -44,7 +44,7 @@ class Shared(nn.Module):
 class Image(nn.Module):
     @nn.compact
     def __call__(self, x):
-        x = nn.Conv(4, (2,), name="body")(x[..., None])
+        x = nn.Conv(16, (2,), name="body")(x[..., None])
         x = nn.BatchNorm(use_running_average=False, name="norm")(x)
         return nn.Dense(3, name="head")(nn.relu(x).mean(-1))
 
@@ -52,7 +52,7 @@ class Image(nn.Module):
 class Attention(nn.Module):
     @nn.compact
     def __call__(self, x):
-        x = nn.MultiHeadDotProductAttention(2, name="body")(jnp.stack([x, x, x], 1))
+        x = nn.MultiHeadDotProductAttention(2, name="body")(jnp.stack([x] * 8, 1))
         return nn.Dense(3, name="head")(x[:, 0])
 
 
@@ -101,7 +101,7 @@ class ScannedFunction(nn.Module):
             return body(carry), x
 
         scan = nn.scan(step, variable_broadcast="params", split_rngs={"params": False})
-        carry, _ = scan(nn.Dense(4, name="body"), jnp.ones((x.shape[0], 4)), jnp.stack([x, x]))
+        carry, _ = scan(nn.Dense(16, name="body"), jnp.ones((x.shape[0], 16)), jnp.stack([x, x]))
         return nn.Dense(3, name="head")(carry)
 
 
@@ -109,12 +109,12 @@ class ScannedMethod(nn.Module):
     @functools.partial(nn.scan, variable_broadcast="params", split_rngs={"params": False})
     @nn.compact
     def step(self, carry, x):
-        carry = nn.Dense(4, name="body")(jnp.concatenate([carry, x], -1))
+        carry = nn.Dense(16, name="body")(jnp.concatenate([carry, x], -1))
         return carry, carry
 
     @nn.compact
     def __call__(self, x):
-        carry, _ = self.step(jnp.zeros((x.shape[0], 4)), jnp.stack([x, x]))
+        carry, _ = self.step(jnp.zeros((x.shape[0], 16)), jnp.stack([x, x]))
         return nn.Dense(3, name="head")(carry)
 
 
@@ -138,7 +138,7 @@ class Recurrent(nn.Module):
     @nn.compact
     def __call__(self, x):
         sequence = jnp.stack([x] * 3, 1)
-        return nn.Dense(3, name="head")(nn.RNN(self.cell(4, name="body"))(sequence)[:, -1])
+        return nn.Dense(3, name="head")(nn.RNN(self.cell(16, name="body"))(sequence)[:, -1])
 
 
 class LowRank(nn.Module):
@@ -159,7 +159,7 @@ class LowRank(nn.Module):
 class SharedScope(nn.Module):
     @nn.compact
     def __call__(self, x):
-        return nn.Dense(3, name="head")(LowRank(nn.Dense(4, name="body"))(x))
+        return nn.Dense(3, name="head")(LowRank(nn.Dense(16, name="body"))(x))
 
 
 # --- Models for one test each ---
@@ -170,7 +170,7 @@ class Everything(nn.Module):
 
     @nn.compact
     def __call__(self, x, bias=None, *, train=False):
-        x = nn.Dense(4, name="body")(x)
+        x = nn.Dense(16, name="body")(x)
         last = self.variable("cache", "last", jnp.zeros, x.shape, x.dtype)
         total = self.variable("cache", "total", jnp.zeros, x.shape, jnp.float32)
         if self.is_mutable_collection("cache"):
@@ -210,7 +210,7 @@ class Denoiser(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        return self.lift(x.shape[-1], name="head")(nn.Dense(4, name="body")(x))
+        return self.lift(x.shape[-1], name="head")(nn.Dense(16, name="body")(x))
 
 
 class Replacing(nn.RNNCellBase):
@@ -222,7 +222,7 @@ class Replacing(nn.RNNCellBase):
     @nn.compact
     def __call__(self, carry, x):
         self.tell((str(carry.dtype), str(x.dtype)))
-        y = nn.Dense(4, name="body")(x)
+        y = nn.Dense(16, name="body")(x)
         return y, y
 
     @nn.nowrap
@@ -255,8 +255,8 @@ class Border(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        y = nn.Dense(4, name="body")(x)
-        return nn.Dense(4, name="head")(y * np.float32(0.5)), {"seen": y}
+        y = nn.Dense(16, name="body")(x)
+        return nn.Dense(16, name="head")(y * np.float32(0.5)), {"seen": y}
 
 
 # --- The table ---
@@ -264,8 +264,8 @@ class Border(nn.Module):
 MODELS = {
     "compact": Compact,
     "setup": Setup,
-    "attributes": lambda: Attributes(nn.Dense(4), nn.Dense(3)),
-    "nested attributes": lambda: Attributes(nn.Sequential([nn.Dense(4), Single()]), nn.Dense(3)),
+    "attributes": lambda: Attributes(nn.Dense(16), nn.Dense(3)),
+    "nested attributes": lambda: Attributes(nn.Sequential([nn.Dense(16), Single()]), nn.Dense(3)),
     "shared": Shared,
     "image": Image,
     "attention": Attention,

@@ -11,7 +11,7 @@ from support import slow_but_for
 
 class Model(nnx.Module):
     def __init__(self, body):
-        self.body, self.head = body, nnx.Linear(4, 3, rngs=nnx.Rngs(1))
+        self.body, self.head = body, nnx.Linear(16, 3, rngs=nnx.Rngs(1))
 
     def __call__(self, x):
         with jax.named_scope("body"):
@@ -27,8 +27,8 @@ class Custom(nnx.Module):
     """A layer that knows nothing of dtypes, with a constant that promotes what it meets to float32."""
 
     def __init__(self, rngs):
-        self.w = nnx.Param(rngs.params.normal((4, 4)))
-        self.table = jnp.ones((4, 4), jnp.float32)
+        self.w = nnx.Param(rngs.params.normal((16, 16)))
+        self.table = jnp.ones((16, 16), jnp.float32)
 
     def __call__(self, x):
         return (x @ self.w[...]) @ self.w[...] * np.float32(0.5)
@@ -38,7 +38,7 @@ class Block(nnx.Module):
     """A residual block with a float32 constant."""
 
     def __init__(self, rngs):
-        self.norm, self.up, self.down = nnx.LayerNorm(4, rngs=rngs), *(nnx.Linear(4, 4, rngs=rngs) for _ in range(2))
+        self.norm, self.up, self.down = nnx.LayerNorm(16, rngs=rngs), *(nnx.Linear(16, 16, rngs=rngs) for _ in range(2))
 
     def __call__(self, x):
         return x + self.down(nnx.relu(self.up(self.norm(x)))) * np.float32(0.5)
@@ -46,8 +46,8 @@ class Block(nnx.Module):
 
 class Image(nnx.Module):
     def __init__(self, rngs):
-        self.conv, self.norm = nnx.Conv(1, 4, (2,), rngs=rngs), nnx.BatchNorm(4, rngs=rngs)
-        self.dense = nnx.Linear(4, 4, rngs=rngs)
+        self.conv, self.norm = nnx.Conv(1, 16, (2,), rngs=rngs), nnx.BatchNorm(16, rngs=rngs)
+        self.dense = nnx.Linear(16, 16, rngs=rngs)
 
     def __call__(self, x):
         return self.dense(nnx.relu(self.norm(self.conv(x[..., None]))).mean(-2))
@@ -55,7 +55,7 @@ class Image(nnx.Module):
 
 class Tokens(nnx.Module):
     def __init__(self, rngs):
-        self.embed = nnx.Embed(4, 4, rngs=rngs)
+        self.embed = nnx.Embed(16, 16, rngs=rngs)
 
     def __call__(self, x):
         return self.embed.attend(self.embed((x[:, 0] > 0).astype(jnp.int32)))
@@ -63,15 +63,15 @@ class Tokens(nnx.Module):
 
 class Attention(nnx.Module):
     def __init__(self, rngs):
-        self.attention = nnx.MultiHeadAttention(2, 4, decode=False, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(2, 16, decode=False, rngs=rngs)
 
     def __call__(self, x):
-        return self.attention(jnp.stack([x, x], 1))[:, 0]
+        return self.attention(jnp.stack([x] * 8, 1))[:, 0]
 
 
 class Recurrent(nnx.Module):
     def __init__(self, cell, rngs):
-        self.rnn = nnx.RNN(cell(4, 4, rngs=rngs))
+        self.rnn = nnx.RNN(cell(16, 16, rngs=rngs))
 
     def __call__(self, x):
         return self.rnn(jnp.stack([x] * 3, 1))[:, -1]
@@ -137,7 +137,7 @@ def stacked(n=3):
 
 
 def linear(rngs, **settings):
-    return nnx.Linear(4, 4, rngs=rngs, **settings)
+    return nnx.Linear(16, 16, rngs=rngs, **settings)
 
 
 def named(layer):
@@ -154,8 +154,8 @@ MODELS = {
     "custom": named(Custom),
     "block": named(Block),
     "list": named(lambda rngs: nnx.Sequential(*[Block(rngs) for _ in range(2)])),
-    "einsum": named(lambda rngs: nnx.Einsum("ab,bc->ac", (4, 4), rngs=rngs)),
-    "lora": named(lambda rngs: nnx.LoRALinear(4, 4, lora_rank=2, rngs=rngs)),
+    "einsum": named(lambda rngs: nnx.Einsum("ab,bc->ac", (16, 16), rngs=rngs)),
+    "lora": named(lambda rngs: nnx.LoRALinear(16, 16, lora_rank=2, rngs=rngs)),
     "image": named(Image),
     "tokens": named(Tokens),
     "attention": named(Attention),

@@ -24,7 +24,7 @@ PARTS = ("body", "head")
 
 @pytest.fixture
 def x(rng):
-    return jnp.asarray(rng.standard_normal((8, 4)), jnp.float32)
+    return jnp.asarray(rng.standard_normal((8, 16)), jnp.float32)
 
 
 def near(actual, expected, error=0.03):
@@ -160,7 +160,7 @@ class Net(nnx.Module):
     """Statistics, dropout, a shared layer, a list of layers, and attributes that calls add and change."""
 
     def __init__(self, rngs):
-        self.first, self.norm = nnx.Linear(4, 16, rngs=rngs), nnx.BatchNorm(16, rngs=rngs)
+        self.first, self.norm = nnx.Linear(16, 16, rngs=rngs), nnx.BatchNorm(16, rngs=rngs)
         self.dropout = nnx.Dropout(0.5, rngs=rngs)
         self.layers = nnx.List([nnx.Linear(16, 16, rngs=rngs) for _ in range(2)])
         self.shared = self.layers[0]
@@ -198,7 +198,7 @@ def test_what_a_call_does_to_a_module_stays(x):
 
 def test_dropout_of_nnx_takes_the_same_bits(x):
     rngs, plain = nnx.Rngs(7), nnx.Rngs(7)
-    drop = lambda x, rngs: nnx.Dropout(0.5, rngs=rngs)(x @ jnp.ones((4, 64))) == 0  # noqa: E731
+    drop = lambda x, rngs: nnx.Dropout(0.5, rngs=rngs)(x @ jnp.ones((16, 64))) == 0  # noqa: E731
     positive = 1 + jnp.abs(x)  # no row of the product is 0 by itself, in float32 or in bfloat16
     for _ in range(2):
         assert_identical(jmp.nnx.autocast(drop, LOW)(positive, rngs), drop(positive, plain))
@@ -231,7 +231,7 @@ def test_modules_and_methods_as_functions(x):
     near(jmp.nnx.autocast(model.__call__, LOW)(x), plain(x), 0.06)
     part = functools.partial(functools.partial(lambda n, model, *, x: n * model(x), 2), model, x=x)
     near(jmp.nnx.autocast(jmp.nnx.autocast(part, LOW), LOW)(), 2 * plain(x), 0.06)
-    linear = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    linear = nnx.Linear(16, 3, rngs=nnx.Rngs(0))
     near(jmp.nnx.with_policy(functools.partial(nnx.Linear.__call__, linear), LOW)(x), linear(x))
     near(jmp.nnx.autocast(nnx_models.Attention(nnx.Rngs(0)), LOW)(x), nnx_models.Attention(nnx.Rngs(0))(x))
     assert int(model.calls[...]) == 3
@@ -312,7 +312,7 @@ PATHS = {
 
 class Stack(nnx.Module):
     def __init__(self, rngs):
-        self.layers = nnx.List([nnx.Linear(4, 4, rngs=rngs) for _ in range(3)])
+        self.layers = nnx.List([nnx.Linear(16, 16, rngs=rngs) for _ in range(3)])
 
     def __call__(self, x):
         for layer in self.layers:

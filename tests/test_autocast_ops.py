@@ -6,14 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from autocast_cases_common import mesh
+from jax.custom_derivatives import linear_call
 from jax.experimental import checkify, pallas  # noqa: F401  their primitives are looked for as well
 from jax.extend.core import Primitive  # noqa: TID251
 from jax.extend.core.primitives import tanh_p  # noqa: TID251
+from jax.sharding import PartitionSpec as P
 
 import jmp_lite as jmp
 from jmp_lite.autocast import _ops
 from jmp_lite.autocast._api import HANDLERS
-from jmp_lite.autocast._demand import CALLS
+from jmp_lite.autocast._programs import PROGRAMS, inputs, programs_of
 
 #: Parts of a GPU kernel, which autocast never sees: it leaves the call of the kernel as it is.
 KERNEL_PACKAGES = ("jax._src.pallas.mosaic", "jax._src.pallas.triton", "jax.experimental.mosaic", "jax._src.tpu")
@@ -38,11 +41,61 @@ def test_a_primitive_has_one_family():
     assert len(names) == len(set(names))
 
 
-def test_every_nested_primitive_has_a_handler_and_every_handler_is_nested():
+def test_what_holds_programs_has_a_row_a_handler_and_a_class():
+    """Three tables of the same primitives: one that is missing anywhere is an error."""
     nested = {name for f in _ops.FAMILIES if f.op_class is jmp.OpClass.NESTED for name in f.primitives.split()}
-    assert set(HANDLERS) <= nested
-    assert set(CALLS) <= nested
-    assert nested & set(primitives_of_this_jax()) <= set(HANDLERS)
+    assert set(PROGRAMS) == set(HANDLERS) == nested
+
+
+def holding(fun):
+    """An equation that holds programs: the first of a function that does."""
+    [eqn, *_] = [eqn for eqn in jax.make_jaxpr(fun)(jnp.ones((8, 8))).jaxpr.eqns if programs_of(eqn).bodies]
+    return eqn
+
+
+def custom(decorator, rule):
+    function = decorator(jnp.sin)
+    rule(function)
+    return function
+
+
+RULES = {
+    "custom_jvp_call": custom(jax.custom_jvp, lambda f: f.defjvp(lambda p, t: (jnp.sin(p[0]), t[0]))),
+    "custom_vjp_call": custom(jax.custom_vjp, lambda f: f.defvjp(lambda x: (x, x), lambda x, g: (g * x,))),
+    "custom_vmap_call": custom(
+        jax.custom_batching.custom_vmap, lambda f: f.def_vmap(lambda n, b, x: (jnp.sin(x), True))
+    ),
+}
+HOLDING = {
+    **RULES,
+    "jit": jax.jit(lambda x: x + 1),
+    "remat2": jax.checkpoint(jnp.sin),
+    "cond": lambda x: jax.lax.cond(x[0, 0] > 0, lambda x, y: x + y, lambda x, y: x * y, x, 2 * x),
+    "scan": lambda x: jax.lax.scan(lambda c, a: (c + x[0], a * 2), x[0], x),
+    "while": lambda x: jax.lax.while_loop(lambda c: c[0] < x[0, 0], lambda c: (c[0] + 1, c[1] @ x), (0.0, x)),
+    "composite": jax.lax.composite(jnp.sin, name="test.sine"),
+    "linear_call": lambda x: linear_call(lambda r, t: r * t, lambda r, t: r * t, x, 2 * x),
+    "shard_map": jax.shard_map(jnp.sin, mesh=mesh(), in_specs=P("d"), out_specs=P("d")),
+}
+
+
+@pytest.mark.parametrize("name", HOLDING)
+def test_rows_say_where_operands_go_and_results_come_from(name):
+    """Every program has inputs and results of the shapes of the operands and results that they are mapped to."""
+    eqn = holding(HOLDING[name])
+    assert eqn.primitive.name == name
+    programs = programs_of(eqn)
+    for body in programs.bodies:
+        outvars = getattr(body.jaxpr, "jaxpr", body.jaxpr).outvars
+        times = (1, 8) if name in ("shard_map", "scan") else (1,)  # devices and iterations get a part of an array
+        for v, operand in zip(inputs(body), body.operands, strict=True):
+            assert eqn.invars[operand].aval.size / v.aval.size in times
+        if body.results is not None:
+            for v, result in zip(outvars, body.results, strict=True):
+                assert eqn.outvars[result].aval.size / v.aval.size in times
+    for operand, result in programs.carried.items():
+        assert eqn.invars[operand].aval.shape == eqn.outvars[result].aval.shape
+    assert (programs.choice is None) == (name != "cond")
 
 
 def test_every_family_says_why():
@@ -55,7 +108,7 @@ def dtypes_of(fun, primitive, *args, **options):
     return {dtype for record in records if record.primitive == primitive for dtype in record.in_dtypes}
 
 
-X, W = jax.ShapeDtypeStruct((2, 8), jnp.float32), jax.ShapeDtypeStruct((8, 4), jnp.float32)
+X, W = jax.ShapeDtypeStruct((2, 8), jnp.float32), jax.ShapeDtypeStruct((8, 6), jnp.float32)
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,11 @@ from jax.sharding import PartitionSpec as P
 from support import assert_identical
 
 import jmp_lite as jmp
+from jmp_lite.autocast import _api
 
 LOW = "mixed_bfloat16"
-# Sixteen rows are two per device: with one, the weight gradient has no contraction, and is no matrix product.
-X, W = jax.ShapeDtypeStruct((16, 16), jnp.float32), jax.ShapeDtypeStruct((16, 16), jnp.float32)
+# Eight rows per device: with a handful, the weight gradient is no work for a matrix unit.
+X, W = jax.ShapeDtypeStruct((64, 16), jnp.float32), jax.ShapeDtypeStruct((16, 16), jnp.float32)
 BF16, F16, F32 = "bfloat16", "float16", "float32"
 
 # --- Precedence, on one product and one exponential in scope a/b ---
@@ -45,15 +46,16 @@ RULES = {
     "inner scope": ([FULL_B], F32, F32),
     "path": ([Rule("a/b", precision="full")], F32, F32),
     "alternatives": ([Rule("z|b", precision="full")], F32, F32),
-    "another path": ([Rule("b/a", precision="full")], BF16, F32),
-    "whole segments": ([Rule("a/", precision="full"), Rule("aa", precision="full")], BF16, F32),
     "everywhere": ([Rule(precision="full")], F32, F32),
     "primitive": ([Rule("a", "exp", "low")], BF16, BF16),
-    "whole primitive": ([Rule("a", "ex", "low"), Rule(None, "xp", "low")], BF16, F32),
     "regular expression of a primitive": ([Rule(None, "dot_.*|ragged.*", "full")], F32, F32),
     "low": ([Rule("a", None, "low")], BF16, BF16),
     "dtype": ([Rule("a", None, jnp.float16)], F16, F32),
     "name of a dtype": ([Rule("a", None, "half")], F16, F32),
+    "policy": ([Rule("a", None, "mixed_float16")], F16, F32),
+    "parts of a policy": ([Rule("a", None, "p=f32,c=f16")], F16, F32),
+    "name of float32": ([Rule("a", None, "f32")], F32, F32),
+    "float32": ([Rule("a", None, jnp.float32)], F32, F32),
     "first match": ([Rule("b", "dot_general", "full"), Rule("a", None, "low")], F32, BF16),
     "first match, the other way": ([Rule("a", None, "low"), Rule("b", "dot_general", "full")], BF16, BF16),
     "auto shields": ([Rule("a/b"), Rule("a", precision="full")], BF16, F32),
@@ -65,13 +67,41 @@ def test_rules(rules, product, exponential):
     assert dtypes(in_scopes, rules=rules) == (product, exponential)
 
 
+UNMATCHED = {
+    "another path": (LOW, [Rule("b/a", precision="full")], "'b'"),
+    "whole segments": (LOW, [Rule("aa", precision="full")], "'a'"),
+    "whole primitive": (LOW, [Rule("a", "ex", "low")], "'a'"),
+    "another primitive": (LOW, [Rule(None, "xp", "low")], "'a'"),
+    "misspelt": (LOW, [Rule("route", precision="full"), Rule("a", precision="auto")], "'route'"),
+    "map": (jmp.PolicyMap({"c": "full"}, default=LOW), [], "pattern 'c' of the PolicyMap"),
+    "map, among others": (jmp.PolicyMap({"b": LOW, "heads": "full"}, default=LOW), [], "'heads'"),
+}
+
+
+@pytest.mark.parametrize(("policy", "rules", "named"), UNMATCHED.values(), ids=UNMATCHED)
+@pytest.mark.parametrize(
+    "order", [lambda f: f, lambda f: jax.grad(lambda x, w: f(x, w).sum())], ids=["forward", "grad"]
+)
+def test_what_matches_nothing_does_nothing_and_is_named_once(policy, rules, named, order):
+    _api._interpreter.cache_clear()
+    x, w = jnp.ones((16, 16)), jnp.ones((16, 16))
+    run = jax.jit(jmp.autocast(order(in_scopes), policy, rules=rules))
+    with pytest.warns(jmp.UnmatchedRuleWarning, match=re.escape(named)) as caught:
+        run(x, w)
+    assert len(caught) == 1
+    assert "nearest name scopes" in str(caught[0].message)
+    run(x, w)  # warnings are errors
+    jmp.autocast(order(in_scopes), policy, rules=rules)(x, w)
+    with pytest.warns(jmp.UnmatchedRuleWarning):
+        assert dtypes(in_scopes, policy, rules) == (BF16, F32)
+
+
 POLICIES = {
     "map": ({"a": "full"}, LOW, [], F32, F32),
     "map, inner": ({"b": "full"}, LOW, [], F32, F32),
     "map, exact before pattern": ({"a/b": "full", ".*": "16-mixed"}, LOW, [], F32, F32),
     "map, another 16 bits": ({"a": "mixed_float16"}, LOW, [], F16, F32),
     "map, low in full": ({"a": LOW}, "full", [], BF16, F32),
-    "map, elsewhere": ({"c": "full"}, LOW, [], BF16, F32),
     "rule before map": ({"a": "full"}, LOW, [Rule("b", precision="bf16")], BF16, F32),
     "rule before map, other": ({"a": LOW}, "full", [FULL_B], F32, F32),
     "auto in full": ({"a": "full"}, LOW, [Rule("a/b")], F32, F32),
@@ -313,7 +343,7 @@ class Tied(nn.Module):
 @pytest.mark.parametrize("pattern", ["Embed_0", r"Embed_0\.attend", "Tied/Embed_0", ".*mbed_0"])
 @pytest.mark.parametrize("order", ["forward", "autocast(grad)", "grad(autocast)"])
 def test_methods_of_linen_modules_are_in_the_scope_of_the_module(pattern, order):
-    model, ids = Tied(), jnp.arange(4)
+    model, ids = Tied(), jnp.arange(8)
     variables = jax.eval_shape(model.init, jax.random.key(0), ids)
     loss = lambda variables: jnp.sum(model.apply(variables, ids) ** 2)  # noqa: E731
     cast = functools.partial(jmp.autocast, policy=LOW, rules=Rule(pattern, precision="full"))
@@ -327,7 +357,17 @@ def test_methods_of_linen_modules_are_in_the_scope_of_the_module(pattern, order)
 INVALID = {
     "precision": (lambda: Rule("head", precision="fast"), jmp.InvalidRuleError, "'fast'"),
     "precision of 8 bits": (lambda: Rule(precision=jnp.float8_e4m3fn), jmp.InvalidRuleError, "float8_e4m3fn"),
-    "precision of 32 bits": (lambda: Rule(precision=jnp.float32), jmp.InvalidRuleError, "float32"),
+    "precision of 64 bits": (lambda: Rule(precision="float64"), jmp.InvalidRuleError, "float64"),
+    "precision as a primitive": (lambda: Rule("head", "float32"), jmp.InvalidRuleError, "precision='float32'"),
+    "alias as a primitive": (lambda: Rule("head", "mixed_bfloat16"), jmp.InvalidRuleError, "'mixed_bfloat16'"),
+    "dtype as a primitive": (lambda: Rule("head", jnp.bfloat16), jmp.InvalidRuleError, "bfloat16"),
+    "result": (lambda: Rule("head", result=jnp.bfloat16), jmp.InvalidRuleError, "bfloat16"),
+    "a kernel": (lambda: Rule(primitive="pallas_call", precision="low"), jmp.InvalidRuleError, "'pallas_call'"),
+    "a product for a kernel": (
+        lambda: Rule(None, "ffi_call", dot=lax.dot_general),
+        jmp.InvalidRuleError,
+        "'ffi_call'",
+    ),
     "integers": (lambda: Rule(precision=jnp.int16), jmp.InvalidRuleError, "int16"),
     "no precision": (lambda: Rule(precision=None), jmp.InvalidRuleError, "None"),
     "scope": (lambda: Rule("head("), jmp.UnknownDtypeError, "head("),

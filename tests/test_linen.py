@@ -35,7 +35,7 @@ def model(request):
 
 @pytest.fixture
 def x(rng):
-    return jnp.asarray(rng.normal(size=(2, 4)), jnp.float32)
+    return jnp.asarray(rng.normal(size=(2, 16)), jnp.float32)
 
 
 def products_by_part(model, policy, x, rng):
@@ -152,7 +152,7 @@ class Scan(nn.Module):
     @functools.partial(nn.scan, variable_broadcast="params", split_rngs={"params": False}, length=2)
     @nn.compact
     def step(self, x, _):
-        return x + nn.Dense(4, name="body")(x), None
+        return x + nn.Dense(16, name="body")(x), None
 
 
 @pytest.mark.usefixtures("standard_promotion")
@@ -206,7 +206,7 @@ def test_carries_of_cells_are_float32_and_their_outputs_are_not(run, policy, x, 
 def test_variables_carried_by_a_scan_keep_their_dtype(policy, x, rng):
     """A module may replace a carried float32 variable by something in half precision."""
     step = nn.scan(Remembering, variable_broadcast="params", variable_carry="state", split_rngs={"params": False})()
-    params = random_variables(nn.Dense(4), x, rng)["params"]
+    params = random_variables(nn.Dense(16), x, rng)["params"]
     variables = {"params": {"body": params}, "state": {"h": jnp.zeros(x.shape)}}
     (_, outputs), updated = with_policy(step.apply, policy)(variables, None, jnp.stack([x, x]), mutable="state")
     assert dtypes((outputs, updated)) == {"float32"}

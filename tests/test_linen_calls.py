@@ -21,7 +21,7 @@ HALF = "mixed_bfloat16"
 
 @pytest.fixture
 def x(rng):
-    return jnp.asarray(rng.normal(size=(2, 4)), jnp.float32)
+    return jnp.asarray(rng.normal(size=(2, 16)), jnp.float32)
 
 
 # --- Collections ---
@@ -167,10 +167,10 @@ def test_only_floating_arrays_are_cast(policy):
 @pytest.mark.parametrize(
     ("variables", "error"),
     [
-        ({"body": {"kernel": np.ones((4, 4))}}, flax.errors.ScopeCollectionNotFound),
+        ({"body": {"kernel": np.ones((16, 16))}}, flax.errors.ScopeCollectionNotFound),
         ({"params": {"params": {}}}, flax.errors.ApplyScopeInvalidVariablesStructureError),
         ([1.0], AttributeError),
-        ({"params": {"body": {"kernel": np.ones((5, 4), np.float32)}}}, flax.errors.ScopeParamShapeError),
+        ({"params": {"body": {"kernel": np.ones((5, 16), np.float32)}}}, flax.errors.ScopeParamShapeError),
     ],
     ids=["no params", "params twice", "a list", "wrong shape"],
 )
@@ -234,7 +234,7 @@ def test_init_of_a_model_without_parameters(x, key):
 @pytest.mark.parametrize("policies", [HALF, jmp.PolicyMap({}, HALF)], ids=["Policy", "PolicyMap"])
 def test_attention_decodes_with_a_cache_in_the_compute_dtype(policies, rng, key):
     """Step by step decoding gives what attention over the whole sequence gives."""
-    x = jnp.asarray(rng.normal(size=(1, 3, 4)), jnp.float32)
+    x = jnp.asarray(rng.normal(size=(1, 3, 16)), jnp.float32)
     model = nn.MultiHeadDotProductAttention(2, decode=True)
     variables = with_policy(model.init, policies)(key, x)
     apply = jax.jit(with_policy(functools.partial(model.apply, mutable=["cache"]), policies))
@@ -254,7 +254,7 @@ def test_a_train_state_takes_the_wrapped_apply(x, rng):
     """Flax's TrainState needs nothing but the wrapped function."""
     model = Compact()
     params = random_variables(model, x, rng)["params"]
-    tx = jmp.loss_scaled(optax.sgd(0.1))
+    tx = jmp.loss_scaled(optax.sgd(0.01))
     state = flax.training.train_state.TrainState.create(apply_fn=with_policy(model.apply, HALF), params=params, tx=tx)
 
     def loss_fn(params):

@@ -30,7 +30,7 @@ def model(request):
 
 @pytest.fixture
 def x(rng):
-    return jnp.asarray(rng.normal(size=(2, 4)), jnp.float32)
+    return jnp.asarray(rng.normal(size=(2, 16)), jnp.float32)
 
 
 def products_by_part(model, policy, x):
@@ -121,9 +121,9 @@ def test_outputs_are_cast_where_the_policy_changes(policies, seen, x):
 def test_layers_return_the_compute_dtype_unless_told_otherwise(layer, x):
     """Layers without a dtype follow the policy, even where Flax would promote; one with a dtype keeps it."""
     make = {
-        "BatchNorm": lambda rngs: nnx.BatchNorm(4, rngs=rngs),
-        "LayerNorm": lambda rngs: nnx.LayerNorm(4, rngs=rngs),
-        "Embed": lambda rngs: nnx.Embed(4, 4, rngs=rngs),
+        "BatchNorm": lambda rngs: nnx.BatchNorm(16, rngs=rngs),
+        "LayerNorm": lambda rngs: nnx.LayerNorm(16, rngs=rngs),
+        "Embed": lambda rngs: nnx.Embed(16, 16, rngs=rngs),
         "explicit": lambda rngs: linear(rngs, dtype=jnp.float32),
     }
     model = nnx.List([make[layer](nnx.Rngs(0))])
@@ -136,7 +136,7 @@ def test_layers_return_the_compute_dtype_unless_told_otherwise(layer, x):
 @pytest.mark.parametrize(("policy", "output"), [(HALF, "bfloat16"), ("mixed_float16", "float32")])
 def test_carries_of_cells_are_float32_and_their_outputs_are_not(make, policy, output, x):
     """What a cell carries from step to step is not rounded; what it hands on has the dtype of its policy."""
-    model = nnx.Dict(cell=make(4, 4, rngs=nnx.Rngs(0)))
+    model = nnx.Dict(cell=make(16, 16, rngs=nnx.Rngs(0)))
 
     def steps(model, x):
         carry = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), model.cell.initialize_carry(x.shape, nnx.Rngs(0)))
@@ -152,7 +152,7 @@ class Remembering(nnx.Module):
     """Replaces a variable, carried by a scan, by something in half precision."""
 
     def __init__(self):
-        self.layer, self.state = linear(nnx.Rngs(0)), nnx.BatchStat(jnp.zeros((2, 4)))
+        self.layer, self.state = linear(nnx.Rngs(0)), nnx.BatchStat(jnp.zeros((2, 16)))
 
     def __call__(self, x):
         self.state.set_value(self.layer(x))

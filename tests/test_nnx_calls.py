@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 @pytest.fixture
 def x(rng):
-    return jnp.asarray(rng.normal(size=(2, 4)), jnp.float32)
+    return jnp.asarray(rng.normal(size=(2, 16)), jnp.float32)
 
 
 # --- State ---
@@ -31,7 +31,7 @@ class Everything(nnx.Module):
         self.first = linear(rngs)
         self.tied = self.first
         self.layers = nnx.List([linear(rngs), linear(rngs)])
-        self.norm, self.drop = nnx.BatchNorm(4, momentum=0.5, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+        self.norm, self.drop = nnx.BatchNorm(16, momentum=0.5, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
         self.calls, self.counts = 0, False
 
     def __call__(self, x):
@@ -132,8 +132,8 @@ def test_changes_of_any_kind_reach_the_module(policy, everything, x):
 
     def change(model, x):
         model.first.kernel[...] = model.first.kernel[...].at[0, 0].set(7)
-        model.layers[1].kernel.set_value(jnp.full((4, 4), 3, jnp.bfloat16))
-        model.norm.mean.set_value(jnp.full(4, 5, jnp.bfloat16))
+        model.layers[1].kernel.set_value(jnp.full((16, 16), 3, jnp.bfloat16))
+        model.norm.mean.set_value(jnp.full(16, 5, jnp.bfloat16))
         model.seen = nnx.Intermediate(x)
         model.pair = nnx.data((model.first, model.norm))
         model.label = "changed"
@@ -144,8 +144,8 @@ def test_changes_of_any_kind_reach_the_module(policy, everything, x):
     model, first, variable = with_policy(change, policy)(everything, x)
     assert (model, first, variable) == (everything, everything.first, everything.first.kernel)
     np.testing.assert_array_equal(everything.first.kernel.get_value(), kernel.at[0, 0].set(7))
-    np.testing.assert_array_equal(everything.layers[1].kernel.get_value(), jnp.full((4, 4), 3.0))
-    np.testing.assert_array_equal(everything.norm.mean.get_value(), jnp.full(4, 5.0))
+    np.testing.assert_array_equal(everything.layers[1].kernel.get_value(), jnp.full((16, 16), 3.0))
+    np.testing.assert_array_equal(everything.norm.mean.get_value(), jnp.full(16, 5.0))
     assert dtypes(nnx.state(everything, nnx.Param, nnx.BatchStat)) == {"float32"}
     assert everything.layers[0].kernel.get_value() is stored
     assert everything.seen.get_value().dtype == jnp.bfloat16
@@ -169,7 +169,7 @@ def test_a_replaced_parameter_has_the_stored_dtype(x):
 def test_variables_in_mutable_arrays_are_cast_and_updated(x):
     """Variables that live in a Ref follow the policy like all others."""
     with nnx.var_defaults(ref=True):
-        model = nnx.BatchNorm(4, momentum=0.5, rngs=nnx.Rngs(0))
+        model = nnx.BatchNorm(16, momentum=0.5, rngs=nnx.Rngs(0))
 
     def change(model, x):
         model.scale[...] = model.scale[...] * 2
@@ -177,7 +177,7 @@ def test_variables_in_mutable_arrays_are_cast_and_updated(x):
 
     dtype, output = with_policy(change, HALF)(model, x)
     assert (dtype, output.dtype, model.scale[...].dtype) == ("bfloat16", jnp.float32, jnp.float32)
-    np.testing.assert_array_equal(model.scale[...], jnp.full(4, 2.0))
+    np.testing.assert_array_equal(model.scale[...], jnp.full(16, 2.0))
     np.testing.assert_allclose(model.mean[...], x.mean(0) / 2, atol=0.01)
 
 
@@ -268,8 +268,8 @@ def test_a_model_can_be_captured_by_jit(policy, x):
 
 def test_attention_decodes_with_any_cache(rng):
     """Whatever dtype the cache has, it keeps it, and decoding gives what attention over the whole sequence gives."""
-    x = jnp.asarray(rng.normal(size=(1, 3, 4)), jnp.float32)
-    model = nnx.MultiHeadAttention(2, 4, decode=False, rngs=nnx.Rngs(0))
+    x = jnp.asarray(rng.normal(size=(1, 3, 16)), jnp.float32)
+    model = nnx.MultiHeadAttention(2, 16, decode=False, rngs=nnx.Rngs(0))
     expected = model(x, mask=nnx.make_causal_mask(x[..., 0]))
     for dtype in (jnp.float32, jnp.bfloat16):
         model.init_cache(x.shape, dtype)
@@ -319,7 +319,7 @@ def test_a_contradictory_map_is_reported(everything, x):
 def test_an_optimiser_trains_the_stored_parameters(policy, everything, rng):
     """A training step of NNX needs nothing but the wrapped function."""
     optimizer, wrapped = nnx.Optimizer(everything, optax.adam(0.03), wrt=nnx.Param), with_policy(forward, policy)
-    x, y = (jnp.asarray(rng.normal(size=(16, 4)), jnp.float32) for _ in range(2))
+    x, y = (jnp.asarray(rng.normal(size=(16, 16)), jnp.float32) for _ in range(2))
 
     @nnx.jit
     def train_step(model, optimizer):

@@ -1,5 +1,6 @@
 """Calls, loops and branches: programs inside a program, each retyped at the dtypes of its operands."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -148,6 +149,7 @@ def _scan(interpreter: Interpreter, call: Call) -> list[Value]:
     return [*carries, *(Value(value.array, Known(value.tag)) for value in values[n_carry:])]
 
 
+@functools.lru_cache(maxsize=256)
 def _saving_low(jaxpr: Jaxpr) -> Jaxpr:
     """Gives the body of a loop the policy of ``residuals="low"``, without which all iterations' float32 is kept."""
     body = jax.checkpoint(lambda *arrays: run(jaxpr, *arrays), policy=saves_low, prevent_cse=False)

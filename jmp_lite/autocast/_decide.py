@@ -189,7 +189,8 @@ def _product(facts: Facts, why: str) -> Decision:
         how = How.DOT if how is How.DOT else How.BOUND
     if precision.dot is not None and how is not How.DOT:
         reason += "; dot= replaces dot_general alone"
-    takes_weights = how is How.PRODUCT or (how is How.DOT and isinstance(precision.dot, RoundsOperands))
+    rounds_itself = how is How.DOT and isinstance(precision.dot, RoundsOperands)
+    takes_weights = rounds_itself or (how is How.PRODUCT and precision.widens_gradients)
     known = _known(facts, Tag.HIGH if is_wide else Tag.LOW)
     return Decision(precision.dtype, how, known, reason, result_dtype, takes_weights)
 

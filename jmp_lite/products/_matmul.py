@@ -15,7 +15,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jmp_lite._compat import bilinear_primitive, mesh_is_explicit, sharding_in_type
+from jmp_lite._compat import INLINE, bilinear_primitive, mesh_is_explicit, sharding_in_type
 from jmp_lite._dtypes import FLOAT32, DType
 from jmp_lite._tree import cast
 from jmp_lite.products._dimensions import dimensions, mapped, transposed
@@ -43,7 +43,7 @@ class Matmul(NamedTuple):
     """Whether to ask for a float32 sum that is rounded to the compute dtype afterwards."""
 
 
-@functools.partial(jax.jit, static_argnums=2, inline=True)  # JAX remembers the derivative of what is jitted
+@functools.partial(jax.jit, static_argnums=2, inline=INLINE)  # JAX remembers the derivative of what is jitted
 def matmul(lhs: Any, rhs: Any, kind: Matmul) -> Any:
     """Multiplies two arrays, rounded to a compute dtype; gradients have the dtypes that the arrays were given in.
 

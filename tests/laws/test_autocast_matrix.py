@@ -262,20 +262,9 @@ def test_float32_is_the_plain_function(name, case, args):
         assert_identical(*(jitted(together(modes))(*args, **case.kwargs) for modes in (full, plain)))
 
 
-PRODUCTS = (*jaxprs.CONTRACTIONS, "ragged_dot_general")
-
-
-def adds_up(eqn):
-    """Whether the product is one with contraction: others have nothing to gain from the compute dtype."""
-    if eqn.primitive.name != "dot_general":
-        return eqn.primitive.name in PRODUCTS
-    (contracted, _), _ = eqn.params["dimension_numbers"]
-    return any(eqn.invars[0].aval.shape[axis] > 1 for axis in contracted)
-
-
 def products(fun, args, kwargs):
     """The dtypes of the two operands of every product, also of those in loops and calls."""
-    found = (eqn for _, eqn in equations(fun)(*args, **kwargs) if adds_up(eqn))
+    found = (eqn for _, eqn in equations(fun)(*args, **kwargs) if jaxprs.is_worth_16_bits(eqn))
     return [tuple(str(x.aval.dtype) for x in eqn.invars[:2]) for eqn in found]
 
 
