@@ -42,7 +42,7 @@ def test_a_primitive_has_one_family():
 
 
 def test_what_holds_programs_has_a_row_a_handler_and_a_class():
-    """Three tables of the same primitives: one that is missing anywhere is an error."""
+    """What is handled is in the table of programs, and what is in the table is handled."""
     nested = {name for f in _ops.FAMILIES if f.op_class is jmp.OpClass.NESTED for name in f.primitives.split()}
     assert set(PROGRAMS) == set(HANDLERS) == nested
 

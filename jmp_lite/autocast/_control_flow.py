@@ -80,21 +80,26 @@ def _cond(interpreter: Interpreter, call: Call) -> list[Value]:
         return [interpreter.retype(branch, operands, call.scope, call.wants, forced) for branch in branches]
 
     found = retype(None)
-    forced, known = [], []
-    for index, v in enumerate(call.eqn.outvars):
-        dtypes = {branch.dtypes[index] for branch in found}
-        results = [branch.results[index] for branch in found]
-        tags = [result.tag for result in results]
-        needs_float32 = Tag.HIGH in tags or Tag.LOW not in tags
-        low = next((branch.dtypes[index] for branch in found if branch.results[index].tag is Tag.LOW), FLOAT32)
-        disagree = is_eligible(v.aval) and len(dtypes) > 1
-        forced.append((FLOAT32 if needs_float32 else low) if disagree else None)
-        origins = {result.origin for result in results}
-        known.append(Known(max(tags), origins.pop() if len(origins) == 1 else Origin.COMPUTED))
-    agreed = retype(tuple(forced)) if any(forced) else found
+    results = [
+        _agreed([(branch.dtypes[index], branch.results[index]) for branch in found], is_eligible(v.aval))
+        for index, v in enumerate(call.eqn.outvars)
+    ]
+    forced = tuple(dtype for dtype, _ in results)
+    agreed = retype(forced) if any(forced) else found
     for branch in agreed:
         interpreter.records.extend(branch.records)
-    return list(map(Value, rebuilt(call.eqn, call.arrays, [branch.jaxpr for branch in agreed]), known))
+    arrays = rebuilt(call.eqn, call.arrays, [branch.jaxpr for branch in agreed])
+    return [Value(array, known) for array, (_, known) in zip(arrays, results, strict=True)]
+
+
+def _agreed(found: Sequence[tuple[Any, Known]], is_float: bool) -> tuple[DType | None, Known]:
+    """Returns the dtype that a result is forced to, if branches disagree about it, and what is known of it."""
+    tags, origins = [known.tag for _, known in found], {known.origin for _, known in found}
+    known = Known(max(tags), origins.pop() if len(origins) == 1 else Origin.COMPUTED)
+    if not is_float or len({dtype for dtype, _ in found}) == 1:
+        return None, known
+    low = [dtype for dtype, known in found if known.tag is Tag.LOW]
+    return low[0] if low and Tag.HIGH not in tags else FLOAT32, known
 
 
 # --- Loops ---

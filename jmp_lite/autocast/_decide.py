@@ -171,28 +171,40 @@ def _conversion(facts: Facts) -> Decision:
 
 def _product(facts: Facts, why: str) -> Decision:
     """A product leaves in float32 if all that use it want that and it is free, or if a rule asks for it."""
-    eqn, precision = facts.eqn, facts.precision
-    if not facts.floats or not all(is_eligible(v.aval) for v in eqn.outvars):
+    precision = facts.precision
+    if not facts.floats or not all(is_eligible(v.aval) for v in facts.eqn.outvars):
         return _float32(facts, Tag.HIGH, "not a product of float32 arrays")
+    is_wide, reason = _leaves_in_float32(facts, why)
+    how = _how_multiplied(facts, is_wide=is_wide)
+    if how is How.DOT:
+        reason = f"replaced by {getattr(precision.dot, '__name__', precision.dot)}"
+    elif precision.dot is not None:
+        reason += "; dot= replaces dot_general alone"
+    takes_weights = isinstance(precision.dot, RoundsOperands) if how is How.DOT else precision.widens_gradients
+    known = _known(facts, Tag.HIGH if is_wide else Tag.LOW)
+    result_dtype = FLOAT32 if is_wide else precision.dtype
+    return Decision(precision.dtype, how, known, reason, result_dtype, takes_weights and how in (How.DOT, How.PRODUCT))
+
+
+def _leaves_in_float32(facts: Facts, why: str) -> tuple[bool, str]:
+    precision = facts.precision
+    if precision.result == FLOAT32:
+        return True, f"result of float32 asked for by {precision.reason}"
     is_ours = precision.dot is None or isinstance(precision.dot, RoundsOperands)
     is_wanted = is_float32(facts.want) and bool(facts.want & (_demand.HIGH | _demand.PLACE))
-    is_wide = precision.result == FLOAT32 or (is_wanted and is_ours and _is_free(eqn))
-    result_dtype = FLOAT32 if is_wide else precision.dtype
-    reason = "all that use it want float32, which costs nothing more here" if is_wide else why
-    if precision.result == FLOAT32:
-        reason = f"result of float32 asked for by {precision.reason}"
-    is_dot = eqn.primitive.name == "dot_general"
-    how = How.PRODUCT if is_wide or (is_dot and (precision.widens_gradients or precision.accumulates)) else How.LOWERED
+    if is_wanted and is_ours and _is_free(facts.eqn):
+        return True, "all that use it want float32, which costs nothing more here"
+    return False, why
+
+
+def _how_multiplied(facts: Facts, *, is_wide: bool) -> How:
+    precision, is_dot = facts.precision, facts.name == "dot_general"
     if is_dot and precision.dot is not None:
-        how, reason = How.DOT, f"replaced by {getattr(precision.dot, '__name__', precision.dot)}"
+        return How.DOT
     if precision.dtype == FLOAT32:
-        how = How.DOT if how is How.DOT else How.BOUND
-    if precision.dot is not None and how is not How.DOT:
-        reason += "; dot= replaces dot_general alone"
-    rounds_itself = how is How.DOT and isinstance(precision.dot, RoundsOperands)
-    takes_weights = rounds_itself or (how is How.PRODUCT and precision.widens_gradients)
-    known = _known(facts, Tag.HIGH if is_wide else Tag.LOW)
-    return Decision(precision.dtype, how, known, reason, result_dtype, takes_weights)
+        return How.BOUND
+    is_ours = is_dot and (precision.widens_gradients or precision.accumulates)
+    return How.PRODUCT if is_wide or is_ours else How.LOWERED
 
 
 def _is_free(eqn: Equation) -> bool:
@@ -344,17 +356,16 @@ def _is_repeated(value: Value, shape: Sequence[Any]) -> bool:
 
 
 def _origin_of_results(facts: Facts) -> Origin:
-    if facts.op is OpClass.AS_WRITTEN and (_ops.solves(facts.name) or facts.name in _ops.PRODUCTS):
-        return Origin.SOLVED
-    if facts.op is OpClass.AS_WRITTEN or _is_made_as_written(facts):
+    origins, name = {value.known.origin for value in facts.arrays}, facts.name
+    if facts.op is OpClass.AS_WRITTEN:
+        return Origin.SOLVED if _ops.solves(name) or name in _ops.PRODUCTS else Origin.AS_WRITTEN
+    if _is_made_as_written(facts):
         return Origin.AS_WRITTEN
     if _repeats_something_smaller(facts.eqn, facts.operands):
         return Origin.REPEATED
-    origins, name = {value.known.origin for value in facts.arrays}, facts.name
-    if facts.op is OpClass.FOLLOW and facts.arrays and {value.known.origin for value in facts.whole} == {Origin.SOLVED}:
+    if facts.op is OpClass.FOLLOW and origins and {value.known.origin for value in facts.whole} == {Origin.SOLVED}:
         return Origin.SOLVED
-    moves = _ops.moves_whole_arrays(name) or name in ("dynamic_slice", "concatenate", "split")
-    moves = moves or facts.precision.mode == "off"
+    moves = name in _ops.MOVES_PARTS or _ops.moves_whole_arrays(name) or facts.precision.mode == "off"
     return Origin.MOVED if moves and origins and origins <= OF_WEIGHTS else Origin.COMPUTED
 
 

@@ -22,6 +22,7 @@ import numpy as np
 from jmp_lite._compat import Equation, Primitive
 from jmp_lite._errors import InvalidOpError
 from jmp_lite.autocast._library import is_of_library
+from jmp_lite.autocast._programs import PROGRAMS
 
 
 class OpClass(enum.Enum):
@@ -116,12 +117,7 @@ FAMILIES = (
         """optimization_barrier psum psum_invariant pmax pmin sort device_put pvary pcast preduced reduced_vary_cast
         reduced_vary_cast_p vary_unreduced_cast vary_unreduced_cast_p to_vma""",
     ),
-    Family(
-        OpClass.NESTED,
-        "holds programs, which are autocast in their turn",
-        """jit closed_call eval_jaxpr remat2 checkpoint scan while cond custom_jvp_call custom_vjp_call
-        custom_vmap_call composite xla_metadata_call linear_call shard_map run_state""",
-    ),
+    Family(OpClass.NESTED, "holds programs, which are autocast in their turn", " ".join(PROGRAMS)),
     Family(
         OpClass.AS_WRITTEN,
         _SOLVERS,
@@ -224,6 +220,9 @@ GATHERS = frozenset({"all_gather", "all_gather_reduced"})
 
 #: Primitives that may take an element many times: their gradient is a sum.
 TAKES = frozenset({"gather", "dynamic_slice"})
+
+#: Primitives that move parts of arrays.
+MOVES_PARTS = frozenset({"dynamic_slice", "concatenate", "split"})
 
 #: Results that say where something is or what it is like, which does not hang on digits.
 PLACES = frozenset({"argmax", "argmin", "is_finite"})

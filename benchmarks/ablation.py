@@ -1,0 +1,167 @@
+"""What every rule of autocast is for: the figures without it. `python -m benchmarks.ablation [--quick]`.
+
+Each row takes one rule away, and traces the gradients of the GPT and of the ResNet of `benchmarks.autocast` and the
+probes below. A rule that changes no figure has no place in the library.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+import jmp_lite as jmp
+from benchmarks import _jaxprs, _models, _report
+from jmp_lite.autocast import _api, _decide, _demand, _ops
+
+POLICY = "mixed_bfloat16"
+Change = Callable[[], contextlib.AbstractContextManager[Any]]
+
+
+# --- Probes: functions whose relative error is a figure ---
+
+
+def _draw(seed: int, *shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+X, W, EYE = _draw(0, 64, 32), _draw(1, 32, 32) * 32**-0.5, jnp.eye(32)
+
+
+def _variance(w: jax.Array) -> jax.Array:
+    h = X @ w + 30
+    return lax.map(lambda row: jnp.mean((row - row.mean()) ** 2), h)
+
+
+def _level(w: jax.Array) -> jax.Array:
+    p = jnp.clip(jax.nn.sigmoid(X @ w + 4), 1e-6, 1 - 1e-6)
+    return jnp.mean(jnp.tanh(p @ w)) + jnp.log(1 - p)
+
+
+def _mask(w: jax.Array) -> jax.Array:
+    return jax.nn.softmax(jnp.where(jnp.arange(32) < 16, X @ w, -1e30))
+
+
+def _newton(w: jax.Array) -> jax.Array:
+    step = lambda c: 1.5 * c - 0.5 * c @ c.T @ c  # noqa: E731
+    return lax.while_loop(lambda c: jnp.abs(c @ c.T - EYE).sum() > 1e-2, step, EYE + 0.02 * w)
+
+
+def _norm(w: jax.Array) -> jax.Array:
+    h = X @ w
+    h = (h - h.mean(-1, keepdims=True)) * lax.rsqrt(h.var(-1, keepdims=True) + 1e-6)
+    return jnp.tanh(h * w[0][None]) @ w
+
+
+PROBES: Mapping[str, Callable[[jax.Array], jax.Array]] = {
+    "variance in map": _variance,
+    "log beside product": _level,
+    "mask of -1e30": _mask,
+    "Newton": _newton,
+    "norm": _norm,
+    "cholesky": lambda w: jnp.linalg.cholesky(w @ w.T + 1e-2 * EYE),
+    "inverse": lambda w: X @ jnp.linalg.inv(w @ w.T + 1e-2 * EYE),
+    "expm": jax.scipy.linalg.expm,
+    "scores": lambda w: jnp.exp(X @ w),
+    "rotation": lambda w: jnp.sin(100 * X[:, :3] @ w[:3, :3]),
+    "highest": lambda w: jnp.matmul(X, w, precision="highest"),
+    "gradient of rows": jax.grad(lambda w: jnp.tanh((X[:4] @ w)[jnp.arange(2048) // 512]).mean()),
+    "decay": lambda w: (1 - 1e-4 * jnp.tanh((X[:1] @ X[:1].T)[0, 0])) * w,
+    "updated": lambda w: w - 1e-3 * jax.grad(lambda w: jnp.mean(jnp.tanh(X @ w)))(w),
+    "places": lambda w: jnp.arange(2048.0)[(jnp.arange(64.0) * 30 + (X @ w)[:, 0]).astype(jnp.int32)],
+}
+
+
+def _error(fun: Callable[[jax.Array], jax.Array]) -> float:
+    options = {"xla_allow_excess_precision": False}
+    found, exact = (jax.jit(f, compiler_options=options)(W) for f in (jmp.autocast(fun, POLICY), fun))
+    found, exact = np.asarray(found, np.float64), np.asarray(exact, np.float64)
+    return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
+
+
+# --- Rules that are taken away ---
+
+
+@contextlib.contextmanager
+def _without_row(index: int) -> Iterator[None]:
+    rows = _decide.FOLLOWS[:index] + _decide.FOLLOWS[index + 1 :]
+    with mock.patch.object(_decide, "FOLLOWS", rows):
+        yield
+
+
+def _patched(module: Any, name: str, value: Any) -> Change:
+    return lambda: mock.patch.object(module, name, value)
+
+
+@contextlib.contextmanager
+def _without_search() -> Iterator[None]:
+    with mock.patch.object(_demand.Demands, "_search", return_value={}):
+        yield
+
+
+CHANGES: Mapping[str, Change] = {
+    "nothing": contextlib.nullcontext,
+    **{f"row: {row.reason}": functools.partial(_without_row, index) for index, row in enumerate(_decide.FOLLOWS[:-1])},
+    "the whole backward search": _without_search,
+    "linear algebra wants what was written": _patched(_ops, "solves", lambda _: False),
+    "products of linear algebra's results": _patched(_decide, "_takes_solution", lambda _: False),
+    "products of a few terms": _patched(_ops, "HANDFUL", 0),
+    "precision that is asked for": _patched(_ops, "asked_precision", lambda _: ""),
+    "products of libraries": _patched(_ops, "is_of_library", lambda _: False),
+    "results in float32": _patched(_decide, "_is_free", lambda _: False),
+    "known numbers": _patched(_decide, "number_of_results", lambda *_: None),
+    "activations of bounded slope": _patched(_ops, "ACTIVATIONS", frozenset()),
+}
+
+
+def _figures(quick: bool) -> dict[str, str]:
+    _api._interpreter.cache_clear()
+    jax.clear_caches()
+    found = {}
+    for name, task in _models.TASKS.items():
+        shapes = task.shapes()
+        loss = jmp.autocast(task.loss(), POLICY)
+        gradient = jax.make_jaxpr(jax.grad(loss, has_aux=True))(*shapes).jaxpr
+        found[f"{name}: casts"] = str(_jaxprs.converts(gradient))
+        found[f"{name}: kept MB"] = f"{_jaxprs.residual_bytes(loss, *shapes) / 1e6:.1f}"
+    block = jmp.autocast(lambda w: jnp.sum((jax.nn.softplus(X @ w) @ w) ** 2), POLICY)
+    found["softplus: kept kB"] = f"{sum(x.nbytes for x in jax.tree.leaves(jax.vjp(block, W)[1])) / 1e3:.1f}"
+    if not quick:
+        found |= {name: f"{_error(fun):.1e}" for name, fun in PROBES.items()}
+    return found
+
+
+def main() -> None:
+    """Measures every row and writes the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="casts and bytes alone, nothing compiled or written")
+    quick = parser.parse_args().quick
+    rows, base = [], {}
+    for name, change in CHANGES.items():
+        with change():
+            try:
+                figures = _figures(quick)
+            except Exception as error:  # noqa: BLE001  # what does not run without a rule needs it
+                rows.append([name, f"does not run: {type(error).__name__}"])
+                continue
+        base = base or figures
+        changed = [f"{key} {base[key]} -> {value}" for key, value in figures.items() if value != base[key]]
+        rows.append([name, "; ".join(changed) or ("(all figures)" if name == "nothing" else "NO CHANGE")])
+        print(f"{name}: {rows[-1][1]}", flush=True)
+    if not quick:
+        facts = {"command": _report.command("benchmarks.ablation"), "versions": _report.versions()}
+        body = _report.table(["without", "figures that change"], rows)
+        title = "Autocast without each of its rules"
+        _report.write_section(_report.RESULTS, "ablation", title, facts, body)
+
+
+if __name__ == "__main__":
+    main()
