@@ -1,16 +1,4 @@
-"""What a compiled XLA program moves and launches, read from its optimised HLO text.
-
-XLA's own `cost_analysis` is absent when compiling for a GPU that is not there, and does not say
-which launches copy, so the figures are counted here, by the same rules for CPU, GPU and TPU:
-
-* every instruction that becomes a launch (fusion, custom call, copy, reduction, ...) costs the bytes
-  of its operands plus the bytes of its result;
-* parameters, constants, tuples, bitcasts and the waiting half of an asynchronous pair are free;
-* `call`, `while` (its body, once) and asynchronous wrappers are looked into;
-* a conditional costs its dearest branch; its cheapest branch gives the cost of the step not taken;
-* a slice costs the part it takes, read and written; an asynchronous transfer is not a launch;
-* arrays that live in a TPU's on-chip memory are free.
-"""
+"""The optimised HLO text of a compiled XLA program as data: its computations, their lines, and the shapes on them."""
 
 from __future__ import annotations
 
@@ -27,23 +15,17 @@ _ARRAY = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,<=]*)\](\{[^}]*\})?")
 _ASSIGNMENT = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*)$")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+)\s*\(.*\{\s*$")
 _COMMENT = re.compile(r"/\*.*?\*/")
-_FREE = frozenset(
-    {
-        *("parameter", "constant", "iota", "tuple", "get-tuple-element", "bitcast"),
-        *("after-all", "add-dependency", "optimization-barrier", "opt-barrier", "domain"),
-        *("partition-id", "replica-id"),
-    }
-)
-_CONCAT_BITCAST = 'custom_call_target="ConcatBitcast"'
-_SLICES = frozenset({"slice", "dynamic-slice"})
-_TRANSFERS = {"copy-start": 0, "slice-start": 1, "dynamic-slice-start": 1}
-"""Asynchronous transfers, and where in their result the written array stands."""
-_WRAPPERS = frozenset(["call", "while", "async-start"])
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of HLO."""
+    """One line of HLO.
+
+    Attributes:
+      operands: names of the lines that give them.
+      attributes: what follows the operands.
+      position: of a parameter, from 0; -1 for any other line.
+    """
 
     name: str
     shape: str
@@ -51,6 +33,7 @@ class Instruction:
     operands: tuple[str, ...]
     attributes: str
     is_root: bool
+    position: int = -1
 
     def called(self, key: str) -> tuple[str, ...]:
         """Names of the computations given in attribute `key`, in order; empty when it is absent."""
@@ -59,33 +42,6 @@ class Instruction:
             return ()
         names = found.group(1) or found.group(2)
         return tuple(name.strip().lstrip("%") for name in names.split(","))
-
-
-@dataclasses.dataclass(frozen=True)
-class Cost:
-    """What one run of a program does.
-
-    Attributes:
-      bytes: bytes read and written by all launches, taking the dearest branch of each conditional.
-      skipped_bytes: the same, taking the cheapest branch.
-      launches: number of launches.
-      large_launches: launches that touch an array of at least `LARGE_ELEMENTS` elements.
-      copies: launches that only copy such an array.
-      copied_bytes: bytes read and written by these copies.
-      conditionals: conditionals executed.
-    """
-
-    bytes: float = 0.0
-    skipped_bytes: float = 0.0
-    launches: int = 0
-    large_launches: int = 0
-    copies: int = 0
-    copied_bytes: float = 0.0
-    conditionals: int = 0
-
-    def __add__(self, other: Cost) -> Cost:
-        fields = (field.name for field in dataclasses.fields(Cost))
-        return Cost(**{name: getattr(self, name) + getattr(other, name) for name in fields})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,9 +83,9 @@ def shape_bytes(shape: str) -> float:
     return sum(element_bytes(dtype) * n for dtype, n, on_chip in arrays(shape) if not on_chip)
 
 
-def largest(shape: str) -> int:
-    """Number of elements of the largest array in `shape`; 0 if there is none."""
-    return max((elements for _, elements, _ in arrays(shape)), default=0)
+def shape_elements(shape: str) -> int:
+    """Number of elements of all arrays in `shape`."""
+    return sum(elements for _, elements, _ in arrays(shape))
 
 
 def _closing(text: str, start: int) -> int:
@@ -153,7 +109,9 @@ def _instruction(line: str) -> Instruction | None:
     closing = _closing(rest, opening)
     inside = rest[opening + 1 : closing]
     operands = tuple(re.findall(r"%([\w.\-]+)", inside))
-    return Instruction(name, shape, rest[:opening], operands, rest[closing + 1 :], root is not None)
+    opcode = rest[:opening]
+    position = int(inside) if opcode == "parameter" else -1
+    return Instruction(name, shape, opcode, operands, rest[closing + 1 :], root is not None, position)
 
 
 def parse(text: str) -> Module:
@@ -179,72 +137,6 @@ def parse(text: str) -> Module:
         raise ValueError("no ENTRY computation in this HLO text")
     frozen = {name: tuple(lines) for name, lines in computations.items()}
     return Module(frozen, entry, text.split("\n", 1)[0])
-
-
-def cost(module: Module) -> Cost:
-    """Counts bytes, launches and copies of one run of the module's entry computation."""
-    return _computation_cost(module, module.entry)
-
-
-def _computation_cost(module: Module, name: str) -> Cost:
-    instructions = module.computations[name]
-    shapes = {instruction.name: instruction.shape for instruction in instructions}
-    total = Cost()
-    for instruction in instructions:
-        total += _instruction_cost(module, instruction, shapes)
-    return total
-
-
-def _instruction_cost(module: Module, instruction: Instruction, shapes: dict[str, str]) -> Cost:
-    opcode = instruction.opcode
-    if opcode in _FREE or opcode.endswith(("-done", "-update")) or _CONCAT_BITCAST in instruction.attributes:
-        return Cost()
-    if opcode == "conditional":
-        return _conditional_cost(module, instruction)
-    if opcode in _WRAPPERS:
-        for key in ("body", "to_apply", "calls"):
-            if bodies := instruction.called(key):
-                return _computation_cost(module, bodies[0])
-    shape = instruction.shape
-    touched = [shapes.get(operand, "") for operand in instruction.operands]
-    if opcode in _TRANSFERS:
-        return _transfer_cost(opcode, shape, touched[0])
-    if opcode in _SLICES:
-        touched = [shape]
-    moved = shape_bytes(shape) + sum(map(shape_bytes, touched))
-    is_large = max(map(largest, [shape, *touched])) >= LARGE_ELEMENTS
-    is_copy = is_large and _only_copies(module, instruction)
-    return Cost(moved, moved, 1, int(is_large), int(is_copy), moved * is_copy)
-
-
-def _conditional_cost(module: Module, instruction: Instruction) -> Cost:
-    names = instruction.called("branch_computations") or (
-        *instruction.called("true_computation"),
-        *instruction.called("false_computation"),
-    )
-    branches = [_computation_cost(module, name) for name in names]
-    dearest = max(branches, key=lambda branch: branch.bytes)
-    skipped = min(branch.skipped_bytes for branch in branches)
-    return dataclasses.replace(dearest, skipped_bytes=skipped, conditionals=dearest.conditionals + 1)
-
-
-def _transfer_cost(opcode: str, shape: str, source: str) -> Cost:
-    """An asynchronous copy or slice; one that moves data to or from on-chip memory is no extra copy."""
-    written = list(arrays(shape))[_TRANSFERS[opcode]]
-    dtype, elements, on_chip = written
-    off_chip = (not on_chip) + (not next(arrays(source))[2])
-    moved = element_bytes(dtype) * elements * off_chip
-    is_copy = opcode == "copy-start" and off_chip == 2 and elements >= LARGE_ELEMENTS
-    return Cost(moved, moved, 0, 0, int(is_copy), moved * is_copy)
-
-
-def _only_copies(module: Module, instruction: Instruction) -> bool:
-    """Whether a launch does nothing but copy."""
-    if instruction.opcode != "fusion":
-        return instruction.opcode == "copy"
-    inner = module.computations.get((instruction.called("calls") or ("",))[0], ())
-    work = [inside.opcode for inside in inner if inside.opcode not in _FREE]
-    return bool(work) and all(opcode == "copy" for opcode in work)
 
 
 def aliased_fraction(module: Module) -> float:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import _designs, _hlo
+from benchmarks import _cost, _designs, _hlo
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ def parameter_count(params: Any) -> int:
 def program(compiled: Any, params: Any, grad_dtype: str) -> Program:
     """Reads the figures of a compiled step."""
     module = _hlo.parse(compiled.as_text())
-    cost = _hlo.cost(module)
+    cost = _cost.cost(module)
     count = parameter_count(params)
     return Program(
         bytes_per_parameter=cost.bytes / count,

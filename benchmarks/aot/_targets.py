@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -101,6 +102,16 @@ def devices(target: str, count: int = 1) -> list[jax.Device]:
         name = next(name for size, name in _TPU_SLICES.items() if count <= size)
         topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
     return list(topology.devices[:count])
+
+
+def compiled(function: Callable[..., Any], shapes: Any, device: jax.Device) -> Any:
+    """Compiles a function of arrays of these shapes for a device that need not exist."""
+    sharding = jax.sharding.SingleDeviceSharding(device)
+
+    def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.jit(function).lower(*jax.tree.map(abstract, shapes)).compile()
 
 
 def for_each(targets: Sequence[str], report: Callable[[str], None]) -> None:

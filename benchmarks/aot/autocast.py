@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from benchmarks.aot import _targets
 
@@ -20,7 +20,7 @@ _targets.configure()
 
 import jax  # noqa: E402
 
-from benchmarks import _command, _hlo, _models, _precisions, _report, autocast  # noqa: E402
+from benchmarks import _command, _cost, _hlo, _models, _precisions, _report, autocast  # noqa: E402
 from benchmarks.aot.step import COMPILERS  # noqa: E402
 
 MODULE = "benchmarks.aot.autocast"
@@ -59,14 +59,8 @@ Programs = dict[str, tuple[Program, Program]]
 
 def compiled(design: _precisions.Design, task: _models.Task, leak: bool, device: jax.Device) -> Program:
     """Compiles one gradient for `device` and reads its figures."""
-    sharding = jax.sharding.SingleDeviceSharding(device)
-
-    def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    shapes = jax.tree.map(abstract, task.shapes())
-    program = jax.jit(design.gradient(task, leak)).lower(*shapes).compile()
-    cost = _hlo.cost(_hlo.parse(program.as_text()))
+    program = _targets.compiled(design.gradient(task, leak), task.shapes(), device)
+    cost = _cost.cost(_hlo.parse(program.as_text()))
     temp = program.memory_analysis().temp_size_in_bytes
     return Program(cost.bytes, temp, cost.launches, autocast.accessed(program))
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 
 import jmp_lite as jmp
-from benchmarks import _command, _hlo, _models, _products, _report
+from benchmarks import _command, _cost, _hlo, _models, _products, _report
 from benchmarks.aot import _targets
 from jmp_lite import quant
 
@@ -67,13 +67,13 @@ class Program(NamedTuple):
 
 
 def products(module: _hlo.Module) -> list[Product]:
-    """The matrix products among the custom calls of a module, and any that are left as they were."""
+    """The matrix products and convolutions among the custom calls of a module, and any that are left as they were."""
     found = []
     for computation in module.computations.values():
         lines = {line.name: line for line in computation}
         for line in computation:
-            target = re.search(r'custom_call_target="(__cublas[^"]*)"', line.attributes)
-            if target is None and line.opcode != "dot":
+            target = re.search(r'custom_call_target="(__cu(?:blas|dnn\$conv)[^"]*)"', line.attributes)
+            if target is None and line.opcode not in {"dot", "convolution"}:
                 continue
             name = target.group(1) if target else "dot"
             formats = [next(_hlo.arrays(lines[operand].shape))[0] for operand in line.operands[:2]]
@@ -86,14 +86,9 @@ def products(module: _hlo.Module) -> list[Product]:
 
 def compiled(step: Callable[..., Any], shapes: Any, device: jax.Device) -> Program:
     """Compiles a step."""
-    sharding = jax.sharding.SingleDeviceSharding(device)
-
-    def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    program = jax.jit(step).lower(*jax.tree.map(abstract, shapes)).compile()
+    program = _targets.compiled(step, shapes, device)
     module = _hlo.parse(program.as_text())
-    cost = _hlo.cost(module)
+    cost = _cost.cost(module)
     return Program(products(module), cost.launches, cost.bytes, program.memory_analysis().temp_size_in_bytes)
 
 
