@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from pathlib import PurePath
 from typing import NamedTuple
 
 from benchmarks import _cost, _hlo
 
 _LAYOUT = re.compile(r"\{[^}]*\}")
-_SOURCE = re.compile(r'op_name="([^"]*)"')
 _LIBRARY = re.compile(r'custom_call_target="([^"]*)"')
+_FRAME = re.compile(r"stack_frame_id=(\d+)")
+_LOCATION = re.compile(r"file_location_id=(\d+)")
+_PLACE = re.compile(r"file_name_id=(\d+) .*?line=(\d+)")
 
 
 class Seen(NamedTuple):
@@ -33,18 +36,37 @@ Launches = list[tuple[Seen, str]]
 """With the shapes of the operands and the place in the source."""
 
 
-def launches(module: _hlo.Module) -> Launches:
-    """All launches of a program, the dearest first."""
+def _table(text: str, name: str) -> dict[str, str]:
+    """One of the tables before a program, by the number that stands first in each line."""
+    found = re.search(rf"^{name}\n((?:.+\n)*)", text, re.MULTILINE)
+    lines = found.group(1).splitlines() if found else []
+    return dict(line.split(" ", 1) for line in lines)
+
+
+def _sources(text: str) -> dict[str, str]:
+    """File and line of every stack frame that a program names."""
+    files, places, sources = _table(text, "FileNames"), _table(text, "FileLocations"), {}
+    for frame, line in _table(text, "StackFrames").items():
+        location = _LOCATION.search(line)
+        place = _PLACE.search(places.get(location.group(1), "")) if location else None
+        if place:
+            file, number = place.groups()
+            sources[frame] = PurePath(files[file].strip('"')).name + f":{number}"
+    return sources
+
+
+def launches(text: str) -> Launches:
+    """All launches of a program given as HLO text, the dearest first."""
+    module, sources, found = _hlo.parse(text), _sources(text), []
     lines = (line for computation in module.computations.values() for line in computation)
     shapes = {line.name: _LAYOUT.sub("", line.shape) for line in lines}
-    found = []
     for launch in sorted(_cost.launches(module), key=lambda launch: -launch.bytes):
         line = launch.instruction
-        library, source = _LIBRARY.search(line.attributes), _SOURCE.search(line.attributes)
+        library, frame = _LIBRARY.search(line.attributes), _FRAME.search(line.attributes)
         kind = library.group(1) if library else line.opcode.removesuffix("-start")
         operands = ", ".join(shapes.get(operand, "?") for operand in line.operands)
         seen = Seen(launch.times, kind, shapes[line.name], round(launch.bytes / 1e6, 1))
-        found.append((seen, f"({operands}) {source.group(1) if source else ''}"))
+        found.append((seen, f"({operands}), {sources.get(frame.group(1), '?') if frame else '?'}"))
     return found
 
 

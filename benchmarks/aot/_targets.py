@@ -104,14 +104,14 @@ def devices(target: str, count: int = 1) -> list[jax.Device]:
     return list(topology.devices[:count])
 
 
-def compiled(function: Callable[..., Any], shapes: Any, device: jax.Device) -> Any:
-    """Compiles a function of arrays of these shapes for a device that need not exist."""
+def compiled(function: Callable[..., Any], shapes: Any, device: jax.Device, **options: Any) -> Any:
+    """Compiles a function of arrays of these shapes for a device that need not exist, with options of XLA's."""
     sharding = jax.sharding.SingleDeviceSharding(device)
 
     def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    return jax.jit(function).lower(*jax.tree.map(abstract, shapes)).compile()
+    return jax.jit(function).lower(*jax.tree.map(abstract, shapes)).compile(options)
 
 
 def for_each(targets: Sequence[str], report: Callable[[str], None]) -> None:

@@ -37,11 +37,11 @@ TARGET = "h100"
 POLICY = "mixed_bfloat16"
 BY_HAND, AUTOCAST, FLOAT32 = "by hand", "autocast", "float32"
 FIGURES = ("MB", "temp MB", "kernels", "float32 products")
+RATIOS = ("MB / hand", "temp / hand", "kernels / hand", FIGURES[3])
 HEADER = (
     "model",
     *(f"{BY_HAND}: {name}" for name in FIGURES),
-    *(f"{form}: {name}" for form in (AUTOCAST, FLOAT32) for name in ("MB / hand", "temp / hand", "kernels / hand")),
-    f"{AUTOCAST}: {FIGURES[3]}",
+    *(f"{form}: {name}" for form in (AUTOCAST, FLOAT32) for name in RATIOS),
 )
 LEGEND = """`jax.value_and_grad` of each loss by its float32 parameters. **By hand**: weights cast where they are used,
 statistics, softmax, loss, rotary positions, routers, cell and recurrent states in float32. **MB**: bytes that the
@@ -72,6 +72,10 @@ class Program(NamedTuple):
         """Bytes, scratch memory and kernels over those of another program."""
         return self.moved / hand.moved, self.temp / hand.temp, self.kernels / hand.kernels
 
+    def cells(self, hand: Program) -> list[str]:
+        """The figures as text, in the order of `RATIOS`."""
+        return [*(_report.number(ratio, 3) for ratio in self.over(hand)), str(self.products)]
+
 
 def forms(model: _zoo.Model, residuals: str) -> dict[str, Callable[[Any, Any], jax.Array]]:
     """The loss of (parameters, batch) in every form; new functions each time."""
@@ -86,9 +90,8 @@ def forms(model: _zoo.Model, residuals: str) -> dict[str, Callable[[Any, Any], j
 def row(name: str, found: Mapping[str, Program]) -> list[str]:
     """The figures of a model as text, in the order of `HEADER`."""
     hand, number = found[BY_HAND], _report.number
-    ratios = [*found[AUTOCAST].over(hand), *found[FLOAT32].over(hand)]
     own = [number(hand.moved / 1e6, 0), number(hand.temp / 1e6, 1), str(hand.kernels), str(hand.products)]
-    return [name, *own, *(number(ratio, 3) for ratio in ratios), str(found[AUTOCAST].products)]
+    return [name, *own, *found[AUTOCAST].cells(hand), *found[FLOAT32].cells(hand)]
 
 
 def targets(name: str, found: Mapping[str, Program]) -> list[_report.Target]:
@@ -102,14 +105,14 @@ def targets(name: str, found: Mapping[str, Program]) -> list[_report.Target]:
 
 def measure(name: str, options: argparse.Namespace, device: jax.Device) -> dict[str, Program]:
     """Compiles one model in every form, and prints what they differ in where that is asked for."""
-    model, found, modules = _zoo.MODELS[name], {}, {}
+    model, found, texts = _zoo.MODELS[name], {}, {}
     for form, loss in forms(model, options.residuals).items():
         sys.stderr.write(f"{name}: {form} ...\n")
         compiled = _targets.compiled(jax.value_and_grad(loss), (model.params, model.batch), device)
-        modules[form] = _hlo.parse(compiled.as_text())
-        found[form] = Program.of(compiled, modules[form])
+        texts[form] = compiled.as_text()
+        found[form] = Program.of(compiled, _hlo.parse(texts[form]))
     if options.differ:
-        one, other = (_differences.launches(modules[form]) for form in (AUTOCAST, BY_HAND))
+        one, other = (_differences.launches(texts[form]) for form in (AUTOCAST, BY_HAND))
         _command.show(_differences.text(f"{name}, {AUTOCAST}", one, other, options.differ))
         _command.show(_differences.text(f"{name}, {BY_HAND}", other, one, options.differ))
     return found
