@@ -23,7 +23,7 @@ state are donated in the order in which they are returned.
 - **time / bare**: median over the rounds of one interleaved run, each round divided by bare Optax in the same round.
 - **call alone**: a step that returns its inputs; the part of a bare step that is only passing the arrays.
 - **skipped / bare**: the same for a step whose gradients hold one NaN, over a good step of bare Optax.
-- **B/param**, **/ ideal**: bytes that the compiled program reads and writes (counted by `_hlo.py`) per parameter, and
+- **B/param**, **/ ideal**: bytes that the compiled program reads and writes (counted by `_cost.py`) per parameter, and
   that over the least a checked step can move: p, m, v in and out and the gradient twice, 24 + 2g. Bare Optax, which
   checks nothing, reads the gradient once.
 - **kernels**: launches; **copies**: launches that only copy an array of 1024 elements or more; **alias**: share of the

@@ -26,7 +26,7 @@ from benchmarks.aot.step import COMPILERS  # noqa: E402
 MODULE = "benchmarks.aot.autocast"
 FIGURES = ("MB", "/ hand", "temp MB", "/ hand", "kernels", "XLA's MB")
 HEADER = ("design", *FIGURES, *(f"leak: {name}" for name in FIGURES[:4]))
-LEGEND = """- **MB**: bytes that the compiled gradient reads and writes (counted by `_hlo.py`); **XLA's MB**: the
+LEGEND = """- **MB**: bytes that the compiled gradient reads and writes (counted by `_cost.py`); **XLA's MB**: the
   same as XLA estimates it, where it does; **temp**: scratch memory; **kernels**: launches.
 - **/ hand**: over Flax with `dtype=bfloat16`, softmax and loss in float32, with the same leak or none.
 - **leak**: the same when one float32 constant touches the activations."""
