@@ -106,7 +106,7 @@ def _agreed(found: Sequence[tuple[Any, Known]], is_float: bool) -> tuple[DType |
 
 
 def _scan(interpreter: Interpreter, call: Call) -> list[Value]:
-    """A carry is low if the body keeps it low, and it starts low or feeds products alone; a sum stays float32.
+    """A carry is low if it feeds products alone, or if it starts low and the body keeps it low; a sum stays float32.
 
     Constants go in as float32, and are cast inside: the backward pass adds up their gradients over all iterations, in
     the dtype in which they went in. XLA moves such casts out of the loop by itself.
@@ -126,17 +126,19 @@ def _scan(interpreter: Interpreter, call: Call) -> list[Value]:
         _carry(inner_program, v, value, want, low)
         for v, value, want in zip(inner_program.invars[carried], operands[carried], wants[carried], strict=True)
     ]
+    pairs = list(zip(call.eqn.outvars, of_results, strict=True))[n_carry:]
+    stacked = [low if want == LOW and is_eligible(v.aval) else None for v, want in pairs]
     while True:
         asked = [
             want if value.tag is Tag.LOW else _kept_in_float32(want)
             for want, value in zip(of_results[:n_carry], operands[carried], strict=True)
         ]
-        forced = (*map(_float_dtype, operands[carried]), *[None] * (len(of_results) - n_carry))
+        forced = (*map(_float_dtype, operands[carried]), *stacked)
         inner = interpreter.retype(body, operands, call.scope, (*asked, *of_results[n_carry:]), forced)
         too_low = [
             n_consts + index
             for index, value in enumerate(operands[carried])
-            if value.tag is Tag.LOW and inner.results[index].tag is not Tag.LOW
+            if value.tag is Tag.LOW and inner.results[index].tag is not Tag.LOW and of_results[index] != LOW
         ]
         if not too_low:
             break
@@ -147,11 +149,11 @@ def _scan(interpreter: Interpreter, call: Call) -> list[Value]:
         jaxpr = _saving_low(jaxpr)
     results = rebuilt(call.eqn, [value.array for value in operands], [jaxpr])
     values = interpreter.results(inner, results, trips=call.params["length"])
-    carries = [
-        Value(value.array, Known(Tag.LOW if carry.tag is Tag.LOW else value.tag))
-        for value, carry in zip(values[:n_carry], operands[carried], strict=True)
+    was_low = [*(carry.tag is Tag.LOW for carry in operands[carried]), *(dtype is not None for dtype in stacked)]
+    return [
+        Value(value.array, Known(Tag.LOW if is_low else value.tag))
+        for value, is_low in zip(values, was_low, strict=True)
     ]
-    return [*carries, *(Value(value.array, Known(value.tag)) for value in values[n_carry:])]
 
 
 @functools.lru_cache(maxsize=256)

@@ -34,7 +34,7 @@ class How(enum.Enum):
     LOWERED = "the primitive, its parameters rewritten for the compute dtype"
     WEIGHTS = "the primitive, weights rounded inside so that their gradients are not"
     PRODUCT = "a product of ours: weights rounded inside, a result of its own dtype"
-    WIDE = "the primitive in float32, its result rounded: its gradient is a sum"
+    WIDE = "the primitive in float32, its result rounded"
     SLOPE = "an activation in float32, its value and its slope rounded"
     DOT = "the product that the user gave"
     OP = "the function that the user gave"
@@ -238,7 +238,7 @@ def _is_moved_low(facts: Facts) -> bool:
 
 
 def _is_taken(facts: Facts) -> bool:
-    return facts.name in _ops.TAKES and facts.tag is Tag.LOW
+    return facts.tag is Tag.LOW and _ops.takes_repeatedly(facts.eqn)
 
 
 def _is_as_precise_in_16_bits(facts: Facts) -> bool:
@@ -249,7 +249,9 @@ def _is_as_precise_in_16_bits(facts: Facts) -> bool:
 
 
 def _is_wanted(facts: Facts) -> bool:
-    return is_float32(facts.want) and facts.has_float_results
+    is_sum_of_low = facts.name in _ops.SUMS and facts.tag is Tag.LOW and len(facts.whole) == len(facts.floats) > 1
+    is_wanted = is_float32(facts.want) and not (is_sum_of_low and facts.want == _demand.HIGH)
+    return is_wanted and facts.has_float_results
 
 
 def _levels_off(facts: Facts) -> bool:
@@ -293,6 +295,10 @@ def _is_shifted(facts: Facts) -> bool:
     return facts.tag is Tag.HIGH or (facts.tag is Tag.SOFT and len(facts.whole) == 1 and len(facts.arrays) > 1)
 
 
+def _is_shifted_for_product(facts: Facts) -> bool:
+    return _is_shifted(facts) and bool(facts.want & _demand.LOW) and not facts.want & _demand.HIGH
+
+
 FOLLOWS = (
     FollowRule("a number, which can be had in any precision", _is_number, How.BOUND, lambda f: f.operands[0].tag),
     FollowRule("moved in the compute dtype, which costs least", _is_moved_low, How.LOWERED, Tag.LOW, True),
@@ -309,6 +315,7 @@ FOLLOWS = (
     FollowRule("made of a number that the compute dtype cannot hold", _is_out_of_range, How.BOUND, Tag.HIGH),
     FollowRule("no decision has touched its operands yet", _is_neutral, How.LOWERED, Tag.NEUTRAL, _is_held_low),
     FollowRule("a float32 argument as large as the others promotes", _promotes, How.BOUND, Tag.HIGH),
+    FollowRule("scaled or shifted by float32 statistics for a product", _is_shifted_for_product, How.WIDE, Tag.LOW),
     FollowRule("scaled or shifted by float32 statistics", _is_shifted, How.BOUND, Tag.SOFT),
     FollowRule("follows its operands", lambda _: True, How.LOWERED, Tag.LOW, True),
 )

@@ -113,11 +113,15 @@ class Demands:
 
     def _search(self, inner: Any, wanted: Wants) -> dict[Var, Want]:
         wants: dict[Var, Want] = {}
+        repeated = {eqn.outvars[0] for eqn in inner.eqns if eqn.primitive.name == "broadcast_in_dim"}
         for atom, want in zip(inner.outvars, wanted, strict=True):
             _add(wants, atom, want)
         for eqn in reversed(inner.eqns):
             of_results = [wants.get(v, 0) for v in eqn.outvars]
-            for atom, want in zip(eqn.invars, self._of_operands(eqn, of_results), strict=True):
+            of_operands = self._of_operands(eqn, of_results)
+            if eqn.primitive.name in _ops.SUMS and not any(is_literal(v) or v in repeated for v in eqn.invars):
+                of_operands = [want & ~HIGH | EITHER if want & HIGH else want for want in of_operands]
+            for atom, want in zip(eqn.invars, of_operands, strict=True):
                 _add(wants, atom, want)
         return wants
 

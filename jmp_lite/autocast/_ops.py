@@ -218,11 +218,11 @@ KEEPS_BROADCAST = frozenset(
 #: Primitives that gather over devices: their gradient is a sum over devices.
 GATHERS = frozenset({"all_gather", "all_gather_reduced"})
 
-#: Primitives that may take an element many times: their gradient is a sum.
-TAKES = frozenset({"gather", "dynamic_slice"})
-
 #: Primitives that move parts of arrays.
 MOVES_PARTS = frozenset({"dynamic_slice", "concatenate", "split"})
+
+#: Sums of two arrays, such as a layer and what goes around it: as precise as these, whatever is made of them.
+SUMS = frozenset({"add", "add_any"})
 
 #: Results that say where something is or what it is like, which does not hang on digits.
 PLACES = frozenset({"argmax", "argmin", "is_finite"})
@@ -364,6 +364,16 @@ def asked_precision(eqn: Equation) -> str:
             if is_wide or asked.num_primitive_operations > 1:
                 return "DotAlgorithm"
     return ""
+
+
+def takes_repeatedly(eqn: Equation) -> bool:
+    """Whether an equation may take an element more than a handful of times, so that its gradient is a sum."""
+    if eqn.primitive.name != "gather":
+        return bool(eqn.primitive.name == "dynamic_slice")
+    *shape, _ = eqn.invars[1].aval.shape
+    batched = eqn.params["dimension_numbers"].start_indices_batching_dims
+    times = math.prod(size for axis, size in enumerate(shape) if axis not in batched)
+    return not isinstance(times, int) or times > HANDFUL
 
 
 def rounds_to_integers(eqn: Equation) -> bool:
