@@ -116,7 +116,7 @@ def test_transformations_agree(rng):
 @both_policies
 def test_with_autocast(policy, rng):
     """A function under autocast multiplies in half precision in the loop, and its gradients are summed in float32."""
-    params, x = {"w": jnp.ones((4, 2))}, jnp.asarray(rng.integers(-4, 4, (8, 4)), jnp.float32)
+    params, x = {"w": jnp.ones((16, 2))}, jnp.asarray(rng.integers(-4, 4, (8, 16)), jnp.float32)
 
     def loss_fn(params, x):
         return jnp.mean((x @ params["w"]) ** 2)

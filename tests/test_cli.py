@@ -57,7 +57,7 @@ MODULE = """
 import jax.numpy as jnp
 
 def call():
-    return lambda w, x: jnp.sum(jnp.exp(x @ w)), jnp.ones((3, 4)), jnp.ones((2, 3))
+    return lambda w, x: jnp.sum(jnp.exp(x @ w)), jnp.ones((8, 6)), jnp.ones((16, 8))
 
 number = 3
 """

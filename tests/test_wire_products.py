@@ -1,7 +1,5 @@
 """Laws of the product whose weight gradient is float32: it is ``lax.dot_general``, to every transformation."""
 
-import sys
-import unittest.mock
 
 import flax.linen as nn
 import jax
@@ -10,12 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax import lax
-from jaxprs import contractions, equations
+from jaxprs import equations
 from support import assert_identical
 
 import jmp_lite as jmp
 from jmp_lite.products import _matmul
-from jmp_lite.products._matmul import rounded_dot
+from jmp_lite.products._matmul import Matmul, matmul
 
 DIMENSIONS = {
     "matrices": ((4, 3), (3, 5), (((1,), (0,)), ((), ()))),
@@ -29,7 +27,6 @@ DIMENSIONS = {
     "vectors": ((3,), (3,), (((0,), (0,)), ((), ()))),
 }
 DTYPES = ["bfloat16", "float16"]
-_rules = sys.modules["jmp_lite.autocast._rules"]
 cases = pytest.mark.parametrize("case", DIMENSIONS)
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
 
@@ -48,7 +45,8 @@ def functions(case, dtype):
     def plain(x, w):
         return lax.dot_general(x.astype(dtype), w.astype(dtype), dims, preferred_element_type=dtype)
 
-    return (lambda x, w: rounded_dot(x, w, dtype, (("dimension_numbers", dims),))), plain
+    kind = Matmul(jnp.dtype(dtype), (("dimension_numbers", dims),), jnp.dtype(dtype))
+    return (lambda x, w: matmul(x, w, kind)), plain
 
 
 def total(fun):
@@ -113,7 +111,8 @@ def test_operands_are_narrow_and_the_weight_gradient_is_not(case, dtype, rng):
     product, _ = functions(case, dtype)
     x, w = operands(case, dtype, rng)
     grad = jax.grad(total(product), (0, 1))
-    assert [set(found) for _, found in contractions(grad, x, w)] == [{dtype}] * 3
+    operands_of = [{v.aval.dtype.name for v in eqn.invars} for eqn in equations("dot_general", grad, x, w)]
+    assert operands_of == [{dtype}] * 3
     results = [eqn.outvars[0].aval.dtype.name for eqn in equations("dot_general", grad, x, w)]
     assert sorted(results) == sorted([dtype, dtype, "float32"])
 
@@ -162,13 +161,14 @@ def test_residuals_are_those_of_dot_general(saved, rng):
         return sorted((leaf.shape, leaf.dtype.name) for leaf in jax.tree.leaves(pullback))
 
     dims = (("dimension_numbers", (((1,), (0,)), ((), ()))),)
-    ours, plain = residuals(lambda x, w: rounded_dot(x, w, dtype, dims)), residuals(lambda x, w: x @ w.astype(dtype))
+    kind = Matmul(dtype, dims, dtype)
+    ours, plain = residuals(lambda x, w: matmul(x, w, kind)), residuals(lambda x, w: x @ w.astype(dtype))
     assert ours == plain
 
 
-def test_autocast_uses_it_where_devices_may_add_up(rng):
-    """Under ``jit`` on several devices, unless gradients are to be added up in 16 bits or it is one device's own."""
-    x, w = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((8, 4), (4, 2)))
+def test_autocast_gives_weights_float32_gradients_on_one_device_as_on_many(rng):
+    """Everywhere, unless gradients are to be added up in 16 bits."""
+    x, w = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((8, 16), (16, 2)))
 
     def wide(policy, wrap=lambda fun: fun):
         fun = wrap(jax.grad(lambda w, x: jmp.autocast(lambda w, x: x @ w, policy)(w, x).sum()))
@@ -179,7 +179,7 @@ def test_autocast_uses_it_where_devices_may_add_up(rng):
     assert not wide(narrow)
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
     P = jax.sharding.PartitionSpec
-    assert not wide(
+    assert wide(
         "mixed_bfloat16", lambda fun: jax.shard_map(fun, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
     )
 
@@ -245,7 +245,7 @@ def test_weights_that_were_moved_are_weights(way, accumulate, rng):
     assert error < 4 * 4 * 2.0**-8  # four layers, in each of which four roundings to 16 bits follow one another
 
 
-def test_what_is_kept_for_the_backward_pass_is_what_one_device_keeps(rng):
+def test_float32_gradients_of_weights_keep_no_more_for_the_backward_pass(rng):
     """A scale is kept once, not once for every row, and a value that three products read is rounded once."""
     x, params = (
         jnp.ones((64, 16)),
@@ -261,13 +261,12 @@ def test_what_is_kept_for_the_backward_pass_is_what_one_device_keeps(rng):
         rows = jnp.take(params["table"], jnp.arange(64), axis=0)
         return (hidden + rows @ params["w"] + rows @ params["w"].T).sum()
 
-    def residuals():
-        _, pullback = jax.vjp(jmp.autocast(loss, "mixed_bfloat16"), params, x)
+    def residuals(policy):
+        _, pullback = jax.vjp(jmp.autocast(loss, policy), params, x)
         return sum(leaf.nbytes for leaf in jax.tree.leaves(pullback))
 
-    on_many = residuals()
-    with unittest.mock.patch.object(_rules, "leaves_are_local", return_value=True):
-        assert on_many <= residuals()
+    narrow = jmp.Policy("float32", "bfloat16", "float32", reduce_dtype="bfloat16")
+    assert residuals("mixed_bfloat16") <= residuals(narrow)
 
 
 EXPLICIT = jax.make_mesh((4, 2), ("data", "model"), (jax.sharding.AxisType.Explicit,) * 2)

@@ -132,7 +132,7 @@ def test_wrapped_function_keeps_keywords_structure_and_name(rng):
 def test_any_callable_can_be_wrapped(function):
     """Partial, builtin and jitted functions have no name to keep and work all the same."""
     apply = jmp.with_policy(function, "mixed_bfloat16")
-    assert {"bfloat16"} == dtypes_of_products(apply, jnp.ones((2, 2)), jnp.ones((2, 2)))
+    assert {"bfloat16"} == dtypes_of_products(apply, jnp.ones((8, 8)), jnp.ones((8, 8)))
 
 
 def test_methods_can_be_wrapped():
@@ -145,8 +145,8 @@ def test_methods_can_be_wrapped():
         low = jmp.with_policy(dot, "mixed_bfloat16")
 
     for function in (jmp.with_policy(Model().dot, "mixed_bfloat16"), Model().low):
-        assert {"bfloat16"} == dtypes_of_products(function, jnp.ones((2, 2)))
-        assert np.float32 == function(jnp.ones((2, 2))).dtype
+        assert {"bfloat16"} == dtypes_of_products(function, jnp.ones((8, 8)))
+        assert np.float32 == function(jnp.ones((8, 8))).dtype
 
 
 def test_text_is_parsed_when_the_function_is_wrapped():
@@ -187,7 +187,7 @@ def test_mpx_half_dtype_given_as_text():
     for name in ("float16", "bfloat16"):
         policy = jmp.Policy("float32", name, "float32")
         assert name == policy.cast_to_compute(jnp.ones(2)).dtype == jmp.get_policy(f"mixed_{name}").compute_dtype
-        assert {name} == dtypes_of_products(jmp.with_policy(jnp.dot, policy), jnp.ones((2, 2)), jnp.ones((2, 2)))
+        assert {name} == dtypes_of_products(jmp.with_policy(jnp.dot, policy), jnp.ones((8, 8)), jnp.ones((8, 8)))
 
 
 def test_mpx_no_stale_global_half_dtype(monkeypatch):
@@ -218,7 +218,7 @@ def test_mpx_full_precision_inside_a_bfloat16_model():
 def test_mpx_float64_is_cast_where_the_policy_names_it():
     """Defect 4 of mpx: a policy with float64 casts from it and to it."""
     with jax.enable_x64(True):
-        x = jnp.ones((2, 2), jnp.float64)
+        x = jnp.ones((8, 8), jnp.float64)
         apply = jmp.with_policy(jnp.dot, "p=f64,c=f32,o=f64")
         assert {"float32"} == dtypes_of_products(apply, x, x)
         assert np.float64 == apply(x, x).dtype

@@ -56,7 +56,7 @@ def delayed(fun: Callable[..., Any]) -> "Delayed":
         >>> def loss(w, x):
         ...     return jnp.sum(x @ w)
         >>> loss = jmp.quant.delayed(jmp.autocast(loss, "mixed_bfloat16", dot=jmp.quant.FP8_DELAYED))
-        >>> w, x = jnp.ones((4, 3)), jnp.full((2, 4), 0.5)
+        >>> w, x = jnp.ones((8, 3)), jnp.full((2, 8), 0.5)
         >>> histories = loss.init(w, x)
         >>> jax.tree.map(jnp.shape, histories)
         {'dot': (3, 1024)}
@@ -166,12 +166,12 @@ def calibrate(fun: Delayed, batches: Iterable[Sequence[Any]], **kwargs: Any) -> 
     Example:
         >>> model = jmp.autocast(lambda w, x: x @ w, "mixed_bfloat16", dot=jmp.quant.W8A8_STATIC)
         >>> model = jmp.quant.delayed(model)
-        >>> w, batches = jnp.ones((2, 3)), [jnp.array([[0.5, 2.0]]), jnp.array([[1.0, 0.25]])]
+        >>> w, batches = jnp.ones((8, 3)), [jnp.full((1, 8), 0.5), jnp.full((1, 8), 2.0)]
         >>> histories = jmp.quant.calibrate(model, [(w, x) for x in batches])
         >>> print(histories["dot"][0])
         [2.]
-        >>> print(model(histories, w, jnp.array([[9.0, 0.0]])))  # more than was ever seen
-        [[2. 2. 2.]]
+        >>> print(model(histories, w, jnp.full((1, 8), 9.0)))  # more than was ever seen
+        [[16. 16. 16.]]
     """
     found: AmaxHistories | None = None
     for args in batches:
