@@ -72,7 +72,7 @@ def _summed(eqn):
     return np.prod([eqn.invars[0].aval.shape[axis] for axis in axes])
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.filterwarnings("ignore")
 def test_every_function_of_numpy_with_a_product_is_in_the_table():
     """Whatever of jax.numpy can be called with a few vectors or matrices and has a product is known."""
@@ -97,10 +97,10 @@ def result(program, args):
     return program.compile(compiler_options={"xla_backend_optimization_level": 0})(*args)
 
 
-def slow_but_for(quick, cases):
-    """Pairs of a name and a policy, of which all but quick names in bfloat16 are left to the slow tests."""
+def quick_or_soak(quick, cases):
+    """Pairs of a name and a policy, of which all but quick names in bfloat16 are left to the soak tests."""
     return [
-        pytest.param(name, policy, marks=() if name in quick and policy == "mixed_bfloat16" else pytest.mark.slow)
+        pytest.param(name, policy, marks=() if name in quick and policy == "mixed_bfloat16" else pytest.mark.soak)
         for name, policy in cases
     ]
 
@@ -113,7 +113,7 @@ OF_NUMBERS_WITH_PRODUCTS = {
 
 
 @pytest.mark.parametrize(
-    ("name", "policy"), slow_but_for({*ARRAYS, *OF_NUMBERS_WITH_PRODUCTS}, itertools.product(HERE, POLICIES))
+    ("name", "policy"), quick_or_soak({*ARRAYS, *OF_NUMBERS_WITH_PRODUCTS}, itertools.product(HERE, POLICIES))
 )
 def test_values_are_the_same_bits(name, policy, rng):
     function, args = CALLS[name].function_and_arrays(name, rng)
@@ -160,7 +160,7 @@ QUICK = OF_NUMBERS_WITH_PRODUCTS | {
 }
 
 
-@pytest.mark.parametrize(("name", "policy"), slow_but_for(QUICK, DIFFERENTIABLE))
+@pytest.mark.parametrize(("name", "policy"), quick_or_soak(QUICK, DIFFERENTIABLE))
 def test_gradients_are_near_those_of_float32(name, policy, rng):
     """Of grad(autocast) and of autocast(grad)."""
     function, args = CALLS[name].function_and_arrays(name, rng)

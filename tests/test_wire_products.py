@@ -1,6 +1,5 @@
 """Laws of the product whose weight gradient is float32: it is ``lax.dot_general``, to every transformation."""
 
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp

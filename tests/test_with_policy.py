@@ -127,7 +127,7 @@ def test_wrapped_function_keeps_keywords_structure_and_name(rng):
 
 
 @pytest.mark.parametrize(
-    "function", [functools.partial(jnp.dot, precision="highest"), operator.matmul, jax.jit(jnp.dot)]
+    "function", [functools.partial(jnp.dot, precision="default"), operator.matmul, jax.jit(jnp.dot)]
 )
 def test_any_callable_can_be_wrapped(function):
     """Partial, builtin and jitted functions have no name to keep and work all the same."""
