@@ -1,6 +1,8 @@
 """``explain``: what autocast would do to every equation, and why; the matrix products first."""
 
 import collections
+import itertools
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, overload
 
@@ -14,13 +16,14 @@ from jmp_lite.autocast._record import Record
 from jmp_lite.autocast._rules import Rule, Settings
 
 _COLUMNS = ("scope", "primitive", "class", "tag", "operands", "results", "source", "reason")
-#: Longer scopes and paths are cut from the left.
+#: Longer scopes and paths lose folders and outer scopes; longer lists of dtypes their end.
 _WIDEST = 48
 _GROUPS = {
     "low": "in 16 bits",
     "float32": "in float32",
     "outer": "of a few terms, which follow their operands",
     "replaced": "replaced by dot= or ops=",
+    "other": "of other dtypes, as written",
 }
 
 
@@ -28,29 +31,31 @@ class Summary(NamedTuple):
     """Figures about a program under autocast.
 
     Example:
-        >>> summary = jmp.explain(lambda x, w: jnp.exp(x @ w), "mixed_bfloat16")(
-        ...     jnp.ones((2, 8)), jnp.ones((8, 4))
-        ... ).summary
+        >>> x, w = jnp.ones((2, 8)), jnp.ones((8, 4))
+        >>> summary = jmp.explain(lambda x, w: jnp.exp(x @ w), "mixed_bfloat16")(x, w).summary
         >>> summary.products["low"], summary.casts
         ((1, 1.0), 2)
     """
 
     products: Mapping[str, tuple[int, float]]
-    """Number of matrix products and convolutions, and their share of all floating-point operations of products: those
-    with 16-bit operands (``low``), in ``float32``, of a few terms (``outer``), and ``replaced``. Those in the body of
-    a scan count with its length; in that of a while loop once; in branches all."""
+    """Number of matrix products and convolutions, and their share of all FLOPs of products: those with operands of 16
+    bits or fewer (``low``), in ``float32``, of a few terms (``outer``), ``replaced``, and of other dtypes (``other``).
+    One in a scan counts as often as the scan runs it, in a while loop once; in a ``cond`` each branch counts; in a
+    ``shard_map`` one device does. What kernels and linear algebra do inside does not count."""
     kernels: tuple[Record, ...]
     """Kernels and foreign calls, which run as written."""
     casts: int
-    """Operands that are cast."""
+    """Operands that are cast, each once, in loops too."""
     float32: tuple[Record, ...]
     """The products in float32, the largest first."""
     not_replaced: tuple[Record, ...]
-    """With ``dot=``: the products that it was not applied to."""
+    """With ``dot=``, as an argument or in a rule: the products that it was not applied to, the largest first."""
 
 
 class Explanation(Sequence[Record]):
-    """The decisions about a program, in its order; what a loop or a call holds follows it. Printed as a table.
+    """The decisions about a program, in its order; what a loop or a call holds follows it.
+
+    Printed, it is a summary and a table of the rows that concern floats.
 
     Example:
         >>> explanation = jmp.explain(jnp.exp, "mixed_bfloat16")(jnp.ones(3))
@@ -58,9 +63,8 @@ class Explanation(Sequence[Record]):
         (1, ('float32',))
     """
 
-    def __init__(self, records: Sequence[Record], *, has_dot: bool = False) -> None:
+    def __init__(self, records: Sequence[Record]) -> None:
         self._records = tuple(records)
-        self._has_dot = has_dot
 
     @overload
     def __getitem__(self, index: int) -> Record: ...
@@ -68,7 +72,7 @@ class Explanation(Sequence[Record]):
     def __getitem__(self, index: slice) -> "Explanation": ...
     def __getitem__(self, index: int | slice) -> "Record | Explanation":
         if isinstance(index, slice):
-            return Explanation(self._records[index], has_dot=self._has_dot)
+            return Explanation(self._records[index])
         return self._records[index]
 
     def __len__(self) -> int:
@@ -87,13 +91,13 @@ class Explanation(Sequence[Record]):
             counts[record.group] += record.trips
             work[record.group] += record.flops * record.trips
         total = max(sum(work.values()), 1)
-        wide = sorted((r for r in products if r.group == "float32"), key=lambda r: -r.flops * r.trips)
+        products.sort(key=lambda record: -record.flops * record.trips)
         return Summary(
             {group: (counts[group], work[group] / total) for group in _GROUPS},
             tuple(record for record in self._records if record.group == "kernel"),
             sum(record.casts for record in self._records),
-            tuple(wide),
-            tuple(record for record in products if self._has_dot and record.group != "replaced"),
+            tuple(record for record in products if record.group == "float32"),
+            tuple(record for record in products if record.skips_dot),
         )
 
     def table(self, *, all: bool = False) -> str:  # noqa: A002  # the word that a reader would look for
@@ -101,6 +105,11 @@ class Explanation(Sequence[Record]):
 
         Args:
             all: Whether to list those that concern no floating-point array too.
+
+        Example:
+            >>> explanation = jmp.explain(lambda x: x + 1, "mixed_bfloat16")(jnp.arange(3))
+            >>> [len(explanation.table(all=everything).splitlines()) for everything in (False, True)]
+            [1, 2]
         """
         records = [record for record in self._records if all or _concerns_floats(record)]
         rows = [_COLUMNS, *map(_row, records)]
@@ -115,26 +124,45 @@ class Explanation(Sequence[Record]):
 
 def _summarized(summary: Summary, records: Sequence[Record]) -> str:
     total = max(sum(record.flops * record.trips for record in records), 1)
+
+    def line(record: Record, *what: str) -> str:
+        share = f"{record.flops * record.trips / total:.1%}"
+        return f"  {', '.join([*what, share])}: {_where(record)}: {record.reason}"
+
     parts = [
         f"{count} {_GROUPS[group]} ({share:.1%} of FLOPs)"
         for group, (count, share) in summary.products.items()
         if count
     ]
+    skipped = "dot= not applied"
+    loops = {record.primitive for record in records} & {"while", "cond"} if parts else ()
     lines = [
         f"Matrix products and convolutions: {', '.join(parts) or 'none'}. Operands cast: {summary.casts}.",
-        *(f"  float32, {r.flops * r.trips / total:.1%}: {_place(r)}: {r.reason}" for r in summary.float32),
-        *(f"  dot= not applied: {_place(r)}: {r.reason}" for r in summary.not_replaced),
-        *(f"  kernel {r.primitive} on {', '.join(r.in_dtypes)}, as written: {_place(r)}" for r in summary.kernels),
+        *(["  A body of a while loop counts once."] if "while" in loops else []),
+        *(["  Each branch of a cond counts."] if "cond" in loops else []),
+        *(line(record, "float32", *[skipped] * record.skips_dot) for record in summary.float32),
+        *(line(record, skipped) for record in summary.not_replaced if record.group != "float32"),
+        *(f"  kernel {r.primitive} on {_listed(r.in_dtypes)}, as written: {_where(r)}" for r in summary.kernels),
     ]
     return "\n".join(lines)
 
 
+def _where(record: Record) -> str:
+    """Returns the source line and the scope: a library's line serves many layers."""
+    return " in ".join(filter(None, (_place(record), record.scope and _tail(record.scope)))) or "somewhere"
+
+
 def _place(record: Record) -> str:
-    """Returns file, line and function, without the folders that are too much."""
-    *folders, place = record.source.split("/")
-    while folders and len(place) + len(folders[-1]) < _WIDEST:
-        place = f"{folders.pop()}/{place}"
-    return place
+    """Returns file, line and function; of nested functions the innermost."""
+    return _tail(re.sub(r"\(.*<locals>\.", "(", record.source))
+
+
+def _tail(path: str) -> str:
+    """Leaves out folders or outer scopes that are too much; never a part of a name."""
+    *outer, tail = path.split("/")
+    while outer and len(f".../{outer[-1]}/{tail}") <= _WIDEST:
+        tail = f"{outer.pop()}/{tail}"
+    return f".../{tail}" if outer else tail
 
 
 def _concerns_floats(record: Record) -> bool:
@@ -142,9 +170,16 @@ def _concerns_floats(record: Record) -> bool:
 
 
 def _row(record: Record) -> tuple[str, ...]:
-    dtypes = [", ".join(map(_short, dtypes)) for dtypes in (record.in_dtypes, record.out_dtypes)]
-    scope = record.scope if len(record.scope) <= _WIDEST else f"...{record.scope[3 - _WIDEST :]}"
-    return (scope, record.primitive, record.op_class, record.tag, *dtypes, _place(record), record.reason)
+    dtypes = (_listed(record.in_dtypes), _listed(record.out_dtypes))
+    about = (_tail(record.scope), record.primitive, record.op_class, record.tag)
+    return (*about, *dtypes, _place(record), record.reason)
+
+
+def _listed(dtypes: Sequence[str]) -> str:
+    """Names dtypes in short; many that are alike once."""
+    runs = [(dtype, len(list(run))) for dtype, run in itertools.groupby(map(_short, dtypes))]
+    cell = ", ".join(f"{dtype} x{n}" if n > 4 else ", ".join([dtype] * n) for dtype, n in runs)
+    return cell if len(cell) <= _WIDEST else f"{cell[:_WIDEST].rpartition(', ')[0]}, ..."
 
 
 def _short(dtype: str) -> str:
@@ -176,7 +211,8 @@ def explain(
         A function with the arguments of ``fun`` (arrays, or ``jax.ShapeDtypeStruct`` in their place) that returns an
         ``Explanation``: a sequence of records with the fields ``scope`` (name scopes), ``source`` (file and line),
         ``primitive``, ``op_class``, ``tag`` (how precise the results are), ``in_dtypes``, ``out_dtypes``, ``reason``,
-        and for products ``flops`` and ``trips``. Printed, it opens with its ``summary``.
+        and for products ``group``, ``flops`` (of one run) and ``trips`` (how often it runs). Printed, it opens with its
+        ``summary``; ``table(all=True)`` also lists what concerns no floats.
 
     Raises:
         InvalidRuleError: As ``autocast``, and so for the other errors.
@@ -204,5 +240,4 @@ def explained(
     interpreter = Interpreter(settings, HANDLERS, keeps_records=True)
     traced = trace(fun, args, kwargs, lambda leaf: is_traced(leaf) or isinstance(leaf, jax.ShapeDtypeStruct))
     results = jax.eval_shape(lambda arrays: interpreter.run(traced.jaxpr, arrays), traced.arrays)
-    has_dot = settings.dot is not None or any(rule.dot is not None for rule in settings.rules)
-    return Explanation(interpreter.records, has_dot=has_dot), traced.output(results)
+    return Explanation(interpreter.records), traced.output(results)

@@ -33,7 +33,7 @@ from jmp_lite.autocast._apply import apply
 from jmp_lite.autocast._decide import Decision, decide, decide_activation
 from jmp_lite.autocast._demand import EITHER, HIGH, TESTED, Demands, Wants, is_float32, joined
 from jmp_lite.autocast._ops import OpClass, classify, is_activation
-from jmp_lite.autocast._record import Record, record_of
+from jmp_lite.autocast._record import Record, as_count, records_of
 from jmp_lite.autocast._rules import Matches, Precision, Settings
 from jmp_lite.autocast._values import INPUT, Known, Origin, Tag, Value, as_dtype, is_eligible
 
@@ -267,7 +267,7 @@ class Interpreter:
 
     def results(self, retyped: Retyped, arrays: Sequence[Any], trips: int = 1) -> list[Value]:
         """Pairs what a retyped program returned with what is known of it, and keeps the record of its decisions."""
-        self.records.extend(record._replace(trips=record.trips * trips) for record in retyped.records)
+        self.records.extend(record._replace(trips=record.trips * as_count(trips)) for record in retyped.records)
         return list(map(Value, arrays, retyped.results))
 
     def _equation(self, frame: Frame, eqn: Equation, scope: str, wants: Wants) -> list[Value]:
@@ -292,8 +292,9 @@ class Interpreter:
             results = apply(eqn, arrays, op, precision, decision)
             values = [Value(x, _checked_tag(x, known)) for x, known in zip(results, decision.results, strict=True)]
         if self.keeps_records:
-            found = {"operands": operands, "arrays": arrays, "values": values, "decision": decision, "reason": reason}
-            self.records.insert(position, record_of(eqn, scope, op, **found))  # type: ignore[arg-type]
+            found: dict[str, Any] = {"operands": operands, "arrays": arrays, "values": values, "decision": decision}
+            found |= {"reason": reason, "has_dot": precision.dot is not None, "inside": self.records[position:]}
+            self.records[position:] = records_of(eqn, scope, op, **found)
         return values
 
     def _reason_of_call(self, call: Call, why: str) -> str:
