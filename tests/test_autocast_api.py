@@ -1,4 +1,4 @@
-"""What wraps the interpreter: caches, name scopes, arguments of every kind, what is kept for backward, explanations."""
+"""What wraps the interpreter: caches, name scopes, arguments of every kind, what is kept for backward."""
 
 import collections
 import functools
@@ -312,63 +312,3 @@ def test_low_residuals(rng):
     np.testing.assert_allclose(values["low"][0], values["all"][0], rtol=2**-8)  # XLA may skip a rounding in one of them
     kept_all, kept_low = (jax.flatten_util.ravel_pytree(value[1])[0] for value in values.values())
     assert jnp.linalg.norm(kept_low - kept_all) <= 2**-6 * jnp.linalg.norm(kept_all)
-
-
-# --- Explanations ---
-
-SHAPES = jax.ShapeDtypeStruct((8, 16), jnp.float32), jax.ShapeDtypeStruct((16, 16), jnp.float32)
-
-
-def every_class(x, w):
-    with jax.named_scope("here"):
-        y = jax.nn.relu(x @ w)
-    z = jnp.exp(y)
-    lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, c[1] @ w), (0, x))
-    return jnp.linalg.qr(z)[0], jnp.floor(y), lax.scan(lambda c, a: (c + (a @ w).sum(), None), 0.0, x)[0]
-
-
-def test_explanations():
-    """Equations in order, with scope, line, class, tag, dtypes and a reason; from shapes, nothing computed."""
-    with compilations() as compiled:
-        found = jmp.explain(every_class, LOW)(*SHAPES)
-    assert not compiled
-    assert [record.primitive for record in found if record.primitive == "dot_general"] == ["dot_general"] * 3
-    first = found[0]
-    assert (first.scope, first.primitive, first.op_class, first.tag) == ("here", "dot_general", "allow", "HIGH")
-    assert (first.in_dtypes, first.out_dtypes) == (("float32",) * 2, ("float32",))
-    assert first.reason == "linear algebra depends on it: as written"
-    assert __file__.rsplit("/", maxsplit=1)[-1].removesuffix(".py") in first.source
-    assert {record.op_class for record in found} == {"allow", "deny", "follow", "as_written", "nested"}
-    assert [record for record in found if not (record.reason and record.tag)] == []
-    names = [record.primitive for record in found]
-    assert names.index("dot_general") < names.index("exp") < names.index("while") < names.index("scan")
-    assert names.index("scan") < len(names) - 1 - names[::-1].index("dot_general")
-    assert (len(found), list(found), found[:2][1]) == (len(names), [*found], found[1])
-    lines = found.table(all=True).splitlines()
-    assert len(lines) == len(found) + 1
-    columns = {"scope", "primitive", "class", "tag", "operands", "results", "reason", "source"}
-    assert set(lines[0].split()) == columns
-    assert "f32, f32" in lines[1]
-    assert str(found).endswith(found.table())
-    assert all("f32" in line or "bf16" in line for line in found.table().splitlines()[1:])
-
-
-@pytest.mark.parametrize("order", [lambda fun: fun, jax.grad])
-def test_every_equation_is_explained_once(order, rng):
-    """In loops, branches, calls and custom rules too: as many records of products as the autocast program has."""
-    fun = order(loss)
-    found = jmp.explain(fun, LOW)(*SHAPES)
-    products = [record for record in found if record.primitive == "dot_general"]
-    assert len(products) == len(jaxprs.contractions(jmp.autocast(fun, LOW), *SHAPES))
-    assert {record.in_dtypes for record in products} == {("bfloat16", "bfloat16")}
-
-
-def test_explanations_of_what_the_user_says():
-    reasons = {
-        "rule for scope 'here'": {"rules": jmp.Rule("here", precision="full")},
-        "replaced by a function given in ops": {"ops": {"dot_general": lambda a, b, **_: a @ b}},
-    }
-    for reason, options in reasons.items():
-        assert jmp.explain(every_class, LOW, **options)(*SHAPES)[0].reason == reason
-    assert len(jmp.explain(lambda x: x, LOW)(SHAPES[0])) == 0
-    assert str(jmp.explain(lambda x: x, LOW)(SHAPES[0])).startswith("Matrix products and convolutions: none")

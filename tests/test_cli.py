@@ -57,7 +57,7 @@ MODULE = """
 import jax.numpy as jnp
 
 def call():
-    return lambda w, x: jnp.sum(jnp.exp(x @ w)), jnp.ones((8, 6)), jnp.ones((16, 8))
+    return lambda w, x: jnp.sum(jnp.exp(x @ w)), jnp.ones((16, 32)), jnp.ones((8, 16))
 
 number = 3
 """
@@ -74,10 +74,11 @@ def module(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("arguments", "products"), [((), 1), (("--grad",), 2)])
 def test_explain_prints_a_line_per_equation(capsys, module, arguments, products):
-    """Forward one product, with the gradient two."""
+    """A summary, then forward one product, with the gradient two."""
     path = list(sys.path)
     assert cli.main(["explain", f"{module}:call", *arguments]) == 0
     lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"Matrix products and convolutions: {products} in 16 bits (100.0% of FLOPs).")
     assert sum("dot_general" in line and "bf16, bf16" in line for line in lines) == products
     assert sys.path == path
 
