@@ -248,7 +248,7 @@ BATCHES = {
         lambda x, w: jax.vmap(lambda row: (row @ w) - lax.pmean(row @ w, "batch"), axis_name="batch")(x)
     ),
     "shard_map, weights gathered": Case(fsdp),
-    "shard_map, sums scattered": Case(tensor_parallel),
+    "shard_map, sums scattered": Case(tensor_parallel, normal((64, 64), (64, 64))),
     "pmap": Case(replicas),
     "sharding constraint": Case(sharded),
     "explicit sharding": Case(

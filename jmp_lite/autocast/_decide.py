@@ -122,7 +122,7 @@ def decide(
         return _float32(facts, Tag.HIGH, f"{user} depends on it: as written")
     if op_class is OpClass.ALLOW and precision.mode != "low" and _takes_solution(facts):
         return _float32(facts, Tag.HIGH, "takes what linear algebra made: as written")
-    if op_class is OpClass.ALLOW:
+    if op_class is OpClass.ALLOW or _follows_low_operand(facts):
         return _product(facts, why)
     if precision.mode == "low":
         if _is_made_as_written(facts):
@@ -374,6 +374,11 @@ def _origin_of_results(facts: Facts) -> Origin:
         return Origin.SOLVED
     moves = name in _ops.MOVES_PARTS or _ops.moves_whole_arrays(name) or facts.precision.mode == "off"
     return Origin.MOVED if moves and origins and origins <= OF_WEIGHTS else Origin.COMPUTED
+
+
+def _follows_low_operand(facts: Facts) -> bool:
+    """Whether a product of a few terms takes what a layer made, as adapters of low rank do."""
+    return facts.name in _ops.PRODUCTS and bool(facts.floats) and facts.tag is Tag.LOW
 
 
 def _takes_solution(facts: Facts) -> bool:
