@@ -117,7 +117,7 @@ def _scan(interpreter: Interpreter, call: Call) -> list[Value]:
     body = call.params["jaxpr"]
     n_consts, n_carry = scan_counts(call.params)
     carried = slice(n_consts, n_consts + n_carry)
-    wants, of_results = interpreter.demands.through(call.eqn, call.wants)
+    wants, of_results = interpreter.through(call)
     operands = list(call.operands)
     operands[:n_consts] = map(_constant, operands[:n_consts])
     low = interpreter.precision(call.scope, "scan").dtype
@@ -127,7 +127,7 @@ def _scan(interpreter: Interpreter, call: Call) -> list[Value]:
         for v, value, want in zip(inner_program.invars[carried], operands[carried], wants[carried], strict=True)
     ]
     pairs = list(zip(call.eqn.outvars, of_results, strict=True))[n_carry:]
-    stacked = [low if want == LOW and is_eligible(v.aval) else None for v, want in pairs]
+    stacked = [low if want == LOW and is_eligible(v.aval) and low != FLOAT32 else None for v, want in pairs]
     while True:
         asked = [
             want if value.tag is Tag.LOW else _kept_in_float32(want)
@@ -185,7 +185,7 @@ def _carry(body: Any, v: Any, value: Value, want: Want, low: DType) -> Value:
         return Value(value.array, Known(value.tag, Origin.INPUT))
     if _adds_up(body, v):
         return Value(cast(value.array, FLOAT32), Known(Tag.HIGH, Origin.INPUT))
-    if want == LOW:
+    if want == LOW and low != FLOAT32:
         return Value(cast(value.array, low), Known(Tag.LOW, Origin.INPUT))
     if value.tag is Tag.LOW and not want & AS_WRITTEN:
         return Value(value.array, Known(Tag.LOW, Origin.INPUT))
@@ -205,7 +205,7 @@ def _while(interpreter: Interpreter, call: Call) -> list[Value]:
     """
     n_cond, n_body = call.params["cond_nconsts"], call.params["body_nconsts"]
     test, body = programs_of(call.eqn).bodies
-    _, of_results = interpreter.demands.through(call.eqn, call.wants)
+    _, of_results = interpreter.through(call)
     operands = [Value(array, INPUT) for array in call.originals]
     operands[n_cond : n_cond + n_body] = call.operands[n_cond : n_cond + n_body]
     carries = operands[n_cond + n_body :]

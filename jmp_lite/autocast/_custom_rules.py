@@ -129,7 +129,7 @@ def _custom_vjp(interpreter: Interpreter, call: Call) -> list[Value]:
     dtypes = [getattr(array, "dtype", None) for array in arguments]
     wanted = [v.aval.to_tangent_aval() for v in call.eqn.outvars]
     learned: list[_Backward] = []
-    is_search = interpreter.demands.has_search(call.params["call_jaxpr"])
+    is_search = interpreter.demands.has_search(call.params["call_jaxpr"], "")
     function = jax.custom_vjp(parts.run)
 
     def forward(*primals: Any) -> tuple[list[Any], list[Any]]:

@@ -249,7 +249,7 @@ def _is_as_precise_in_16_bits(facts: Facts) -> bool:
 
 
 def _is_wanted(facts: Facts) -> bool:
-    is_sum_of_low = facts.name in _ops.SUMS and facts.tag is Tag.LOW and len(facts.whole) == len(facts.floats) > 1
+    is_sum_of_low = facts.name == "add" and facts.tag is Tag.LOW and len(facts.whole) == len(facts.floats) > 1
     is_wanted = is_float32(facts.want) and not (is_sum_of_low and facts.want == _demand.HIGH)
     return is_wanted and facts.has_float_results
 

@@ -12,10 +12,10 @@ References:
 import functools
 import operator
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from jmp_lite._compat import Atom, Equation, Jaxpr, Var, is_literal, program
+from jmp_lite._compat import Atom, Equation, Jaxpr, Var, is_literal, program, scope_names
 from jmp_lite.autocast import _ops
 from jmp_lite.autocast._ops import Op, OpClass, classify
 from jmp_lite.autocast._programs import Body, inputs, programs_of
@@ -56,26 +56,29 @@ def joined(wants: Iterable[Want]) -> Want:
 class Demands:
     """Finds wants, and remembers them per program."""
 
-    def __init__(self, ops: Mapping[str, Op]) -> None:
+    def __init__(self, ops: Mapping[str, Op], is_low: Callable[[str, str], bool]) -> None:
         self.ops = ops
+        self.is_low = is_low
+        """Whether a primitive in a name scope is one that may run in a compute dtype."""
         self._found: Any = weakref.WeakKeyDictionary()
 
-    def of(self, jaxpr: Jaxpr, wanted: Wants) -> Mapping[Var, Want]:
+    def of(self, jaxpr: Jaxpr, wanted: Wants, scope: str) -> Mapping[Var, Want]:
         """Returns the want of every variable that has a consumer.
 
         Args:
             jaxpr: A program.
             wanted: What the consumers of its results want.
+            scope: Name scope that it is called in.
         """
         inner, _ = program(jaxpr)
         found = self._found.setdefault(inner, {})
-        if wanted not in found:
-            found[wanted] = self._search(inner, wanted)
-        wants: Mapping[Var, Want] = found[wanted]
+        if (wanted, scope) not in found:
+            found[wanted, scope] = self._search(inner, wanted, scope)
+        wants: Mapping[Var, Want] = found[wanted, scope]
         return wants
 
-    def through(self, eqn: Equation, of_results: Sequence[Want]) -> tuple[list[Want], Wants]:
-        """Searches the programs of an equation, loops until nothing changes.
+    def through(self, eqn: Equation, of_results: Sequence[Want], scope: str) -> tuple[list[Want], Wants]:
+        """Searches the programs of an equation in a name scope, loops until nothing changes.
 
         Returns:
             What is wanted of each operand, and of each result: of a carry also by the next iteration.
@@ -85,7 +88,7 @@ class Demands:
         while True:
             before = list(wants)
             for body in programs.bodies:
-                inner = self.of(body.jaxpr, _wants_of(body, results))
+                inner = self.of(body.jaxpr, _wants_of(body, results), scope)
                 for v, operand in zip(inputs(body), body.operands, strict=True):
                     wants[operand] |= inner.get(v, 0)
             for operand, result in programs.carried.items():
@@ -98,37 +101,47 @@ class Demands:
             wants = [HIGH | (want & ~TESTED) if want & TESTED else want for want in wants]
         return wants, tuple(results)
 
-    def has_search(self, jaxpr: Jaxpr, wanted: Wants = ()) -> bool:
+    def has_search(self, jaxpr: Jaxpr, scope: str, wanted: Wants = ()) -> bool:
         """Whether a loop inside a program goes on until what products make of its carries is good enough."""
         inner, _ = program(jaxpr)
-        wants = self.of(inner, wanted or (EITHER,) * len(inner.outvars))
+        wants = self.of(inner, wanted or (EITHER,) * len(inner.outvars), scope)
         for eqn in inner.eqns:
             of_results = [wants.get(v, 0) for v in eqn.outvars]
             if classify(eqn, self.ops)[0] is OpClass.ALLOW and joined(of_results) & TESTED:
                 return True
-            _, results = self.through(eqn, of_results)
-            if any(self.has_search(body.jaxpr, _wants_of(body, results)) for body in programs_of(eqn).bodies):
+            _, results = self.through(eqn, of_results, scope)
+            if any(self.has_search(body.jaxpr, scope, _wants_of(body, results)) for body in programs_of(eqn).bodies):
                 return True
         return False
 
-    def _search(self, inner: Any, wanted: Wants) -> dict[Var, Want]:
+    def _search(self, inner: Any, wanted: Wants, scope: str) -> dict[Var, Want]:
         wants: dict[Var, Want] = {}
         repeated = {eqn.outvars[0] for eqn in inner.eqns if eqn.primitive.name == "broadcast_in_dim"}
+
+        def is_sum_of_layers(eqn: Equation) -> bool:
+            """Whether two arrays are added, such as a layer and what goes around it: neither literal nor repeated."""
+            shape = eqn.outvars[0].aval.shape if eqn.primitive.name == "add" else None
+            return shape is not None and not any(
+                is_literal(v) or v in repeated or v.aval.shape != shape for v in eqn.invars
+            )
+
         for atom, want in zip(inner.outvars, wanted, strict=True):
             _add(wants, atom, want)
         for eqn in reversed(inner.eqns):
             of_results = [wants.get(v, 0) for v in eqn.outvars]
-            of_operands = self._of_operands(eqn, of_results)
-            if eqn.primitive.name in _ops.SUMS and not any(is_literal(v) or v in repeated for v in eqn.invars):
+            of_operands = self._of_operands(eqn, of_results, scope)
+            if is_sum_of_layers(eqn):
                 of_operands = [want & ~HIGH | EITHER if want & HIGH else want for want in of_operands]
             for atom, want in zip(eqn.invars, of_operands, strict=True):
                 _add(wants, atom, want)
         return wants
 
-    def _of_operands(self, eqn: Equation, of_results: list[Want]) -> Sequence[Want]:
+    def _of_operands(self, eqn: Equation, of_results: list[Want], scope: str) -> Sequence[Want]:
         op, _ = classify(eqn, self.ops)
         if op is OpClass.NESTED and programs_of(eqn).bodies:
-            return self.through(eqn, of_results)[0]
+            return self.through(eqn, of_results, _inner(scope, eqn))[0]
+        if op is OpClass.ALLOW and not self.is_low(_inner(scope, eqn), eqn.primitive.name):
+            return [HIGH | joined(of_results) & AS_WRITTEN] * len(eqn.invars)
         if _ops.treats_operands_separately(eqn.primitive.name) and len(eqn.invars) == len(eqn.outvars):
             return [_passed_on(want) for want in of_results]
         hangs_on = joined(of_results[:1] if eqn.primitive.name in _ops.CHOOSES else of_results) & AS_WRITTEN
@@ -153,6 +166,10 @@ class Demands:
         if _ops.picks_values(name) or sum(not is_literal(v) for v in eqn.invars) == 1:
             return _passed_on(want)
         return want if is_float32(want) else EITHER
+
+
+def _inner(scope: str, eqn: Equation) -> str:
+    return "/".join(filter(None, (scope, scope_names(eqn.source_info.name_stack))))
 
 
 def _passed_on(want: Want) -> Want:

@@ -31,7 +31,7 @@ from jmp_lite._tree import cast
 from jmp_lite.autocast import _regions
 from jmp_lite.autocast._apply import apply
 from jmp_lite.autocast._decide import Decision, decide, decide_activation
-from jmp_lite.autocast._demand import EITHER, HIGH, TESTED, Demands, Wants, is_float32, joined
+from jmp_lite.autocast._demand import EITHER, HIGH, TESTED, Demands, Want, Wants, is_float32, joined
 from jmp_lite.autocast._ops import OpClass, classify, is_activation
 from jmp_lite.autocast._record import Record, as_count, records_of
 from jmp_lite.autocast._rules import Matches, Precision, Settings
@@ -164,7 +164,7 @@ class Interpreter:
         self.handlers = handlers
         self.keeps_records = keeps_records
         self.records: list[Record] = []
-        self.demands = Demands(settings.ops_by_name)
+        self.demands = Demands(settings.ops_by_name, self._is_low)
         self._matches = Matches(settings)
         self._precisions: dict[tuple[str, str], Precision] = {}
         self._retyped: Any = weakref.WeakKeyDictionary()
@@ -187,7 +187,7 @@ class Interpreter:
             wants: What the consumers of its results want; nothing in particular by default.
         """
         frame = Frame(jaxpr, operands, self.settings)
-        demands = self.demands.of(frame.jaxpr, wants or (EITHER,) * len(frame.jaxpr.outvars))
+        demands = self.demands.of(frame.jaxpr, wants or (EITHER,) * len(frame.jaxpr.outvars), self._scope(scope))
         for index, eqn in enumerate(frame.jaxpr.eqns):
             with as_traced(eqn):
                 frame.write(eqn, self._equation(frame, eqn, scope, tuple(demands.get(v, 0) for v in eqn.outvars)))
@@ -212,8 +212,7 @@ class Interpreter:
             forced: Dtypes that results must have; ``None`` for those that may have any.
         """
         inner, consts = program(jaxpr)
-        if not (self.settings.depends_on_scope or self.keeps_records):
-            scope = _regions.innermost(scope) or ""
+        scope = scope if self.keeps_records else self._scope(scope)
         dtypes = tuple(getattr(value.array, "dtype", None) for value in operands)
         known = tuple(value.known for value in operands)
         found = self._retyped.setdefault(jaxpr if consts else inner, {})
@@ -243,6 +242,14 @@ class Interpreter:
         finally:
             self.records = outer
 
+    def _scope(self, scope: str) -> str:
+        """Returns as much of a name scope as decisions depend on."""
+        return scope if self.settings.depends_on_scope else _regions.innermost(scope) or ""
+
+    def _is_low(self, scope: str, primitive: str) -> bool:
+        precision = self.precision(scope, primitive)
+        return precision.mode in ("auto", "low") and precision.dtype != FLOAT32
+
     def precision(self, scope: str, primitive: str) -> Precision:
         """Resolves the precision of a primitive in a name scope, once."""
         key = (scope, primitive if self.settings.rules else "")
@@ -251,12 +258,16 @@ class Interpreter:
             self._matches.note(scope, primitive)
         return self._precisions[key]
 
+    def through(self, call: Call) -> tuple[list[Want], Wants]:
+        """Returns what is wanted of the operands and of the results of an equation that holds programs."""
+        return self.demands.through(call.eqn, call.wants, self._scope(call.scope))
+
     def rounded(self, call: Call) -> list[Value]:
         """Returns the operands of a call; those that lose nothing by it are rounded, unless float32 is wanted inside.
 
         What the call saves for its backward pass, and the gradient it returns, are then held in the compute dtype.
         """
-        wants, _ = self.demands.through(call.eqn, call.wants)
+        wants, _ = self.through(call)
         dtype = self.precision(call.scope, call.eqn.primitive.name).dtype
         return [
             Value(cast(value.array, dtype), value.known._replace(tag=Tag.LOW))
@@ -301,7 +312,7 @@ class Interpreter:
         """Says of a loop that what its test depends on runs as written, if that is any float."""
         if not self.keeps_records or call.eqn.primitive.name != "while":
             return why
-        _, results = self.demands.through(call.eqn, call.wants)
+        _, results = self.through(call)
         is_tested = any(
             want & TESTED and is_eligible(v.aval) for v, want in zip(call.eqn.outvars, results, strict=True)
         )

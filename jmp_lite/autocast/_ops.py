@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jmp_lite._compat import Equation, Primitive
+from jmp_lite._compat import Equation, Primitive, program
 from jmp_lite._errors import InvalidOpError
 from jmp_lite.autocast._library import is_of_library
 from jmp_lite.autocast._programs import PROGRAMS
@@ -221,9 +221,6 @@ GATHERS = frozenset({"all_gather", "all_gather_reduced"})
 #: Primitives that move parts of arrays.
 MOVES_PARTS = frozenset({"dynamic_slice", "concatenate", "split"})
 
-#: Sums of two arrays, such as a layer and what goes around it: as precise as these, whatever is made of them.
-SUMS = frozenset({"add", "add_any"})
-
 #: Results that say where something is or what it is like, which does not hang on digits.
 PLACES = frozenset({"argmax", "argmin", "is_finite"})
 #: The same but for their first result.
@@ -324,7 +321,8 @@ def is_activation(eqn: Equation) -> bool:
     is_of_one = len(eqn.invars) == len(eqn.outvars) == 1
     if eqn.primitive.name != "jit" or eqn.params["name"] not in ACTIVATIONS or not is_of_one:
         return False
-    return bool(eqn.invars[0].aval.shape == eqn.outvars[0].aval.shape)
+    source = getattr(program(eqn.params["jaxpr"])[0].debug_info, "func_src_info", "")
+    return "/jax/_src/nn/" in str(source).replace("\\", "/")
 
 
 def classify(eqn: Equation, ops: Mapping[str, Op]) -> tuple[Op, str]:
