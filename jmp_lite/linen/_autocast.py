@@ -59,8 +59,8 @@ def autocast(
         >>> output, updated = apply(variables, x, mutable=["batch_stats"])
         >>> output.dtype, updated["batch_stats"]["BatchNorm_0"]["mean"].dtype
         (dtype('float32'), dtype('float32'))
-        >>> jaxpr = jax.make_jaxpr(lambda v, x: apply(v, x, mutable=["batch_stats"])[0])(variables, x)
-        >>> [str(eqn.outvars[0].aval.dtype) for eqn in jaxpr.eqns if "dot_general" in str(eqn)]
+        >>> explanation = jmp.linen.explain(model.apply, policies)(variables, x, mutable=["batch_stats"])
+        >>> [decision.in_dtypes[0] for decision in explanation if decision.primitive == "dot_general"]
         ['bfloat16', 'float32']
 
     References:
