@@ -341,3 +341,22 @@ def test_logits_of_a_dense_layer_with_a_bias_leave_in_float32():
     variables = layer.init(jax.random.key(0), x)
     found = jmp.explain(lambda v, x: jax.nn.log_softmax(layer.apply(v, x)), "mixed_bfloat16")(variables, x)
     assert [r.out_dtypes for r in found if r.primitive == "dot_general"] == [("float32",)]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 64, "symbolic"])
+@pytest.mark.parametrize("bias", ["broadcast", "row", "reshaped"])
+def test_the_number_of_rows_decides_nothing(bias, rows):
+    """A bias is no layer of its own, not even beside a single row."""
+    as_row = {"broadcast": jnp.asarray, "row": lambda b: b[None], "reshaped": lambda b: b.reshape(1, -1)}[bias]
+
+    def model(x, w, b):
+        h = jax.nn.relu(x @ w + as_row(b))
+        h = h - jnp.mean(h, -1, keepdims=True)
+        return jax.nn.log_softmax((h * lax.rsqrt(jnp.mean(h * h, -1, keepdims=True) + 1e-6)) @ w + as_row(b))
+
+    rows = jax.export.symbolic_shape("rows")[0] if rows == "symbolic" else rows
+    x, w, b = jax.ShapeDtypeStruct((rows, 128), jnp.float32), jnp.ones((128, 128)), jnp.ones(128)
+    found = jmp.explain(model, "mixed_bfloat16")(x, w, b)
+    results = [(r.primitive, *r.out_dtypes) for r in found if r.primitive in ("dot_general", "add", "mul", "exp", "log")]
+    low, high = "bfloat16", "float32"
+    assert [result[1] for result in results] == [low, low, high, high, low, high, high, high, high], results

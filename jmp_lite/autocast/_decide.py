@@ -401,9 +401,9 @@ def _repeats_something_smaller(eqn: Equation, operands: Sequence[Value]) -> bool
     name = eqn.primitive.name
     if name == "iota":
         return len(eqn.params["shape"]) > 1
-    if name == "broadcast_in_dim":
+    if _ops.adds_axes(eqn):
         source, result = eqn.invars[0], eqn.outvars[0]
-        is_copy = operands[0].known.origin is Origin.REPEATED
+        is_copy = operands[0].known.origin is Origin.REPEATED or operands[0].is_weight
         return is_copy or is_literal(source) or size(source.aval) != size(result.aval)
     return name in _ops.KEEPS_BROADCAST and all(
         is_literal(v) or value.known.origin is Origin.REPEATED or getattr(v.aval, "ndim", 1) == 0

@@ -116,7 +116,7 @@ class Demands:
 
     def _search(self, inner: Any, wanted: Wants, scope: str) -> dict[Var, Want]:
         wants: dict[Var, Want] = {}
-        repeated = {eqn.outvars[0] for eqn in inner.eqns if eqn.primitive.name == "broadcast_in_dim"}
+        repeated = {eqn.outvars[0] for eqn in inner.eqns if _ops.adds_axes(eqn)}
 
         def is_sum_of_layers(eqn: Equation) -> bool:
             """Whether two arrays are added, such as a layer and what goes around it: neither literal nor repeated."""

@@ -296,6 +296,14 @@ def moves_whole_arrays(name: str) -> bool:
     return family(name).reason is _MOVEMENT
 
 
+def adds_axes(eqn: Equation) -> bool:
+    """Whether an equation repeats its operand along new axes, perhaps once, as is done with a bias."""
+    if eqn.primitive.name != "reshape":
+        return eqn.primitive.name == "broadcast_in_dim"
+    source, result = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+    return len(source) < len(result) and [n for n in source if n != 1] == [n for n in result if n != 1]
+
+
 def picks_values(name: str) -> bool:
     """Whether every element of the results is an element of the operands, or the sign or place of one."""
     return family(name).reason is _PICKING
