@@ -27,13 +27,13 @@ MODULE = "benchmarks.zoo"
 QUICK = ("HF GPT-2", "Equinox GRU", "jraph GraphNetwork")
 PACKAGES = ("transformers", "equinox", "diffrax", "flowjax", "dm-haiku", "jraph", "numpyro", minilm.PACKAGE)
 HEADER = ("model", "low", "own low", "bfloat16", "own bfloat16", "/ own", "float16", "residuals", '"low"')
-LEGEND = f"""Tiny configurations with random weights, but for MiniLM. Own: `dtype=bfloat16` in Transformers; elsewhere
+LEGEND = """Tiny configurations with random weights, but for MiniLM. Own: `dtype=bfloat16` in Transformers; elsewhere
 parameters and inputs cast to bfloat16 at the boundary.
 
 - **low**, **own low**: of the gradient's matrix products and convolutions, those of two 16-bit operands, under autocast
   and in the model's own bfloat16. Sums of four terms or fewer do not count.
 - **bfloat16**, **own bfloat16**, **float16**: |gradient - float32 gradient| / |float32 gradient| over all parameters,
-  the median of {len(measure.SEEDS)} draws of parameters and batches; float16 with a dynamic loss scale.
+  the geometric mean over 32 draws of parameters and batches (256 of the flow); float16 with a dynamic loss scale.
 - **residuals**, **"low"**: bytes that wait for the backward pass under autocast, with `residuals="all"` and `"low"`,
   over those of own bfloat16."""
 

@@ -24,6 +24,7 @@ class Model(NamedTuple):
       own: with the `dtype=bfloat16` of the package or, where it has none, with `at_the_boundary`.
       params: float32, as the package initialises them.
       batch: draws a batch from a NumPy generator.
+      draws: over how many draws errors are averaged.
       in_float32: name scopes of the products that are right to stay in float32 -> why.
     """
 
@@ -31,6 +32,7 @@ class Model(NamedTuple):
     own: Loss
     params: Any
     batch: Callable[[np.random.Generator], Any]
+    draws: int = 32
     in_float32: dict[str, str] = {}  # noqa: RUF012  # a NamedTuple has no instance to change it on
 
     def draw(self, seed: int) -> tuple[Any, Any]:
