@@ -100,9 +100,9 @@ class _Launch:
 
     def written(self) -> Iterator[Part]:
         """The arrays of the result; what a library takes to work in is none of them."""
-        is_library = _LIBRARY in self.lines[self.root].attributes
         arrays = zip(_hlo.arrays(self.shapes[self.root]), self.outputs(), strict=True)
         for index, ((dtype, elements, on_chip), line) in enumerate(arrays):
+            is_library = line in self.lines and _LIBRARY in self.lines[line].attributes
             if not (is_library and index and dtype in _SCRATCH):
                 count = self.updated(line) or elements
                 yield Part(count, 0 if on_chip else count * _hlo.element_bytes(dtype))

@@ -122,8 +122,10 @@ def _scan(interpreter: Interpreter, call: Call) -> list[Value]:
     operands[:n_consts] = map(_constant, operands[:n_consts])
     low = interpreter.precision(call.scope, "scan").dtype
     inner_program, _ = program(body)
+    xs = zip(operands[n_consts + n_carry :], wants[n_consts + n_carry :], strict=True)
+    is_stack = any(value.is_weight and want == LOW for value, want in xs)
     operands[carried] = [
-        _carry(inner_program, v, value, want, low)
+        _carry(inner_program, v, value, want, low, is_stack=is_stack)
         for v, value, want in zip(inner_program.invars[carried], operands[carried], wants[carried], strict=True)
     ]
     pairs = list(zip(call.eqn.outvars, of_results, strict=True))[n_carry:]
@@ -179,13 +181,19 @@ def _constant(value: Value) -> Value:
     return Value(cast(value.array, FLOAT32), Known(Tag.SOFT, Origin.INPUT))
 
 
-def _carry(body: Any, v: Any, value: Value, want: Want, low: DType) -> Value:
+def _is_activation(value: Value) -> bool:
+    """Whether a value was made of arguments, such as an embedding, and is no argument, number or statistic itself."""
+    known = value.known
+    return known.tag is Tag.NEUTRAL and known.origin is Origin.COMPUTED and known.number is None
+
+
+def _carry(body: Any, v: Any, value: Value, want: Want, low: DType, *, is_stack: bool) -> Value:
     """Returns how a carry enters the loop."""
     if not is_eligible(v.aval):
         return Value(value.array, Known(value.tag, Origin.INPUT))
     if _adds_up(body, v):
         return Value(cast(value.array, FLOAT32), Known(Tag.HIGH, Origin.INPUT))
-    if want == LOW and low != FLOAT32:
+    if (want == LOW or (is_stack and _is_activation(value))) and low != FLOAT32:
         return Value(cast(value.array, low), Known(Tag.LOW, Origin.INPUT))
     if value.tag is Tag.LOW and not want & AS_WRITTEN:
         return Value(value.array, Known(Tag.LOW, Origin.INPUT))

@@ -192,7 +192,7 @@ def _leaves_in_float32(facts: Facts, why: str) -> tuple[bool, str]:
         return True, f"result of float32 asked for by {precision.reason}"
     is_ours = precision.dot is None or isinstance(precision.dot, RoundsOperands)
     is_wanted = is_float32(facts.want) and bool(facts.want & (_demand.HIGH | _demand.PLACE))
-    if is_wanted and is_ours and _is_free(facts.eqn):
+    if is_wanted and is_ours and facts.name != "conv_general_dilated" and _is_free(facts.eqn):
         return True, "all that use it want float32, which costs nothing more here"
     return False, why
 
@@ -248,8 +248,13 @@ def _is_as_precise_in_16_bits(facts: Facts) -> bool:
     return is_low and (is_rearranged or is_scaled)
 
 
+def _is_pooled(facts: Facts) -> bool:
+    return facts.tag in (Tag.LOW, Tag.SOFT) and _ops.sums_windows(facts.name)
+
+
 def _is_wanted(facts: Facts) -> bool:
-    is_sum_of_low = facts.name == "add" and facts.tag is Tag.LOW and len(facts.whole) == len(facts.floats) > 1
+    is_low = facts.tag in (Tag.LOW, Tag.SOFT)
+    is_sum_of_low = facts.name == "add" and is_low and len(facts.whole) == len(facts.floats) > 1
     is_wanted = is_float32(facts.want) and not (is_sum_of_low and facts.want == _demand.HIGH)
     return is_wanted and facts.has_float_results
 
@@ -265,7 +270,7 @@ def _levels_off(facts: Facts) -> bool:
 
 
 def _is_precise(facts: Facts) -> bool:
-    return facts.tag_of_whole is Tag.HIGH or facts.tag > facts.tag_of_whole is Tag.NEUTRAL
+    return facts.tag_of_whole is Tag.HIGH
 
 
 def _is_neutral(facts: Facts) -> bool:
@@ -277,7 +282,7 @@ def _is_out_of_range(facts: Facts) -> bool:
 
 
 def _is_held_low(facts: Facts) -> bool:
-    return {value.array.dtype for value in facts.whole} == {facts.precision.dtype}
+    return facts.tag is Tag.NEUTRAL and {value.array.dtype for value in facts.whole} == {facts.precision.dtype}
 
 
 def _promotes(facts: Facts) -> bool:
@@ -292,7 +297,8 @@ def _promotes(facts: Facts) -> bool:
 
 
 def _is_shifted(facts: Facts) -> bool:
-    return facts.tag is Tag.HIGH or (facts.tag is Tag.SOFT and len(facts.whole) == 1 and len(facts.arrays) > 1)
+    is_alone = len(facts.whole) == 1 and (len(facts.arrays) > 1 or _ops.moves_whole_arrays(facts.name))
+    return facts.tag is Tag.HIGH or (facts.tag is Tag.SOFT and is_alone)
 
 
 def _is_shifted_for_product(facts: Facts) -> bool:
@@ -305,17 +311,18 @@ FOLLOWS = (
     FollowRule("taken as precise as it is; its gradient adds up in float32", _is_taken, How.WIDE, Tag.LOW),
     FollowRule("as precise in 16 bits as its operands", _is_as_precise_in_16_bits, How.LOWERED, Tag.LOW, True),
     FollowRule("all that use it want float32", _is_wanted, How.BOUND, Tag.HIGH),
+    FollowRule("summed in float32, and as precise as what was pooled", _is_pooled, How.WIDE, Tag.LOW),
     FollowRule(
         "levels off, and something that uses it wants float32",
         _levels_off,
         How.BOUND,
         lambda facts: max(Tag.SOFT, facts.tag_of_whole),
     ),
-    FollowRule("follows an operand that needs float32, or is of float32 as a whole", _is_precise, How.BOUND, Tag.HIGH),
+    FollowRule("follows an operand that needs float32", _is_precise, How.BOUND, Tag.HIGH),
+    FollowRule("scaled or shifted by float32 statistics for a product", _is_shifted_for_product, How.WIDE, Tag.LOW),
     FollowRule("made of a number that the compute dtype cannot hold", _is_out_of_range, How.BOUND, Tag.HIGH),
     FollowRule("no decision has touched its operands yet", _is_neutral, How.LOWERED, Tag.NEUTRAL, _is_held_low),
     FollowRule("a float32 argument as large as the others promotes", _promotes, How.BOUND, Tag.HIGH),
-    FollowRule("scaled or shifted by float32 statistics for a product", _is_shifted_for_product, How.WIDE, Tag.LOW),
     FollowRule("scaled or shifted by float32 statistics", _is_shifted, How.BOUND, Tag.SOFT),
     FollowRule("follows its operands", lambda _: True, How.LOWERED, Tag.LOW, True),
 )
@@ -356,10 +363,10 @@ def _is_float_array(atom: Atom) -> bool:
 
 
 def _is_repeated(value: Value, shape: Sequence[Any]) -> bool:
-    """Whether an operand has less to say than the result, such as a bias, a mean, a scale."""
+    """Whether an operand has less to say than the result, such as a mean, or a bias moved to where it is added."""
     own = value.array.shape
     is_small = not own or any(a == 1 != b for a, b in zip(own, shape, strict=False))
-    return value.known.origin is Origin.REPEATED or is_small
+    return is_small or value.known.origin in (Origin.REPEATED, Origin.MOVED)
 
 
 def _origin_of_results(facts: Facts) -> Origin:
@@ -403,7 +410,7 @@ def _repeats_something_smaller(eqn: Equation, operands: Sequence[Value]) -> bool
         return len(eqn.params["shape"]) > 1
     if _ops.adds_axes(eqn):
         source, result = eqn.invars[0], eqn.outvars[0]
-        is_copy = operands[0].known.origin is Origin.REPEATED or operands[0].is_weight
+        is_copy = operands[0].known.origin is Origin.REPEATED
         return is_copy or is_literal(source) or size(source.aval) != size(result.aval)
     return name in _ops.KEEPS_BROADCAST and all(
         is_literal(v) or value.known.origin is Origin.REPEATED or getattr(v.aval, "ndim", 1) == 0

@@ -57,6 +57,7 @@ _MOVEMENT = "moves whole arrays: cheaper after a cast to 16 bits"
 _PICKING = "picks values: exact in the precision of its operands"
 _PER_OPERAND = "treats each operand by itself: every one keeps its precision"
 _SOLVERS = "linear algebra: solvers need the digits they were written for"
+_POOLING = "sums of windows: add up in float32, and are as precise as what was pooled"
 _CALLS_OUT = "calls out of the program: the other side expects the dtypes it was written for"
 _KERNELS = "kernels: they were traced for their dtypes; cast around them"
 
@@ -82,8 +83,8 @@ FAMILIES = (
     Family(
         OpClass.DENY,
         "sums and products of many terms: rounding adds up",
-        """reduce_sum reduce_prod reduce cumsum cumprod cumlogsumexp reduce_window_sum reduce_window scatter-add
-        scatter-sub scatter-mul""",
+        """reduce_sum reduce_prod reduce cumsum cumprod cumlogsumexp reduce_window scatter-add scatter-sub
+        scatter-mul""",
     ),
     Family(
         OpClass.FOLLOW,
@@ -91,6 +92,7 @@ FAMILIES = (
         """add sub mul div rem square integer_pow tanh logistic erf erfc add_any mul_add
         select_and_scatter_add select_and_gather_add symmetric_product""",
     ),
+    Family(OpClass.FOLLOW, _POOLING, "reduce_window_sum"),
     Family(
         OpClass.FOLLOW,
         _MOVEMENT,
@@ -302,6 +304,11 @@ def adds_axes(eqn: Equation) -> bool:
         return eqn.primitive.name == "broadcast_in_dim"
     source, result = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
     return len(source) < len(result) and [n for n in source if n != 1] == [n for n in result if n != 1]
+
+
+def sums_windows(name: str) -> bool:
+    """Whether a primitive sums windows of an array, as average pooling does."""
+    return family(name).reason is _POOLING
 
 
 def picks_values(name: str) -> bool:
