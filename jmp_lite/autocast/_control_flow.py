@@ -140,7 +140,7 @@ def _scan(interpreter: Interpreter, call: Call) -> list[Value]:
         too_low = [
             n_consts + index
             for index, value in enumerate(operands[carried])
-            if value.tag is Tag.LOW and inner.results[index].tag is not Tag.LOW and of_results[index] != LOW
+            if value.tag is Tag.LOW and inner.results[index].tag in (Tag.NEUTRAL, Tag.HIGH) and of_results[index] != LOW
         ]
         if not too_low:
             break

@@ -248,13 +248,17 @@ def _is_as_precise_in_16_bits(facts: Facts) -> bool:
     return is_low and (is_rearranged or is_scaled)
 
 
+def _is_rounded(value: Value) -> bool:
+    return value.tag in (Tag.LOW, Tag.SOFT)
+
+
 def _is_pooled(facts: Facts) -> bool:
-    return facts.tag in (Tag.LOW, Tag.SOFT) and _ops.sums_windows(facts.name)
+    return _is_rounded(facts.floats[0]) and _ops.sums_windows(facts.name)
 
 
 def _is_wanted(facts: Facts) -> bool:
-    is_low = facts.tag in (Tag.LOW, Tag.SOFT)
-    is_sum_of_low = facts.name == "add" and is_low and len(facts.whole) == len(facts.floats) > 1
+    are_low = len(facts.whole) == len(facts.floats) > 1 and all(map(_is_rounded, facts.floats))
+    is_sum_of_low = facts.name == "add" and are_low
     is_wanted = is_float32(facts.want) and not (is_sum_of_low and facts.want == _demand.HIGH)
     return is_wanted and facts.has_float_results
 
