@@ -91,6 +91,25 @@ def test_the_last_sum_is_rounded_though_only_a_mean_takes_it():
     assert sums(fun, jnp.ones((4, 16, 64)), W) == [LOW]
 
 
+def cell(gate, state, w):
+    """The end of an LSTM cell, whose state is float32."""
+    return jax.nn.sigmoid(gate @ w) * jnp.tanh(state * jnp.exp(jnp.mean(state, -1, keepdims=True)) + jnp.exp(state))
+
+
+GATES = {
+    "a product takes it": (lambda gate, state, w: cell(gate, state, w) @ w, LOW),
+    "a loss takes it": (lambda gate, state, w: jnp.log(cell(gate, state, w)), HIGH),
+}
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_a_gate_of_a_float32_state_is_as_precise_as_what_takes_it(name):
+    """A low gate has as few digits as the product that takes what it lets through."""
+    fun, dtype = GATES[name]
+    found = jmp.explain(fun, POLICY)(jnp.ones((16, 64)), jnp.ones((16, 64)), W)
+    assert [r.out_dtypes[0] for r in found if r.primitive == "mul"][-1] == dtype
+
+
 # --- Pooling ---
 
 

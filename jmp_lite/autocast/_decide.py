@@ -273,6 +273,10 @@ def _levels_off(facts: Facts) -> bool:
     return is_wanted and facts.tag is not Tag.NEUTRAL and facts.name in _ops.SATURATES
 
 
+def _is_multiplied_for_product(facts: Facts) -> bool:
+    return facts.name == "mul" and facts.want == _demand.LOW and any(value.tag is Tag.LOW for value in facts.whole)
+
+
 def _is_precise(facts: Facts) -> bool:
     return facts.tag_of_whole is Tag.HIGH
 
@@ -322,6 +326,7 @@ FOLLOWS = (
         How.BOUND,
         lambda facts: max(Tag.SOFT, facts.tag_of_whole),
     ),
+    FollowRule("multiplied with a low array for a product", _is_multiplied_for_product, How.LOWERED, Tag.LOW, True),
     FollowRule("follows an operand that needs float32", _is_precise, How.BOUND, Tag.HIGH),
     FollowRule("scaled or shifted by float32 statistics for a product", _is_shifted_for_product, How.WIDE, Tag.LOW),
     FollowRule("made of a number that the compute dtype cannot hold", _is_out_of_range, How.BOUND, Tag.HIGH),
