@@ -154,6 +154,16 @@ def test_gradients_of_what_is_taken_add_up_in_float32(name, policy):
     assert grad_around < (4 if name == "dynamic_slice" else 2) * POLICIES[policy]
 
 
+@pytest.mark.parametrize("name", [name for name in TAKES if name != "dynamic_slice"])
+@every_policy
+def test_gradients_of_what_is_taken_for_a_product_add_up_in_float32(name, policy):
+    """What is taken is held in 16 bits then, and so are the terms of the sum, but not the sum."""
+    x, w, v = draw(7, 8, 16), draw(8, 16, 32) / 4, draw(16, 32, 16) / 6
+    _, grad, _, grad_around = errors(lambda w: jnp.mean(jnp.tanh((TAKES[name](x @ w) * WEIGHTS) @ v)), policy, w)
+    assert grad < (4 if name == "repeat" else 2) * POLICIES[policy]  # a reshape and a broadcast, and no taking
+    assert grad_around < 2 * POLICIES[policy]
+
+
 H, R = draw(13, 512, 256), draw(14, 256, 96)
 
 # --- Products of a few terms ---

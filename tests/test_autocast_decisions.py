@@ -14,9 +14,9 @@ OFTEN, SOME = jnp.arange(4096) // 64, jnp.int32(3)
 X, W = jax.ShapeDtypeStruct((64, 16), jnp.float32), jax.ShapeDtypeStruct((16, 16), jnp.float32)
 
 
-def decisions(fun, primitive, policy="mixed_bfloat16", **options):
+def decisions(fun, primitive, policy="mixed_bfloat16"):
     """The dtypes that each equation of a primitive takes its floating operands in, and holds its results in."""
-    records = [r for r in jmp.explain(fun, policy, **options)(X, W) if r.primitive == primitive]
+    records = [r for r in jmp.explain(fun, policy)(X, W) if r.primitive == primitive]
     floats = [[{d for d in dtypes if "float" in d} for dtypes in (r.in_dtypes, r.out_dtypes)] for r in records]
     return [tuple("/".join(sorted(kinds)) for kinds in pair) for pair in floats]
 
@@ -88,6 +88,21 @@ FOLLOWING = {
 @pytest.mark.parametrize(("fun", "primitive", "expected"), (DENIED | FOLLOWING).values(), ids=DENIED | FOLLOWING)
 def test_each_equation_runs_where_its_row_says(fun, primitive, expected):
     assert decisions(fun, primitive) == expected
+
+
+# --- Numbers that the compute dtype cannot hold ---
+
+FLOAT16 = {
+    "a mask beside a product": (lambda x, w: jnp.where(x > 0, x @ w, -1e9) @ w, "select_n", [(F16, F16)]),
+    "a mask of numbers alone": (lambda x, w: (x @ w + jnp.where(x > 0, 0, -1e9)) @ w, "select_n", [HIGH]),
+    "what a mask is added to": (lambda x, w: (x @ w + jnp.where(x > 0, 0, -1e9)) @ w, "add", [HIGH]),
+    "a weight, scaled": (lambda x, w: x @ (w * jnp.full((16, 16), 1e6)), "mul", [HIGH]),
+}
+
+
+@pytest.mark.parametrize(("fun", "primitive", "expected"), FLOAT16.values(), ids=FLOAT16)
+def test_numbers_beyond_float16_keep_what_they_meet_in_float32(fun, primitive, expected):
+    assert decisions(fun, primitive, "mixed_float16") == expected
 
 
 # --- What goes through programs: branches agree, loops hold what their test and their sums need ---
