@@ -337,13 +337,21 @@ def test_a_norm_before_a_router_in_full_precision_stays_float32():
     assert [r.out_dtypes for r in found if r.primitive == "mul"][-1] == ("float32",)
 
 
+USED_OFTEN = {
+    "weight": (lambda w, x: x @ w, (16, 16), 257),
+    "adapter of low rank": (lambda w, x: ((x @ jnp.ones((16, 4))) @ w) @ jnp.eye(16), (4, 16), 257 * 16),
+}
+
+
+@pytest.mark.parametrize("name", USED_OFTEN)
 @pytest.mark.parametrize("order", ["grad(autocast)", "autocast(grad)"])
-def test_gradients_of_a_weight_used_often_add_up_in_float32(order):
-    """In bfloat16 the sum of 300 times 64 would stop at 16384."""
-    loss = lambda w, x: sum(jnp.sum(x @ w) for _ in range(300))  # noqa: E731
+def test_gradients_of_a_weight_used_often_add_up_in_float32(order, name):
+    """In bfloat16 257 would be 256, and the sum of 300 equal numbers would stop at 256 times the number."""
+    layer, shape, each = USED_OFTEN[name]
+    loss = lambda w, x: sum(jnp.sum(layer(w, x)) for _ in range(300))  # noqa: E731
     cast = functools.partial(jmp.autocast, policy="mixed_bfloat16")
     gradient = jax.grad(cast(loss)) if order == "grad(autocast)" else cast(jax.grad(loss))
-    np.testing.assert_array_equal(gradient(jnp.ones((16, 16)), jnp.ones((64, 16))), 19200)
+    np.testing.assert_array_equal(gradient(jnp.ones(shape), jnp.ones((257, 16))), 300 * each)
 
 
 def test_logits_of_a_dense_layer_with_a_bias_leave_in_float32():
