@@ -339,6 +339,8 @@ def test_a_norm_before_a_router_in_full_precision_stays_float32():
 
 USED_OFTEN = {
     "weight": (lambda w, x: x @ w, (16, 16), 257),
+    "bias": (lambda b, x: (x @ jnp.eye(16) + b[None]) @ jnp.eye(16), (16,), 257),
+    "bias, reshaped": (lambda b, x: (x @ jnp.eye(16) + b.reshape(1, -1)) @ jnp.eye(16), (16,), 257),
     "adapter of low rank": (lambda w, x: ((x @ jnp.ones((16, 4))) @ w) @ jnp.eye(16), (4, 16), 257 * 16),
 }
 
