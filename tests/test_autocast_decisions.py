@@ -71,6 +71,15 @@ FOLLOWING = {
         "select_n",
         [LOW],
     ),
+    "what levels off, for a logarithm too": (
+        lambda x, w: (jnp.log(1.5 - (p := jax.nn.sigmoid(x @ w))), p @ w),
+        "logistic",
+        [HIGH],
+    ),
+    "what levels off, for a product alone": (lambda x, w: jax.nn.sigmoid(x @ w) @ w, "logistic", [LOW]),
+    "coordinates, for a product too": (lambda x, w: (jnp.floor(p := x @ w + w[:1]), p @ w), "add", [HIGH]),
+    "low rank": (lambda x, w: jnp.tanh((x @ w[:, :4]) @ w[:4]) @ w, "dot_general", [LOW, LOW, LOW]),
+    "few terms": (lambda x, w: (x[:, :4] @ w[:4]) @ w, "dot_general", [HIGH, LOW]),
     "comparison of what feeds it alone": (lambda x, w: jnp.tanh(x @ w + w[:1]) > 0.5, "add", [LOW]),
     "in front of a barrier and an exponential": (
         beside_a_product(lambda h, w: jnp.exp(lax.optimization_barrier(h + w[:1]))),
@@ -111,6 +120,11 @@ def test_numbers_beyond_float16_keep_what_they_meet_in_float32(fun, primitive, e
 def until(test_of, step):
     """A loop of two carries: a row that its test looks at, and a matrix."""
     return lambda x, w: lax.while_loop(test_of, lambda c: step(*c, w), (jnp.ones((1, 16)), x))
+
+
+def scanned_beside(h, x, w):
+    """A function of what a scan takes as a constant, beside a carry."""
+    return lax.scan(lambda c, _: (jnp.tanh(c @ w), jnp.tanh(h)), x, None, length=2)[1][0]
 
 
 def is_large(c):
@@ -165,20 +179,37 @@ THROUGH = {
         "dot_general",
         [LOW],
     ),
+    "what chooses between steps towards a test": (
+        until(is_large, lambda r, h, w: (lax.cond((r @ w)[0, 0] > 0, lambda r: r / 2, lambda r: r / 3, r), h)),
+        "dot_general",
+        [HIGH],
+    ),
+    "a product that a loop carries": (
+        lambda x, w: lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, c[1] @ w), (0, w)),
+        "dot_general",
+        [LOW],
+    ),
+    "a function that a loop carries": (
+        lambda x, w: lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, jnp.tanh(c[1] @ w)), (0, x)),
+        "tanh",
+        [HIGH],
+    ),
+    "a product that a scan takes": (
+        lambda x, w: scanned_beside(x @ w, x, w) @ w,
+        "tanh",
+        [LOW, LOW],
+    ),
+    "a carry beside a product": (
+        lambda x, w: jnp.tanh(lax.scan(lambda c, _: (jnp.exp(c), jnp.tanh(c)), x, None, length=2)[1][0] + x @ w) @ w,
+        "add",
+        [LOW],
+    ),
     "before the loop of a test": (
         lambda x, w: lax.while_loop(is_large, lambda c: (c[0] * 0.5,), (x @ w,)),
         "dot_general",
         [LOW],
     ),
-    "a norm that a scan takes": (
-        lambda x, w: (
-            lax.scan(lambda c, _: (jnp.tanh(c @ w), jnp.tanh(n)), x, None, length=2)[1][0] @ w
-            if (n := rms_norm(x @ w)) is not None
-            else None
-        ),
-        "tanh",
-        [LOW, LOW],
-    ),
+    "a norm that a scan takes": (lambda x, w: scanned_beside(rms_norm(x @ w), x, w) @ w, "tanh", [LOW, LOW]),
 }
 
 
