@@ -56,6 +56,12 @@ def holding(fun):
     return eqn
 
 
+def steps(x, row):
+    """A loop whose test and whose body close over arrays of different shapes."""
+    step = lambda c: (c[0] + 1, c[1] @ x, c[2] + row)  # noqa: E731
+    return jax.lax.while_loop(lambda c: c[1][0, 0] + c[0] < row[0], step, (0, x, row))
+
+
 def closed_call(fun):
     """Calls a program by a primitive that no function of JAX stands for."""
 
@@ -88,9 +94,7 @@ HOLDING = {
     "linear_call": lambda x: linear_call(lambda r, t: r * t, lambda r, t: r * t, jnp.sum(x), x[0]),
     "cond": lambda x: jax.lax.cond(x[0, 0] > 0, lambda i, x: (x + 1, i), lambda i, x: (x * 2, i + 1), 3, x),
     "scan": lambda x: jax.lax.scan(lambda c, a: ((c[0] + x[0], c[1] + 1), (a[:2] > 0, a)), (x[0], 0), x),
-    "while": lambda x: jax.lax.while_loop(
-        lambda c: c[1][0, 0] + c[0] < x[0, 0], lambda c: (c[0] + 1, c[1] @ x, c[2] + x[0]), (0, x, x[0])
-    ),
+    "while": lambda x: steps(x, x[0]),
     "shard_map": jax.shard_map(
         lambda x: (x > 0, x.sum(0)), mesh=mesh(), in_specs=P("d", None), out_specs=(P("d", None), P("d"))
     ),
