@@ -189,6 +189,13 @@ THROUGH = {
         "dot_general",
         [LOW],
     ),
+    "a product that a loop carries to an exponential": (
+        lambda x, w: lax.while_loop(
+            lambda c: c[0] < 3, lambda c: (c[0] + 1, w @ w, c[2] + jnp.exp(c[1])), (0, 0 * w, w)
+        ),
+        "dot_general",
+        [LOW],
+    ),
     "a function that a loop carries": (
         lambda x, w: lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, jnp.tanh(c[1] @ w)), (0, x)),
         "tanh",
