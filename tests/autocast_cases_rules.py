@@ -201,6 +201,15 @@ def linear(x, w):
     return jnp.tanh(jax.custom_derivatives.linear_call(forward, lambda w, g: g @ w.T, lax.stop_gradient(w), x @ w))
 
 
+CONSTANTS = jnp.linspace(0.5, 2, 16)
+
+
+def linear_with_constants(x, w):
+    """What both functions close over becomes operands too, ahead of those that were given."""
+    scale = lambda r, h: h * r * CONSTANTS[None]  # noqa: E731
+    return jnp.tanh(jax.custom_derivatives.linear_call(scale, scale, lax.stop_gradient(w[:1] ** 2), x @ w)) @ w
+
+
 def doubling(x_ref, out_ref):
     out_ref[...] = x_ref[...] * 2.0
 
@@ -219,6 +228,7 @@ BATCHING = {
     "composite": Case(lambda x, w: composite(x, w, scale=2.0) @ w, modes=VALUES),
     "pallas_call": Case(kernel, modes=VALUES),
     "linear_call": Case(linear),
+    "linear_call with constants": Case(linear_with_constants),
 }
 
 CASES = DERIVATIVES | BATCHING

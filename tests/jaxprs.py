@@ -9,6 +9,22 @@ from jmp_lite.autocast._ops import HANDFUL
 
 CONTRACTIONS = ("dot_general", "conv_general_dilated")
 
+#: What is float32 under autocast, written down apart from its table: a rounded argument or result costs many digits,
+STEEP = frozenset(
+    {
+        *("exp", "exp2", "expm1", "log", "log1p", "log2", "pow", "rsqrt", "sqrt", "cbrt", "sin", "cos", "tan"),
+        *("asin", "acos", "atan", "atan2", "sinh", "cosh", "asinh", "acosh", "atanh", "erf_inv"),
+        *("lgamma", "digamma", "igamma", "igammac", "floor", "ceil", "round"),
+    }
+)
+#: or rounding adds up.
+SUMS = frozenset(
+    {
+        *("reduce_sum", "reduce_prod", "cumsum", "cumprod", "cumlogsumexp", "reduce_window_sum"),
+        *("scatter-add", "scatter-sub", "scatter-mul"),
+    }
+)
+
 
 def _is_jaxpr(value):
     return hasattr(value, "eqns") or hasattr(value, "jaxpr")
@@ -32,6 +48,11 @@ def is_worth_16_bits(eqn):
         return True
     (contracted, _), _ = eqn.params["dimension_numbers"]
     return math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted) > HANDFUL
+
+
+def float_dtypes(eqn):
+    """The names of the floating dtypes among operands and results."""
+    return {str(v.aval.dtype) for v in (*eqn.invars, *eqn.outvars) if jnp.issubdtype(v.aval.dtype, jnp.floating)}
 
 
 def contractions(fun, *args):

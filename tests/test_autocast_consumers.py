@@ -154,6 +154,16 @@ def test_gradients_of_what_is_taken_add_up_in_float32(name, policy):
     assert grad_around < (4 if name == "dynamic_slice" else 2) * POLICIES[policy]
 
 
+@pytest.mark.parametrize("name", [name for name in TAKES if name != "dynamic_slice"])
+@every_policy
+def test_gradients_of_what_is_taken_for_a_product_add_up_in_float32(name, policy):
+    """What is taken is held in 16 bits then, and so are the terms of the sum, but not the sum."""
+    x, w, v = draw(7, 8, 16), draw(8, 16, 32) / 4, draw(16, 32, 16) / 6
+    _, grad, _, grad_around = errors(lambda w: jnp.mean(jnp.tanh((TAKES[name](x @ w) * WEIGHTS) @ v)), policy, w)
+    assert grad < (4 if name == "repeat" else 2) * POLICIES[policy]  # a reshape and a broadcast, and no taking
+    assert grad_around < 2 * POLICIES[policy]
+
+
 H, R = draw(13, 512, 256), draw(14, 256, 96)
 
 # --- Products of a few terms ---
@@ -327,13 +337,23 @@ def test_a_norm_before_a_router_in_full_precision_stays_float32():
     assert [r.out_dtypes for r in found if r.primitive == "mul"][-1] == ("float32",)
 
 
+USED_OFTEN = {
+    "weight": (lambda w, x: x @ w, (16, 16), 257),
+    "bias": (lambda b, x: (x @ jnp.eye(16) + b[None]) @ jnp.eye(16), (16,), 257),
+    "bias, reshaped": (lambda b, x: (x @ jnp.eye(16) + b.reshape(1, -1)) @ jnp.eye(16), (16,), 257),
+    "adapter of low rank": (lambda w, x: ((x @ jnp.ones((16, 4))) @ w) @ jnp.eye(16), (4, 16), 257 * 16),
+}
+
+
+@pytest.mark.parametrize("name", USED_OFTEN)
 @pytest.mark.parametrize("order", ["grad(autocast)", "autocast(grad)"])
-def test_gradients_of_a_weight_used_often_add_up_in_float32(order):
-    """In bfloat16 the sum of 300 times 64 would stop at 16384."""
-    loss = lambda w, x: sum(jnp.sum(x @ w) for _ in range(300))  # noqa: E731
+def test_gradients_of_a_weight_used_often_add_up_in_float32(order, name):
+    """In bfloat16 257 would be 256, and the sum of 300 equal numbers would stop at 256 times the number."""
+    layer, shape, each = USED_OFTEN[name]
+    loss = lambda w, x: sum(jnp.sum(layer(w, x)) for _ in range(300))  # noqa: E731
     cast = functools.partial(jmp.autocast, policy="mixed_bfloat16")
     gradient = jax.grad(cast(loss)) if order == "grad(autocast)" else cast(jax.grad(loss))
-    np.testing.assert_array_equal(gradient(jnp.ones((16, 16)), jnp.ones((64, 16))), 19200)
+    np.testing.assert_array_equal(gradient(jnp.ones(shape), jnp.ones((257, 16))), 300 * each)
 
 
 def test_logits_of_a_dense_layer_with_a_bias_leave_in_float32():

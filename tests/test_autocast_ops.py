@@ -1,5 +1,7 @@
 """The table of primitives: complete, without contradictions, and open to users."""
 
+import math
+import operator
 import sys
 
 import jax
@@ -8,12 +10,13 @@ import numpy as np
 import pytest
 from autocast_cases_common import mesh
 from jax.custom_derivatives import linear_call
-from jax.experimental import checkify, pallas  # noqa: F401  their primitives are looked for as well
+from jax.experimental import checkify, pallas, xla_metadata  # noqa: F401  their primitives are looked for as well
 from jax.extend.core import Primitive  # noqa: TID251
-from jax.extend.core.primitives import tanh_p  # noqa: TID251
+from jax.extend.core.primitives import closed_call_p, tanh_p  # noqa: TID251
 from jax.sharding import PartitionSpec as P
 
 import jmp_lite as jmp
+from jmp_lite._compat import program, scan_counts
 from jmp_lite.autocast import _ops
 from jmp_lite.autocast._api import HANDLERS
 from jmp_lite.autocast._programs import PROGRAMS, inputs, programs_of
@@ -53,6 +56,22 @@ def holding(fun):
     return eqn
 
 
+def steps(x, row):
+    """A loop whose test and whose body close over arrays of different shapes."""
+    step = lambda c: (c[0] + 1, c[1] @ x, c[2] + row)  # noqa: E731
+    return jax.lax.while_loop(lambda c: c[1][0, 0] + c[0] < row[0], step, (0, x, row))
+
+
+def closed_call(fun):
+    """Calls a program by a primitive that no function of JAX stands for."""
+
+    def call(x):
+        params = {"call_jaxpr": jax.make_jaxpr(fun)(x)}
+        return closed_call_p.bind(x, **closed_call_p.get_bind_params(params))
+
+    return call
+
+
 def custom(decorator, rule):
     function = decorator(jnp.sin)
     rule(function)
@@ -68,34 +87,63 @@ RULES = {
 }
 HOLDING = {
     **RULES,
-    "jit": jax.jit(lambda x: x + 1),
-    "remat2": jax.checkpoint(jnp.sin),
-    "cond": lambda x: jax.lax.cond(x[0, 0] > 0, lambda x, y: x + y, lambda x, y: x * y, x, 2 * x),
-    "scan": lambda x: jax.lax.scan(lambda c, a: (c + x[0], a * 2), x[0], x),
-    "while": lambda x: jax.lax.while_loop(lambda c: c[0] < x[0, 0], lambda c: (c[0] + 1, c[1] @ x), (0.0, x)),
-    "composite": jax.lax.composite(jnp.sin, name="test.sine"),
-    "linear_call": lambda x: linear_call(lambda r, t: r * t, lambda r, t: r * t, x, 2 * x),
-    "shard_map": jax.shard_map(jnp.sin, mesh=mesh(), in_specs=P("d"), out_specs=P("d")),
+    "jit": jax.jit(lambda x: (x > 0, x[0])),
+    closed_call_p.name: closed_call(lambda x: (x > 0, x[0])),
+    "remat2": jax.checkpoint(lambda x: (x > 0, jnp.sin(x[0]))),
+    "composite": jax.lax.composite(lambda x: (jnp.sin(x), x[0]), name="test.sine"),
+    "linear_call": lambda x: linear_call(lambda r, t: r * t, lambda r, t: r * t, jnp.sum(x), x[0]),
+    "cond": lambda x: jax.lax.cond(x[0, 0] > 0, lambda i, x: (x + 1, i), lambda i, x: (x * 2, i + 1), 3, x),
+    "scan": lambda x: jax.lax.scan(lambda c, a: ((c[0] + x[0], c[1] + 1), (a[:2] > 0, a)), (x[0], 0), x),
+    "while": lambda x: steps(x, x[0]),
+    "shard_map": jax.shard_map(
+        lambda x: (x > 0, x.sum(0)), mesh=mesh(), in_specs=P("d", None), out_specs=(P("d", None), P("d"))
+    ),
+    "run_state": lambda x: pallas.run_state(lambda refs: operator.setitem(refs[0], ..., refs[1][0] + 1))((x[0], x)),
 }
+if hasattr(xla_metadata, "xla_metadata_call"):  # from jax 0.11 on
+    HOLDING["xla_metadata_call"] = xla_metadata.xla_metadata_call(lambda x: (x > 0, x[0]), tag="test")
+
+
+def kind(v, *, name, is_iterated=False):
+    """Shape and dtype as a program sees them: of a reference those of its content, of a sequence those of a step."""
+    aval = getattr(v.aval, "inner_aval", v.aval)
+    shape = aval.shape[1:] if is_iterated else aval.shape
+    return (math.prod(shape) if name == "shard_map" else shape), aval.dtype
 
 
 @pytest.mark.parametrize("name", HOLDING)
 def test_rows_say_where_operands_go_and_results_come_from(name):
-    """Every program has inputs and results of the shapes of the operands and results that they are mapped to."""
+    """Every program has inputs and results of the shapes and dtypes of what they are mapped to."""
     eqn = holding(HOLDING[name])
     assert eqn.primitive.name == name
     programs = programs_of(eqn)
+    n_consts, n_carry = scan_counts(eqn.params) if name == "scan" else (len(eqn.invars), len(eqn.outvars))
+    outside = [kind(v, name=name, is_iterated=i >= n_consts + n_carry) for i, v in enumerate(eqn.invars)]
+    results = [kind(v, name=name, is_iterated=i >= n_carry) for i, v in enumerate(eqn.outvars)]
+    if name == "shard_map":  # each device sees its part
+        outside, results = ([(size // 8, dtype) for size, dtype in kinds] for kinds in (outside, results))
     for body in programs.bodies:
-        outvars = getattr(body.jaxpr, "jaxpr", body.jaxpr).outvars
-        times = (1, 8) if name in ("shard_map", "scan") else (1,)  # devices and iterations get a part of an array
-        for v, operand in zip(inputs(body), body.operands, strict=True):
-            assert eqn.invars[operand].aval.size / v.aval.size in times
+        assert [kind(v, name=name) for v in inputs(body)] == [outside[i] for i in body.operands]
         if body.results is not None:
-            for v, result in zip(outvars, body.results, strict=True):
-                assert eqn.outvars[result].aval.size / v.aval.size in times
-    for operand, result in programs.carried.items():
-        assert eqn.invars[operand].aval.shape == eqn.outvars[result].aval.shape
+            outvars = program(body.jaxpr)[0].outvars
+            assert [kind(v, name=name) for v in outvars] == [results[i] for i in body.results]
+    assert [outside[i] for i in programs.carried] == [results[i] for i in programs.carried.values()]
+    assert len(programs.carried) == {"scan": n_carry, "while": len(eqn.outvars)}.get(name, 0)
     assert (programs.choice is None) == (name != "cond")
+
+
+def test_every_row_that_this_jax_has_is_tested():
+    others = {"eval_jaxpr", "closed_call", "checkpoint", "xla_metadata_call"}  # names of other versions
+    assert set(PROGRAMS) - others <= set(HOLDING)
+
+
+@pytest.mark.parametrize("name", HOLDING)
+def test_programs_return_what_they_did(name):
+    """Every row is rebuilt under autocast: same values, to a rounding, and same kinds."""
+    x = jnp.linspace(-1, 1, 64).reshape(8, 8)
+    found, expected = jmp.autocast(HOLDING[name], "mixed_bfloat16")(x), HOLDING[name](x)
+    assert jax.tree.map(jax.typeof, found) == jax.tree.map(jax.typeof, expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2**-7, atol=2**-7), found, expected)
 
 
 def test_every_family_says_why():
@@ -165,3 +213,14 @@ def test_what_cannot_stand_for_a_primitive_is_refused(op):
         jmp.register_op("tanh", op)
     with pytest.raises(TypeError, match=r"OpClass\.ALLOW"):
         jmp.autocast(jnp.tanh, "mixed_bfloat16", ops={"tanh": op})
+
+
+@pytest.mark.parametrize("name", ["pallas_call", "ffi_call", "pure_callback"])
+@pytest.mark.parametrize("op", [jmp.OpClass.ALLOW, jmp.OpClass.DENY, jmp.OpClass.FOLLOW])
+def test_kernels_and_callbacks_run_as_written_or_are_replaced(name, op):
+    """They were traced for the dtypes that they have; a function may take their place."""
+    for refuse in (lambda: jmp.autocast(jnp.tanh, "mixed_bfloat16", ops={name: op}), lambda: jmp.register_op(name, op)):
+        with pytest.raises(jmp.InvalidOpError, match=rf"OpClass\.{op.name} .*'{name}'.*with_policy"):
+            refuse()
+    jmp.autocast(jnp.tanh, "mixed_bfloat16", ops={name: jmp.OpClass.AS_WRITTEN})
+    jmp.autocast(jnp.tanh, "mixed_bfloat16", ops={name: lambda *operands, **params: operands})

@@ -15,7 +15,7 @@ import jmp_lite as jmp
 
 LOW = "mixed_bfloat16"
 X, W = jax.ShapeDtypeStruct((8, 16), jnp.float32), jax.ShapeDtypeStruct((16, 16), jnp.float32)
-BF16, F32 = "bfloat16", "float32"
+BF16, F16, F32 = "bfloat16", "float16", "float32"
 ORDERS = {
     "forward": lambda cast, loss: cast(loss),
     "grad(autocast)": lambda cast, loss: jax.grad(cast(loss), (0, 1)),
@@ -68,6 +68,28 @@ def test_a_product_of_the_users_is_asked_under_a_policy_of_float32():
     seen = []
     jax.eval_shape(jmp.autocast(jnp.matmul, F32, dot=recording(seen)), X, W)
     assert seen == [(F32, F32, F32)]
+
+
+@pytest.mark.parametrize("result", [BF16, F16, F32])
+def test_a_float32_result_of_the_users_product_is_kept(result):
+    """What follows it runs in float32 then, also in a loop; any other result is held in the compute dtype."""
+    dot = lambda lhs, rhs, dims, **_: lax.dot_general(lhs, rhs, dims, preferred_element_type=result)  # noqa: E731
+    step = lambda h, w: jnp.tanh(h @ w)  # noqa: E731
+    scanned = lambda h, w: lax.scan(lambda h, _: (step(h, w), None), h, None, length=2)[0]  # noqa: E731
+    looped = lambda h, w: lax.fori_loop(0, 2, lambda i, h: step(step(h, w), w), h)  # noqa: E731
+    for fun in (step, scanned, looped):
+        records = jmp.explain(lambda x, w, fun=fun: fun(x, w) @ w, LOW, dot=dot)(X, W)
+        found = [r.in_dtypes[0] for r in records if r.primitive == "tanh"]
+        expected = F32 if result == F32 else BF16
+        assert found[0] == expected, fun
+
+
+def test_the_product_of_a_rule_goes_before_that_of_all():
+    """Outside of its scope the other one is asked."""
+    asked = {"rule": [], "all": []}
+    dots = {name: recording(seen) for name, seen in asked.items()}
+    jax.eval_shape(jmp.autocast(layers, LOW, rules=jmp.Rule("router", dot=dots["rule"]), dot=dots["all"]), X, W)
+    assert [len(seen) for seen in asked.values()] == [1, 1]
 
 
 def test_the_result_of_a_product_is_what_comes_out(rng):

@@ -69,6 +69,11 @@ def _asked_as_jax(policy: Callable[..., Any], primitive: Any, *operands: Any, **
     return policy(as_primitive_of_jax(primitive), *operands, **params)
 
 
+def _on_references(eqn: Equation) -> Programs:
+    """A program on references, which returns nothing: the results of the equation are what these hold in the end."""
+    return Programs((Body(eqn.params["jaxpr"], tuple(range(len(eqn.invars))), ()),))
+
+
 def _branches(eqn: Equation) -> Programs:
     operands, results = tuple(range(1, len(eqn.invars))), tuple(range(len(eqn.outvars)))
     return Programs(tuple(Body(branch, operands, results) for branch in eqn.params["branches"]), choice=0)
@@ -114,7 +119,7 @@ PROGRAMS: Mapping[str, Row] = {
     "scan": Row("loop", _scan, _rebuilt_scan),
     "while": Row("loop", _while, _rebuilt_while),
     "shard_map": _call("map", "jaxpr"),
-    "run_state": _call("references", "jaxpr"),
+    "run_state": Row("references", _on_references, None),
     "custom_jvp_call": _call("rule", "call_jaxpr"),
     "custom_vjp_call": _call("rule", "call_jaxpr"),
     "custom_vmap_call": _call("rule", "call"),
