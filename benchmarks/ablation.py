@@ -20,7 +20,7 @@ from jax import lax
 
 import jmp_lite as jmp
 from benchmarks import _jaxprs, _models, _report
-from jmp_lite.autocast import _api, _decide, _demand, _ops
+from jmp_lite.autocast import _api, _decide, _demand, _facts, _follow, _ops
 
 POLICY = "mixed_bfloat16"
 Change = Callable[[], contextlib.AbstractContextManager[Any]]
@@ -92,7 +92,7 @@ def _error(fun: Callable[[jax.Array], jax.Array]) -> float:
 
 @contextlib.contextmanager
 def _without_row(index: int) -> Iterator[None]:
-    rows = _decide.FOLLOWS[:index] + _decide.FOLLOWS[index + 1 :]
+    rows = _follow.FOLLOWS[:index] + _follow.FOLLOWS[index + 1 :]
     with mock.patch.object(_decide, "FOLLOWS", rows):
         yield
 
@@ -109,15 +109,15 @@ def _without_search() -> Iterator[None]:
 
 CHANGES: Mapping[str, Change] = {
     "nothing": contextlib.nullcontext,
-    **{f"row: {row.reason}": functools.partial(_without_row, index) for index, row in enumerate(_decide.FOLLOWS[:-1])},
+    **{f"row: {row.reason}": functools.partial(_without_row, index) for index, row in enumerate(_follow.FOLLOWS[:-1])},
     "the whole backward search": _without_search,
     "linear algebra wants what was written": _patched(_ops, "solves", lambda _: False),
-    "products of linear algebra's results": _patched(_decide, "_takes_solution", lambda _: False),
+    "products of linear algebra's results": _patched(_facts.Facts, "takes_solution", False),
     "products of a few terms": _patched(_ops, "HANDFUL", 0),
     "precision that is asked for": _patched(_ops, "asked_precision", lambda _: ""),
     "products of libraries": _patched(_ops, "is_of_library", lambda _: False),
     "results in float32": _patched(_decide, "_is_free", lambda _: False),
-    "known numbers": _patched(_decide, "number_of_results", lambda *_: None),
+    "known numbers": _patched(_facts.Facts, "number", None),
     "activations of bounded slope": _patched(_ops, "ACTIVATIONS", frozenset()),
 }
 

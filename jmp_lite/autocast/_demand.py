@@ -147,7 +147,7 @@ class Demands:
         hangs_on = joined(of_results[:1] if eqn.primitive.name in _ops.CHOOSES else of_results) & AS_WRITTEN
         if eqn.primitive.name in _ops.PLACES:
             hangs_on = 0
-        return [self._of_operand(eqn, op, joined(of_results)) | hangs_on] * len(eqn.invars)
+        return [self._of_operand(eqn, op, joined(of_results) & ~AS_WRITTEN) | hangs_on] * len(eqn.invars)
 
     def _of_operand(self, eqn: Equation, op: Op, want: Want) -> Want:
         name = eqn.primitive.name

@@ -30,7 +30,8 @@ from jmp_lite._dtypes import FLOAT32, DType
 from jmp_lite._tree import cast
 from jmp_lite.autocast import _regions
 from jmp_lite.autocast._apply import apply
-from jmp_lite.autocast._decide import Decision, decide, decide_activation
+from jmp_lite.autocast._decide import decide, decide_activation
+from jmp_lite.autocast._decision import Decision
 from jmp_lite.autocast._demand import EITHER, HIGH, TESTED, Demands, Want, Wants, is_float32, joined
 from jmp_lite.autocast._ops import OpClass, classify, is_activation
 from jmp_lite.autocast._record import Record, as_count, records_of

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from jmp_lite._compat import Equation, is_literal, program, scope_names, source_line
-from jmp_lite.autocast._decide import Decision, How
+from jmp_lite.autocast._decision import Decision, How
 from jmp_lite.autocast._ops import PRODUCTS, Op, OpClass, classify, is_handful, is_kernel
 from jmp_lite.autocast._programs import programs_of
 from jmp_lite.autocast._values import Value

@@ -108,7 +108,7 @@ def is_in_range(number: float, dtype: DType) -> bool:
     if number == 0 or not math.isfinite(number):
         return True
     held = float(as_dtype(number, dtype))
-    return held != 0 and abs(number) <= abs(held) * (1 + float(jnp.finfo(dtype).eps))  # type: ignore[no-untyped-call]
+    return abs(held - number) <= abs(number) * float(jnp.finfo(dtype).eps)  # type: ignore[no-untyped-call]
 
 
 def exceeds(number: float | None, dtype: DType) -> bool:

@@ -1,0 +1,116 @@
+"""What the rules look at: an equation, its operands as they are held, and what is known of its results."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from jmp_lite._compat import Atom, Equation, is_literal
+from jmp_lite.autocast import _ops
+from jmp_lite.autocast._demand import Want
+from jmp_lite.autocast._ops import Op, OpClass
+from jmp_lite.autocast._rules import Precision
+from jmp_lite.autocast._values import OF_WEIGHTS, Known, Origin, Tag, Value, is_eligible, size
+
+
+class Facts:
+    """An equation in its place."""
+
+    def __init__(self, eqn: Equation, operands: Sequence[Value], op: Op, precision: Precision, want: Want) -> None:
+        self.eqn, self.operands, self.op, self.precision, self.want = eqn, operands, op, precision, want
+        self.name: str = eqn.primitive.name
+
+    @functools.cached_property
+    def floats(self) -> list[Value]:
+        """The operands that were float32, literals too."""
+        return [value for v, value in zip(self.eqn.invars, self.operands, strict=True) if is_eligible(v.aval)]
+
+    @functools.cached_property
+    def arrays(self) -> list[Value]:
+        """The same without literals."""
+        return [value for v, value in zip(self.eqn.invars, self.operands, strict=True) if _is_float_array(v)]
+
+    @functools.cached_property
+    def whole(self) -> list[Value]:
+        """Those of the arrays that have as much to say as the result; all floats if none has."""
+        shape = self.eqn.outvars[0].aval.shape
+        return [value for value in self.arrays if not _is_repeated(value, shape)] or self.floats
+
+    @functools.cached_property
+    def tag(self) -> Tag:
+        """The largest of all tags."""
+        return max(value.tag for value in self.floats)
+
+    @functools.cached_property
+    def tag_of_whole(self) -> Tag:
+        """The largest tag of the whole operands."""
+        return max(value.tag for value in self.whole)
+
+    @functools.cached_property
+    def has_float_results(self) -> bool:
+        """Whether a result was float32; those of comparisons are not."""
+        return any(is_eligible(v.aval) for v in self.eqn.outvars)
+
+    @functools.cached_property
+    def takes_solution(self) -> bool:
+        """Whether an operand is what linear algebra made."""
+        return any(value.known.origin is Origin.SOLVED for value in self.arrays)
+
+    @functools.cached_property
+    def is_made_as_written(self) -> bool:
+        """Whether all operands are made as written, such as random numbers, or repeat something smaller."""
+        origins = {value.known.origin for value in self.arrays}
+        return Origin.AS_WRITTEN in origins and origins <= {Origin.AS_WRITTEN, Origin.REPEATED}
+
+    @functools.cached_property
+    def number(self) -> float | None:
+        """The number that the result repeats, if it is known."""
+        moves = _ops.moves_whole_arrays(self.name) or self.name == "convert_element_type"
+        is_one_array = len(self.eqn.outvars) == 1 and is_eligible(self.eqn.outvars[0].aval)
+        return (
+            self.operands[0].known.number if moves and is_one_array and is_eligible(self.eqn.invars[0].aval) else None
+        )
+
+    def known(self, tag: Tag) -> tuple[Known, ...]:
+        """What is known of each result, those that were float32 with a tag."""
+        origin = origin_of_results(self)
+        return tuple(Known(tag if is_eligible(v.aval) else Tag.NEUTRAL, origin, self.number) for v in self.eqn.outvars)
+
+
+def _is_float_array(atom: Atom) -> bool:
+    return not is_literal(atom) and is_eligible(atom.aval)
+
+
+def _is_repeated(value: Value, shape: Sequence[Any]) -> bool:
+    """Whether an operand has less to say than the result, such as a mean, or a bias moved to where it is added."""
+    own = value.array.shape
+    is_small = not own or any(a == 1 != b for a, b in zip(own, shape, strict=False))
+    return is_small or value.known.origin in (Origin.REPEATED, Origin.MOVED)
+
+
+def origin_of_results(facts: Facts) -> Origin:
+    """Returns where the results come from."""
+    origins, name = {value.known.origin for value in facts.arrays}, facts.name
+    if facts.op is OpClass.AS_WRITTEN:
+        return Origin.SOLVED if _ops.solves(name) or name in _ops.PRODUCTS else Origin.AS_WRITTEN
+    if facts.is_made_as_written:
+        return Origin.AS_WRITTEN
+    if _repeats_something_smaller(facts.eqn, facts.operands):
+        return Origin.REPEATED
+    if facts.op is OpClass.FOLLOW and origins and {value.known.origin for value in facts.whole} == {Origin.SOLVED}:
+        return Origin.SOLVED
+    moves = name in _ops.MOVES_PARTS or _ops.moves_whole_arrays(name) or facts.precision.mode == "off"
+    return Origin.MOVED if moves and origins and origins <= OF_WEIGHTS else Origin.COMPUTED
+
+
+def _repeats_something_smaller(eqn: Equation, operands: Sequence[Value]) -> bool:
+    name = eqn.primitive.name
+    if name == "iota":
+        return len(eqn.params["shape"]) > 1
+    if _ops.adds_axes(eqn):
+        source, result = eqn.invars[0], eqn.outvars[0]
+        is_copy = operands[0].known.origin is Origin.REPEATED
+        return is_copy or is_literal(source) or size(source.aval) != size(result.aval)
+    return name in _ops.KEEPS_BROADCAST and all(
+        is_literal(v) or value.known.origin is Origin.REPEATED or getattr(v.aval, "ndim", 1) == 0
+        for v, value in zip(eqn.invars, operands, strict=True)
+    )

@@ -1,0 +1,134 @@
+"""The table of what follows its operands."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from jmp_lite._dtypes import FLOAT32
+from jmp_lite.autocast import _demand, _ops
+from jmp_lite.autocast._decision import How
+from jmp_lite.autocast._demand import is_float32
+from jmp_lite.autocast._facts import Facts
+from jmp_lite.autocast._values import Origin, Tag, Value, exceeds, is_as_large, size
+
+
+class FollowRule(NamedTuple):
+    """One row of the table of what follows its operands; the first whose condition holds decides."""
+
+    reason: str
+    when: Callable[[Facts], bool]
+    how: How
+    tag: Tag | Callable[[Facts], Tag]
+    is_low: bool | Callable[[Facts], bool] = False
+    """Whether float32 operands are cast to the compute dtype, or stay float32."""
+
+
+def _is_number(facts: Facts) -> bool:
+    return facts.number is not None
+
+
+def _is_moved_low(facts: Facts) -> bool:
+    """Whether products alone want it; weights are moved in float32 and rounded in the product, but for gathers."""
+    is_low = facts.want == _demand.LOW and facts.tag is not Tag.HIGH and _ops.moves_whole_arrays(facts.name)
+    is_kept = facts.precision.widens_gradients and facts.name not in _ops.GATHERS
+    return is_low and not (is_kept and all(value.is_weight for value in facts.floats))
+
+
+def _is_taken(facts: Facts) -> bool:
+    return facts.tag is Tag.LOW and _ops.takes_repeatedly(facts.eqn)
+
+
+def _is_as_precise_in_16_bits(facts: Facts) -> bool:
+    is_rearranged = _ops.picks_values(facts.name) or _ops.moves_whole_arrays(facts.name)
+    is_scaled = facts.name in ("mul", "div") and any(value.known.number is not None for value in facts.floats)
+    is_low = facts.tag is Tag.LOW and all(value.tag is Tag.LOW for value in facts.whole)
+    return is_low and (is_rearranged or is_scaled)
+
+
+def _is_rounded(value: Value) -> bool:
+    return value.tag in (Tag.LOW, Tag.SOFT)
+
+
+def _is_pooled(facts: Facts) -> bool:
+    return _is_rounded(facts.floats[0]) and _ops.sums_windows(facts.name)
+
+
+def _is_wanted(facts: Facts) -> bool:
+    are_low = len(facts.whole) == len(facts.floats) > 1 and all(map(_is_rounded, facts.floats))
+    is_sum_of_low = facts.name == "add" and are_low
+    is_wanted = is_float32(facts.want) and not (is_sum_of_low and facts.want == _demand.HIGH)
+    return is_wanted and facts.has_float_results
+
+
+def _levels_off(facts: Facts) -> bool:
+    """Whether a function levels off, or goes on from one that did: ``1 - p`` has the digits that ``p`` lacks."""
+    is_wanted = bool(facts.want & _demand.HIGH)
+    if facts.tag is Tag.SOFT and not facts.has_float_results:
+        return True  # compared as it is held
+    if facts.tag is Tag.SOFT and len(facts.arrays) == 1:
+        return is_wanted or facts.name in ("add", "sub")
+    return is_wanted and facts.tag is not Tag.NEUTRAL and facts.name in _ops.SATURATES
+
+
+def _is_multiplied_for_product(facts: Facts) -> bool:
+    is_whole = facts.name == "mul" and len(facts.whole) == len(facts.operands)
+    return is_whole and facts.want == _demand.LOW and any(value.tag is Tag.LOW for value in facts.whole)
+
+
+def _is_precise(facts: Facts) -> bool:
+    return facts.tag_of_whole is Tag.HIGH
+
+
+def _is_neutral(facts: Facts) -> bool:
+    return facts.tag_of_whole is Tag.NEUTRAL
+
+
+def _is_out_of_range(facts: Facts) -> bool:
+    return any(exceeds(value.known.number, facts.precision.dtype) for value in facts.floats)
+
+
+def _is_held_low(facts: Facts) -> bool:
+    return facts.tag is Tag.NEUTRAL and {value.array.dtype for value in facts.whole} == {facts.precision.dtype}
+
+
+def _promotes(facts: Facts) -> bool:
+    """Whether an operand is data of its own right beside low ones: a parameter being updated, an accumulator."""
+
+    def is_data(value: Value) -> bool:
+        held = value.tag is Tag.NEUTRAL and value.known.origin is Origin.INPUT and value.array.dtype == FLOAT32
+        others = [other for other in facts.whole if Tag.NEUTRAL < other.tag < Tag.HIGH]
+        return held and any(is_as_large(size(value.array), size(other.array)) for other in others)
+
+    return any(map(is_data, facts.whole))
+
+
+def _is_shifted(facts: Facts) -> bool:
+    is_alone = len(facts.whole) == 1 and (len(facts.arrays) > 1 or _ops.moves_whole_arrays(facts.name))
+    return facts.tag is Tag.HIGH or (facts.tag is Tag.SOFT and is_alone)
+
+
+def _is_shifted_for_product(facts: Facts) -> bool:
+    return _is_shifted(facts) and bool(facts.want & _demand.LOW) and not facts.want & _demand.HIGH
+
+
+FOLLOWS = (
+    FollowRule("a number, which can be had in any precision", _is_number, How.BOUND, lambda f: f.operands[0].tag),
+    FollowRule("moved in the compute dtype, which costs least", _is_moved_low, How.LOWERED, Tag.LOW, True),
+    FollowRule("taken as precise as it is; its gradient adds up in float32", _is_taken, How.WIDE, Tag.LOW),
+    FollowRule("as precise in 16 bits as its operands", _is_as_precise_in_16_bits, How.LOWERED, Tag.LOW, True),
+    FollowRule("all that use it want float32", _is_wanted, How.BOUND, Tag.HIGH),
+    FollowRule("summed in float32, and as precise as what was pooled", _is_pooled, How.WIDE, Tag.LOW),
+    FollowRule(
+        "levels off, and something that uses it wants float32",
+        _levels_off,
+        How.BOUND,
+        lambda facts: max(Tag.SOFT, facts.tag_of_whole),
+    ),
+    FollowRule("multiplied with a low array for a product", _is_multiplied_for_product, How.LOWERED, Tag.LOW, True),
+    FollowRule("follows an operand that needs float32", _is_precise, How.BOUND, Tag.HIGH),
+    FollowRule("made of a number that the compute dtype cannot hold", _is_out_of_range, How.BOUND, Tag.HIGH),
+    FollowRule("scaled or shifted by float32 statistics for a product", _is_shifted_for_product, How.WIDE, Tag.LOW),
+    FollowRule("no decision has touched its operands yet", _is_neutral, How.LOWERED, Tag.NEUTRAL, _is_held_low),
+    FollowRule("a float32 argument as large as the others promotes", _promotes, How.BOUND, Tag.HIGH),
+    FollowRule("scaled or shifted by float32 statistics", _is_shifted, How.BOUND, Tag.SOFT),
+    FollowRule("follows its operands", lambda _: True, How.LOWERED, Tag.LOW, True),
+)
