@@ -131,6 +131,14 @@ def test_what_levels_off_keeps_its_distance_from_one(name, policy):
 # --- Gradients of what is taken many times ---
 
 IDS, WEIGHTS = jnp.arange(4096) // 512, jnp.linspace(0.5, 1, 4096)[:, None]
+
+
+def repeated(parts, *times):
+    """Joins arrays, and what that gives again and again."""
+    whole = jnp.concatenate(parts)
+    return repeated([whole] * times[0], *times[1:]) if times else whole
+
+
 TAKES = {
     "index": lambda h: h[IDS],
     "take": lambda h: jnp.take(h, IDS, axis=0),
@@ -138,7 +146,7 @@ TAKES = {
     "take_along_axis": lambda h: jnp.take_along_axis(h, jnp.broadcast_to(IDS[:, None], (4096, 32)), axis=0),
     "vmap": lambda h: jax.vmap(lambda i: h[i])(IDS),
     "of a sum of segments": lambda h: (jax.ops.segment_sum(h[IDS] * WEIGHTS, IDS, 8) / 512)[IDS],
-    "dynamic_slice": lambda h: jnp.concatenate([lax.dynamic_slice_in_dim(h, i, 1) for i in [*range(8)] * 8] * 64),
+    "dynamic_slice": lambda h: repeated([lax.dynamic_slice_in_dim(h, i, 1) for i in [*range(8)] * 8], 8, 8),
     "scan": lambda h: lax.scan(lambda c, i: (c, lax.dynamic_index_in_dim(h, i, keepdims=False)), 0, IDS)[1],
 }
 
