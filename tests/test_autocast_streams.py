@@ -73,6 +73,10 @@ def test_a_scan_over_layers_carries_a_stream_that_is_low(name):
 
 NOT_STREAMS = {
     "an integrator": lambda x, w: lax.scan(lambda x, _: (add(x, 0.01 * jnp.tanh(x @ w)), None), x, None, length=2)[0],
+    "a computed state of a recurrence": lambda x, w: lax.scan(
+        lambda h, x: (add(h * 0.9, jnp.tanh(h @ w + x @ w)), None), x[0] + 1, x
+    )[0],
+    "a parameter, scaled": lambda x, w: add(v := w * jnp.exp(jnp.mean(x)), -0.01 * (x[0] @ v).T @ x[0]),
     "an argument": lambda x, w: lax.scan(lambda x, w: (add(x, norm(x) @ w), None), x, jnp.stack([w, w]))[0],
     "a moving average": lambda x, w: add(x * 0.9, 0.1 * jnp.exp(jnp.mean(x)) * x),
     "a parameter": lambda x, w: add(w, -0.01 * norm(x)[0, :1].T @ norm(x)[0, :1]),

@@ -108,6 +108,9 @@ def _agreed(found: Sequence[tuple[Any, Known]], is_float: bool) -> tuple[DType |
 def _scan(interpreter: Interpreter, call: Call) -> list[Value]:
     """A carry is low if it feeds products alone, or if it starts low and the body keeps it low; a sum stays float32.
 
+    An activation that no layer was added to yet, such as an embedding, starts low where weights are stacked, each for
+    a layer of its own. Weights that are the same in all iterations make a recurrence of it, in which errors add up.
+
     Constants go in as float32, and are cast inside: the backward pass adds up their gradients over all iterations, in
     the dtype in which they went in. XLA moves such casts out of the loop by itself.
 
@@ -122,8 +125,8 @@ def _scan(interpreter: Interpreter, call: Call) -> list[Value]:
     operands[:n_consts] = map(_constant, operands[:n_consts])
     low = interpreter.precision(call.scope, "scan").dtype
     inner_program, _ = program(body)
-    xs = zip(operands[n_consts + n_carry :], wants[n_consts + n_carry :], strict=True)
-    is_stack = any(value.is_weight and want == LOW for value, want in xs)
+    weights = [value.is_weight and want == LOW for value, want in zip(operands, wants, strict=True)]
+    is_stack = any(weights[n_consts + n_carry :]) and not any(weights[:n_consts])
     operands[carried] = [
         _carry(inner_program, v, value, want, low, is_stack=is_stack)
         for v, value, want in zip(inner_program.invars[carried], operands[carried], wants[carried], strict=True)
