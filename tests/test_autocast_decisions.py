@@ -58,6 +58,17 @@ FOLLOWING = {
     "exponential, scaled": (lambda x, w: (jnp.exp(x @ w) * 2) @ w, "mul", [HIGH]),
     "exponential times a product": (lambda x, w: jnp.tanh(jnp.exp(h := x @ w) * h) @ w, "mul", [HIGH]),
     "exponential times a product, for a product": (lambda x, w: (jnp.exp(h := x @ w) * h) @ w, "mul", [LOW]),
+    "dropout of an exponential, for a product": (
+        lambda x, w: (jnp.exp(x @ w) * ((x > 0).astype(F32) / 0.9)) @ w,
+        "mul",
+        [LOW],
+    ),
+    "dropout of an exponential, for a sum": (
+        lambda x, w: jnp.sum(jnp.exp(x @ w) * ((x > 0).astype(F32) / 0.9)),
+        "mul",
+        [HIGH],
+    ),
+    "weight times an exponential, for a product": (lambda x, w: x @ (w * jnp.exp(x.T @ x @ w)), "mul", [HIGH]),
     "argument plus a product": (lambda x, w: jnp.tanh(jax.nn.relu(x) + x @ w) @ w, "add", [LOW]),
     "argument itself plus a product": (lambda x, w: jnp.tanh(x + x @ w) @ w, "add", [HIGH]),
     "norm for a product": (lambda x, w: rms_norm(x @ w) @ w, "mul", [HIGH, WIDE]),

@@ -70,8 +70,14 @@ def _levels_off(facts: Facts) -> bool:
 
 
 def _is_multiplied_for_product(facts: Facts) -> bool:
-    is_whole = facts.name == "mul" and len(facts.whole) == len(facts.operands)
-    return is_whole and facts.want == _demand.LOW and any(value.tag is Tag.LOW for value in facts.whole)
+    """Whether a product takes what is multiplied with a low array, or with what dropout made."""
+    is_whole = facts.name == "mul" and len(facts.whole) == len(facts.operands) and facts.tag is not Tag.NEUTRAL
+    is_other = any(value.tag is Tag.LOW or _is_neutral_activation(value) for value in facts.whole)
+    return is_whole and is_other and facts.want == _demand.LOW
+
+
+def _is_neutral_activation(value: Value) -> bool:
+    return value.tag is Tag.NEUTRAL and not value.is_weight
 
 
 def _is_precise(facts: Facts) -> bool:
@@ -123,7 +129,9 @@ FOLLOWS = (
         How.BOUND,
         lambda facts: max(Tag.SOFT, facts.tag_of_whole),
     ),
-    FollowRule("multiplied with a low array for a product", _is_multiplied_for_product, How.LOWERED, Tag.LOW, True),
+    FollowRule(
+        "multiplied with a low array, or a mask, for a product", _is_multiplied_for_product, How.LOWERED, Tag.LOW, True
+    ),
     FollowRule("follows an operand that needs float32", _is_precise, How.BOUND, Tag.HIGH),
     FollowRule("made of a number that the compute dtype cannot hold", _is_out_of_range, How.BOUND, Tag.HIGH),
     FollowRule("no decision has touched its operands yet", _is_neutral, How.LOWERED, Tag.NEUTRAL, _is_held_low),
