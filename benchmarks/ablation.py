@@ -26,7 +26,7 @@ POLICY = "mixed_bfloat16"
 Change = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
-# --- Probes: functions whose relative error is a figure ---
+# --- Probes: functions whose relative error, or what they keep or move, is a figure ---
 
 
 def _draw(seed: int, *shape: int) -> jax.Array:
@@ -55,10 +55,18 @@ def _newton(w: jax.Array) -> jax.Array:
     return lax.while_loop(lambda c: jnp.abs(c @ c.T - EYE).sum() > 1e-2, step, EYE + 0.02 * w)
 
 
+def _normal(h: jax.Array) -> jax.Array:
+    return h * lax.rsqrt(jnp.mean(h * h, -1, keepdims=True) + 1e-6)
+
+
 def _norm(w: jax.Array) -> jax.Array:
     h = X @ w
     h = (h - h.mean(-1, keepdims=True)) * lax.rsqrt(h.var(-1, keepdims=True) + 1e-6)
     return jnp.tanh(h * w[0][None]) @ w
+
+
+def _updated(w: jax.Array) -> jax.Array:
+    return w - 1e-3 * jax.grad(lambda w: jnp.mean(jnp.tanh(X @ w)))(w)
 
 
 PROBES: Mapping[str, Callable[[jax.Array], jax.Array]] = {
@@ -73,18 +81,46 @@ PROBES: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "scores": lambda w: jnp.exp(X @ w),
     "rotation": lambda w: jnp.sin(100 * X[:, :3] @ w[:3, :3]),
     "highest": lambda w: jnp.matmul(X, w, precision="highest"),
-    "gradient of rows": jax.grad(lambda w: jnp.tanh((X[:4] @ w)[jnp.arange(2048) // 512]).mean()),
     "decay": lambda w: (1 - 1e-4 * jnp.tanh((X[:1] @ X[:1].T)[0, 0])) * w,
-    "updated": lambda w: w - 1e-3 * jax.grad(lambda w: jnp.mean(jnp.tanh(X @ w)))(w),
+    "updated twice": lambda w: _updated(_updated(w)),
+    "pooled": lambda w: lax.reduce_window(jnp.abs(X @ w), 0.0, lax.add, (64, 1), (1, 1), "VALID") @ w,
     "places": lambda w: jnp.arange(2048.0)[(jnp.arange(64.0) * 30 + (X @ w)[:, 0]).astype(jnp.int32)],
 }
 
 
-def _error(fun: Callable[[jax.Array], jax.Array]) -> float:
+GRADIENTS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
+    "rows": lambda w: jnp.tanh((X[:4] @ w)[jnp.arange(2048) // 512]).mean(),
+}
+FLOAT16: Mapping[str, Callable[[jax.Array], jax.Array]] = {"1e-7": lambda w: jnp.log(jnp.abs(X @ w) * 1e-7 + 1e-6)}
+KEPT: Mapping[str, Callable[[jax.Array], jax.Array]] = {
+    "softplus": lambda w: jnp.sum((jax.nn.softplus(X @ w) @ w) ** 2),
+    "a gate": lambda w: jnp.sum(jnp.tanh((jax.nn.sigmoid(X @ w) * jnp.tanh(jnp.exp(X @ w))) @ w)),
+    "a norm for two": lambda w: jnp.sum(jnp.tanh((h := _normal(X @ w)) @ w + h)),
+}
+MOVED: Mapping[str, Callable[[jax.Array], jax.Array]] = {
+    "heads": lambda w: (X + 1).reshape(64, 4, 8).transpose(1, 2, 0) @ X
+}
+
+
+def _error(fun: Callable[[jax.Array], jax.Array], ours: Callable[[jax.Array], jax.Array]) -> str:
     options = {"xla_allow_excess_precision": False}
-    found, exact = (jax.jit(f, compiler_options=options)(W) for f in (jmp.autocast(fun, POLICY), fun))
-    found, exact = np.asarray(found, np.float64), np.asarray(exact, np.float64)
-    return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
+    found, exact = (np.asarray(jax.jit(f, compiler_options=options)(W), np.float64) for f in (ours, fun))
+    return f"{np.linalg.norm(found - exact) / np.linalg.norm(exact):.1e}"
+
+
+def _probed() -> Iterator[tuple[str, str]]:
+    for name, fun in PROBES.items():
+        yield name, _error(fun, jmp.autocast(fun, POLICY))
+    for name, fun in GRADIENTS.items():
+        yield f"gradient of {name}", _error(jax.grad(fun), jax.grad(jmp.autocast(fun, POLICY)))
+    for name, fun in FLOAT16.items():
+        yield f"float16 times {name}", _error(fun, jmp.autocast(fun, "mixed_float16"))
+    for name, fun in KEPT.items():
+        kept = jax.tree.leaves(jax.vjp(jmp.autocast(fun, POLICY), W)[1])
+        yield f"{name}: kept kB", f"{sum(x.nbytes for x in kept) / 1e3:.1f}"
+    for name, fun in MOVED.items():
+        moved = [r for r in jmp.explain(fun, POLICY)(W) if r.primitive in ("reshape", "transpose")]
+        yield f"{name}: moved in", "/".join(sorted({dtype for r in moved for dtype in r.out_dtypes}))
 
 
 # --- Rules that are taken away ---
@@ -132,11 +168,7 @@ def _figures(quick: bool) -> dict[str, str]:
         gradient = jax.make_jaxpr(jax.grad(loss, has_aux=True))(*shapes).jaxpr
         found[f"{name}: casts"] = str(_jaxprs.converts(gradient))
         found[f"{name}: kept MB"] = f"{_jaxprs.residual_bytes(loss, *shapes) / 1e6:.1f}"
-    block = jmp.autocast(lambda w: jnp.sum((jax.nn.softplus(X @ w) @ w) ** 2), POLICY)
-    found["softplus: kept kB"] = f"{sum(x.nbytes for x in jax.tree.leaves(jax.vjp(block, W)[1])) / 1e3:.1f}"
-    if not quick:
-        found |= {name: f"{_error(fun):.1e}" for name, fun in PROBES.items()}
-    return found
+    return found if quick else found | dict(_probed())
 
 
 def main() -> None:
