@@ -77,6 +77,16 @@ NOT_STREAMS = {
         lambda h, x: (add(h * 0.9, jnp.tanh(h @ w + x @ w)), None), x[0] + 1, x
     )[0],
     "a parameter, scaled": lambda x, w: add(v := w * jnp.exp(jnp.mean(x)), -0.01 * (x[0] @ v).T @ x[0]),
+    "a weight that decays": lambda x, w: add(w * 0.99, -0.01 * jnp.tanh(x[0].T @ jnp.tanh(x[0] @ w))),
+    "positions around their mean": lambda x, w: add(x - jnp.mean(x, 0, keepdims=True), 0.01 * (x @ w)),
+    "a sampler": lambda x, w: add(x * 0.9, 0.1 * jnp.tanh(x @ w)),
+    "a state that a product made, of a recurrence": lambda x, w: lax.scan(
+        lambda z, _: (add(z, 0.01 * jnp.tanh(z @ w)), None), x @ w, None, length=2
+    )[0],
+    "weights in a scan over batches": lambda x, w: lax.scan(
+        lambda w, x: (add(w, -0.01 * jnp.tanh(x.T @ jnp.tanh(x @ w))), None), w * 0.5, x
+    )[0],
+    "a probability of either": lambda x, w: jnp.log(1 - add(jax.nn.sigmoid(x @ w), jax.nn.sigmoid(2 * (x @ w)))),
     "an argument": lambda x, w: lax.scan(lambda x, w: (add(x, norm(x) @ w), None), x, jnp.stack([w, w]))[0],
     "a moving average": lambda x, w: add(x * 0.9, 0.1 * jnp.exp(jnp.mean(x)) * x),
     "a parameter": lambda x, w: add(w, -0.01 * norm(x)[0, :1].T @ norm(x)[0, :1]),
@@ -127,10 +137,15 @@ def test_pooling_adds_up_in_float32_and_rounds_what_it_returns():
     x, kernel = jnp.ones((1, 32, 32, 16)), jnp.ones((1, 1, 16, 16))
     conv = lambda x: lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))  # noqa: E731
     found = jmp.explain(lambda x: conv(pool(conv(x))), POLICY)(x)
-    [pooled] = [r for r in found if r.primitive == "reduce_window_sum"]
-    assert (pooled.in_dtypes[0], pooled.out_dtypes[0]) == (HIGH, LOW)
+    pooled = [(r.in_dtypes[0], r.out_dtypes[0]) for r in found if r.primitive in ("reduce_window_sum", "div")]
+    assert pooled == [(HIGH, HIGH), (HIGH, LOW)]
     # 1024 ones: in bfloat16 the sum would stop at 256.
     np.testing.assert_array_equal(jmp.autocast(lambda x: conv(pool(conv(x) / 16, 32)), POLICY)(x), 16)
+
+
+def test_a_pooled_sum_beyond_float16_is_divided_before_it_is_rounded():
+    pooled = jmp.autocast(lambda x, w: pool((x @ w), 32) @ w, "mixed_float16")
+    np.testing.assert_array_equal(pooled(jnp.full((1, 32, 32, 64), 100.0), W), 100)
 
 
 def test_pooling_for_a_loss_is_float32():

@@ -109,7 +109,8 @@ def _scan(interpreter: Interpreter, call: Call) -> list[Value]:
     """A carry is low if it feeds products alone, or if it starts low and the body keeps it low; a sum stays float32.
 
     An activation that no layer was added to yet, such as an embedding, starts low where weights are stacked, each for
-    a layer of its own. Weights that are the same in all iterations make a recurrence of it, in which errors add up.
+    a layer of its own. Weights that are the same in all iterations make a recurrence, in which errors add up: what does
+    not feed products alone is float32 there.
 
     Constants go in as float32, and are cast inside: the backward pass adds up their gradients over all iterations, in
     the dtype in which they went in. XLA moves such casts out of the loop by itself.
@@ -126,9 +127,9 @@ def _scan(interpreter: Interpreter, call: Call) -> list[Value]:
     low = interpreter.precision(call.scope, "scan").dtype
     inner_program, _ = program(body)
     weights = [value.is_weight and want == LOW for value, want in zip(operands, wants, strict=True)]
-    is_stack = any(weights[n_consts + n_carry :]) and not any(weights[:n_consts])
+    repeats, stacks = any(weights[:n_consts]), any(weights[n_consts + n_carry :])
     operands[carried] = [
-        _carry(inner_program, v, value, want, low, is_stack=is_stack)
+        _carry(inner_program, v, value, want, low, repeats=repeats, stacks=stacks)
         for v, value, want in zip(inner_program.invars[carried], operands[carried], wants[carried], strict=True)
     ]
     pairs = list(zip(call.eqn.outvars, of_results, strict=True))[n_carry:]
@@ -190,15 +191,15 @@ def _is_activation(value: Value) -> bool:
     return known.tag is Tag.NEUTRAL and known.origin is Origin.COMPUTED and known.number is None
 
 
-def _carry(body: Any, v: Any, value: Value, want: Want, low: DType, *, is_stack: bool) -> Value:
-    """Returns how a carry enters the loop."""
+def _carry(body: Any, v: Any, value: Value, want: Want, low: DType, *, repeats: bool, stacks: bool) -> Value:
+    """Returns how a carry enters a loop that repeats the same weights, or stacks those of layers."""
     if not is_eligible(v.aval):
         return Value(value.array, Known(value.tag, Origin.INPUT))
     if _adds_up(body, v):
         return Value(cast(value.array, FLOAT32), Known(Tag.HIGH, Origin.INPUT))
-    if (want == LOW or (is_stack and _is_activation(value))) and low != FLOAT32:
+    if (want == LOW or (stacks and not repeats and _is_activation(value))) and low != FLOAT32:
         return Value(cast(value.array, low), Known(Tag.LOW, Origin.INPUT))
-    if value.tag is Tag.LOW and not want & AS_WRITTEN:
+    if value.tag is Tag.LOW and not repeats and not want & AS_WRITTEN:
         return Value(value.array, Known(Tag.LOW, Origin.INPUT))
     return Value(cast(value.array, FLOAT32), INPUT)
 

@@ -117,7 +117,7 @@ def _leaves_in_float32(facts: Facts, why: str) -> tuple[bool, str]:
     if precision.result == FLOAT32:
         return True, f"result of float32 asked for by {precision.reason}"
     is_ours = precision.dot is None or isinstance(precision.dot, RoundsOperands)
-    is_wanted = is_float32(facts.want) and bool(facts.want & (_demand.HIGH | _demand.PLACE))
+    is_wanted = is_float32(facts.want) and bool(facts.want & (_demand.FLOAT32 | _demand.PLACE))
     if is_wanted and is_ours and facts.name != "conv_general_dilated" and _is_free(facts.eqn):
         return True, "all that use it want float32, which costs nothing more here"
     return False, why

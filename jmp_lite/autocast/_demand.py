@@ -39,7 +39,11 @@ SOLVED: Want = 32
 #: The test of the loop that it is in: computed as written, products too.
 TESTED: Want = 64
 
+#: A sum of many terms, in which roundings average out: float32, but for the sum of layers that it takes.
+SUMMED: Want = 128
+
 AS_WRITTEN: Want = SOLVED | TESTED
+FLOAT32: Want = HIGH | SUMMED
 Wants = tuple[Want, ...]
 
 
@@ -131,7 +135,7 @@ class Demands:
             of_results = [wants.get(v, 0) for v in eqn.outvars]
             of_operands = self._of_operands(eqn, of_results, scope)
             if is_sum_of_layers(eqn):
-                of_operands = [want & ~HIGH | EITHER if want & HIGH else want for want in of_operands]
+                of_operands = [want & ~SUMMED | EITHER if want & FLOAT32 == SUMMED else want for want in of_operands]
             for atom, want in zip(eqn.invars, of_operands, strict=True):
                 _add(wants, atom, want)
         return wants
@@ -156,7 +160,7 @@ class Demands:
         if op is OpClass.AS_WRITTEN:
             return SOLVED if _ops.solves(name) else HIGH if name in _ops.PRODUCTS else EITHER
         if op is OpClass.DENY:
-            return HIGH
+            return SUMMED if _ops.sums(name) else HIGH
         if op is OpClass.ALLOW or not isinstance(op, OpClass):
             return LOW
         if not any(is_eligible(v.aval) for v in eqn.outvars):

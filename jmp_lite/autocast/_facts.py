@@ -98,6 +98,8 @@ def origin_of_results(facts: Facts) -> Origin:
         return Origin.REPEATED
     if facts.op is OpClass.FOLLOW and origins and {value.known.origin for value in facts.whole} == {Origin.SOLVED}:
         return Origin.SOLVED
+    if name in _ops.UPDATES and {value.known.origin for value in facts.whole} <= {Origin.INPUT, Origin.SCALED}:
+        return Origin.SCALED
     moves = name in _ops.MOVES_PARTS or _ops.moves_whole_arrays(name) or facts.precision.mode == "off"
     return Origin.MOVED if moves and origins and origins <= OF_WEIGHTS else Origin.COMPUTED
 

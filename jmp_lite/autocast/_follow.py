@@ -39,9 +39,12 @@ def _is_taken(facts: Facts) -> bool:
 
 def _is_as_precise_in_16_bits(facts: Facts) -> bool:
     is_rearranged = _ops.picks_values(facts.name) or _ops.moves_whole_arrays(facts.name)
-    is_scaled = facts.name in ("mul", "div") and any(value.known.number is not None for value in facts.floats)
     is_low = facts.tag is Tag.LOW and all(value.tag is Tag.LOW for value in facts.whole)
-    return is_low and (is_rearranged or is_scaled)
+    return is_low and (is_rearranged or _is_scaled(facts))
+
+
+def _is_scaled(facts: Facts) -> bool:
+    return facts.name in ("mul", "div") and any(value.known.number is not None for value in facts.floats)
 
 
 def _is_rounded(value: Value) -> bool:
@@ -55,13 +58,13 @@ def _is_pooled(facts: Facts) -> bool:
 def _is_wanted(facts: Facts) -> bool:
     are_low = len(facts.whole) == len(facts.floats) > 1 and all(map(_is_rounded, facts.floats))
     is_sum_of_low = facts.name == "add" and are_low
-    is_wanted = is_float32(facts.want) and not (is_sum_of_low and facts.want == _demand.HIGH)
+    is_wanted = is_float32(facts.want) and not (is_sum_of_low and facts.want == _demand.SUMMED)
     return is_wanted and facts.has_float_results
 
 
 def _levels_off(facts: Facts) -> bool:
     """Whether a function levels off, or goes on from one that did: ``1 - p`` has the digits that ``p`` lacks."""
-    is_wanted = bool(facts.want & _demand.HIGH)
+    is_wanted = bool(facts.want & _demand.FLOAT32)
     if facts.tag is Tag.SOFT and not facts.has_float_results:
         return True  # compared as it is held
     if facts.tag is Tag.SOFT and len(facts.arrays) == 1:
@@ -100,7 +103,8 @@ def _promotes(facts: Facts) -> bool:
     """Whether an operand is data of its own right beside low ones: a parameter being updated, an accumulator."""
 
     def is_data(value: Value) -> bool:
-        held = value.tag is Tag.NEUTRAL and value.known.origin is Origin.INPUT and value.array.dtype == FLOAT32
+        is_state = value.known.origin in (Origin.INPUT, Origin.SCALED)
+        held = value.tag is Tag.NEUTRAL and is_state and value.array.dtype == FLOAT32
         others = [other for other in facts.whole if Tag.NEUTRAL < other.tag < Tag.HIGH]
         return held and any(is_as_large(size(value.array), size(other.array)) for other in others)
 
@@ -113,7 +117,7 @@ def _is_shifted(facts: Facts) -> bool:
 
 
 def _is_shifted_for_product(facts: Facts) -> bool:
-    return _is_shifted(facts) and bool(facts.want & _demand.LOW) and not facts.want & _demand.HIGH
+    return _is_shifted(facts) and bool(facts.want & _demand.LOW) and not facts.want & _demand.FLOAT32
 
 
 FOLLOWS = (
@@ -122,7 +126,7 @@ FOLLOWS = (
     FollowRule("taken as precise as it is; its gradient adds up in float32", _is_taken, How.WIDE, Tag.LOW),
     FollowRule("as precise in 16 bits as its operands", _is_as_precise_in_16_bits, How.LOWERED, Tag.LOW, True),
     FollowRule("all that use it want float32", _is_wanted, How.BOUND, Tag.HIGH),
-    FollowRule("summed in float32, and as precise as what was pooled", _is_pooled, How.WIDE, Tag.LOW),
+    FollowRule("summed in float32, and as precise as what was pooled", _is_pooled, How.BOUND, Tag.SOFT),
     FollowRule(
         "levels off, and something that uses it wants float32",
         _levels_off,
@@ -138,5 +142,6 @@ FOLLOWS = (
     FollowRule("a float32 argument as large as the others promotes", _promotes, How.BOUND, Tag.HIGH),
     FollowRule("scaled or shifted by float32 statistics for a product", _is_shifted_for_product, How.WIDE, Tag.LOW),
     FollowRule("scaled or shifted by float32 statistics", _is_shifted, How.BOUND, Tag.SOFT),
+    FollowRule("scaled by a number before it is rounded", _is_scaled, How.WIDE, Tag.LOW),
     FollowRule("follows its operands", lambda _: True, How.LOWERED, Tag.LOW, True),
 )

@@ -1,4 +1,4 @@
-"""Products that nobody asked for: those inside functions of libraries that solve, resize, correlate or normalize.
+"""Products that nobody asked for: inside functions of libraries that solve, resize, correlate, normalize or compare.
 
 They are told by where the library wrote them. The traceback of an equation survives jit, differentiation and
 transposition, and its innermost frames are those of the function that wrote it.
@@ -23,6 +23,7 @@ _FILES: dict[str, frozenset[str] | None] = {
     "/flax/linen/normalization.py": None,
     "/flax/nnx/nn/normalization.py": None,
     "/haiku/_src/spectral_norm.py": None,
+    "/optax/losses/": None,
     "/equinox/nn/_spectral_norm.py": None,
 }
 _REQUESTS = frozenset({"matmul", "tensordot", "vecdot", "outer", "multi_dot"})

@@ -57,6 +57,7 @@ _MOVEMENT = "moves whole arrays: cheaper after a cast to 16 bits"
 _PICKING = "picks values: exact in the precision of its operands"
 _PER_OPERAND = "treats each operand by itself: every one keeps its precision"
 _SOLVERS = "linear algebra: solvers need the digits they were written for"
+_SUMS = "sums and products of many terms: rounding adds up"
 _POOLING = "sums of windows: add up in float32, and are as precise as what was pooled"
 _CALLS_OUT = "calls out of the program: the other side expects the dtypes it was written for"
 _KERNELS = "kernels: they were traced for their dtypes; cast around them"
@@ -82,7 +83,7 @@ FAMILIES = (
     ),
     Family(
         OpClass.DENY,
-        "sums and products of many terms: rounding adds up",
+        _SUMS,
         """reduce_sum reduce_prod reduce cumsum cumprod cumlogsumexp reduce_window scatter-add scatter-sub
         scatter-mul""",
     ),
@@ -193,6 +194,9 @@ KEEPS_BROADCAST = frozenset(
     }
 )
 
+#: Arithmetic that makes of a state its next value, or a part of it.
+UPDATES = frozenset({"add", "sub", "mul", "div", "neg", "select_n"})
+
 #: Primitives that gather over devices: their gradient is a sum over devices.
 GATHERS = frozenset({"all_gather", "all_gather_reduced"})
 
@@ -281,6 +285,11 @@ def adds_axes(eqn: Equation) -> bool:
         return name == "broadcast_in_dim"
     source, result = (v.aval.shape for v in (*eqn.invars[:1], *eqn.outvars))
     return len(source) < len(result) and [n for n in source if n != 1] == [n for n in result if n != 1]
+
+
+def sums(name: str) -> bool:
+    """Whether a primitive adds up many terms, in which roundings average out."""
+    return family(name).reason is _SUMS
 
 
 def sums_windows(name: str) -> bool:

@@ -30,6 +30,8 @@ class Origin(enum.Enum):
 
     INPUT = "input"
     """An argument or a carry: a parameter, an accumulator, a state."""
+    SCALED = "scaled"
+    """An input that was scaled or shifted: still a state, such as a parameter under weight decay."""
     MOVED = "moved"
     """An input that was transposed, reshaped, cut or left alone: still a parameter."""
     REPEATED = "repeated"
