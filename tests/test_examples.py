@@ -174,7 +174,7 @@ def test_resume_with_other_settings_is_refused(run, start):
 # --- digits.py: what it shows -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_half_precision_is_as_accurate_as_float32(run, tmp_path):
     """Mean of three seeds: all above 96 %, within one point of float32."""
     accuracy = {policy: [] for policy in POLICIES}

@@ -39,7 +39,7 @@ SOLVED: Want = 32
 #: The test of the loop that it is in: computed as written, products too.
 TESTED: Want = 64
 
-#: A sum of many terms, in which roundings average out: float32, but for the sum of layers that it takes.
+#: A sum of many terms, in which roundings average out, or a product in float32: float32, but for sums of layers.
 SUMMED: Want = 128
 
 AS_WRITTEN: Want = SOLVED | TESTED
@@ -145,7 +145,7 @@ class Demands:
         if op is OpClass.NESTED and programs_of(eqn).bodies:
             return self.through(eqn, of_results, _inner(scope, eqn))[0]
         if op is OpClass.ALLOW and not self.is_low(_inner(scope, eqn), eqn.primitive.name):
-            return [HIGH | joined(of_results) & AS_WRITTEN] * len(eqn.invars)
+            return [SUMMED | joined(of_results) & AS_WRITTEN] * len(eqn.invars)
         if _ops.treats_operands_separately(eqn.primitive.name) and len(eqn.invars) == len(eqn.outvars):
             return [_passed_on(want) for want in of_results]
         hangs_on = joined(of_results[:1] if eqn.primitive.name in _ops.CHOOSES else of_results) & AS_WRITTEN
@@ -158,7 +158,7 @@ class Demands:
         if _ops.rounds_to_integers(eqn):
             return PLACE
         if op is OpClass.AS_WRITTEN:
-            return SOLVED if _ops.solves(name) else HIGH if name in _ops.PRODUCTS else EITHER
+            return SOLVED if _ops.solves(name) else SUMMED if name in _ops.PRODUCTS else EITHER
         if op is OpClass.DENY:
             return SUMMED if _ops.sums(name) else HIGH
         if op is OpClass.ALLOW or not isinstance(op, OpClass):

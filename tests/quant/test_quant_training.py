@@ -81,7 +81,7 @@ def assert_sparse(example, compared, count):
             assert (np.count_nonzero(groups, axis=2) == 2).all()
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_digits_are_recognised_as_well_as_with_float32(example, compare):
     """Mean of 5 seeds: 8 bits within a point, at least 3.7 times smaller; pruned within two."""
     compared = compare(example("_lowbit_models").MODELS["digits"], example("_lowbit_variants").VARIANTS, SEEDS)
@@ -132,7 +132,7 @@ def tumours(models, digits_data):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_tumours_are_recognised_as_well_as_with_float32(example, compare):
     model = tumours(example("_lowbit_models"), example("_digits_data"))
     compared = compare(model, example("_lowbit_variants").VARIANTS, SEEDS)
@@ -148,7 +148,7 @@ def test_tumours_are_recognised_as_well_as_with_float32(example, compare):
 # --- Text -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_text_is_predicted_as_well_as_with_bfloat16(example, compare):
     """Held-out loss with float8 products, those of attention included, within 2 %."""
     compared = compare(example("_lowbit_models").MODELS["gpt"], ("bf16", "fp8"), (0, 1))
