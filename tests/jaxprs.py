@@ -41,12 +41,14 @@ def _equations(jaxpr, scope):
 
 
 def is_worth_16_bits(eqn):
-    """Whether a product is one that autocast lowers: it adds up more than a few terms, and nobody asked for more."""
+    """Whether a product is one that autocast lowers: a matrix unit gains from it, and nobody asked for more."""
     if eqn.primitive.name not in (*CONTRACTIONS, "ragged_dot_general") or "HIGH" in str(eqn.params["precision"]):
         return False
     if eqn.primitive.name != "dot_general":
         return True
-    (contracted, _), _ = eqn.params["dimension_numbers"]
+    (contracted, _), (batch, _) = eqn.params["dimension_numbers"]
+    if all(operand.aval.ndim == len(contracted) + len(batch) for operand in eqn.invars):
+        return False
     return math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted) > HANDFUL
 
 

@@ -92,6 +92,12 @@ FOLLOWING = {
     "what levels off, for a product alone": (lambda x, w: jax.nn.sigmoid(x @ w) @ w, "logistic", [LOW]),
     "coordinates, for a product too": (lambda x, w: (jnp.floor(p := x @ w + w[:1]), p @ w), "add", [HIGH]),
     "low rank": (lambda x, w: jnp.tanh((x @ w[:, :4]) @ w[:4]) @ w, "dot_general", [LOW, LOW, LOW]),
+    "inner product": (lambda x, w: jnp.vdot(h := x @ w, h) * h @ w, "dot_general", [LOW, HIGH, LOW]),
+    "inner products of a batch": (
+        lambda x, w: jnp.einsum("bi,bi->b", h := x @ w, h)[:, None] * h @ w,
+        "dot_general",
+        [LOW, HIGH, LOW],
+    ),
     "few terms": (lambda x, w: (x[:, :4] @ w[:4]) @ w, "dot_general", [HIGH, LOW]),
     "comparison of what feeds it alone": (lambda x, w: jnp.tanh(x @ w + w[:1]) > 0.5, "add", [LOW]),
     "in front of a barrier and an exponential": (

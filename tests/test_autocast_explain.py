@@ -114,6 +114,7 @@ FIGURES = {
         {},
         {"outer": (1, 2 * M * 3 * 3), "low": (1, ONCE)},
     ),
+    "two vectors": (lambda x, w: (jnp.vdot(x, x), x @ w), [X, W], {}, {"outer": (1, 2 * M * K), "low": (1, ONCE)}),
     "a rule": (
         lambda x, w: (in_float32(x, w), x @ w),
         [X, W],
@@ -162,7 +163,7 @@ def test_figures(name):
     assert sum(record.flops * record.trips for record in explanation) == total
     counts = [count for count, _ in expected.values()]
     first = str(explanation).splitlines()[0]
-    assert sorted(map(int, re.findall(r"(\d+) (?:in|of|replaced)", first))) == sorted(counts)
+    assert sorted(map(int, re.findall(r"(\d+) (?:in|of|that|replaced)", first))) == sorted(counts)
 
 
 def test_symbolic_sizes():

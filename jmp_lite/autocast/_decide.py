@@ -170,4 +170,4 @@ def decide_activation(eqn: Equation, operand: Value, precision: Precision, want:
 
 def _follows_low_operand(facts: Facts) -> bool:
     """Whether a product of a few terms takes what a layer made, as adapters of low rank do."""
-    return facts.name in _ops.PRODUCTS and bool(facts.floats) and facts.tag is Tag.LOW
+    return facts.op is OpClass.FOLLOW and facts.name in _ops.PRODUCTS and bool(facts.floats) and facts.tag is Tag.LOW

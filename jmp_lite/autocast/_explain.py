@@ -21,7 +21,7 @@ _WIDEST = 48
 _GROUPS = {
     "low": "in 16 bits",
     "float32": "in float32",
-    "outer": "of a few terms, which follow their operands",
+    "outer": "that a matrix unit gains nothing from",
     "replaced": "replaced by dot= or ops=",
     "other": "of other dtypes, as written",
 }
@@ -39,7 +39,8 @@ class Summary(NamedTuple):
 
     products: Mapping[str, tuple[int, float]]
     """Number of matrix products and convolutions, and their share of all FLOPs of products: those with operands of 16
-    bits or fewer (``low``), in ``float32``, of a few terms (``outer``), ``replaced``, and of other dtypes (``other``).
+    bits or fewer (``low``), in ``float32``, of a few terms or two vectors (``outer``), ``replaced``, and of other
+    dtypes (``other``).
     One in a scan counts as often as the scan runs it, in a while loop once; in a ``cond`` each branch counts; in a
     ``shard_map`` one device does. What kernels and linear algebra do inside does not count."""
     kernels: tuple[Record, ...]

@@ -174,6 +174,9 @@ _BY_NAME: dict[str, Family] = {name: family for family in FAMILIES for name in f
 #: rotations, cameras, grids (benchmarks/RESULTS.md, "Small contractions").
 HANDFUL = 4
 _HANDFUL = Family(OpClass.FOLLOW, f"a product of at most {HANDFUL} terms gains nothing from a matrix unit", "")
+_INNER = Family(
+    OpClass.DENY, "an inner product is a sum: it gains nothing from a matrix unit, and rounding adds up", ""
+)
 _ASKED = Family(OpClass.AS_WRITTEN, "precision={} asks for more than the compute dtype", "")
 _SMALL_POWER = Family(OpClass.FOLLOW, "a small positive power: as precise as its operand", "")
 _OTHER_POWER = Family(OpClass.DENY, "a large or negative power: a rounded argument costs many digits", "")
@@ -344,6 +347,8 @@ def classify(eqn: Equation, ops: Mapping[str, Op]) -> tuple[Op, str]:
         op_class, reason = _ASKED.op_class, _ASKED.reason.format(asked)
     elif name == "dot_general" and is_handful(eqn):
         op_class, reason, _ = _HANDFUL
+    elif name == "dot_general" and is_inner(eqn):
+        op_class, reason, _ = _INNER
     elif name in PRODUCTS and is_of_library(eqn):
         op_class, reason, _ = _LIBRARY
     return op_class, reason
@@ -380,6 +385,12 @@ def rounds_to_integers(eqn: Equation) -> bool:
     name = eqn.primitive.name
     is_cast = name == "convert_element_type" and jnp.issubdtype(eqn.params["new_dtype"], jnp.integer)
     return is_cast or name in ("floor", "ceil", "round")
+
+
+def is_inner(eqn: Equation) -> bool:
+    """Whether a product is one number per pair of vectors."""
+    (contracted, _), (batch, _) = eqn.params["dimension_numbers"]
+    return all(v.aval.ndim == len(contracted) + len(batch) for v in eqn.invars)
 
 
 def is_handful(eqn: Equation) -> bool:

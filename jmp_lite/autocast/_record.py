@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jmp_lite._compat import Equation, is_literal, program, scope_names, source_line
 from jmp_lite.autocast._decision import Decision, How
-from jmp_lite.autocast._ops import PRODUCTS, Op, OpClass, classify, is_handful, is_kernel
+from jmp_lite.autocast._ops import PRODUCTS, Op, OpClass, classify, is_kernel
 from jmp_lite.autocast._programs import programs_of
 from jmp_lite.autocast._values import Value
 
@@ -116,12 +116,12 @@ def _measured(record: Record, eqn: Equation, *, is_replaced: bool, has_dot: bool
     """Adds the figures of a product."""
     if record.primitive not in PRODUCTS:
         return record._replace(group="kernel" if is_kernel(record.primitive) else "")
-    group = "replaced" if is_replaced else _group(record, eqn)
+    group = "replaced" if is_replaced else _group(record)
     return record._replace(group=group, flops=_flops(eqn), skips_dot=has_dot and group not in ("replaced", "other"))
 
 
-def _group(record: Record, eqn: Equation) -> str:
-    if record.op_class == OpClass.FOLLOW.value and record.primitive == "dot_general" and is_handful(eqn):
+def _group(record: Record) -> str:
+    if record.op_class in (OpClass.FOLLOW.value, OpClass.DENY.value) and record.primitive == "dot_general":
         return "outer"
     dtypes = [jnp.dtype(name) for name in record.in_dtypes[:2]]
     if any(dtype.itemsize > 4 or not jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes):

@@ -46,10 +46,12 @@ def _jaxprs(value: Any) -> Iterator[Any]:
 
 
 def _summed(equation: Any) -> int:
-    """Number of terms in a sum of a dot_general; products of other kinds count as large."""
+    """Number of terms in a sum of a dot_general; those of vectors count as none, products of other kinds as large."""
     if equation.primitive.name != "dot_general":
         return 10**9
-    (contracted, _), _ = equation.params["dimension_numbers"]
+    (contracted, _), (batch, _) = equation.params["dimension_numbers"]
+    if all(operand.aval.ndim == len(contracted) + len(batch) for operand in equation.invars):
+        return 0
     return int(np.prod([equation.invars[0].aval.shape[i] for i in contracted], dtype=int))
 
 
