@@ -65,6 +65,15 @@ def _norm(w: jax.Array) -> jax.Array:
     return jnp.tanh(h * w[0][None]) @ w
 
 
+def _pooled(h: jax.Array) -> jax.Array:
+    return lax.reduce_window(jnp.abs(h), 0.0, lax.add, (64, 1), (1, 1), "VALID")
+
+
+@jax.jit
+def _call(h: jax.Array, w: jax.Array) -> jax.Array:
+    return h @ w
+
+
 def _updated(w: jax.Array) -> jax.Array:
     return w - 1e-3 * jax.grad(lambda w: jnp.mean(jnp.tanh(X @ w)))(w)
 
@@ -83,19 +92,26 @@ PROBES: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "highest": lambda w: jnp.matmul(X, w, precision="highest"),
     "decay": lambda w: (1 - 1e-4 * jnp.tanh((X[:1] @ X[:1].T)[0, 0])) * w,
     "updated twice": lambda w: _updated(_updated(w)),
-    "pooled": lambda w: lax.reduce_window(jnp.abs(X @ w), 0.0, lax.add, (64, 1), (1, 1), "VALID") @ w,
+    "pooled": lambda w: _pooled(X @ w) @ w,
     "places": lambda w: jnp.arange(2048.0)[(jnp.arange(64.0) * 30 + (X @ w)[:, 0]).astype(jnp.int32)],
 }
 
 
 GRADIENTS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
-    "rows": lambda w: jnp.tanh((X[:4] @ w)[jnp.arange(2048) // 512]).mean(),
+    "rows": lambda w: jnp.tanh((X[:4] @ w)[jnp.arange(2048) // 512] @ w).mean(),
 }
-FLOAT16: Mapping[str, Callable[[jax.Array], jax.Array]] = {"1e-7": lambda w: jnp.log(jnp.abs(X @ w) * 1e-7 + 1e-6)}
+FLOAT16: Mapping[str, Callable[[jax.Array], jax.Array]] = {
+    "times 1e-7": lambda w: jnp.log(jnp.abs(X @ w) * 1e-7 + 1e-6),
+    "inner product": lambda w: (jnp.vdot(10 * (X @ w), 10 * (X @ w)) * 1e-6 * w) @ w,
+    "mean of windows": lambda w: (_pooled(3e3 * (X @ w)) / 6.4e4) @ w,
+    "shifted by 1e6": lambda w: (X @ w + jnp.full((64, 32), 1e6) - 1e6) @ w,
+}
 KEPT: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "softplus": lambda w: jnp.sum((jax.nn.softplus(X @ w) @ w) ** 2),
     "a gate": lambda w: jnp.sum(jnp.tanh((jax.nn.sigmoid(X @ w) * jnp.tanh(jnp.exp(X @ w))) @ w)),
-    "a norm for two": lambda w: jnp.sum(jnp.tanh((h := _normal(X @ w)) @ w + h)),
+}
+MADE: Mapping[str, Callable[[jax.Array], jax.Array]] = {
+    "a norm for two calls": lambda w: jnp.sum(jnp.tanh(_call(h := _normal(X @ w), w) + _call(h, w.T))),
 }
 MOVED: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "heads": lambda w: (X + 1).reshape(64, 4, 8).transpose(1, 2, 0) @ X
@@ -114,10 +130,14 @@ def _probed() -> Iterator[tuple[str, str]]:
     for name, fun in GRADIENTS.items():
         yield f"gradient of {name}", _error(jax.grad(fun), jax.grad(jmp.autocast(fun, POLICY)))
     for name, fun in FLOAT16.items():
-        yield f"float16 times {name}", _error(fun, jmp.autocast(fun, "mixed_float16"))
+        yield f"float16 {name}", _error(fun, jmp.autocast(fun, "mixed_float16"))
     for name, fun in KEPT.items():
         kept = jax.tree.leaves(jax.vjp(jmp.autocast(fun, POLICY), W)[1])
         yield f"{name}: kept kB", f"{sum(x.nbytes for x in kept) / 1e3:.1f}"
+    for name, fun in MADE.items():
+        gradient = jax.make_jaxpr(jax.grad(jmp.autocast(fun, POLICY)))(W).jaxpr
+        results = [v.aval for eqn in _jaxprs.equations(gradient) for v in eqn.outvars]
+        yield f"{name}: results kB", f"{sum(x.size * x.dtype.itemsize for x in results) / 1e3:.1f}"
     for name, fun in MOVED.items():
         moved = [r for r in jmp.explain(fun, POLICY)(W) if r.primitive in ("reshape", "transpose")]
         yield f"{name}: moved in", "/".join(sorted({dtype for r in moved for dtype in r.out_dtypes}))
@@ -150,6 +170,7 @@ CHANGES: Mapping[str, Change] = {
     "linear algebra wants what was written": _patched(_ops, "solves", lambda _: False),
     "products of linear algebra's results": _patched(_facts.Facts, "takes_solution", False),
     "products of a few terms": _patched(_ops, "HANDFUL", 0),
+    "inner products": _patched(_ops, "is_inner", lambda _: False),
     "precision that is asked for": _patched(_ops, "asked_precision", lambda _: ""),
     "products of libraries": _patched(_ops, "is_of_library", lambda _: False),
     "results in float32": _patched(_decide, "_is_free", lambda _: False),

@@ -124,6 +124,8 @@ FLOAT16 = {
     "a mask beside a product": (lambda x, w: jnp.where(x > 0, x @ w, -1e9) @ w, "select_n", [(F16, F16)]),
     "a mask of numbers alone": (lambda x, w: (x @ w + jnp.where(x > 0, 0, -1e9)) @ w, "select_n", [HIGH]),
     "what a mask is added to": (lambda x, w: (x @ w + jnp.where(x > 0, 0, -1e9)) @ w, "add", [HIGH]),
+    "a product, scaled by an array": (lambda x, w: ((x @ w) * jnp.full((x.shape[0], 16), 1e6)) @ w, "mul", [HIGH]),
+    "a product, scaled by a tiny array": (lambda x, w: ((x @ w) * jnp.full((x.shape[0], 16), 1e-7)) @ w, "mul", [HIGH]),
     "a weight, scaled": (lambda x, w: x @ (w * jnp.full((16, 16), 1e6)), "mul", [HIGH]),
 }
 

@@ -234,7 +234,6 @@ REQUESTS = {
     "linalg.matmul": jnp.linalg.matmul,
     "linalg.multi_dot": lambda x, w: jnp.linalg.multi_dot([x, w]),
     "linalg.tensordot": lambda x, w: jnp.linalg.tensordot(x, w, axes=1),
-    "linalg.vecdot": jnp.linalg.vecdot,
     "attention": lambda x, w: jax.nn.dot_product_attention(x[:, None], w[:, None], w[:, None]),
     "in a solver": lambda x, w: jax.scipy.optimize.minimize(lambda v: jnp.sum((x @ v) ** 2), w[0], method="BFGS").x,
 } | {f"of the user's, by name {name}": of_users(name) for name in ("solve", "inv", "norm", "convolve", "cov", "_lstsq")}

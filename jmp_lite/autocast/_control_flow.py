@@ -144,7 +144,7 @@ def _scan(interpreter: Interpreter, call: Call) -> list[Value]:
         too_low = [
             n_consts + index
             for index, value in enumerate(operands[carried])
-            if value.tag is Tag.LOW and inner.results[index].tag in (Tag.NEUTRAL, Tag.HIGH) and of_results[index] != LOW
+            if value.tag is Tag.LOW and not inner.results[index].tag.is_rounded and of_results[index] != LOW
         ]
         if not too_low:
             break
@@ -185,19 +185,13 @@ def _constant(value: Value) -> Value:
     return Value(cast(value.array, FLOAT32), Known(Tag.SOFT, Origin.INPUT))
 
 
-def _is_activation(value: Value) -> bool:
-    """Whether a value was made of arguments, such as an embedding, and is no argument, number or statistic itself."""
-    known = value.known
-    return known.tag is Tag.NEUTRAL and known.origin is Origin.COMPUTED and known.number is None
-
-
 def _carry(body: Any, v: Any, value: Value, want: Want, low: DType, *, repeats: bool, stacks: bool) -> Value:
     """Returns how a carry enters a loop that repeats the same weights, or stacks those of layers."""
     if not is_eligible(v.aval):
         return Value(value.array, Known(value.tag, Origin.INPUT))
     if _adds_up(body, v):
         return Value(cast(value.array, FLOAT32), Known(Tag.HIGH, Origin.INPUT))
-    if (want == LOW or (stacks and not repeats and _is_activation(value))) and low != FLOAT32:
+    if (want == LOW or (stacks and not repeats and value.is_activation)) and low != FLOAT32:
         return Value(cast(value.array, low), Known(Tag.LOW, Origin.INPUT))
     if value.tag is Tag.LOW and not repeats and not want & AS_WRITTEN:
         return Value(value.array, Known(Tag.LOW, Origin.INPUT))

@@ -9,18 +9,11 @@ from jmp_lite._dtypes import FLOAT32
 from jmp_lite.autocast import _demand, _ops
 from jmp_lite.autocast._decision import Decision, How
 from jmp_lite.autocast._demand import Want, Wants, is_float32, joined
-from jmp_lite.autocast._facts import Facts, origin_of_results
+from jmp_lite.autocast._facts import Facts
 from jmp_lite.autocast._follow import FOLLOWS
 from jmp_lite.autocast._ops import Op, OpClass
 from jmp_lite.autocast._rules import Precision
-from jmp_lite.autocast._values import (
-    Known,
-    Tag,
-    Value,
-    is_as_large,
-    is_eligible,
-    size,
-)
+from jmp_lite.autocast._values import Known, Tag, Value, is_as_large, is_eligible, size
 from jmp_lite.products._matmul import RoundsOperands
 
 
@@ -149,8 +142,7 @@ def _follow(facts: Facts) -> Decision:
     if not facts.floats:
         return _float32(facts, Tag.NEUTRAL, "no float32 array takes part")
     if _ops.treats_operands_separately(facts.name) and len(facts.operands) == len(eqn.outvars):
-        origin = origin_of_results(facts)
-        known = tuple(Known(value.tag, origin) for value in facts.operands)
+        known = tuple(Known(value.tag, facts.origin) for value in facts.operands)
         return Decision(None, How.BOUND, known, "every operand keeps its precision")
     rule = next(rule for rule in FOLLOWS if rule.when(facts))
     is_low = rule.is_low(facts) if callable(rule.is_low) else rule.is_low
@@ -161,7 +153,7 @@ def _follow(facts: Facts) -> Decision:
 
 def decide_activation(eqn: Equation, operand: Value, precision: Precision, want: Want) -> Decision | None:
     """Decides about an activation of ``jax.nn``; ``None`` where it is to be gone into like any program."""
-    is_low = precision.mode == "auto" and precision.dtype != FLOAT32 and operand.tag in (Tag.LOW, Tag.SOFT)
+    is_low = precision.mode == "auto" and precision.dtype != FLOAT32 and operand.tag.is_rounded
     if not is_low or is_float32(want) or not is_eligible(eqn.invars[0].aval):
         return None
     reason = "an activation of bounded slope: computed in float32, kept in the compute dtype"

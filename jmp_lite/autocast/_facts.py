@@ -70,10 +70,28 @@ class Facts:
             self.operands[0].known.number if moves and is_one_array and is_eligible(self.eqn.invars[0].aval) else None
         )
 
+    @functools.cached_property
+    def origin(self) -> Origin:
+        """Where the results come from."""
+        origins = {value.known.origin for value in self.arrays}
+        of_whole = {value.known.origin for value in self.whole}
+        if self.op is OpClass.AS_WRITTEN:
+            is_solved = _ops.solves(self.name) or self.name in _ops.PRODUCTS
+            return Origin.SOLVED if is_solved else Origin.AS_WRITTEN
+        if self.is_made_as_written:
+            return Origin.AS_WRITTEN
+        if _repeats_something_smaller(self.eqn, self.operands):
+            return Origin.REPEATED
+        if self.op is OpClass.FOLLOW and origins and of_whole == {Origin.SOLVED}:
+            return Origin.SOLVED
+        if self.name in _ops.UPDATES and of_whole <= {Origin.INPUT, Origin.SCALED}:
+            return Origin.SCALED
+        moves = self.name in _ops.MOVES_PARTS or _ops.moves_whole_arrays(self.name) or self.precision.mode == "off"
+        return Origin.MOVED if moves and origins and origins <= OF_WEIGHTS else Origin.COMPUTED
+
     def known(self, tag: Tag) -> tuple[Known, ...]:
         """What is known of each result, those that were float32 with a tag."""
-        origin = origin_of_results(self)
-        return tuple(Known(tag if is_eligible(v.aval) else Tag.NEUTRAL, origin, self.number) for v in self.eqn.outvars)
+        return tuple(Known(tag if is_eligible(v.aval) else Tag.NEUTRAL, self.origin, self.number) for v in self.eqn.outvars)
 
 
 def _is_float_array(atom: Atom) -> bool:
@@ -85,23 +103,6 @@ def _is_repeated(value: Value, shape: Sequence[Any]) -> bool:
     own = value.array.shape
     is_small = not own or any(a == 1 != b for a, b in zip(own, shape, strict=False))
     return is_small or value.known.origin in (Origin.REPEATED, Origin.MOVED)
-
-
-def origin_of_results(facts: Facts) -> Origin:
-    """Returns where the results come from."""
-    origins, name = {value.known.origin for value in facts.arrays}, facts.name
-    if facts.op is OpClass.AS_WRITTEN:
-        return Origin.SOLVED if _ops.solves(name) or name in _ops.PRODUCTS else Origin.AS_WRITTEN
-    if facts.is_made_as_written:
-        return Origin.AS_WRITTEN
-    if _repeats_something_smaller(facts.eqn, facts.operands):
-        return Origin.REPEATED
-    if facts.op is OpClass.FOLLOW and origins and {value.known.origin for value in facts.whole} == {Origin.SOLVED}:
-        return Origin.SOLVED
-    if name in _ops.UPDATES and {value.known.origin for value in facts.whole} <= {Origin.INPUT, Origin.SCALED}:
-        return Origin.SCALED
-    moves = name in _ops.MOVES_PARTS or _ops.moves_whole_arrays(name) or facts.precision.mode == "off"
-    return Origin.MOVED if moves and origins and origins <= OF_WEIGHTS else Origin.COMPUTED
 
 
 def _repeats_something_smaller(eqn: Equation, operands: Sequence[Value]) -> bool:

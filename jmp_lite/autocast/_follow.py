@@ -8,7 +8,7 @@ from jmp_lite.autocast import _demand, _ops
 from jmp_lite.autocast._decision import How
 from jmp_lite.autocast._demand import is_float32
 from jmp_lite.autocast._facts import Facts
-from jmp_lite.autocast._values import Origin, Tag, Value, exceeds, is_as_large, size
+from jmp_lite.autocast._values import Origin, Tag, Value, is_as_large, is_in_range, size
 
 
 class FollowRule(NamedTuple):
@@ -40,23 +40,19 @@ def _is_taken(facts: Facts) -> bool:
 def _is_as_precise_in_16_bits(facts: Facts) -> bool:
     is_rearranged = _ops.picks_values(facts.name) or _ops.moves_whole_arrays(facts.name)
     is_low = facts.tag is Tag.LOW and all(value.tag is Tag.LOW for value in facts.whole)
-    return is_low and (is_rearranged or _is_scaled(facts))
+    return is_low and (is_rearranged or (_is_scaled(facts) and not _is_out_of_range(facts)))
 
 
 def _is_scaled(facts: Facts) -> bool:
     return facts.name in ("mul", "div") and any(value.known.number is not None for value in facts.floats)
 
 
-def _is_rounded(value: Value) -> bool:
-    return value.tag in (Tag.LOW, Tag.SOFT)
-
-
 def _is_pooled(facts: Facts) -> bool:
-    return _is_rounded(facts.floats[0]) and _ops.sums_windows(facts.name)
+    return facts.floats[0].tag.is_rounded and _ops.sums_windows(facts.name)
 
 
 def _is_wanted(facts: Facts) -> bool:
-    are_low = len(facts.whole) == len(facts.floats) > 1 and all(map(_is_rounded, facts.floats))
+    are_low = len(facts.whole) == len(facts.floats) > 1 and all(value.tag.is_rounded for value in facts.floats)
     is_sum_of_low = facts.name == "add" and are_low
     is_wanted = is_float32(facts.want) and not (is_sum_of_low and facts.want == _demand.SUMMED)
     return is_wanted and facts.has_float_results
@@ -75,12 +71,8 @@ def _levels_off(facts: Facts) -> bool:
 def _is_multiplied_for_product(facts: Facts) -> bool:
     """Whether a product takes what is multiplied with a low array, or with what dropout made."""
     is_whole = facts.name == "mul" and len(facts.whole) == len(facts.operands) and facts.tag is not Tag.NEUTRAL
-    is_other = any(value.tag is Tag.LOW or _is_neutral_activation(value) for value in facts.whole)
+    is_other = any(value.tag is Tag.LOW or value.is_activation for value in facts.whole)
     return is_whole and is_other and facts.want == _demand.LOW
-
-
-def _is_neutral_activation(value: Value) -> bool:
-    return value.tag is Tag.NEUTRAL and not value.is_weight
 
 
 def _is_precise(facts: Facts) -> bool:
@@ -92,7 +84,8 @@ def _is_neutral(facts: Facts) -> bool:
 
 
 def _is_out_of_range(facts: Facts) -> bool:
-    return any(exceeds(value.known.number, facts.precision.dtype) for value in facts.floats)
+    numbers = [value.known.number for value in facts.floats]
+    return any(number is not None and not is_in_range(number, facts.precision.dtype) for number in numbers)
 
 
 def _is_held_low(facts: Facts) -> bool:
@@ -105,7 +98,7 @@ def _promotes(facts: Facts) -> bool:
     def is_data(value: Value) -> bool:
         is_state = value.known.origin in (Origin.INPUT, Origin.SCALED)
         held = value.tag is Tag.NEUTRAL and is_state and value.array.dtype == FLOAT32
-        others = [other for other in facts.whole if Tag.NEUTRAL < other.tag < Tag.HIGH]
+        others = [other for other in facts.whole if other.tag.is_rounded]
         return held and any(is_as_large(size(value.array), size(other.array)) for other in others)
 
     return any(map(is_data, facts.whole))
@@ -133,11 +126,11 @@ FOLLOWS = (
         How.BOUND,
         lambda facts: max(Tag.SOFT, facts.tag_of_whole),
     ),
+    FollowRule("made of a number that the compute dtype cannot hold", _is_out_of_range, How.BOUND, Tag.HIGH),
     FollowRule(
         "multiplied with a low array, or a mask, for a product", _is_multiplied_for_product, How.LOWERED, Tag.LOW, True
     ),
     FollowRule("follows an operand that needs float32", _is_precise, How.BOUND, Tag.HIGH),
-    FollowRule("made of a number that the compute dtype cannot hold", _is_out_of_range, How.BOUND, Tag.HIGH),
     FollowRule("no decision has touched its operands yet", _is_neutral, How.LOWERED, Tag.NEUTRAL, _is_held_low),
     FollowRule("a float32 argument as large as the others promotes", _promotes, How.BOUND, Tag.HIGH),
     FollowRule("scaled or shifted by float32 statistics for a product", _is_shifted_for_product, How.WIDE, Tag.LOW),

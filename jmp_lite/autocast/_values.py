@@ -24,6 +24,11 @@ class Tag(enum.IntEnum):
     HIGH = 3
     """Made by an operation that needs float32, or from one: held in float32."""
 
+    @property
+    def is_rounded(self) -> bool:
+        """Whether it has the precision of the compute dtype, whichever dtype it is held in."""
+        return self in (Tag.LOW, Tag.SOFT)
+
 
 class Origin(enum.Enum):
     """Where a value comes from."""
@@ -72,6 +77,12 @@ class Value(NamedTuple):
         """Whether it is a parameter that no decision has touched, transposed or cut perhaps."""
         return self.tag is Tag.NEUTRAL and self.known.number is None and self.known.origin in OF_WEIGHTS
 
+    @property
+    def is_activation(self) -> bool:
+        """Whether it was made of arguments, such as an embedding, and is no argument, number or statistic itself."""
+        known = self.known
+        return known.tag is Tag.NEUTRAL and known.origin is Origin.COMPUTED and known.number is None
+
 
 INPUT = Known(origin=Origin.INPUT)
 
@@ -111,9 +122,3 @@ def is_in_range(number: float, dtype: DType) -> bool:
         return True
     held = float(as_dtype(number, dtype))
     return abs(held - number) <= abs(number) * float(jnp.finfo(dtype).eps)  # type: ignore[no-untyped-call]
-
-
-def exceeds(number: float | None, dtype: DType) -> bool:
-    """Whether a known number is finite and above the largest of a dtype, if only by a rounding."""
-    largest = float(jnp.finfo(dtype).max)  # type: ignore[no-untyped-call]
-    return number is not None and math.isfinite(number) and abs(number) > largest
