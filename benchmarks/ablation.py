@@ -51,8 +51,14 @@ def _mask(w: jax.Array) -> jax.Array:
 
 
 def _newton(w: jax.Array) -> jax.Array:
-    step = lambda c: 1.5 * c - 0.5 * c @ c.T @ c  # noqa: E731
-    return lax.while_loop(lambda c: jnp.abs(c @ c.T - EYE).sum() > 1e-2, step, EYE + 0.02 * w)
+    def test(carry: tuple[jax.Array, int]) -> jax.Array:
+        return (jnp.abs(carry[0] @ carry[0].T - EYE).sum() > 1e-2) & (carry[1] < 30)
+
+    def step(carry: tuple[jax.Array, int]) -> tuple[jax.Array, int]:
+        c, steps = carry
+        return 1.5 * c - 0.5 * c @ c.T @ c, steps + 1
+
+    return lax.while_loop(test, step, (EYE + 0.02 * w, 0))[0]
 
 
 def _normal(h: jax.Array) -> jax.Array:
