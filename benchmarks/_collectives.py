@@ -1,4 +1,4 @@
-"""The collectives of a compiled program, read from its optimised HLO text: how much travels, and in which dtype."""
+"""The collectives of a compiled program, read from its optimized HLO text: how much travels, and in which dtype."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a compiled XLA program moves and launches, read from its optimised HLO text.
+"""What a compiled XLA program moves and launches, read from its optimized HLO text.
 
 XLA's own `cost_analysis` is absent when compiling for a GPU that is not there, and does not say
 which launches copy, so the figures are counted here, by the same rules for CPU, GPU and TPU:

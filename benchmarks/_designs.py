@@ -2,7 +2,7 @@
 
 Every design is a pair `init(params) -> state` and `step(params, state, grads) -> (params, state)`,
 where `grads` are gradients of a loss that was multiplied by `LOSS_SCALE`, and `state` holds the
-optimiser state together with the library's loss scale. Parameters are float32.
+optimizer state together with the library's loss scale. Parameters are float32.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Design:
 
 
 def optimizer() -> optax.GradientTransformation:
-    """The inner optimiser shared by all designs."""
+    """The inner optimizer shared by all designs."""
     return optax.adamw(1e-3, weight_decay=1e-4)
 
 

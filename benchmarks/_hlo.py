@@ -1,4 +1,4 @@
-"""The optimised HLO text of a compiled XLA program as data: its computations, their lines, and the shapes on them."""
+"""The optimized HLO text of a compiled XLA program as data: its computations, their lines, and the shapes on them."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def parse(text: str) -> Module:
-    """Parses the text of an optimised HLO module (`compiled.as_text()`).
+    """Parses the text of an optimized HLO module (`compiled.as_text()`).
 
     Raises:
       ValueError: the text holds no entry computation.

@@ -41,12 +41,12 @@ def conv(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: str = "SAME"
 
 
 def affine(width: int) -> dict[str, Any]:
-    """Parameters of a norm that centres."""
+    """Parameters of a norm that centers."""
     return {"scale": (width,), "bias": (width,)}
 
 
 def layer_norm(x: jax.Array, p: Any) -> jax.Array:
-    """Normalises the last axis."""
+    """Normalizes the last axis."""
     high = x.astype(F32)
     mean = high.mean(-1, keepdims=True)
     variance = jnp.square(high - mean).mean(-1, keepdims=True)
@@ -66,14 +66,14 @@ def moments(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
 
 
 def batch_norm(x: jax.Array, p: Any) -> jax.Array:
-    """Normalises every channel over the batch."""
+    """Normalizes every channel over the batch."""
     high = x.astype(F32)
     mean, variance = moments(high, (0, 1, 2))
     return ((high - mean) * (lax.rsqrt(variance + 1e-5) * p["scale"]) + p["bias"]).astype(x.dtype)
 
 
 def group_norm(x: jax.Array, p: Any, groups: int = 32) -> jax.Array:
-    """Normalises groups of channels of every image."""
+    """Normalizes groups of channels of every image."""
     high = x.astype(F32).reshape(*x.shape[:3], groups, -1)
     mean, variance = moments(high, (1, 2, 4))
     normal = ((high - mean) * lax.rsqrt(variance + 1e-6)).reshape(x.shape)

@@ -38,7 +38,7 @@ class Design:
     variables: Callable[[jax.Array], Any] = lambda kernel: kernel
 
     def product(self, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-        """The product alone, of operands that are quantised already."""
+        """The product alone, of operands that are quantized already."""
         return lax.dot_general(lhs, rhs, DIMS, preferred_element_type=self.result)
 
 

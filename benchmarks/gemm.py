@@ -18,7 +18,7 @@ from benchmarks import _command, _measure, _products, _report
 MODULE = "benchmarks.gemm"
 SIZES = {"gpu": (1024, 2048, 4096, 8192, 16384), "cpu": (256, 512, 1024)}
 HEADER = ("design", "product ms", "TFLOP/s", "/ bf16", "layer ms", "/ bf16", "error", "gradient error")
-LEGEND = """One product of two n x n matrices that are quantised already; and a Dense layer of n features and
+LEGEND = """One product of two n x n matrices that are quantized already; and a Dense layer of n features and
 n rows, forward and backward (three products; scales, rounding and casts included). `/ bf16`: median of the ratios
 within each round. `error`: relative Frobenius distance of the layer's output, and of the gradient of its kernel, from
 float32. A CPU has no units for float8: it computes the same numbers in float32, and its times say nothing about

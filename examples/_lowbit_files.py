@@ -1,4 +1,4 @@
-"""Weights on disk: dense, quantised or sparse arrays, as Flax writes them."""
+"""Weights on disk: dense, quantized or sparse arrays, as Flax writes them."""
 
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -15,7 +15,7 @@ from rich import box
 from rich.table import Table
 
 FEWEST_STEPS_OF_INSET = 100  # with fewer it would hide the curves
-# Okabe and Ito's palette. Marks: circles compute in the precision that they were trained in, diamonds were quantised
+# Okabe and Ito's palette. Marks: circles compute in the precision that they were trained in, diamonds were quantized
 # afterwards, squares are pruned.
 MARKS = {
     "fp32": ("black", "o"),
@@ -87,10 +87,10 @@ def draw(compared: list[tuple[Model, list[Result]]], title: str, file: Path) -> 
 
 
 def _mark(name: str) -> dict[str, Any]:
-    colour, marker = MARKS[name]
+    color, marker = MARKS[name]
     size = {"o": 11, "D": 6, "s": 9}[marker]  # one on top of another leaves both visible
     edge = {"markeredgecolor": "white", "markeredgewidth": 0.8}
-    return {"color": colour, "marker": marker, "markersize": size, "linewidth": 0, **edge}
+    return {"color": color, "marker": marker, "markersize": size, "linewidth": 0, **edge}
 
 
 def _draw_sizes(panel: plt.Axes, model: Model, results: list[Result]) -> None:
@@ -160,5 +160,5 @@ def _draw_losses(panel: plt.Axes, results: list[Result], width: int, last: float
         means = np.convolve(result.losses, np.full(width, 1 / width), mode="valid")
         steps = np.arange(len(means)) + (width + 1) / 2
         start = int((1 - last) * len(means))
-        colour, _ = MARKS[result.variant]
-        panel.plot(steps[start:], means[start:], color=colour, linewidth=1.2 + 0.3 * (len(results) - 1 - i))
+        color, _ = MARKS[result.variant]
+        panel.plot(steps[start:], means[start:], color=color, linewidth=1.2 + 0.3 * (len(results) - 1 - i))

@@ -27,7 +27,7 @@ class Variant:
     """One way to train a model and to serve it.
 
     ``trained_as`` names the variant whose training it takes over. ``pack`` makes of the trained parameters what is
-    written to disk; ``prune`` makes of the number of steps the transformations that come last in the optimiser.
+    written to disk; ``prune`` makes of the number of steps the transformations that come last in the optimizer.
     """
 
     title: str

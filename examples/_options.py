@@ -23,7 +23,7 @@ def policy(text: str) -> str:
         return text
     try:
         parsed = jmp.get_policy(text)
-    except jmp.JmpLiteError as error:
+    except jmp.errors.JmpLiteError as error:
         raise argparse.ArgumentTypeError(f"{error} Or 'all': {', '.join(POLICIES)}.") from None
     dtypes = (parsed.param_dtype, parsed.compute_dtype, parsed.output_dtype)
     if any(dtype.itemsize < 2 for dtype in dtypes):

@@ -181,7 +181,7 @@ def fsdp_spec(shape: tuple[int, ...], devices: int) -> P:
 
 
 def jit_mode(make_network: Callable[..., Network], tx: Any, policy: jmp.Policy, mesh: Mesh) -> Mode:
-    """Parameters and optimiser state are in shards, one per device (FSDP); XLA writes the collectives."""
+    """Parameters and optimizer state are in shards, one per device (FSDP); XLA writes the collectives."""
     loss_fn = make_loss(make_network(policy))  # no axis: the batch of a jitted function is the whole batch
     replicated = everywhere(mesh)
 

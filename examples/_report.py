@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from rich import box
 from rich.table import Table
 
-# Okabe and Ito's palette, which readers of every colour vision tell apart.
+# Okabe and Ito's palette, which readers of every color vision tell apart.
 COLOURS = ("#56B4E9", "#E69F00", "#004D80", "#CC79A7", "#009E73", "#D55E00")
 SKIP_COLOUR = "#B00020"
 SMOOTHING = 15
@@ -136,7 +136,7 @@ def draw(results: list[Result], title: str, file: Path) -> None:
 
 def line_styles(count: int) -> list[dict[str, Any]]:
     """One style per curve, each thinner than the one below, so that curves on top of each other stay visible."""
-    first = max(0, 3 - count)  # a run alone gets a strong colour
+    first = max(0, 3 - count)  # a run alone gets a strong color
     return [
         {
             "color": COLOURS[(first + i) % len(COLOURS)],

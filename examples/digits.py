@@ -33,7 +33,7 @@ DECAY_PER_EPOCH = 0.8
 WEIGHT_DECAY = 1e-4
 GROWTH_PERIOD = 25  # 2000 is usual; a short run shows more of the automaton with less
 
-State = tuple[Any, Any, Any]  # parameters, BatchNorm statistics, optimiser state
+State = tuple[Any, Any, Any]  # parameters, BatchNorm statistics, optimizer state
 
 
 def make_loss_scale(kind: str, policy: Any) -> jmp.LossScale:
@@ -88,7 +88,7 @@ def make_train_step(
 
 
 class Run:
-    """The training of one policy: its model, its optimiser, and compiled functions of its state."""
+    """The training of one policy: its model, its optimizer, and compiled functions of its state."""
 
     def __init__(self, name: str, options: argparse.Namespace) -> None:
         policy = jmp.get_policy(name)
@@ -111,7 +111,7 @@ class Run:
         return jnp.mean(jnp.argmax(logits, axis=-1) == labels, dtype=jnp.float32)
 
     def initial_state(self) -> State:
-        """Random parameters, their BatchNorm statistics and the state of the optimiser."""
+        """Random parameters, their BatchNorm statistics and the state of the optimizer."""
         # The default generator, threefry, takes three times as long to compile.
         params, statistics = self.network.init(jax.random.key(self.options.seed, impl="rbg"))
         return params, statistics, self.tx.init(params)
@@ -226,7 +226,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with progress_bar(console) as progress:
             results = [train(Run(name, options), digits, progress) for name in options.policy]
-    except (jmp.JmpLiteError, ResumeError) as error:
+    except (jmp.errors.JmpLiteError, ResumeError) as error:
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:

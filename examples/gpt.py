@@ -74,7 +74,7 @@ def make_train_step(loss: Callable[..., jax.Array], tx: optax.GradientTransforma
     """One step of training: ``(params, opt_state, text) -> (params, opt_state, metrics)``."""
 
     def train_step(params: Any, opt_state: Any, text: jax.Array) -> Any:
-        value, grads = jmp.scaled_value_and_grad(loss)(params, text, state=opt_state)
+        value, grads = jmp.scaled_value_and_grad(loss, loss_scale=opt_state)(params, text)
         params, opt_state = jmp.apply_gradients(tx, grads, opt_state, params)
         return params, opt_state, jmp.metrics(opt_state) | {"loss": value}
 
@@ -148,7 +148,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with progress_bar(console) as progress:
             results = [train(name, options, text, progress) for name in options.policy]
-    except jmp.JmpLiteError as error:
+    except jmp.errors.JmpLiteError as error:
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         return 1
     for result in results:

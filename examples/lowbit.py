@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
             for name in options.model:
                 results = compare(MODELS[name], options, options.output / name, progress)
                 compared.append((MODELS[name], results))
-    except jmp.JmpLiteError as error:
+    except jmp.errors.JmpLiteError as error:
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         return 1
     length = f"{options.steps} steps, seed {options.seed}"

@@ -189,7 +189,7 @@ def main(arguments: list[str] | None = None) -> int:
         training = Training(options)
         with Checkpoints(options.checkpoint_dir, options.checkpoint_every, training.settings()) as checkpoints:
             return training.run(checkpoints)
-    except (jmp.JmpLiteError, ResumeError) as error:
+    except (jmp.errors.JmpLiteError, ResumeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 

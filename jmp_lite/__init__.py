@@ -6,53 +6,13 @@ A drop-in for jmp: ``import jmp_lite as jmp``.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-# Gradients of a scaled loss, in one piece (below) or accumulated over microbatches.
-from jmp_lite._accumulate import accumulate_gradients as accumulate_gradients
+from jmp_lite import errors as errors
 
 # Policies: which dtype parameters, computation and outputs have.
 from jmp_lite._dtypes import dtype_to_names as dtype_to_names
 from jmp_lite._dtypes import half_dtype as half_dtype
 from jmp_lite._dtypes import name_to_dtype as name_to_dtype
 from jmp_lite._dtypes import parse_dtype as parse_dtype
-
-# Errors and warnings.
-from jmp_lite._errors import AmbiguousLossScaleError as AmbiguousLossScaleError
-from jmp_lite._errors import AmbiguousPolicyError as AmbiguousPolicyError
-from jmp_lite._errors import CheckpointMismatchError as CheckpointMismatchError
-from jmp_lite._errors import CheckpointNotFoundError as CheckpointNotFoundError
-from jmp_lite._errors import ClusterError as ClusterError
-from jmp_lite._errors import CorruptArtefactError as CorruptArtefactError
-from jmp_lite._errors import CorruptCheckpointError as CorruptCheckpointError
-from jmp_lite._errors import CorruptCheckpointWarning as CorruptCheckpointWarning
-from jmp_lite._errors import InvalidExportError as InvalidExportError
-from jmp_lite._errors import InvalidLossScaleError as InvalidLossScaleError
-from jmp_lite._errors import InvalidMicrobatchError as InvalidMicrobatchError
-from jmp_lite._errors import InvalidOpError as InvalidOpError
-from jmp_lite._errors import InvalidPolicyError as InvalidPolicyError
-from jmp_lite._errors import InvalidPruningError as InvalidPruningError
-from jmp_lite._errors import InvalidRecipeError as InvalidRecipeError
-from jmp_lite._errors import InvalidRuleError as InvalidRuleError
-from jmp_lite._errors import InvalidShardingError as InvalidShardingError
-from jmp_lite._errors import JmpLiteError as JmpLiteError
-from jmp_lite._errors import LossDtypeError as LossDtypeError
-from jmp_lite._errors import LossScaleNotFoundError as LossScaleNotFoundError
-from jmp_lite._errors import LossScaleStalledError as LossScaleStalledError
-from jmp_lite._errors import NonScalarPredicateError as NonScalarPredicateError
-from jmp_lite._errors import PlatformMismatchError as PlatformMismatchError
-from jmp_lite._errors import PolicyMismatchError as PolicyMismatchError
-from jmp_lite._errors import SecondDerivativeError as SecondDerivativeError
-from jmp_lite._errors import SlowDtypeWarning as SlowDtypeWarning
-from jmp_lite._errors import TracedStaticScaleError as TracedStaticScaleError
-from jmp_lite._errors import UnknownDtypeError as UnknownDtypeError
-from jmp_lite._errors import UnmatchedRuleWarning as UnmatchedRuleWarning
-from jmp_lite._errors import UnselectableLeafError as UnselectableLeafError
-
-# Loss scaling: the automata, and gradients of a scaled loss.
-from jmp_lite._grad import scaled_value_and_grad as scaled_value_and_grad
-from jmp_lite._loss_scale import DynamicLossScale as DynamicLossScale
-from jmp_lite._loss_scale import LossScale as LossScale
-from jmp_lite._loss_scale import NoOpLossScale as NoOpLossScale
-from jmp_lite._loss_scale import StaticLossScale as StaticLossScale
 from jmp_lite._policy import Policy as Policy
 from jmp_lite._policy import PolicyMap as PolicyMap
 from jmp_lite._policy import get_policy as get_policy
@@ -73,6 +33,14 @@ from jmp_lite.autocast import low_precision as low_precision
 from jmp_lite.autocast import no_autocast as no_autocast
 from jmp_lite.autocast import register_op as register_op
 
+# Loss scaling: the automata, and gradients of a scaled loss.
+from jmp_lite.scaling._accumulate import accumulate_gradients as accumulate_gradients
+from jmp_lite.scaling._grad import scaled_value_and_grad as scaled_value_and_grad
+from jmp_lite.scaling._loss_scale import DynamicLossScale as DynamicLossScale
+from jmp_lite.scaling._loss_scale import LossScale as LossScale
+from jmp_lite.scaling._loss_scale import NoOpLossScale as NoOpLossScale
+from jmp_lite.scaling._loss_scale import StaticLossScale as StaticLossScale
+
 if TYPE_CHECKING:
     from jmp_lite import checkpoint as checkpoint
     from jmp_lite import distributed as distributed
@@ -81,59 +49,35 @@ if TYPE_CHECKING:
     from jmp_lite import nnx as nnx
     from jmp_lite import optim as optim
     from jmp_lite import quant as quant
-    from jmp_lite.optim import LossScaledState as LossScaledState
-    from jmp_lite.optim import apply_gradients as apply_gradients
-    from jmp_lite.optim import check_loss_scale as check_loss_scale
-    from jmp_lite.optim import loss_scaled as loss_scaled
-    from jmp_lite.optim import metrics as metrics
+    from jmp_lite.scaling._apply import apply_gradients as apply_gradients
+    from jmp_lite.scaling._loss_scaled import LossScaledState as LossScaledState
+    from jmp_lite.scaling._loss_scaled import loss_scaled as loss_scaled
+    from jmp_lite.scaling._monitor import check_loss_scale as check_loss_scale
+    from jmp_lite.scaling._monitor import metrics as metrics
 
 __version__ = "0.1.0"
 
 # Loaded on first use (PEP 562), so that ``import jmp_lite`` needs neither Optax nor Flax nor Orbax.
 _CHAPTERS = frozenset({"checkpoint", "distributed", "export", "linen", "nnx", "optim", "quant"})
-_FROM_OPTIM = frozenset({"LossScaledState", "apply_gradients", "check_loss_scale", "loss_scaled", "metrics"})
+_HOMES = {
+    "LossScaledState": "jmp_lite.scaling._loss_scaled",
+    "apply_gradients": "jmp_lite.scaling._apply",
+    "check_loss_scale": "jmp_lite.scaling._monitor",
+    "loss_scaled": "jmp_lite.scaling._loss_scaled",
+    "metrics": "jmp_lite.scaling._monitor",
+}
 
 __all__ = [
-    "AmbiguousLossScaleError",
-    "AmbiguousPolicyError",
-    "CheckpointMismatchError",
-    "CheckpointNotFoundError",
-    "ClusterError",
-    "CorruptArtefactError",
-    "CorruptCheckpointError",
-    "CorruptCheckpointWarning",
     "DynamicLossScale",
     "Explanation",
-    "InvalidExportError",
-    "InvalidLossScaleError",
-    "InvalidMicrobatchError",
-    "InvalidOpError",
-    "InvalidPolicyError",
-    "InvalidPruningError",
-    "InvalidRecipeError",
-    "InvalidRuleError",
-    "InvalidShardingError",
-    "JmpLiteError",
-    "LossDtypeError",
     "LossScale",
-    "LossScaleNotFoundError",
-    "LossScaleStalledError",
     "LossScaledState",
     "NoOpLossScale",
-    "NonScalarPredicateError",
     "OpClass",
-    "PlatformMismatchError",
     "Policy",
     "PolicyMap",
-    "PolicyMismatchError",
     "Rule",
-    "SecondDerivativeError",
-    "SlowDtypeWarning",
     "StaticLossScale",
-    "TracedStaticScaleError",
-    "UnknownDtypeError",
-    "UnmatchedRuleWarning",
-    "UnselectableLeafError",
     "accumulate_gradients",
     "all_finite",
     "apply_gradients",
@@ -144,6 +88,7 @@ __all__ = [
     "checkpoint",
     "distributed",
     "dtype_to_names",
+    "errors",
     "explain",
     "export",
     "full_precision",
@@ -169,8 +114,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _CHAPTERS:
         return importlib.import_module(f"jmp_lite.{name}")
-    if name in _FROM_OPTIM:
-        return getattr(importlib.import_module("jmp_lite.optim"), name)
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'jmp_lite' has no attribute {name!r}")
 
 

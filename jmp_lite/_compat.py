@@ -43,7 +43,7 @@ def register_flax_serialization(
     """Teaches ``flax.serialization`` a class, if Flax is loaded.
 
     Flax keeps its own registry and is not imported by this library, so this is called whenever an object of the class
-    is made: by then a program that serialises with Flax has imported it.
+    is made: by then a program that serializes with Flax has imported it.
     """
     serialization = sys.modules.get("flax.serialization")
     if serialization is not None:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jmp_lite._errors import SlowDtypeWarning, UnknownDtypeError
+from jmp_lite.errors import SlowDtypeWarning, UnknownDtypeError
 
 DType = np.dtype[Any]
 

@@ -25,8 +25,8 @@ from jmp_lite._dtypes import (
     parse_dtype,
     warn_if_slow,
 )
-from jmp_lite._errors import AmbiguousPolicyError, InvalidPolicyError, UnknownDtypeError
 from jmp_lite._tree import Path, cast_floating, cast_leaf, is_array, map_leaves, path_string
+from jmp_lite.errors import AmbiguousPolicyError, InvalidPolicyError, UnknownDtypeError
 
 T = TypeVar("T")
 

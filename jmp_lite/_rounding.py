@@ -11,7 +11,7 @@ from jmp_lite._dtypes import FLOAT32, DType
 
 
 def stochastic_round(key: jax.Array, x: Any, dtype: DType) -> jax.Array:
-    """Rounds to one of the two neighbours in a floating format, so that the expected value is ``x``.
+    """Rounds to one of the two neighbors in a floating format, so that the expected value is ``x``.
 
     Finite values beyond the largest of the format become the largest; infinities and NaN become NaN.
 

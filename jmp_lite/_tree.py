@@ -22,7 +22,7 @@ from jmp_lite._dtypes import (
     canonical,
     half_dtype,
 )
-from jmp_lite._errors import NonScalarPredicateError, UnselectableLeafError
+from jmp_lite.errors import NonScalarPredicateError, UnselectableLeafError
 
 T = TypeVar("T")
 Path = tuple[Any, ...]

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmp_lite._dtypes import dtype_name, dtype_to_names, faster_dtype
-from jmp_lite._errors import JmpLiteError
 from jmp_lite._policy import get_policy
 from jmp_lite.autocast import explain as explain_autocast
+from jmp_lite.errors import JmpLiteError
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

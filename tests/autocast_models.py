@@ -13,7 +13,7 @@ from flax import nnx
 
 # Gradients of a model are compared as one vector: some of its arrays, such as the biases of keys, have no gradient
 # but rounding errors. Most draws are off by an eighth of what is allowed; a few have activations so small that
-# normalising them enlarges their errors.
+# normalizing them enlarges their errors.
 transformer = functools.partial(Case, depth=8, whole=True)
 # A ReLU changes the derivative of what rounding moves across zero, of normal numbers the share 0.8 * ULP. In length
 # of a gradient that is the root of the share, and with four of them twice the root: 0.11, on average over draws.

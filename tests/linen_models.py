@@ -184,7 +184,7 @@ class Everything(nn.Module):
         return self(x) * scale
 
 
-class SelfNormalising(nn.Module):
+class SelfNormalizing(nn.Module):
     """Changes one of its parameters, and one element of another."""
 
     @nn.compact

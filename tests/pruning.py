@@ -1,4 +1,4 @@
-"""What the tests of pruning share: parameters, an optimiser, and the masks that are expected."""
+"""What the tests of pruning share: parameters, an optimizer, and the masks that are expected."""
 
 import jax
 import jax.numpy as jnp

@@ -87,7 +87,7 @@ def gradient(mode, mesh, policy, specs, *, loss):
     def compute(params, x, y, state):
         if mode.form == "shard_map" and not mode.is_sharded:
             params = jax.lax.pcast(params, AXIS, to="varying")
-        value, grads = jmp.scaled_value_and_grad(whole)(params, x, y, state=state)
+        value, grads = jmp.scaled_value_and_grad(whole, loss_scale=state)(params, x, y)
         if mode.is_local:
             grads = jmp.distributed.reduce_gradients(grads, AXIS, policy, shardings=specs)
             value = jax.lax.pmean(value, AXIS)
@@ -145,7 +145,7 @@ class Training:
 
     @property
     def whole(self):
-        """Parameters and optimiser state as NumPy arrays, without a device axis; devices must agree."""
+        """Parameters and optimizer state as NumPy arrays, without a device axis; devices must agree."""
         if self.mode.form == "pmap":
             return jax.tree.map(lambda leaf: np.asarray(leaf)[0], tuple(self.state))
         return jax.tree.map(np.asarray, tuple(self.state))
@@ -157,5 +157,5 @@ class Training:
 
 
 def scaled(inner=optax.sgd, rate=0.1, scale=2.0**10):
-    """An optimiser with dynamic loss scaling, as a function of the axis that replicas agree over."""
+    """An optimizer with dynamic loss scaling, as a function of the axis that replicas agree over."""
     return lambda axis_name: jmp.loss_scaled(inner(rate), jmp.DynamicLossScale(scale, period=3), axis_name=axis_name)

@@ -162,7 +162,7 @@ def result_or_error(function, *args):
     """What a function returns, or the ``JmpLiteError`` it raises; any other exception passes through."""
     try:
         return function(*args)
-    except jmp.JmpLiteError as error:
+    except jmp.errors.JmpLiteError as error:
         return error
 
 

@@ -165,7 +165,7 @@ def compilations():
         logger.removeHandler(handler)
 
 
-# --- Optimisers ---
+# --- Optimizers ---
 
 
 def parameters(rng, dtype=jnp.float32):

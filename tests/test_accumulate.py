@@ -37,7 +37,9 @@ def scaled(total, share):
 
 def mean_by_hand(fun, params, x, state, good):
     """Losses of the good microbatches, each by itself, and their gradients summed in float32 one after the other."""
-    kept = [jmp.scaled_value_and_grad(fun)(params, rows_of(x, i, len(good)), state=state) for i in np.flatnonzero(good)]
+    kept = [
+        jmp.scaled_value_and_grad(fun, loss_scale=state)(params, rows_of(x, i, len(good))) for i in np.flatnonzero(good)
+    ]
     total = sum(wide(grads["w"]) for _, grads in kept)
     one = total.real.dtype.type(1)
     return [float(loss) for loss, _ in kept], {"w": scaled(total, one / total.real.dtype.type(len(kept)))}
@@ -113,7 +115,7 @@ def test_scale_is_one_for_the_whole_window(rng):
     state = tx.init(params)
     for window in range(3):
         x = jnp.asarray(rng.integers(-8, 8, (8, 3)), jnp.float32)
-        _, grads = jmp.accumulate_gradients(linear, steps)(params, x, state=state)
+        _, grads = jmp.accumulate_gradients(linear, steps, loss_scale=state)(params, x)
         np.testing.assert_array_equal(grads["w"], 4 * 2.0**window * np.asarray(x).mean(axis=0))
         params, state = jmp.apply_gradients(tx, grads, state, params)
     assert float(state.loss_scale.loss_scale) == 2.0**5
@@ -137,7 +139,7 @@ def random_faults(rng, steps):
 
 
 def test_skip_window(rng):
-    """One bad microbatch, wherever it stands and whatever it holds, makes the gradients so: the optimiser skips."""
+    """One bad microbatch, wherever it stands and whatever it holds, makes the gradients so: the optimizer skips."""
     steps, tx = 5, jmp.loss_scaled(optax.sgd(1.0), jmp.DynamicLossScale(SCALE))
     params = {"w": jnp.ones(3)}
     state, grad_fn = tx.init(params), jax.jit(jmp.accumulate_gradients(linear, steps))
@@ -151,7 +153,7 @@ def test_skip_window(rng):
 
 
 def test_skip_microbatch(rng):
-    """Bad microbatches are left out to the bit; if all are bad, the optimiser skips and the scale is lowered."""
+    """Bad microbatches are left out to the bit; if all are bad, the optimizer skips and the scale is lowered."""
     steps, tx = 5, jmp.loss_scaled(optax.sgd(1.0), jmp.DynamicLossScale(SCALE))
     params = {"w": jnp.ones(3)}
     state = tx.init(params)
@@ -182,9 +184,9 @@ def test_microbatch_that_overflows_at_this_scale(scale):
     def loss_fn(w, x):
         return (w.astype(jnp.float16) * x.astype(jnp.float16)).sum().astype(jnp.float32)
 
-    loss, grad, skipped = jmp.accumulate_gradients(loss_fn, 4, on_nonfinite="skip_microbatch")(
-        jnp.float32(1), x, state=jmp.DynamicLossScale(scale)
-    )
+    loss, grad, skipped = jmp.accumulate_gradients(
+        loss_fn, 4, on_nonfinite="skip_microbatch", loss_scale=jmp.DynamicLossScale(scale)
+    )(jnp.float32(1), x)
     good = [1.0, 2.0, 3.0] if scale > 2.0**10 else [1.0, 100.0, 2.0, 3.0]
     assert (float(loss), float(grad) / scale, int(skipped)) == (np.mean(good), np.mean(good), 4 - len(good))
 
@@ -319,7 +321,7 @@ def test_one_trace_and_one_compilation(policy, rng):
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params, state, x):
-        loss, grads, *_ = jmp.accumulate_gradients(loss_fn, steps, on_nonfinite=policy)(params, x, state=state)
+        loss, grads, *_ = jmp.accumulate_gradients(loss_fn, steps, on_nonfinite=policy, loss_scale=state)(params, x)
         return *fused(tx)(params, state, grads), loss
 
     params = {"w": jnp.ones(3)}

@@ -28,7 +28,7 @@ def test_argnums(argnums, batch_argnums, rng):
     args, state = (jnp.float32(2), x, jnp.float32(3), y), jmp.StaticLossScale(4.0)
     grad_fn = jmp.accumulate_gradients(loss_of_many, 4, argnums, batch_argnums=batch_argnums)
     loss, grads = jax.jit(grad_fn)(*args, state=state, factor=jnp.float32(2))
-    expected = jmp.scaled_value_and_grad(loss_of_many, argnums)(*args, state=state, factor=jnp.float32(2))
+    expected = jmp.scaled_value_and_grad(loss_of_many, argnums, loss_scale=state)(*args, factor=jnp.float32(2))
     assert_identical((loss, jax.tree.map(np.asarray, grads)), (expected[0], jax.tree.map(np.asarray, expected[1])))
 
 
@@ -66,19 +66,19 @@ def test_keys(key):
         assert keys.shape == (1,)
         return w * jax.random.normal(keys[0]) * x.mean(), jax.random.normal(keys[0])
 
-    (_, aux), _ = jmp.accumulate_gradients(one_each, steps, has_aux=True)(1.0, x, keys, state=state)
+    (_, aux), _ = jmp.accumulate_gradients(one_each, steps, has_aux=True, loss_scale=state)(1.0, x, keys)
     np.testing.assert_array_equal(aux, jax.vmap(jax.random.normal)(keys))
 
     def per_row(w, x, keys):
         return w * jax.vmap(jax.random.normal)(keys).mean(), jax.random.key_data(keys)
 
-    (_, aux), _ = jmp.accumulate_gradients(per_row, steps, has_aux=True)(1.0, x, many, state=state)
+    (_, aux), _ = jmp.accumulate_gradients(per_row, steps, has_aux=True, loss_scale=state)(1.0, x, many)
     np.testing.assert_array_equal(aux, np.moveaxis(np.asarray(jax.random.key_data(many)).reshape(2, 4, -1), 1, 0))
 
     def same(w, x, key):
         return w * jax.random.normal(key), jax.random.normal(key)
 
-    (_, aux), _ = jmp.accumulate_gradients(same, steps, has_aux=True, batch_argnums=1)(1.0, x, key, state=state)
+    (_, aux), _ = jmp.accumulate_gradients(same, steps, has_aux=True, batch_argnums=1, loss_scale=state)(1.0, x, key)
     np.testing.assert_array_equal(aux, np.full(4, jax.random.normal(key)))
 
 
@@ -91,8 +91,8 @@ def test_leaves_that_cannot_be_differentiated_get_float0(policy, key):
         return jnp.mean(x) * p["w"].sum() * p["scalar"]
 
     state = jmp.StaticLossScale(2.0)
-    _, grads, *_ = jmp.accumulate_gradients(loss_fn, 2, on_nonfinite=policy)(params, jnp.ones(4), state=state)
-    _, expected = jmp.scaled_value_and_grad(loss_fn)(params, jnp.ones(4), state=state)
+    _, grads, *_ = jmp.accumulate_gradients(loss_fn, 2, on_nonfinite=policy, loss_scale=state)(params, jnp.ones(4))
+    _, expected = jmp.scaled_value_and_grad(loss_fn, loss_scale=state)(params, jnp.ones(4))
     assert_identical(jax.tree.map(np.asarray, grads), jax.tree.map(np.asarray, expected))
 
 
@@ -108,7 +108,7 @@ def test_transformations_agree(rng):
         assert_identical(call(params), expected)
         assert_identical(jax.jit(call)(params), expected)
     hessian = jax.grad(
-        lambda p: jmp.accumulate_gradients(lambda w, x: jnp.mean(x * w**2), 4)(p, x[:, 0], state=state)[1]
+        lambda p: jmp.accumulate_gradients(lambda w, x: jnp.mean(x * w**2), 4, loss_scale=state)(p, x[:, 0])[1]
     )
     assert float(hessian(1.0)) == 2 * 4 * float(x[:, 0].mean())
 
@@ -170,20 +170,20 @@ ERRORS = {
     "no batch": (lambda: call(2), "No array to split into steps=2 microbatches: "),
     "only keywords": (lambda: call(2, x=X), "No array to split into steps=2 microbatches: "),
     "both": (
-        lambda: jmp.accumulate_gradients(linear, 2, batch_argnums=(0, 1))({}, X, state=jmp.NoOpLossScale()),
+        lambda: jmp.accumulate_gradients(linear, 2, batch_argnums=(0, 1), loss_scale=jmp.NoOpLossScale())({}, X),
         "batch_argnums=(0, 1) names argument 0, which argnums differentiates. ",
     ),
 }
 
 
 def call(steps, *batch, **kwargs):
-    return jmp.accumulate_gradients(lambda w, *a, **k: w, steps)(1.0, *batch, state=jmp.NoOpLossScale(), **kwargs)
+    return jmp.accumulate_gradients(lambda w, *a, **k: w, steps, loss_scale=jmp.NoOpLossScale())(1.0, *batch, **kwargs)
 
 
 @pytest.mark.parametrize(("fail", "message"), ERRORS.values(), ids=ERRORS)
 def test_errors(fail, message):
     """Whatever cannot be split is quoted with its path, with what to do."""
-    with pytest.raises(jmp.InvalidMicrobatchError) as error:
+    with pytest.raises(jmp.errors.InvalidMicrobatchError) as error:
         fail()
     assert str(error.value).startswith(message)
     assert isinstance(error.value, ValueError)
@@ -195,7 +195,8 @@ def test_rows_of_one_device_that_do_not_divide():
     with (
         jax.set_mesh(grid),
         pytest.raises(
-            jmp.InvalidMicrobatchError, match=r": 3 rows on each device do not divide into steps=2 .* from 1, 3\."
+            jmp.errors.InvalidMicrobatchError,
+            match=r": 3 rows on each device do not divide into steps=2 .* from 1, 3\.",
         ),
     ):
         call(2, jax.device_put(jnp.ones((3 * DEVICES, 2)), NamedSharding(grid, P("batch"))))
@@ -203,17 +204,17 @@ def test_rows_of_one_device_that_do_not_divide():
 
 def test_scalar_key_is_told_how(key):
     """The message for a key gives the call that splits it."""
-    with pytest.raises(jmp.InvalidMicrobatchError, match=r"jax\.random\.split\(key, 2\), .* key\[0\]"):
+    with pytest.raises(jmp.errors.InvalidMicrobatchError, match=r"jax\.random\.split\(key, 2\), .* key\[0\]"):
         call(2, X, key)
 
 
 def test_other_errors_are_those_of_one_step():
     """Bad losses, positions and states are refused as without accumulation."""
-    with pytest.raises(jmp.LossDtypeError, match=r"got int32\[\]"):
-        jmp.accumulate_gradients(lambda w, x: jnp.int32(3), 2)(1.0, X, state=jmp.NoOpLossScale())
-    with pytest.raises(jmp.LossScaleNotFoundError):
+    with pytest.raises(jmp.errors.LossDtypeError, match=r"got int32\[\]"):
+        jmp.accumulate_gradients(lambda w, x: jnp.int32(3), 2, loss_scale=jmp.NoOpLossScale())(1.0, X)
+    with pytest.raises(jmp.errors.LossScaleNotFoundError):
         jmp.accumulate_gradients(linear, 2)({"w": jnp.ones(2)}, X)
     with pytest.raises(TypeError, match=r"^argnums=5 does not fit"):
-        jmp.accumulate_gradients(linear, 2, 5)({"w": jnp.ones(2)}, X, state=jmp.NoOpLossScale())
+        jmp.accumulate_gradients(linear, 2, 5, loss_scale=jmp.NoOpLossScale())({"w": jnp.ones(2)}, X)
     with pytest.raises(TypeError, match=r"^batch_argnums=\(1, 1\) names an argument twice"):
-        jmp.accumulate_gradients(linear, 2, batch_argnums=(1, 1))({"w": jnp.ones(2)}, X, state=jmp.NoOpLossScale())
+        jmp.accumulate_gradients(linear, 2, batch_argnums=(1, 1), loss_scale=jmp.NoOpLossScale())({"w": jnp.ones(2)}, X)

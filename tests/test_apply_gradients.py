@@ -210,7 +210,7 @@ def test_frozen_leaves(compiled, key):
     )
 
     def step(params, state, size):
-        _, grads = jmp.scaled_value_and_grad(lambda p: jnp.sum(p["w"] * size))(params, state=state)
+        _, grads = jmp.scaled_value_and_grad(lambda p: jnp.sum(p["w"] * size), loss_scale=state)(params)
         updates, _ = tx.update(grads, state, params)
         return *jmp.apply_gradients(tx, grads, state, params), updates["w"]
 

@@ -276,7 +276,7 @@ def test_after_an_error_a_module_is_what_it_was(fails_in, x):
 
 @pytest.mark.usefixtures("standard_promotion")
 def test_an_optimizer_among_the_arguments(x):
-    """A step with the gradient of an autocast loss; the optimiser may also be given to autocast itself."""
+    """A step with the gradient of an autocast loss; the optimizer may also be given to autocast itself."""
     losses = {}
     for name, cast in (("plain", lambda fun: fun), ("autocast", lambda fun: jmp.nnx.autocast(fun, LOW))):
         model = Net(nnx.Rngs(0))

@@ -86,13 +86,13 @@ def test_what_matches_nothing_does_nothing_and_is_named_once(policy, rules, name
     _api._interpreter.cache_clear()
     x, w = jnp.ones((16, 16)), jnp.ones((16, 16))
     run = jax.jit(jmp.autocast(order(in_scopes), policy, rules=rules))
-    with pytest.warns(jmp.UnmatchedRuleWarning, match=re.escape(named)) as caught:
+    with pytest.warns(jmp.errors.UnmatchedRuleWarning, match=re.escape(named)) as caught:
         run(x, w)
     assert len(caught) == 1
     assert "nearest name scopes" in str(caught[0].message)
     run(x, w)  # warnings are errors
     jmp.autocast(order(in_scopes), policy, rules=rules)(x, w)
-    with pytest.warns(jmp.UnmatchedRuleWarning):
+    with pytest.warns(jmp.errors.UnmatchedRuleWarning):
         assert dtypes(in_scopes, policy, rules) == (BF16, F32)
 
 
@@ -355,37 +355,45 @@ def test_methods_of_linen_modules_are_in_the_scope_of_the_module(pattern, order)
 # --- Errors ---
 
 INVALID = {
-    "precision": (lambda: Rule("head", precision="fast"), jmp.InvalidRuleError, "'fast'"),
-    "precision of 8 bits": (lambda: Rule(precision=jnp.float8_e4m3fn), jmp.InvalidRuleError, "float8_e4m3fn"),
-    "precision of 64 bits": (lambda: Rule(precision="float64"), jmp.InvalidRuleError, "float64"),
-    "precision as a primitive": (lambda: Rule("head", "float32"), jmp.InvalidRuleError, "precision='float32'"),
-    "alias as a primitive": (lambda: Rule("head", "mixed_bfloat16"), jmp.InvalidRuleError, "'mixed_bfloat16'"),
-    "dtype as a primitive": (lambda: Rule("head", jnp.bfloat16), jmp.InvalidRuleError, "bfloat16"),
-    "result": (lambda: Rule("head", result=jnp.bfloat16), jmp.InvalidRuleError, "bfloat16"),
-    "a kernel": (lambda: Rule(primitive="pallas_call", precision="low"), jmp.InvalidRuleError, "'pallas_call'"),
+    "precision": (lambda: Rule("head", precision="fast"), jmp.errors.InvalidRuleError, "'fast'"),
+    "precision of 8 bits": (lambda: Rule(precision=jnp.float8_e4m3fn), jmp.errors.InvalidRuleError, "float8_e4m3fn"),
+    "precision of 64 bits": (lambda: Rule(precision="float64"), jmp.errors.InvalidRuleError, "float64"),
+    "precision as a primitive": (lambda: Rule("head", "float32"), jmp.errors.InvalidRuleError, "precision='float32'"),
+    "alias as a primitive": (lambda: Rule("head", "mixed_bfloat16"), jmp.errors.InvalidRuleError, "'mixed_bfloat16'"),
+    "dtype as a primitive": (lambda: Rule("head", jnp.bfloat16), jmp.errors.InvalidRuleError, "bfloat16"),
+    "result": (lambda: Rule("head", result=jnp.bfloat16), jmp.errors.InvalidRuleError, "bfloat16"),
+    "a kernel": (lambda: Rule(primitive="pallas_call", precision="low"), jmp.errors.InvalidRuleError, "'pallas_call'"),
     "a product for a kernel": (
         lambda: Rule(None, "ffi_call", dot=lax.dot_general),
-        jmp.InvalidRuleError,
+        jmp.errors.InvalidRuleError,
         "'ffi_call'",
     ),
-    "integers": (lambda: Rule(precision=jnp.int16), jmp.InvalidRuleError, "int16"),
-    "no precision": (lambda: Rule(precision=None), jmp.InvalidRuleError, "None"),
-    "scope": (lambda: Rule("head("), jmp.UnknownDtypeError, "head("),
-    "primitive": (lambda: Rule(None, "[ex"), jmp.UnknownDtypeError, "[ex"),
-    "not a rule": (lambda: jmp.autocast(in_scopes, LOW, rules=[("a", "full")]), jmp.InvalidRuleError, "('a', 'full')"),
-    "sums": (lambda: jmp.autocast(in_scopes, LOW, accumulation_dtype=jnp.bfloat16), jmp.InvalidRuleError, "bfloat16"),
+    "integers": (lambda: Rule(precision=jnp.int16), jmp.errors.InvalidRuleError, "int16"),
+    "no precision": (lambda: Rule(precision=None), jmp.errors.InvalidRuleError, "None"),
+    "scope": (lambda: Rule("head("), jmp.errors.UnknownDtypeError, "head("),
+    "primitive": (lambda: Rule(None, "[ex"), jmp.errors.UnknownDtypeError, "[ex"),
+    "not a rule": (
+        lambda: jmp.autocast(in_scopes, LOW, rules=[("a", "full")]),
+        jmp.errors.InvalidRuleError,
+        "('a', 'full')",
+    ),
+    "sums": (
+        lambda: jmp.autocast(in_scopes, LOW, accumulation_dtype=jnp.bfloat16),
+        jmp.errors.InvalidRuleError,
+        "bfloat16",
+    ),
     "two products": (
         lambda: jmp.autocast(in_scopes, LOW, dot=lax.dot_general, accumulation_dtype=jnp.float32),
-        jmp.InvalidRuleError,
+        jmp.errors.InvalidRuleError,
         "accumulation_dtype",
     ),
-    "save": (lambda: jmp.autocast(in_scopes, LOW, residuals="some"), jmp.InvalidRuleError, "'some'"),
-    "policy": (lambda: jmp.autocast(in_scopes, "fp99"), jmp.UnknownDtypeError, "'fp99'"),
-    "no policy": (lambda: jmp.autocast(in_scopes, None), jmp.InvalidPolicyError, "None"),
-    "8 bits": (lambda: jmp.explain(in_scopes, "c=float8_e4m3fn"), jmp.InvalidPolicyError, "float8_e4m3fn"),
+    "save": (lambda: jmp.autocast(in_scopes, LOW, residuals="some"), jmp.errors.InvalidRuleError, "'some'"),
+    "policy": (lambda: jmp.autocast(in_scopes, "fp99"), jmp.errors.UnknownDtypeError, "'fp99'"),
+    "no policy": (lambda: jmp.autocast(in_scopes, None), jmp.errors.InvalidPolicyError, "None"),
+    "8 bits": (lambda: jmp.explain(in_scopes, "c=float8_e4m3fn"), jmp.errors.InvalidPolicyError, "float8_e4m3fn"),
     "8 bits in a map": (
         lambda: jmp.linen.autocast(Tied().apply, jmp.PolicyMap({"a": "c=float8_e5m2"}, default=LOW)),
-        jmp.InvalidPolicyError,
+        jmp.errors.InvalidPolicyError,
         "float8_e5m2",
     ),
 }
@@ -399,5 +407,5 @@ def test_what_means_nothing_is_refused_at_once(build, error, quoted):
 
 def test_contradicting_patterns_are_reported():
     policy = jmp.PolicyMap({"[a]": "full", "[b]": "mixed_float16"}, default=LOW)
-    with pytest.raises(jmp.AmbiguousPolicyError, match="'a/b'"):
+    with pytest.raises(jmp.errors.AmbiguousPolicyError, match="'a/b'"):
         jmp.autocast(in_scopes, policy)(jnp.ones((8, 16)), jnp.ones((16, 16)))

@@ -35,7 +35,7 @@ def norm(x):
 
 
 def in_groups(x, w):
-    """What normalises groups reshapes what it has made."""
+    """What normalizes groups reshapes what it has made."""
     return norm(x.reshape(4, 16, 1, 64)).reshape(x.shape)
 
 

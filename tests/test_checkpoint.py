@@ -64,7 +64,7 @@ def make_step(loss_scale):
     def step(state):
         rng, data = jax.random.split(state["rng"])
         x = jax.random.normal(data, (8, 4)) * jnp.where(state["step"] % 5 == 4, jnp.inf, 1.0)
-        _, grads = jmp.scaled_value_and_grad(loss_fn)(state["params"], x, state=state["opt_state"])
+        _, grads = jmp.scaled_value_and_grad(loss_fn, loss_scale=state["opt_state"])(state["params"], x)
         params, opt_state = jmp.apply_gradients(tx, grads, state["opt_state"], state["params"])
         return {"params": params, "opt_state": opt_state, "rng": rng, "step": state["step"] + 1}
 
@@ -141,11 +141,11 @@ def test_policy_mismatch_is_an_error_that_names_both(trip, policy, tmp_path):
     state = {"w": jnp.ones(2)}
     assert trip(state, state, tmp_path / "same", policy)["w"].shape == (2,)
     data = checkpoint.to_bytes(state, policy=policy)
-    with pytest.raises(jmp.PolicyMismatchError) as error:
+    with pytest.raises(jmp.errors.PolicyMismatchError) as error:
         checkpoint.from_bytes(state, data, policy="bf16")
     assert repr(str(jmp.get_policy(policy))) in str(error.value)
     assert "'p=bf16,c=bf16,o=bf16'" in str(error.value)
-    with pytest.raises(jmp.PolicyMismatchError):
+    with pytest.raises(jmp.errors.PolicyMismatchError):
         checkpoint.restore(tmp_path / "same" / "step", state, policy="bf16") if trip is through_orbax else (
             checkpoint.from_bytes(state, data, policy="bf16")
         )
@@ -157,7 +157,7 @@ def test_another_kind_of_loss_scale_is_an_error():
     template = {"opt": make_optimizer(SCALES["static"]).init({"w": jnp.ones(2)})}
     data = checkpoint.to_bytes(saved, policy="full")
     with pytest.raises(
-        jmp.InvalidLossScaleError, match=r"fields \['counter', 'loss_scale'\], but StaticLossScale here has"
+        jmp.errors.InvalidLossScaleError, match=r"fields \['counter', 'loss_scale'\], but StaticLossScale here has"
     ):
         checkpoint.from_bytes(template, data, policy="full")
 

@@ -52,5 +52,8 @@ def test_replicas_that_drifted_apart_are_not_saved(where, tmp_path):
     """One of them would be restored as all: the run would not be the same."""
     shards = [jax.device_put(jnp.full(3, float(i == 5)), device) for i, device in enumerate(jax.devices())]
     drifted = jax.make_array_from_single_device_arrays((3,), sharding(8), shards)
-    with manage(tmp_path) as manager, pytest.raises(jmp.CheckpointMismatchError, match="copies of 'w' on different"):
+    with (
+        manage(tmp_path) as manager,
+        pytest.raises(jmp.errors.CheckpointMismatchError, match="copies of 'w' on different"),
+    ):
         manager.save(1, {"w": drifted})

@@ -31,7 +31,7 @@ def place(state, devices):
 
 
 def make_state(key, scale=None, dtype=jnp.float32, step=0):
-    """Parameters, an optimiser with momentum and a loss scale, a key, and two counters."""
+    """Parameters, an optimizer with momentum and a loss scale, a key, and two counters."""
     params = {"w": jax.random.normal(key, (16, 5), dtype), "b": jnp.zeros(5, dtype), "frozen": None}
     tx = jmp.loss_scaled(optax.sgd(0.1, momentum=0.9), jmp.DynamicLossScale(2.0**10) if scale is None else scale)
     opt_state = jax.tree.map(lambda x: x + x.dtype.type(step), tx.init(params))
@@ -124,7 +124,7 @@ def test_number_and_scalar_array_stand_for_each_other(tmp_path):
         _, state = manager.restore({"python": jnp.int32(0), "array": 0, "position": 0})
         assert {"python": 3, "array": 4, "position": POSITION} == state
         assert [jax.Array, int] == [jax.Array if isinstance(state["python"], jax.Array) else 0, type(state["array"])]
-        with pytest.raises(jmp.CheckpointMismatchError, match=rf"number {POSITION}, which int32 cannot hold"):
+        with pytest.raises(jmp.errors.CheckpointMismatchError, match=rf"number {POSITION}, which int32 cannot hold"):
             manager.restore({"python": 0, "array": 0, "position": jnp.int32(0)})
 
 
@@ -133,7 +133,7 @@ def test_number_and_scalar_array_stand_for_each_other(tmp_path):
 
 def test_every_and_max_to_keep_choose_the_steps(tmp_path):
     """Multiples of ``every`` are saved, the newest are kept, and a step is saved once."""
-    with manage(tmp_path, every=5, max_to_keep=2) as manager:
+    with manage(tmp_path, save_interval_steps=5, max_to_keep=2) as manager:
         assert manager.latest_step() is None
         assert [5, 10, 15, 20] == [step for step in range(1, 24) if manager.save(step, {"w": jnp.ones(2)})]
         assert not manager.save(20, {"w": jnp.ones(2)})
@@ -145,7 +145,7 @@ def test_run_that_did_not_start_from_the_directory_is_refused(copied, key):
     """Otherwise its checkpoints would be dropped, because there are later ones."""
     with (
         manage(copied[0]) as manager,
-        pytest.raises(jmp.CheckpointMismatchError, match=r"Step 2 .* has step 3 already"),
+        pytest.raises(jmp.errors.CheckpointMismatchError, match=r"Step 2 .* has step 3 already"),
     ):
         manager.save(2, make_state(key))
 
@@ -187,7 +187,7 @@ def test_damage_to_any_file_never_gives_wrong_numbers(damage, copied, rng, key):
             step, state = manager.restore(template)
         outcomes[str(file.relative_to(directory / "3"))] = step
         assert_identical(state, states[step])
-        assert [jmp.CorruptCheckpointWarning] * (3 - step) == [warning.category for warning in warned]
+        assert [jmp.errors.CorruptCheckpointWarning] * (3 - step) == [warning.category for warning in warned]
         file.write_bytes(data)
     assert set(outcomes.values()) <= {2, 3}
     assert 2 == outcomes["header/metadata"] == outcomes["state/manifest.ocdbt"]
@@ -205,7 +205,7 @@ def test_changed_values_are_noticed(rng, tmp_path):
     assert files
     for file in files:
         file.write_bytes(file.read_bytes().replace(raw, flip(raw, rng)))
-    with manage(tmp_path) as manager, pytest.warns(jmp.CorruptCheckpointWarning) as warned:
+    with manage(tmp_path) as manager, pytest.warns(jmp.errors.CorruptCheckpointWarning) as warned:
         step, state = manager.restore({"w": np.zeros(5000, np.uint8)})
     assert 1 == step
     assert_identical(state, states[1])
@@ -222,7 +222,7 @@ def test_damaged_checkpoint_makes_room_for_the_next(copied, key):
     shutil.rmtree(directory / "3" / "state" / "d")
     (directory / "4.orbax-checkpoint-tmp").mkdir()
     with manage(directory) as manager:
-        with pytest.warns(jmp.CorruptCheckpointWarning) as warned:
+        with pytest.warns(jmp.errors.CorruptCheckpointWarning) as warned:
             step, _ = manager.restore(make_state(key))
         assert 2 == step == manager.latest_step()
         assert ["Step 4 ", "Step 3 "] == [str(w.message)[:7] for w in warned]
@@ -240,10 +240,10 @@ def test_chosen_step_is_restored_or_nothing(copied, key):
         step, state = manager.restore(make_state(key), step=2)
         assert 2 == step
         assert_identical(state, states[2])
-        with pytest.raises(jmp.CheckpointNotFoundError, match=r"no checkpoint in .*/7"):
+        with pytest.raises(jmp.errors.CheckpointNotFoundError, match=r"no checkpoint in .*/7"):
             manager.restore(make_state(key), step=7)
         shutil.rmtree(directory / "2" / "state")
-        with pytest.raises(jmp.CorruptCheckpointError, match=r"checkpoint in .*/2 is damaged"):
+        with pytest.raises(jmp.errors.CorruptCheckpointError, match=r"checkpoint in .*/2 is damaged"):
             manager.restore(make_state(key), step=2)
 
 
@@ -254,11 +254,11 @@ def test_no_good_checkpoint_is_an_error_that_lists_what_was_tried(copied, key):
     for step in (1, 2, 3):
         (directory / str(step) / "header" / "metadata").write_text("{}")
     with manage(directory) as manager:
-        with pytest.raises(jmp.CorruptCheckpointError) as error:
+        with pytest.raises(jmp.errors.CorruptCheckpointError) as error:
             manager.restore(make_state(key))
-        with pytest.raises(jmp.CorruptCheckpointError, match=r"No checkpoint in .* can be restored"):
+        with pytest.raises(jmp.errors.CorruptCheckpointError, match=r"No checkpoint in .* can be restored"):
             manager.restore(make_state(key))  # tries again
-        with pytest.raises(jmp.CheckpointMismatchError, match="has step 3 already"):
+        with pytest.raises(jmp.errors.CheckpointMismatchError, match="has step 3 already"):
             manager.save(1, make_state(key))
     for step in (1, 2, 3):
         assert f"step {step}: The checkpoint in {directory / str(step)} is damaged. ValueError: its header" in str(
@@ -271,8 +271,8 @@ def test_first_checkpoint_left_unfinished_is_a_fresh_start(tmp_path, key):
     (tmp_path / "5.orbax-checkpoint-tmp").mkdir()
     with manage(tmp_path) as manager:
         with (
-            pytest.warns(jmp.CorruptCheckpointWarning, match="Step 5 .* to the beginning"),
-            pytest.raises(jmp.CheckpointNotFoundError, match="no checkpoint in"),
+            pytest.warns(jmp.errors.CorruptCheckpointWarning, match="Step 5 .* to the beginning"),
+            pytest.raises(jmp.errors.CheckpointNotFoundError, match="no checkpoint in"),
         ):
             manager.restore(make_state(key))
         assert manager.save(5, make_state(key))
@@ -297,7 +297,7 @@ def test_changed_loss_scale_is_an_error_or_migrates(scale, back, key, tmp_path):
     with manage(tmp_path) as manager:
         manager.save(1, old)
         with pytest.raises(
-            jmp.InvalidLossScaleError, match=rf"'opt_state/loss_scale' is a {names[0]}\(.*, but a {names[1]}\("
+            jmp.errors.InvalidLossScaleError, match=rf"'opt_state/loss_scale' is a {names[0]}\(.*, but a {names[1]}\("
         ):
             manager.restore(new)
         _, state = manager.restore(new, migrate=True)
@@ -314,7 +314,7 @@ def test_changed_policy_is_an_error_or_migrates(key, tmp_path):
     with manage(tmp_path) as manager:
         manager.save(1, old)
     with manage(tmp_path, policy="bf16") as manager:
-        with pytest.raises(jmp.PolicyMismatchError, match=r"'p=full,c=f16,o=full', but .* or pass migrate=True"):
+        with pytest.raises(jmp.errors.PolicyMismatchError, match=r"'p=full,c=f16,o=full', but .* or pass migrate=True"):
             manager.restore(new)
         _, state = manager.restore(new, migrate=True)
     assert_identical(state["params"], jax.tree.map(lambda x: x.astype(jnp.bfloat16), old["params"]))
@@ -346,7 +346,10 @@ def test_template_that_does_not_fit_is_an_error_that_names_the_paths(message, sa
     """No step is passed over for it: the program is wrong, not the checkpoint."""
     template = MISFITS[message](make_state(key))
     for migrate in {False, "bfloat16" not in message}:
-        with manage(saved[0]) as manager, pytest.raises(jmp.CheckpointMismatchError, match=message.split(" .*mig")[0]):
+        with (
+            manage(saved[0]) as manager,
+            pytest.raises(jmp.errors.CheckpointMismatchError, match=message.split(" .*mig")[0]),
+        ):
             manager.restore(template, migrate=migrate)
 
 
@@ -355,6 +358,6 @@ def test_paths_that_become_one_on_disk_are_refused(tmp_path):
     state = {"a.b": jnp.ones(2), "a": {"b": jnp.zeros(2)}}
     with (
         manage(tmp_path) as manager,
-        pytest.raises(jmp.CheckpointMismatchError, match="would be stored under one name"),
+        pytest.raises(jmp.errors.CheckpointMismatchError, match="would be stored under one name"),
     ):
         manager.save(1, state)

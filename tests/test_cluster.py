@@ -19,7 +19,7 @@ import sys, jax, jmp_lite as jmp
 def call(*args, **kwargs):
     try:
         return jmp.distributed.initialize(*args, **kwargs)
-    except jmp.ClusterError as error:
+    except jmp.errors.ClusterError as error:
         return f"ClusterError: {error}"
 """
 
@@ -93,14 +93,14 @@ def slurm(process, port):
 )
 def test_arguments_that_cannot_be(arguments, message):
     """Quoted, before JAX or the network is asked."""
-    with pytest.raises(jmp.ClusterError, match=message) as caught:
+    with pytest.raises(jmp.errors.ClusterError, match=message) as caught:
         jmp.distributed.initialize(*arguments)
     assert isinstance(caught.value, RuntimeError)
 
 
 @pytest.mark.parametrize("timeout", [0, -1, float("nan")])
 def test_timeout_must_be_positive(timeout):
-    with pytest.raises(jmp.ClusterError, match=f"positive number of seconds, got {timeout}"):
+    with pytest.raises(jmp.errors.ClusterError, match=f"positive number of seconds, got {timeout}"):
         jmp.distributed.initialize(timeout=timeout)
 
 
@@ -108,7 +108,7 @@ def test_devices_that_have_started_cannot_join():
     """Also in a process that would stay alone: the mistake shows on a laptop."""
     jax.devices()
     for arguments in [(), ("127.0.0.1:9", 2, 1)]:
-        with pytest.raises(jmp.ClusterError, match=r"after JAX started its devices\. Call it first"):
+        with pytest.raises(jmp.errors.ClusterError, match=r"after JAX started its devices\. Call it first"):
             jmp.distributed.initialize(*arguments)
     assert not jax.distributed.is_initialized()
 
@@ -116,7 +116,7 @@ def test_devices_that_have_started_cannot_join():
 def test_port_that_is_taken(port):
     """JAX would crash."""
     message = rf"cannot open the port of .*'127\.0\.0\.1:{port}'.*Choose a port"
-    with socket.create_server(("127.0.0.1", port)), pytest.raises(jmp.ClusterError, match=message):
+    with socket.create_server(("127.0.0.1", port)), pytest.raises(jmp.errors.ClusterError, match=message):
         jmp.distributed.initialize(f"127.0.0.1:{port}", 2, 0)
 
 

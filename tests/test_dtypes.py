@@ -88,14 +88,16 @@ def test_names_of_jmp_are_kept():
 def test_unknown_name_is_quoted(value):
     """An unknown name is quoted, and every accepted one is listed."""
     message = f"Unknown dtype {value!r}. Accepted: {ACCEPTED}."
-    with pytest.raises(jmp.UnknownDtypeError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(jmp.errors.UnknownDtypeError, match=f"^{re.escape(message)}$"):
         jmp.parse_dtype(value)
 
 
 @pytest.mark.parametrize("value", [5, None, jnp.float16, b"f16", ["f16"]], ids=repr)
 def test_what_is_no_name_is_quoted(value):
     """Only strings are names."""
-    with pytest.raises(jmp.UnknownDtypeError, match=f"^{re.escape(f'Unknown dtype {value!r}. Accepted: half, bf16')}"):
+    with pytest.raises(
+        jmp.errors.UnknownDtypeError, match=f"^{re.escape(f'Unknown dtype {value!r}. Accepted: half, bf16')}"
+    ):
         jmp.parse_dtype(value)
 
 
@@ -215,7 +217,7 @@ def test_slow_dtype_warns_once_with_the_better_choice(policy, on_device):
         "Tesla V100-SXM2-16GB has no fast units for compute dtype bfloat16; use float16 instead, for example "
         "jmp_lite.get_policy('mixed_float16')."
     )
-    with pytest.warns(jmp.SlowDtypeWarning, match=f"^{re.escape(message)}$") as caught:
+    with pytest.warns(jmp.errors.SlowDtypeWarning, match=f"^{re.escape(message)}$") as caught:
         policy.cast_to_compute({"head": jnp.ones(1)})
     assert [__file__] == [warning.filename for warning in caught]
     for _ in range(2):
@@ -226,7 +228,7 @@ def test_slow_dtype_warns_again_for_another_dtype(on_device):
     """Each dtype has its own warning."""
     on_device(GPU, "Tesla T4", compute_capability=T4)
     for name in ("mixed_bfloat16", "c=float8_e4m3fn", "c=float8_e5m2"):
-        with pytest.warns(jmp.SlowDtypeWarning, match="^Tesla T4 has no fast units"):
+        with pytest.warns(jmp.errors.SlowDtypeWarning, match="^Tesla T4 has no fast units"):
             jmp.get_policy(name).cast_to_compute(jnp.ones(1))
 
 
@@ -234,7 +236,9 @@ def test_slow_dtype_warns_inside_jit_and_with_policy(on_device):
     """A function wrapped for a TPU in float16 warns when it is traced."""
     on_device(TPU, "TPU v5 lite")
     function = jax.jit(jmp.with_policy(jnp.sin, "mixed_float16"))
-    with pytest.warns(jmp.SlowDtypeWarning, match=r"^TPU v5 lite .* float16; use bfloat16 .*'mixed_bfloat16'\)\.$"):
+    with pytest.warns(
+        jmp.errors.SlowDtypeWarning, match=r"^TPU v5 lite .* float16; use bfloat16 .*'mixed_bfloat16'\)\.$"
+    ):
         function(jnp.ones(1))
     function(jnp.ones(2))
 
@@ -245,7 +249,7 @@ def test_warning_that_is_an_error_is_raised_every_time(on_device):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(2):
-            with pytest.raises(jmp.SlowDtypeWarning):
+            with pytest.raises(jmp.errors.SlowDtypeWarning):
                 jmp.get_policy("mixed_float16").cast_to_compute(jnp.ones(1))
 
 
@@ -288,7 +292,7 @@ except RuntimeError:
 """
 
 
-def test_import_and_policies_initialise_no_device():
+def test_import_and_policies_initialize_no_device():
     """Everything but ``half`` works where JAX can start no backend at all."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("COV", "JAX_", "XLA_"))}
     environment |= {"JAX_PLATFORMS": "nowhere", "PYTHONPATH": str(pathlib.Path(jmp.__file__).parents[1])}

@@ -68,7 +68,7 @@ def train(tx, form, mean_over, start, faults):
 
     def step(carry, fault):
         params, state = carry
-        _, grads = jmp.scaled_value_and_grad(loss_fn)(params, fault["x"], state=state)
+        _, grads = jmp.scaled_value_and_grad(loss_fn, loss_scale=state)(params, fault["x"])
         grads = inject(grads, fault)
         grads = jax.lax.pmean(grads, mean_over) if mean_over else grads
         new_params, new_state = form(tx)(params, state, grads)

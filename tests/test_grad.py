@@ -66,7 +66,7 @@ def test_loss_is_float32_also_on_an_overflowing_step(dtype):
     def loss_fn(p):
         return jnp.sum(p.astype(jnp.float32) * 2.0**4).astype(dtype)
 
-    loss, grads = jmp.scaled_value_and_grad(loss_fn)(params, state=scale)
+    loss, grads = jmp.scaled_value_and_grad(loss_fn, loss_scale=scale)(params)
     assert loss.dtype == jnp.float32
     assert_identical(loss, loss_fn(params).astype(jnp.float32))
     assert not jnp.isfinite(grads.astype(jnp.float32)).any() or dtype == "float8_e4m3fn"
@@ -75,10 +75,14 @@ def test_loss_is_float32_also_on_an_overflowing_step(dtype):
 def test_double_precision_loss_stays_double():
     """Under x64 a float64 loss and its gradients keep their precision."""
     with jax.enable_x64(True):
-        loss, grads = jmp.scaled_value_and_grad(lambda p: p / 3)(jnp.float64(1), state=jmp.DynamicLossScale(2.0**10))
+        loss, grads = jmp.scaled_value_and_grad(lambda p: p / 3, loss_scale=jmp.DynamicLossScale(2.0**10))(
+            jnp.float64(1)
+        )
         assert loss.dtype == grads.dtype == jnp.float64
         assert float(loss) == 1 / 3
-        loss, grads = jmp.scaled_value_and_grad(lambda p: p / 3)(jnp.float32(1), state=jmp.DynamicLossScale(2.0**10))
+        loss, grads = jmp.scaled_value_and_grad(lambda p: p / 3, loss_scale=jmp.DynamicLossScale(2.0**10))(
+            jnp.float32(1)
+        )
         assert loss.dtype == grads.dtype == jnp.float32
 
 
@@ -88,7 +92,7 @@ def test_gradient_is_exact_on_the_growth_step():
     tx = jmp.loss_scaled(optax.sgd(1.0), jmp.DynamicLossScale(1024.0, period=1))
     state = tx.init(params)
     for growths in range(1, 4):
-        loss, grads = jmp.scaled_value_and_grad(lambda p: jnp.sum(p**2))(params, state=state)
+        loss, grads = jmp.scaled_value_and_grad(lambda p: jnp.sum(p**2), loss_scale=state)(params)
         assert float(loss) == 5
         updates, state = tx.update(grads, state, params)
         np.testing.assert_array_equal(updates, [-2, -4])
@@ -123,7 +127,7 @@ def test_gradient_of_gradient(problem):
     """The scaled gradient can itself be differentiated (Hessian-vector products)."""
     params, x = problem
     scale = jmp.DynamicLossScale(2.0**10)
-    inner = lambda p: jnp.sum(jmp.scaled_value_and_grad(quadratic)(p, x, state=scale)[1]["w"])  # noqa: E731
+    inner = lambda p: jnp.sum(jmp.scaled_value_and_grad(quadratic, loss_scale=scale)(p, x)[1]["w"])  # noqa: E731
     np.testing.assert_array_equal(jax.grad(inner)(params)["w"], 2 * x * 2.0**10)
 
 
@@ -133,7 +137,7 @@ def test_gradient_of_gradient(problem):
 def manual_retry(fun, params, x, scale, max_retries):
     """Halving by hand until the gradients are finite."""
     for tries in range(max_retries + 1):
-        loss, grads = jmp.scaled_value_and_grad(fun)(params, x, state=scale)
+        loss, grads = jmp.scaled_value_and_grad(fun, loss_scale=scale)(params, x)
         if tries == max_retries or jmp.all_finite(grads):
             return loss, grads, scale
         scale = scale.adjust(False)
@@ -210,7 +214,7 @@ def test_retry_needs_a_scale_that_moves(make):
         assert_identical(grad_fn(1.0, state=scale)[2], jax.tree.map(jnp.asarray, scale))
         return
     with pytest.raises(
-        jmp.InvalidLossScaleError, match=r"^max_retries=2 needs a DynamicLossScale, .*(NoOp|Static)LossScale"
+        jmp.errors.InvalidLossScaleError, match=r"^max_retries=2 needs a DynamicLossScale, .*(NoOp|Static)LossScale"
     ):
         grad_fn(1.0, state=scale)
 
@@ -218,8 +222,8 @@ def test_retry_needs_a_scale_that_moves(make):
 def test_retry_stops_at_the_floor():
     """At the lowest scale further retries change nothing, and the step is left to be skipped."""
     scale = jmp.DynamicLossScale(4.0, min_loss_scale=2.0)
-    _, grads, state = jmp.scaled_value_and_grad(half_loss, max_retries=5)(
-        {"w": jnp.ones(2)}, jnp.full(2, 60000.0), state=scale
+    _, grads, state = jmp.scaled_value_and_grad(half_loss, max_retries=5, loss_scale=scale)(
+        {"w": jnp.ones(2)}, jnp.full(2, 60000.0)
     )
     assert not jmp.all_finite(grads)
     assert float(state.loss_scale) == 2

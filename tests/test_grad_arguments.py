@@ -38,7 +38,7 @@ def test_argnums(argnums):
 def test_argnums_that_do_not_fit(argnums):
     """Positions out of range or named twice are refused, not answered with zeros."""
     with pytest.raises(TypeError, match=r"^argnums=.* (does not fit a call with 3|names an argument twice)"):
-        jmp.scaled_value_and_grad(loss_of_many, argnums)(1.0, 2.0, 3.0, state=jmp.NoOpLossScale())
+        jmp.scaled_value_and_grad(loss_of_many, argnums, loss_scale=jmp.NoOpLossScale())(1.0, 2.0, 3.0)
 
 
 def test_keywords_reach_the_function():
@@ -53,9 +53,9 @@ def test_keywords_reach_the_function():
 @pytest.mark.parametrize("aux", [{"logits": 1.5, "count": 3}, None, "text", [jnp.float16(2)]], ids=str)
 def test_auxiliary_output_is_untouched(aux):
     """`has_aux` returns what the function returned, of any type, without scaling it."""
-    (loss, seen), grad = jmp.scaled_value_and_grad(lambda p: (p * p, aux), has_aux=True)(
-        3.0, state=jmp.StaticLossScale(2.0)
-    )
+    (loss, seen), grad = jmp.scaled_value_and_grad(
+        lambda p: (p * p, aux), has_aux=True, loss_scale=jmp.StaticLossScale(2.0)
+    )(3.0)
     assert float(loss) == 9
     assert float(grad) == 12
     assert jax.tree.structure(seen) == jax.tree.structure(aux)
@@ -79,7 +79,7 @@ def test_leaves_that_cannot_be_differentiated_get_float0(key):
     rest["float0"] = np.zeros(3, jax.dtypes.float0)
     params = Mixed({"w": jnp.ones(3), "scalar": 1.5, "np": np.float32(2), "half": jnp.float16(1)}, rest)
     scale = jmp.DynamicLossScale(4.0)
-    loss, grads = jmp.scaled_value_and_grad(mixed_loss)(params, state=scale)
+    loss, grads = jmp.scaled_value_and_grad(mixed_loss, loss_scale=scale)(params)
     assert float(loss) == 7.5
     np.testing.assert_array_equal(grads.weights["w"], [8, 8, 8])
     assert float(grads.weights["scalar"]) == 4
@@ -93,8 +93,8 @@ def test_leaves_that_cannot_be_differentiated_get_float0(key):
 
 def test_complex_parameters():
     """Complex parameters get JAX's gradient times the scale: |p|^2 at 1+1j gives 2-2j."""
-    loss, grad = jmp.scaled_value_and_grad(lambda p: jnp.abs(p) ** 2)(
-        jnp.complex64(1 + 1j), state=jmp.StaticLossScale(8.0)
+    loss, grad = jmp.scaled_value_and_grad(lambda p: jnp.abs(p) ** 2, loss_scale=jmp.StaticLossScale(8.0))(
+        jnp.complex64(1 + 1j)
     )
     np.testing.assert_allclose(complex(grad) / 8, 2 - 2j, rtol=4 * 2**-23)  # abs: a root, a square and a division
     np.testing.assert_allclose(float(loss), 2, rtol=2 * 2**-23)
@@ -102,7 +102,7 @@ def test_complex_parameters():
 
 def test_empty_parameters():
     """A model without parameters still has a loss."""
-    loss, grads = jmp.scaled_value_and_grad(lambda p, x: x)({}, 2.0, state=jmp.DynamicLossScale())
+    loss, grads = jmp.scaled_value_and_grad(lambda p, x: x, loss_scale=jmp.DynamicLossScale())({}, 2.0)
     assert (float(loss), grads) == (2, {})
 
 
@@ -117,8 +117,8 @@ BAD_LOSSES = {
 @pytest.mark.parametrize(("described", "fun"), BAD_LOSSES.items(), ids=BAD_LOSSES)
 def test_loss_that_is_not_a_real_number(described, fun):
     """A loss of another type or shape is quoted, with what to do."""
-    with pytest.raises(jmp.LossDtypeError) as error:
-        jmp.scaled_value_and_grad(fun)(1.0, state=jmp.NoOpLossScale())
+    with pytest.raises(jmp.errors.LossDtypeError) as error:
+        jmp.scaled_value_and_grad(fun, loss_scale=jmp.NoOpLossScale())(1.0)
     assert str(error.value) == (
         f"The loss must be a real floating-point scalar, got {described}. Reduce it, for example with jnp.mean, or "
         "return further values with has_aux=True."
@@ -127,15 +127,17 @@ def test_loss_that_is_not_a_real_number(described, fun):
 
 def test_missing_aux():
     """`has_aux` with a function that returns no pair says so."""
-    with pytest.raises(jmp.LossDtypeError, match=r"^With has_aux=True the function must return \(loss, aux\), got "):
-        jmp.scaled_value_and_grad(lambda p: p, has_aux=True)(1.0, state=jmp.NoOpLossScale())
+    with pytest.raises(
+        jmp.errors.LossDtypeError, match=r"^With has_aux=True the function must return \(loss, aux\), got "
+    ):
+        jmp.scaled_value_and_grad(lambda p: p, has_aux=True, loss_scale=jmp.NoOpLossScale())(1.0)
 
 
 @pytest.mark.parametrize("output", [None, "x", {"loss": 1.0}, (1.0, 2.0)], ids=str)
 def test_output_that_is_no_number_is_named(output):
     """A forgotten has_aux, a forgotten return: the message says what came back."""
-    with pytest.raises(jmp.LossDtypeError, match=f"got {type(output).__name__}"):
-        jmp.scaled_value_and_grad(lambda w: output)(1.0, state=jmp.NoOpLossScale())
+    with pytest.raises(jmp.errors.LossDtypeError, match=f"got {type(output).__name__}"):
+        jmp.scaled_value_and_grad(lambda w: output, loss_scale=jmp.NoOpLossScale())(1.0)
 
 
 # --- Where the scale is found ---
@@ -177,30 +179,30 @@ def test_two_scales_need_a_name():
     """Two scales without a name is an error that gives both paths; a segment of the path picks one."""
     pair = {"a": jmp.loss_scaled(optax.sgd(1.0), jmp.StaticLossScale(2.0)), "b": jmp.loss_scaled(optax.sgd(1.0))}
     state = optax.multi_transform(pair, {"w": "a", "v": "b"}).init({"w": 1.0, "v": 1.0})
-    with pytest.raises(jmp.AmbiguousLossScaleError) as error:
-        jmp.scaled_value_and_grad(lambda p: p)(1.0, state=state)
+    with pytest.raises(jmp.errors.AmbiguousLossScaleError) as error:
+        jmp.scaled_value_and_grad(lambda p: p, loss_scale=state)(1.0)
     assert str(error.value) == (
         "2 loss scales in the state: 'inner_states/a/inner_state/loss_scale', 'inner_states/b/inner_state/loss_scale'. "
         "Pass name= with a segment that only one path has."
     )
     for name, scale in {"a": 2, "b": 2**15}.items():
-        _, grad = jmp.scaled_value_and_grad(lambda p: p, name=name)(1.0, state=state)
+        _, grad = jmp.scaled_value_and_grad(lambda p: p, name=name, loss_scale=state)(1.0)
         assert float(grad) == scale
-    with pytest.raises(jmp.AmbiguousLossScaleError):
-        jmp.scaled_value_and_grad(lambda p: p, name="inner_state")(1.0, state=state)
-    with pytest.raises(jmp.LossScaleNotFoundError, match=r"named 'c' \(there are: 'inner_states/a/"):
-        jmp.scaled_value_and_grad(lambda p: p, name="c")(1.0, state=state)
+    with pytest.raises(jmp.errors.AmbiguousLossScaleError):
+        jmp.scaled_value_and_grad(lambda p: p, name="inner_state", loss_scale=state)(1.0)
+    with pytest.raises(jmp.errors.LossScaleNotFoundError, match=r"named 'c' \(there are: 'inner_states/a/"):
+        jmp.scaled_value_and_grad(lambda p: p, name="c", loss_scale=state)(1.0)
 
 
 def test_no_scale_in_the_state():
     """A state without a scale is named, with the remedy."""
     with pytest.raises(
-        jmp.LossScaleNotFoundError, match=r"^No loss scale in the state, a dict\. .*jmp_lite\.loss_scaled"
+        jmp.errors.LossScaleNotFoundError, match=r"^No loss scale in the state, a dict\. .*jmp_lite\.loss_scaled"
     ):
-        jmp.scaled_value_and_grad(lambda p: p)(1.0, state={"w": jnp.ones(2)})
+        jmp.scaled_value_and_grad(lambda p: p, loss_scale={"w": jnp.ones(2)})(1.0)
 
 
 def test_forgotten_state_is_named():
     """Without state there is no loss scale, and the message says where one comes from."""
-    with pytest.raises(jmp.LossScaleNotFoundError, match="Pass a loss scale, or the state of an optimiser"):
+    with pytest.raises(jmp.errors.LossScaleNotFoundError, match="Pass a loss scale, or the state of an optimizer"):
         jmp.scaled_value_and_grad(lambda w: w * w)(1.0)

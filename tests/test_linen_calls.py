@@ -1,4 +1,4 @@
-"""Linen models under policies: what calls and initialisation take and give back, every collection included."""
+"""Linen models under policies: what calls and initialization take and give back, every collection included."""
 
 import functools
 
@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 from jaxprs import dtypes, shape_of
-from linen_models import MODELS, Compact, Everything, SelfNormalising, Typed, random_variables
+from linen_models import MODELS, Compact, Everything, SelfNormalizing, Typed, random_variables
 
 import jmp_lite as jmp
 from jmp_lite.linen import with_policy
@@ -96,7 +96,7 @@ def test_parameters_that_come_back_have_lost_no_digits(name, policy, x, rng):
 def test_parameters_that_a_module_changes_are_changed(policies, rng):
     """What a module writes arrives in the parameter dtype; elements that it leaves alone keep their stored value."""
     params = {name: jnp.asarray(rng.normal(size=3), jnp.float32) for name in "wb"}
-    _, updated = with_policy(SelfNormalising().apply, policies)({"params": params}, jnp.ones(3), mutable=["params"])
+    _, updated = with_policy(SelfNormalizing().apply, policies)({"params": params}, jnp.ones(3), mutable=["params"])
     half = params["w"].astype(jnp.bfloat16)
     assert dtypes(updated) == {"float32"}
     np.testing.assert_array_equal(updated["params"]["w"], (half * 2).astype(jnp.float32))
@@ -186,7 +186,7 @@ def test_mistakes_are_reported_by_flax(variables, error, policy, x):
 def test_a_contradictory_map_is_reported(variables, x):
     """Two patterns that both match a module with different policies are an error that names both."""
     policies = jmp.PolicyMap({"bo.*": "full", ".*dy": "half"}, HALF)
-    with pytest.raises(jmp.AmbiguousPolicyError, match=r"'\.\*dy' .* 'bo\.\*'"):
+    with pytest.raises(jmp.errors.AmbiguousPolicyError, match=r"'\.\*dy' .* 'bo\.\*'"):
         with_policy(MODEL.apply, policies)(variables, x)
 
 
@@ -196,7 +196,7 @@ def test_wrapping_keeps_name_and_documentation():
     assert (wrapped.__name__, wrapped.__doc__) == (MODEL.apply.__name__, MODEL.apply.__doc__)
 
 
-# --- Initialisation ---
+# --- Initialization ---
 
 
 @pytest.mark.usefixtures("standard_promotion")
@@ -260,7 +260,7 @@ def test_a_train_state_takes_the_wrapped_apply(x, rng):
     def loss_fn(params):
         return jnp.mean((state.apply_fn({"params": params}, x) - 1) ** 2)
 
-    loss, grads = jmp.scaled_value_and_grad(loss_fn)(state.params, state=state.opt_state)
+    loss, grads = jmp.scaled_value_and_grad(loss_fn, loss_scale=state.opt_state)(state.params)
     state = state.apply_gradients(grads=grads)
     assert loss_fn(state.params) < loss
     assert dtypes(state.params) == {"float32"}

@@ -179,7 +179,7 @@ def test_one_trace_and_one_compilation_in_ten_steps(make, fused):
     def step(params, state, x):
         nonlocal traces
         traces += 1
-        loss, grads = jmp.scaled_value_and_grad(lambda p: jnp.sum(p["w"] * x))(params, state=state)
+        loss, grads = jmp.scaled_value_and_grad(lambda p: jnp.sum(p["w"] * x), loss_scale=state)(params)
         if fused:
             return *jmp.apply_gradients(tx, grads, state, params), loss
         updates, state = tx.update(grads, state, params)

@@ -178,7 +178,7 @@ def test_static_scale_is_structure():
 def test_traced_static_value_is_refused(make):
     """A traced value where structure is needed raises at once instead of leaking a tracer out of jit."""
     with pytest.raises(
-        jmp.TracedStaticScaleError, match=r"needs a Python number, got a traced value .*DynamicLossScale"
+        jmp.errors.TracedStaticScaleError, match=r"needs a Python number, got a traced value .*DynamicLossScale"
     ):
         jax.jit(make)(8.0)
 
@@ -229,7 +229,7 @@ INVALID = {
 @pytest.mark.parametrize(("message", "settings"), INVALID.items(), ids=INVALID)
 def test_setting_out_of_range(message, settings):
     """Each setting out of range is named, with what was given and what is accepted."""
-    with pytest.raises(jmp.InvalidLossScaleError) as error:
+    with pytest.raises(jmp.errors.InvalidLossScaleError) as error:
         jmp.DynamicLossScale(**settings)
     assert str(error.value) == message
 
@@ -238,7 +238,7 @@ def test_setting_out_of_range(message, settings):
 def test_static_value_out_of_range(value):
     """A static scale out of range is refused where it is used."""
     for use in (jmp.StaticLossScale(value).scale, jmp.StaticLossScale(value).unscale):
-        with pytest.raises(jmp.InvalidLossScaleError) as error:
+        with pytest.raises(jmp.errors.InvalidLossScaleError) as error:
             use(1.0)
         assert (
             str(error.value) == f"loss_scale must be in [2**-126, 2**126], got {value}. Try StaticLossScale(2.0**15)."
@@ -247,7 +247,7 @@ def test_static_value_out_of_range(value):
 
 def test_unknown_system():
     """An unknown preset names the known ones."""
-    with pytest.raises(jmp.InvalidLossScaleError) as error:
+    with pytest.raises(jmp.errors.InvalidLossScaleError) as error:
         jmp.DynamicLossScale.like("apex")
     assert str(error.value) == "Unknown system 'apex'. Accepted: torch, flax, keras, jmp, megatron, deepspeed."
 
@@ -255,5 +255,5 @@ def test_unknown_system():
 @pytest.mark.parametrize("verdict", [jnp.array([True, False]), jnp.float32(1), 1.0, None], ids=str)
 def test_verdict_must_be_one_boolean(verdict):
     """A verdict per leaf or a number is refused rather than broadcast."""
-    with pytest.raises(jmp.NonScalarPredicateError, match=r"^expected boolean scalar, got "):
+    with pytest.raises(jmp.errors.NonScalarPredicateError, match=r"^expected boolean scalar, got "):
         jmp.DynamicLossScale().adjust(verdict)

@@ -45,7 +45,7 @@ def uncompiled(optimizer):
     return jax.disable_jit(optimizer == "MultiSteps")
 
 
-# Every optimiser in each way, but for some compilations of the two-call form: those take long and differ little.
+# Every optimizer in each way, but for some compilations of the two-call form: those take long and differ little.
 WAYS = [
     (optimizer, form, compiled)
     for optimizer in OPTIMIZERS
@@ -202,7 +202,7 @@ def test_steps_accumulated_outside(form):
     params, state, step = {"w": jnp.zeros(2)}, tx.init({"w": jnp.zeros(2)}), jax.jit(form(tx))
     seen = []
     for value in (1.0, 3.0, 2.0, 4.0, np.inf, 1.0):
-        _, scale = jmp.scaled_value_and_grad(lambda p: p)(1.0, state=state)
+        _, scale = jmp.scaled_value_and_grad(lambda p: p, loss_scale=state)(1.0)
         params, state = step(params, state, {"w": jnp.full(2, value) * scale})
         seen.append((float(params["w"][0]), float(jmp.metrics(state)["loss_scale"])))
     assert seen == [(0, 4), (-1, 8), (-1, 8), (-2.5, 16), (-2.5, 16), (-2.5, 8)]
@@ -232,7 +232,7 @@ def test_combinations(combine, rng):
     ours, theirs = (params, combined.init(params)), (params, alone.init(params))
     for grads in all_grads:
         ours, theirs = fused(combined)(*ours, grads), two_calls(alone)(*theirs, grads)
-    # Flattened leaves are vectorised differently: ten roundings of Adam's formula in each of two updates may differ.
+    # Flattened leaves are vectorized differently: ten roundings of Adam's formula in each of two updates may differ.
     assert_close(ours[0], theirs[0], ulps=2 * 10 / 2)
     assert_identical(jmp.metrics(ours[1]), jmp.metrics(theirs[1]))
     for field in ("notfinite_count", "total_notfinite", "last_finite"):
@@ -288,20 +288,20 @@ def test_scale_is_adjusted_after_unscaling(rng):
 @pytest.mark.parametrize("loss_scale", [2.0**15, "dynamic", jmp.DynamicLossScale], ids=repr)
 def test_what_is_no_loss_scale_is_refused(loss_scale):
     """A number, a name or the class itself are quoted."""
-    with pytest.raises(jmp.InvalidLossScaleError, match=r"got .*Write for example"):
+    with pytest.raises(jmp.errors.InvalidLossScaleError, match=r"got .*Write for example"):
         jmp.loss_scaled(optax.sgd(0.1), loss_scale)
 
 
-def test_state_of_another_optimiser_is_refused():
+def test_state_of_another_optimizer_is_refused():
     """The state of plain Optax, or gradients in the place of the state, are named."""
     tx, params = jmp.loss_scaled(optax.sgd(0.1)), {"w": jnp.ones(2)}
     for state in (optax.sgd(0.1).init(params), params):
-        with pytest.raises(jmp.LossScaleNotFoundError, match=f"got {type(state).__name__}"):
+        with pytest.raises(jmp.errors.LossScaleNotFoundError, match=f"got {type(state).__name__}"):
             jmp.apply_gradients(tx, params, state, params)
 
 
-def test_donated_state_leaves_the_optimiser_usable():
-    """Two runs from one optimiser, both donating their state, although its scale was given as a JAX array."""
+def test_donated_state_leaves_the_optimizer_usable():
+    """Two runs from one optimizer, both donating their state, although its scale was given as a JAX array."""
     tx, params = jmp.loss_scaled(optax.sgd(0.1), jmp.DynamicLossScale(jnp.float32(8.0))), {"w": jnp.ones(2)}
     step = jax.jit(lambda state: jmp.apply_gradients(tx, params, state, params)[1], donate_argnums=0)
     assert [float(step(tx.init(params)).loss_scale.loss_scale) for _ in range(2)] == [8.0, 8.0]

@@ -62,10 +62,10 @@ def test_metrics_of_several_scales_carry_their_paths():
 @pytest.mark.parametrize("state", [optax.adam(0.1).init(PARAMS), jmp.DynamicLossScale(), None, {}], ids=str)
 def test_state_without_loss_scaling(call, state):
     """A state that loss_scaled did not make is named, with the remedy."""
-    with pytest.raises(jmp.LossScaleNotFoundError) as error:
+    with pytest.raises(jmp.errors.LossScaleNotFoundError) as error:
         call(state)
     assert str(error.value) == (
-        f"No loss scale in the state, a {type(state).__name__}. Pass the state of an optimiser wrapped in "
+        f"No loss scale in the state, a {type(state).__name__}. Pass the state of an optimizer wrapped in "
         "jmp_lite.loss_scaled."
     )
 
@@ -82,7 +82,7 @@ def test_stalled_training_is_reported():
     """Ten skips in a row at the floor raise, with the count, the scale, the leaves and what to do; nine do not."""
     tx = jmp.loss_scaled(optax.sgd(0.1), jmp.DynamicLossScale(4.0))
     jmp.check_loss_scale(after_skips(tx, 9), BAD)
-    with pytest.raises(jmp.LossScaleStalledError) as error:
+    with pytest.raises(jmp.errors.LossScaleStalledError) as error:
         jmp.check_loss_scale(after_skips(tx, 10), BAD)
     assert str(error.value) == (
         "10 steps in a row were skipped and the loss scale 1 cannot go lower. Not finite in the gradients given: "
@@ -93,7 +93,7 @@ def test_stalled_training_is_reported():
 def test_stalled_training_without_gradients():
     """Without gradients the message asks for them; the path of the state is given where there is one."""
     tx = optax.named_chain(("scaled", jmp.loss_scaled(optax.sgd(0.1), jmp.DynamicLossScale(1.0))))
-    with pytest.raises(jmp.LossScaleStalledError) as error:
+    with pytest.raises(jmp.errors.LossScaleStalledError) as error:
         jmp.check_loss_scale(after_skips(tx, 3), max_skips=3)
     assert str(error.value) == (
         "3 steps in a row were skipped and the loss scale 1 cannot go lower (state at 'scaled'). Pass the gradients of "
@@ -122,7 +122,7 @@ def test_a_stall_is_skips_at_the_lowest_scale(scale, skips, stalled):
     if not stalled:
         jmp.check_loss_scale(state)
         return
-    with pytest.raises(jmp.LossScaleStalledError, match=rf"^{skips} steps in a row were skipped"):
+    with pytest.raises(jmp.errors.LossScaleStalledError, match=rf"^{skips} steps in a row were skipped"):
         jmp.check_loss_scale(state)
 
 
@@ -131,6 +131,6 @@ def test_check_understands_replicas():
     tx = jmp.loss_scaled(optax.sgd(0.1), jmp.DynamicLossScale(1.0))
     for replicas in (1, 8):
         state = jax.tree.map(lambda x, n=replicas: jnp.stack([x] * n), after_skips(tx, 12))
-        with pytest.raises(jmp.LossScaleStalledError, match=r"^12 steps"):
+        with pytest.raises(jmp.errors.LossScaleStalledError, match=r"^12 steps"):
             jmp.check_loss_scale(state)
         assert jmp.metrics(state)["loss_scale"].shape == (replicas,)

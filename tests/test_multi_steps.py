@@ -100,7 +100,7 @@ WAYS = {
 
 
 def seen(params, state):
-    """All that the model knows, read from an optimiser state."""
+    """All that the model knows, read from an optimizer state."""
     metrics = jmp.metrics(state)
     counts = [metrics["notfinite_count"], metrics["total_notfinite"]]
     counts += [optax.tree.get(state, name) for name in ("mini_step", "gradient_step")]

@@ -312,11 +312,11 @@ def test_types_are_made_once(everything, x):
 
 def test_a_contradictory_map_is_reported(everything, x):
     """Two patterns that both match a module with different policies are an error that names both."""
-    with pytest.raises(jmp.AmbiguousPolicyError, match=r"'fir.\*' .* 'first.\*'"):
+    with pytest.raises(jmp.errors.AmbiguousPolicyError, match=r"'fir.\*' .* 'first.\*'"):
         with_policy(forward, jmp.PolicyMap({"fir.*": "full", "first.*": "half"}, HALF))(everything, x)
 
 
-def test_an_optimiser_trains_the_stored_parameters(policy, everything, rng):
+def test_an_optimizer_trains_the_stored_parameters(policy, everything, rng):
     """A training step of NNX needs nothing but the wrapped function."""
     optimizer, wrapped = nnx.Optimizer(everything, optax.adam(0.03), wrt=nnx.Param), with_policy(forward, policy)
     x, y = (jnp.asarray(rng.normal(size=(16, 16)), jnp.float32) for _ in range(2))

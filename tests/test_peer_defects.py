@@ -70,7 +70,7 @@ def test_jmp_has_no_maximum():
     params, state = {"w": jnp.ones(1)}, tx.init({"w": jnp.ones(1)})
     for _ in range(3):
         loss_fn = lambda p: jnp.sum(p["w"].astype(jnp.float16))  # noqa: E731
-        _, grads = jmp.scaled_value_and_grad(loss_fn)(params, state=state)
+        _, grads = jmp.scaled_value_and_grad(loss_fn, loss_scale=state)(params)
         params, state = jmp.apply_gradients(tx, grads, state, params)
     assert int(state.total_notfinite) == 2  # 2**17 and 2**16
     assert float(params["w"][0]) == 0
@@ -78,7 +78,7 @@ def test_jmp_has_no_maximum():
 
 def test_jmp_static_scale_leaks_a_tracer():
     """Built from a traced value and returned from jit, jmp's static scale fails later, far from the cause."""
-    with pytest.raises(jmp.TracedStaticScaleError):
+    with pytest.raises(jmp.errors.TracedStaticScaleError):
         jax.jit(jmp.StaticLossScale)(jnp.float32(8))
     moving = jax.jit(lambda x: Dynamic(x, factor=1))(jnp.float32(8))
     assert float(moving.scale(1.0)) == 8
@@ -127,7 +127,7 @@ def test_mpx_gradients_are_wrong_on_each_growth_step(period):
     params = jnp.array([1.0, 2.0])
     state = tx.init(params)
     for _ in range(4):
-        value, grads = jmp.scaled_value_and_grad(lambda p: (p**2).sum())(params, state=state)
+        value, grads = jmp.scaled_value_and_grad(lambda p: (p**2).sum(), loss_scale=state)(params)
         updates, state = tx.update(grads, state, params)
         assert float(value) == 5
         np.testing.assert_array_equal(updates, [2, 4])
@@ -175,7 +175,7 @@ def test_jaxamp_scale_reaches_infinity_and_zero(good):
 
 def test_jaxamp_retries_ten_times_by_default():
     """A NaN model costs jaxamp eleven passes and 2**11 of scale in one step; here retries are off unless asked for."""
-    result = jmp.scaled_value_and_grad(lambda p: p * np.nan)(1.0, state=Dynamic(2.0**15))
+    result = jmp.scaled_value_and_grad(lambda p: p * np.nan, loss_scale=Dynamic(2.0**15))(1.0)
     assert len(result) == 2
 
 
@@ -184,7 +184,7 @@ def test_jaxamp_retries_ten_times_by_default():
 
 def test_flax_first_half_step_is_nan():
     """With an fp16 loss Flax's default scale overflows on step one, and the loss it returns is nan."""
-    loss, _ = jmp.scaled_value_and_grad(lambda p: p * jnp.float16(3))(jnp.float16(1), state=Dynamic.like("flax"))
+    loss, _ = jmp.scaled_value_and_grad(lambda p: p * jnp.float16(3), loss_scale=Dynamic.like("flax"))(jnp.float16(1))
     assert float(loss) == 3
     assert loss.dtype == jnp.float32
 
@@ -200,17 +200,21 @@ def test_flax_grows_one_step_late():
 
 def test_flax_gradients_lose_precision_and_imaginary_parts():
     """Flax casts all gradients to float32: complex ones lose a part, float64 ones half their digits."""
-    _, grad = jmp.scaled_value_and_grad(lambda p: jnp.real(p * jnp.conj(p)))(jnp.complex64(1 + 1j), state=Dynamic(8.0))
+    _, grad = jmp.scaled_value_and_grad(lambda p: jnp.real(p * jnp.conj(p)), loss_scale=Dynamic(8.0))(
+        jnp.complex64(1 + 1j)
+    )
     assert complex(Dynamic(8.0).unscale(grad)) == 2 - 2j
     with jax.enable_x64(True):
-        _, grad = jmp.scaled_value_and_grad(lambda p: p / 3)(jnp.float64(1), state=Dynamic(8.0))
+        _, grad = jmp.scaled_value_and_grad(lambda p: p / 3, loss_scale=Dynamic(8.0))(jnp.float64(1))
         assert float(Dynamic(8.0).unscale(grad)) == 1 / 3
 
 
 def test_flax_takes_neither_integers_nor_keywords():
     """An integer leaf is a TypeError in Flax and keyword arguments are not accepted."""
     fun = lambda p, *, by: p["w"] * by * p["n"].astype(jnp.float32)  # noqa: E731
-    loss, grads = jmp.scaled_value_and_grad(fun)({"w": 2.0, "n": jnp.int32(3)}, by=jnp.float32(5), state=Dynamic(8.0))
+    loss, grads = jmp.scaled_value_and_grad(fun, loss_scale=Dynamic(8.0))(
+        {"w": 2.0, "n": jnp.int32(3)}, by=jnp.float32(5)
+    )
     assert (float(loss), float(grads["w"])) == (30, 120)
 
 
@@ -221,7 +225,7 @@ def test_flax_scale_falls_silently():
     for _ in range(13):
         _, state = tx.update({"w": jnp.full(1, np.nan)}, state)
     assert float(state.loss_scale.loss_scale) == 1
-    with pytest.raises(jmp.LossScaleStalledError):
+    with pytest.raises(jmp.errors.LossScaleStalledError):
         jmp.check_loss_scale(state)
 
 
@@ -231,7 +235,7 @@ def test_flax_replicas_diverge():
 
     def step(x):
         params = {"w": jnp.ones(1)}
-        _, grads = jmp.scaled_value_and_grad(lambda p: jnp.sum(p["w"] * x))(params, state=Dynamic(8.0))
+        _, grads = jmp.scaled_value_and_grad(lambda p: jnp.sum(p["w"] * x), loss_scale=Dynamic(8.0))(params)
         return jmp.apply_gradients(tx, jax.lax.pmean(grads, "batch"), tx.init(params), params)[1].last_finite
 
     assert not jax.pmap(step, "batch")(jnp.ones(DEVICES).at[5].set(np.inf)).any()

@@ -109,7 +109,7 @@ def test_resumed_run_ends_with_the_same_bits(example, capsys, tmp_path, mode):
     assert all(tag in file for tag in (b"train/loss", b"train/loss_scale", b"test/accuracy") for file in events)
 
 
-def test_parameters_and_optimiser_of_mode_jit_are_in_shards(example):
+def test_parameters_and_optimizer_of_mode_jit_are_in_shards(example):
     pod = example("pod")
     training = pod.Training(pod.parse(["--mode", "jit"]))
     params, statistics, opt_state = training.initial_state()

@@ -115,7 +115,7 @@ def policy_with(field, value):
 def test_dtype_that_is_not_floating_is_refused(field, value, described):
     """What is no floating format of JAX is refused at construction, by field, with the accepted names."""
     text = f"{field} must be a floating-point dtype, got {described}. Accepted names: {ACCEPTED}."
-    for error in (jmp.InvalidPolicyError, TypeError):
+    for error in (jmp.errors.InvalidPolicyError, TypeError):
         with pytest.raises(error, match=exactly(text)):
             policy_with(field, value)
 
@@ -124,14 +124,16 @@ def test_dtype_of_keys_and_jax_arrays_are_refused():
     """Values that need JAX to be made are refused like any other."""
     key = jax.random.key(0)
     for value, described in [(key.dtype, "key<fry>"), (jnp.ones(1), repr(jnp.ones(1)))]:
-        with pytest.raises(jmp.InvalidPolicyError, match=f"^compute_dtype must be .* got {re.escape(described)}"):
+        with pytest.raises(
+            jmp.errors.InvalidPolicyError, match=f"^compute_dtype must be .* got {re.escape(described)}"
+        ):
             policy_with("compute_dtype", value)
 
 
 @pytest.mark.parametrize("field", FIELDS[:3])
 def test_none_is_refused(field):
     """``None``, which NumPy takes for float64, stands for a default in ``reduce_dtype`` only."""
-    with pytest.raises(jmp.InvalidPolicyError, match=f"^{field} must be a floating-point dtype, got None"):
+    with pytest.raises(jmp.errors.InvalidPolicyError, match=f"^{field} must be a floating-point dtype, got None"):
         policy_with(field, None)
     assert policy_with("reduce_dtype", None).reduce_dtype is None
 
@@ -141,7 +143,7 @@ def test_none_is_refused(field):
 def test_unknown_name_in_a_field_is_quoted(field, value):
     """A name that is no format is quoted with its field."""
     text = f"Unknown dtype {value!r} for {field}. Accepted: {ACCEPTED}."
-    with pytest.raises(jmp.UnknownDtypeError, match=exactly(text)):
+    with pytest.raises(jmp.errors.UnknownDtypeError, match=exactly(text)):
         policy_with(field, value)
 
 
@@ -287,7 +289,7 @@ ERRORS = {
 @pytest.mark.parametrize("text", ERRORS)
 def test_text_that_is_no_policy(text):
     """The message quotes the text, names the bad part and lists what is accepted."""
-    for error in (jmp.UnknownDtypeError, ValueError):
+    for error in (jmp.errors.UnknownDtypeError, ValueError):
         with pytest.raises(error, match=exactly(ERRORS[text])):
             jmp.get_policy(text)
 
@@ -297,7 +299,7 @@ def test_what_is_neither_text_nor_policy(spec):
     """Anything else is quoted and refused."""
     text = f"A policy must be a string, a Policy or a PolicyMap, got {spec!r}. "
     text += "Write for example get_policy('mixed_bfloat16')."
-    for error in (jmp.InvalidPolicyError, TypeError):
+    for error in (jmp.errors.InvalidPolicyError, TypeError):
         with pytest.raises(error, match=exactly(text)):
             jmp.get_policy(spec)
         with pytest.raises(error, match=exactly(text)):
@@ -329,7 +331,9 @@ def test_jmp_policy_str_of_np_dtype(spelling):
 
 def test_jmp_policy_of_anything():
     """Defect 9 of jmp: ``Policy(jnp.int32, 'abc', None)`` does not get past its construction."""
-    with pytest.raises(jmp.InvalidPolicyError, match=r"^param_dtype must be a floating-point dtype, got int32\."):
+    with pytest.raises(
+        jmp.errors.InvalidPolicyError, match=r"^param_dtype must be a floating-point dtype, got int32\."
+    ):
         jmp.Policy(jnp.int32, "abc", None)
 
 
@@ -348,13 +352,13 @@ def test_jmp_get_policy_with_spaces_and_upper_case(text):
 @pytest.mark.parametrize("text", ["p=f32,c=f16,", "c=f16=f32"])
 def test_jmp_get_policy_raw_unpacking_error(text):
     """Defect 9 of jmp: a stray comma or equals sign is explained."""
-    with pytest.raises(jmp.UnknownDtypeError, match=re.escape(f"{text!r} is not 'key=dtype'")):
+    with pytest.raises(jmp.errors.UnknownDtypeError, match=re.escape(f"{text!r} is not 'key=dtype'")):
         jmp.get_policy(text)
 
 
 def test_jmp_get_policy_error_names_only_what_works():
     """Defect 9 of jmp: every name that the error text lists is accepted."""
-    with pytest.raises(jmp.UnknownDtypeError) as caught:
+    with pytest.raises(jmp.errors.UnknownDtypeError) as caught:
         jmp.get_policy("float")
     dtypes, aliases = re.search(r"dtypes: (.*); accepted policies: (.*), one dtype", str(caught.value)).groups()
     assert all(isinstance(jmp.get_policy(name), jmp.Policy) for name in f"{dtypes}, {aliases}".split(", "))
@@ -362,7 +366,7 @@ def test_jmp_get_policy_error_names_only_what_works():
 
 def test_jmp_get_policy_last_key_wins():
     """Defect 9 of jmp: a key given twice is an error."""
-    with pytest.raises(jmp.UnknownDtypeError, match=r"^Key 'c' is given twice in policy 'c=f32,c=f16'\."):
+    with pytest.raises(jmp.errors.UnknownDtypeError, match=r"^Key 'c' is given twice in policy 'c=f32,c=f16'\."):
         jmp.get_policy("c=f32,c=f16")
 
 

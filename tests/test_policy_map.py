@@ -102,7 +102,7 @@ def test_contradicting_patterns_are_an_error_that_names_them(policies, path, lis
     text = f"Path {path!r} matches {listed}. Make the patterns exclusive, or name the path itself."
     for ordered in (policies, dict(reversed(policies.items()))):
         policy_map = jmp.PolicyMap(ordered, DEFAULT)
-        for error in (jmp.AmbiguousPolicyError, ValueError):
+        for error in (jmp.errors.AmbiguousPolicyError, ValueError):
             with pytest.raises(error, match=exactly(text)):
                 policy_map.policy_for(path)
         assert jmp.get_policy(DEFAULT) == policy_map.policy_for("other")
@@ -117,7 +117,7 @@ def test_naming_the_path_resolves_a_contradiction():
 def test_casts_report_a_contradiction():
     """A cast meets the contradiction at the path of the leaf."""
     policies = jmp.PolicyMap({"norm": "f32", "layers_.*": "f16"}, DEFAULT)
-    with pytest.raises(jmp.AmbiguousPolicyError, match=r"^Path 'layers_1/norm/scale' matches "):
+    with pytest.raises(jmp.errors.AmbiguousPolicyError, match=r"^Path 'layers_1/norm/scale' matches "):
         policies.cast_to_compute({"layers_1": {"norm": {"scale": jnp.ones(1)}}})
 
 
@@ -139,7 +139,7 @@ def test_escaped_ancestor_matches_and_others_do_not(path, depth):
 def test_any_text_is_a_pattern_or_a_clean_error(text):
     """A key is a pattern, with which any path can be looked up, or an error that quotes it."""
     policies = strategies.result_or_error(jmp.PolicyMap, {text: "f16"}, DEFAULT)
-    if isinstance(policies, jmp.UnknownDtypeError):
+    if isinstance(policies, jmp.errors.UnknownDtypeError):
         assert repr(text) in str(policies)
     else:
         for path in ("", "a/b", text, f"a/{text}/b"):
@@ -164,7 +164,7 @@ def test_any_text_is_a_pattern_or_a_clean_error(text):
 def test_pattern_that_is_no_regular_expression(pattern, reason):
     """A broken pattern is quoted with what Python says about it, when the map is built."""
     text = f"Pattern {pattern!r} is no regular expression: {reason}."
-    with pytest.raises(jmp.UnknownDtypeError, match=exactly(text)):
+    with pytest.raises(jmp.errors.UnknownDtypeError, match=exactly(text)):
         jmp.PolicyMap({"ok": "f32", pattern: "f32"}, DEFAULT)
 
 
@@ -190,7 +190,7 @@ def test_pattern_that_is_no_regular_expression(pattern, reason):
 )
 def test_map_of_something_else(policies, default, text):
     """What is no mapping from strings to policies is refused and quoted."""
-    for error in (jmp.InvalidPolicyError, TypeError):
+    for error in (jmp.errors.InvalidPolicyError, TypeError):
         with pytest.raises(error, match=exactly(text)):
             jmp.PolicyMap(policies, default)
 
@@ -198,7 +198,7 @@ def test_map_of_something_else(policies, default, text):
 @pytest.mark.parametrize(("policies", "default"), [({"a": "f61"}, "f32"), ({"a": "f32"}, "f61")])
 def test_unknown_policy_in_a_map(policies, default):
     """A policy string that cannot be parsed is reported as by ``get_policy``."""
-    with pytest.raises(jmp.UnknownDtypeError, match=r"^Unknown dtype 'f61' in policy 'f61'\."):
+    with pytest.raises(jmp.errors.UnknownDtypeError, match=r"^Unknown dtype 'f61' in policy 'f61'\."):
         jmp.PolicyMap(policies, default)
 
 
@@ -252,7 +252,7 @@ def test_map_keeps_no_link_to_the_dict_it_was_made_from():
 
 def test_text_of_a_map_is_not_taken_for_a_policy():
     """A map has no text form to parse: its printed form is refused, not misread."""
-    with pytest.raises(jmp.UnknownDtypeError):
+    with pytest.raises(jmp.errors.UnknownDtypeError):
         jmp.get_policy(str(jmp.PolicyMap({"a": "f32"}, DEFAULT)))
 
 

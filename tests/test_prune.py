@@ -283,7 +283,7 @@ MISTAKES = {
 def test_settings_that_mean_nothing(mistake):
     """Each is quoted, when the transformation is made."""
     settings, message = MISTAKES[mistake]
-    with pytest.raises(jmp.InvalidPruningError, match=message):
+    with pytest.raises(jmp.errors.InvalidPruningError, match=message):
         prune(**settings)
 
 
@@ -292,7 +292,7 @@ def test_chosen_leaf_that_cannot_be_grouped_is_named(shape, axis):
     """What the caller chose is never left out silently."""
     params = {"layer": {"kernel": jnp.ones(shape)}}
     with pytest.raises(
-        jmp.InvalidPruningError, match=r"'layer/kernel' is float32\[.*axis .* groups of 4\. Leave it out"
+        jmp.errors.InvalidPruningError, match=r"'layer/kernel' is float32\[.*axis .* groups of 4\. Leave it out"
     ):
         prune(nm=(2, 4), axis=axis, where=everywhere).init(params)
 
@@ -300,5 +300,5 @@ def test_chosen_leaf_that_cannot_be_grouped_is_named(shape, axis):
 def test_update_without_parameters_is_refused():
     """Optax's `params=None` is answered with what to write."""
     tx, params = prune(0.5), {"w": jnp.ones((32, 32))}
-    with pytest.raises(jmp.InvalidPruningError, match=r"call update\(updates, state, params\)"):
+    with pytest.raises(jmp.errors.InvalidPruningError, match=r"call update\(updates, state, params\)"):
         tx.update(params, tx.init(params))

@@ -232,7 +232,7 @@ def make_step(tx):
 
     @jax.jit
     def step(state, x):
-        grads = jmp.scaled_value_and_grad(loss_fn)(state["params"], x, state=state["opt_state"])[1]
+        grads = jmp.scaled_value_and_grad(loss_fn, loss_scale=state["opt_state"])(state["params"], x)[1]
         params, opt_state = jmp.apply_gradients(tx, grads, state["opt_state"], state["params"])
         return {"params": params, "opt_state": opt_state}
 
@@ -322,7 +322,7 @@ def test_nnx_model(seed):
 
 
 @pytest.mark.slow
-def test_zeros_stay_through_quantisation(key):
+def test_zeros_stay_through_quantization(key):
     """Training through int8 with straight-through gradients: a zero is a zero in int8 too."""
 
     def int8(w):

@@ -50,7 +50,7 @@ def train_step(tx, form, mean):
     """One step per device; with `mean` over the gradients of all."""
 
     def step(params, state, x):
-        loss, grads = jmp.scaled_value_and_grad(loss_fn)(params, x, state=state)
+        loss, grads = jmp.scaled_value_and_grad(loss_fn, loss_scale=state)(params, x)
         grads = jax.lax.pmean(grads, "batch") if mean else grads
         return *form(tx)(params, state, grads), loss
 
@@ -123,7 +123,7 @@ def test_shard_map_with_sharded_parameters(form, rng):
     specs = jax.tree.map(lambda x: P("batch") if x.ndim else P(), (params, state))
 
     def step(params, state, x):
-        _, grads = jmp.scaled_value_and_grad(lambda p: jnp.sum(p["w"] * x[0]))(params, state=state)
+        _, grads = jmp.scaled_value_and_grad(lambda p: jnp.sum(p["w"] * x[0]), loss_scale=state)(params)
         return form(tx)(params, state, grads)
 
     run = jax.jit(jax.shard_map(step, mesh=mesh(), in_specs=(*specs, P("batch")), out_specs=specs))
@@ -141,7 +141,7 @@ def test_jit_with_sharded_batch(form, rng):
 
     @jax.jit
     def step(params, state, x):
-        loss, grads = jmp.scaled_value_and_grad(loss_fn)(params, jnp.mean(x, axis=0), state=state)
+        loss, grads = jmp.scaled_value_and_grad(loss_fn, loss_scale=state)(params, jnp.mean(x, axis=0))
         return *form(tx)(params, state, grads), loss
 
     replicas = NamedSharding(mesh(), P())

@@ -118,12 +118,12 @@ def test_stalled_training_names_the_replicas(where, message, devices):
     state = jax.lax.fori_loop(0, 10, lambda _, s: tx.update({"w": jnp.full(2, np.nan)}, s, params)[1], tx.init(params))
     replicas = jnp.zeros((*devices, DEVICES), bool)
     flags = {name: replicas.at[..., np.array(at, int)].set(True) for name, at in where.items()}
-    with pytest.raises(jmp.LossScaleStalledError) as error:
+    with pytest.raises(jmp.errors.LossScaleStalledError) as error:
         jmp.check_loss_scale(state, flags)
     assert f"Not finite in the gradients given: {message}The gradients overflow" in str(error.value)
     scalars = {name: flag.any() for name, flag in flags.items()}
     bad = ", ".join(name for name, at in where.items() if at)
-    with pytest.raises(jmp.LossScaleStalledError, match=rf"Not finite in the gradients given: {bad}\. The"):
+    with pytest.raises(jmp.errors.LossScaleStalledError, match=rf"Not finite in the gradients given: {bad}\. The"):
         jmp.check_loss_scale(state, scalars)
 
 

@@ -54,7 +54,7 @@ def trained(name):
     """Trains once per run; gives true losses, scales after each step, skips, zero gradients and the final loss."""
     dtype, scale, multiplier = RUNS[name]
     params, (X, Y, IDX), _ = recorded()
-    # The gradients are multiplied back after unscaling, before the optimiser.
+    # The gradients are multiplied back after unscaling, before the optimizer.
     inner = standard(optax.chain(optax.scale(1 / multiplier), optax.sgd(0.05, momentum=0.9)))
     tx = jmp.loss_scaled(inner, scale)
 
@@ -63,7 +63,7 @@ def trained(name):
 
     def step(carry, rows):
         params, state = carry
-        loss, grads = jmp.scaled_value_and_grad(loss_fn)(params, rows, state=state)
+        loss, grads = jmp.scaled_value_and_grad(loss_fn, loss_scale=state)(params, rows)
         params, state = jmp.apply_gradients(tx, grads, state, params)
         zeros = jnp.stack([jnp.mean(g == 0) for g in jax.tree.leaves(grads)]).mean()
         return (params, state), (loss / multiplier, jmp.metrics(state)["loss_scale"], zeros)

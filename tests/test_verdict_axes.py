@@ -58,7 +58,7 @@ def with_bad_element(grads, rng):
 
 
 def specs_of(tx, params, layout):
-    """The layout of parameters and of the state of an optimiser for them: moments lie as their parameters do."""
+    """The layout of parameters and of the state of an optimizer for them: moments lie as their parameters do."""
     shapes = jax.eval_shape(tx.init, params)
     return layout, optax.tree.map_params(tx, lambda _, spec: spec, shapes, layout, transform_non_params=lambda _: P())
 

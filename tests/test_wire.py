@@ -217,7 +217,7 @@ BAD_SHARDINGS = {
 def test_bad_shardings(case):
     """Whatever cannot be gathered from is named, with its path."""
     shardings, message = BAD_SHARDINGS[case]
-    with pytest.raises(jmp.InvalidShardingError, match=message):
+    with pytest.raises(jmp.errors.InvalidShardingError, match=message):
         gather_params({"w": jnp.ones(8)}, shardings, "mixed_bfloat16")
 
 
@@ -228,7 +228,7 @@ def test_a_misspelt_axis_is_no_axis():
         lambda: local(lambda w: gather_params(w, P(AXIS), "float32", axis_name="dat"), P(AXIS), P(AXIS))(jnp.ones(8)),
     ):
         with pytest.raises(
-            jmp.InvalidShardingError, match=r"'dat' is not an axis of a mesh here. Known are \['data'\]"
+            jmp.errors.InvalidShardingError, match=r"'dat' is not an axis of a mesh here. Known are \['data'\]"
         ):
             call()
 
@@ -242,7 +242,9 @@ def test_rows_are_never_out_of_order():
         mesh=GRID,
         check_vma=False,
     )
-    with pytest.raises(jmp.InvalidShardingError, match=r"Dimension 0 of 'w' is sharded over \['data', 'model'\]"):
+    with pytest.raises(
+        jmp.errors.InvalidShardingError, match=r"Dimension 0 of 'w' is sharded over \['data', 'model'\]"
+    ):
         fun(jnp.ones(8))
 
 

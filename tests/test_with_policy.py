@@ -151,7 +151,7 @@ def test_methods_can_be_wrapped():
 
 def test_text_is_parsed_when_the_function_is_wrapped():
     """A wrong policy is reported where it is written, not at the first call."""
-    with pytest.raises(jmp.UnknownDtypeError, match=r"^Unknown dtype 'bf61' in policy 'bf61'\."):
+    with pytest.raises(jmp.errors.UnknownDtypeError, match=r"^Unknown dtype 'bf61' in policy 'bf61'\."):
         jmp.with_policy(model, "bf61")
 
 

@@ -4,7 +4,7 @@
     python -m benchmarks.aot.autocast            # replaces its sections of RESULTS.md
     python -m benchmarks.aot.autocast --quick    # tiny models, in a few minutes
 
-Bytes, kernels and scratch memory of the optimised program are exact; nothing is timed.
+Bytes, kernels and scratch memory of the optimized program are exact; nothing is timed.
 """
 
 from __future__ import annotations

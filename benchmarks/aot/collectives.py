@@ -4,7 +4,7 @@
     python -m benchmarks.aot.collectives            # replaces its sections of RESULTS.md
     python -m benchmarks.aot.collectives --quick    # 8 devices alone
 
-Dtypes and bytes of the collectives in the optimised program are exact; nothing is timed.
+Dtypes and bytes of the collectives in the optimized program are exact; nothing is timed.
 """
 
 from __future__ import annotations

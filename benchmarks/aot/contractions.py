@@ -2,7 +2,7 @@
 
 python -m benchmarks.aot.contractions    # replaces its section of RESULTS.md
 
-Bytes and kernels of the optimised program are exact; nothing is timed.
+Bytes and kernels of the optimized program are exact; nothing is timed.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
     python -m benchmarks.aot.models --models ViT,LSTM         # these alone; written nowhere unless --out
     python -m benchmarks.aot.models --models ViT --differ 20  # and which launches autocast and by hand differ in
 
-Bytes, kernels and scratch memory of the optimised program are exact; nothing is timed.
+Bytes, kernels and scratch memory of the optimized program are exact; nothing is timed.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     python -m benchmarks.aot.step            # replaces its sections of RESULTS.md
     python -m benchmarks.aot.step --quick    # a tiny tree, in a minute
 
-Bytes, kernels, copies and aliasing of the optimised program are exact; nothing is timed.
+Bytes, kernels, copies and aliasing of the optimized program are exact; nothing is timed.
 """
 
 from __future__ import annotations

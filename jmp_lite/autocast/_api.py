@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from jmp_lite._dtypes import FLOAT32, dtype_or_none, warn_if_slow
-from jmp_lite._errors import InvalidRuleError
+from jmp_lite._functions import check_function
 from jmp_lite._policy import Policy, PolicyMap
 from jmp_lite._tree import combine, is_array, partition
 from jmp_lite.autocast import _control_flow, _custom_rules
@@ -17,6 +17,7 @@ from jmp_lite.autocast._interpreter import Interpreter
 from jmp_lite.autocast._ops import Op, checked_ops
 from jmp_lite.autocast._residuals import saves_low
 from jmp_lite.autocast._rules import Rule, Settings, checked_dot, checked_settings
+from jmp_lite.errors import InvalidRuleError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -45,7 +46,7 @@ def autocast(
     Arguments, results and gradients keep the dtypes that they have without ``autocast``. Arrays among the arguments
     are traced; Python numbers, strings and other leaves stay what they are.
 
-    Apply it to the loss, not to the whole training step: an optimiser is no place for 16 bits.
+    Apply it to the loss, not to the whole training step: an optimizer is no place for 16 bits.
 
     Args:
         fun: The function.
@@ -121,6 +122,7 @@ def _interpreter(settings: Settings) -> Interpreter:
 
 def wrap(fun: Callable[P, R], settings: Settings, residuals: str) -> Callable[P, R]:
     """Wraps a function under settings that have been checked."""
+    check_function(fun, "autocast")
     if residuals not in ("all", "low"):
         raise InvalidRuleError(f"residuals must be 'all' or 'low', got {residuals!r}.")
     settings = dataclasses.replace(settings, residuals=residuals)

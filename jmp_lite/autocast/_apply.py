@@ -8,13 +8,13 @@ import jax.numpy as jnp
 
 from jmp_lite._compat import Equation, bind, run
 from jmp_lite._dtypes import FLOAT32, DType
-from jmp_lite._errors import InvalidOpError
 from jmp_lite._tree import cast
 from jmp_lite.autocast._decision import Decision, How
 from jmp_lite.autocast._ops import GATHERS, Op
 from jmp_lite.autocast._rules import Precision
 from jmp_lite.autocast._values import is_eligible
 from jmp_lite.distributed._gather import travel
+from jmp_lite.errors import InvalidOpError
 from jmp_lite.products._matmul import Matmul, float32_result, matmul, repeat, rounded_scale
 
 

@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmp_lite._compat import Equation, Primitive, program
-from jmp_lite._errors import InvalidOpError
 from jmp_lite.autocast._library import is_of_library
 from jmp_lite.autocast._programs import PROGRAMS
+from jmp_lite.errors import InvalidOpError
 
 
 class OpClass(enum.Enum):

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from jmp_lite._dtypes import ACCEPTED_NAMES, FLOAT32, DType, dtype_or_none
-from jmp_lite._errors import InvalidPolicyError, InvalidRuleError, UnknownDtypeError, UnmatchedRuleWarning
 from jmp_lite._policy import Policy, PolicyMap, compile_pattern, get_policy
 from jmp_lite.autocast import _regions
 from jmp_lite.autocast._ops import Op, OpClass, is_kernel
 from jmp_lite.autocast._values import is_in_range
+from jmp_lite.errors import InvalidPolicyError, InvalidRuleError, UnknownDtypeError, UnmatchedRuleWarning
 
 #: ``Module.method``, as Linen names the scope of any method but ``__call__``.
 _METHOD = re.compile(r"\.[A-Za-z_]\w*(?=/|\Z)")

@@ -1,4 +1,4 @@
-"""Saving and restoring a whole train state: parameters, optimiser state with its loss scale, PRNG keys, policy.
+"""Saving and restoring a whole train state: parameters, optimizer state with its loss scale, PRNG keys, policy.
 
 Two forms of the same: bytes through ``flax.serialization``, and directories through Orbax, one by one or managed. All
 need the extra ``jmp_lite[checkpoint]``. What is restored is bit-identical, so a resumed run continues as if it had not

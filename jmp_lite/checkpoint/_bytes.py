@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import serialization
 
-from jmp_lite._loss_scale import register_serialization
 from jmp_lite._policy import PolicyLike, get_policy
 from jmp_lite.checkpoint._state import check_policy, is_key, key_data, wrap_key_data
+from jmp_lite.scaling._loss_scale import register_serialization
 
 T = TypeVar("T")
 
@@ -29,10 +29,10 @@ def _like(template: Any, value: Any) -> Any:
 
 
 def to_bytes(state: Any, *, policy: PolicyLike) -> bytes:
-    """Serialises a train state with ``flax.serialization``.
+    """Serializes a train state with ``flax.serialization``.
 
     Args:
-        state: Any pytree of containers that Flax can serialise (dicts, lists, NamedTuples, ``TrainState``), with arrays
+        state: Any pytree of containers that Flax can serialize (dicts, lists, NamedTuples, ``TrainState``), with arrays
             of any dtype and typed PRNG keys.
         policy: The policy it is trained under.
 
@@ -56,7 +56,7 @@ def from_bytes(template: T, data: bytes, *, policy: PolicyLike) -> T:
     """Restores what ``to_bytes`` wrote.
 
     Args:
-        template: A state of the same structure, such as a freshly initialised one; it gives the restored arrays their
+        template: A state of the same structure, such as a freshly initialized one; it gives the restored arrays their
             sharding, and loss scales their settings.
         data: The bytes.
         policy: The policy that training goes on with.

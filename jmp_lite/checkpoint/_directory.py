@@ -8,7 +8,6 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from jmp_lite._errors import CheckpointNotFoundError, CorruptCheckpointError
 from jmp_lite._policy import PolicyLike
 from jmp_lite.checkpoint._digest import combine, local_sums
 from jmp_lite.checkpoint._processes import first_failure
@@ -26,6 +25,7 @@ from jmp_lite.checkpoint._state import (
     to_store,
     without_changed_scales,
 )
+from jmp_lite.errors import CheckpointNotFoundError, CorruptCheckpointError
 
 T = TypeVar("T")
 
@@ -143,7 +143,7 @@ def restore(path: str | Path, template: T, *, policy: PolicyLike, migrate: bool 
         >>> from jmp_lite import checkpoint
         >>> checkpoint.restore("no_such_run", {"w": jnp.zeros(2)}, policy="full")
         Traceback (most recent call last):
-        jmp_lite._errors.CheckpointNotFoundError: There is no checkpoint in ...no_such_run...
+        jmp_lite.errors.CheckpointNotFoundError: There is no checkpoint in ...no_such_run...
     """
     place = absolute(path)
     if first_failure(None if place.exists() else "missing"):

@@ -10,15 +10,15 @@ from typing import Any, Self, TypeVar
 import jax
 import orbax.checkpoint as ocp
 
-from jmp_lite._errors import (
+from jmp_lite._policy import PolicyLike, get_policy
+from jmp_lite.checkpoint._directory import absolute, items, restore
+from jmp_lite.checkpoint._processes import first_failure, of_first_process
+from jmp_lite.errors import (
     CheckpointMismatchError,
     CheckpointNotFoundError,
     CorruptCheckpointError,
     CorruptCheckpointWarning,
 )
-from jmp_lite._policy import PolicyLike, get_policy
-from jmp_lite.checkpoint._directory import absolute, items, restore
-from jmp_lite.checkpoint._processes import first_failure, of_first_process
 
 T = TypeVar("T")
 
@@ -39,13 +39,13 @@ class CheckpointManager:
         directory: Where the checkpoints are; created if need be. One job writes to it at a time.
         policy: The policy of the run. It is stored, and checked when restoring.
         max_to_keep: How many checkpoints are kept, the newest. Two or more, so that one is left if one is damaged.
-        every: ``save`` takes multiples of this, and any step when the job is about to be preempted, where
+        save_interval_steps: ``save`` takes multiples of this, and any step when the job is about to be preempted, where
             ``jax.distributed`` tells.
 
     Example:
         >>> import tempfile
         >>> directory = tempfile.mkdtemp()
-        >>> with jmp.checkpoint.CheckpointManager(directory, policy="mixed_float16", every=10) as manager:
+        >>> with jmp.checkpoint.CheckpointManager(directory, policy="mixed_float16", save_interval_steps=10) as manager:
         ...     for step in range(1, 31):
         ...         saved = manager.save(step, {"w": jnp.full(2, float(step)), "step": step})
         >>> with jmp.checkpoint.CheckpointManager(directory, policy="mixed_float16") as manager:
@@ -56,12 +56,14 @@ class CheckpointManager:
         Orbax, https://orbax.readthedocs.io; Mohan et al., CheckFreq, FAST 2021.
     """
 
-    def __init__(self, directory: str | Path, *, policy: PolicyLike, max_to_keep: int = 3, every: int = 1) -> None:
+    def __init__(
+        self, directory: str | Path, *, policy: PolicyLike, max_to_keep: int = 3, save_interval_steps: int = 1
+    ) -> None:
         self._policy = get_policy(policy)
-        self._every = every
+        self._interval = save_interval_steps
         when = ocp.checkpoint_managers.AnySavePolicy(
             [
-                ocp.checkpoint_managers.FixedIntervalPolicy(every),
+                ocp.checkpoint_managers.FixedIntervalPolicy(save_interval_steps),
                 ocp.checkpoint_managers.PreemptionCheckpointingPolicy(),
             ]
         )
@@ -86,7 +88,7 @@ class CheckpointManager:
                 the data. What is not sharded over all processes must be equal in all.
 
         Returns:
-            Whether it is saved: False between multiples of ``every``, and for the step saved last.
+            Whether it is saved: False between multiples of ``save_interval_steps``, and for the step saved last.
 
         Raises:
             CheckpointMismatchError: If the directory has a later step, so that this run did not start from it, or if
@@ -94,7 +96,9 @@ class CheckpointManager:
 
         Example:
             >>> import tempfile
-            >>> with jmp.checkpoint.CheckpointManager(tempfile.mkdtemp(), policy="full", every=2) as manager:
+            >>> with jmp.checkpoint.CheckpointManager(
+            ...     tempfile.mkdtemp(), policy="full", save_interval_steps=2
+            ... ) as manager:
             ...     [manager.save(step, {"w": jnp.ones(2)}) for step in (1, 2, 3, 4)]
             [False, True, False, True]
         """
@@ -102,7 +106,7 @@ class CheckpointManager:
         self._make_room()
         last = self._manager.latest_step()
         if not self._manager.should_save(step):
-            if last is not None and step < last and step % self._every == 0:
+            if last is not None and step < last and step % self._interval == 0:
                 raise CheckpointMismatchError(
                     f"Step {step} is to be saved, but {self._manager.directory} has step {last} already. Restore from "
                     "there first, or start the new run in a directory of its own."
@@ -138,7 +142,7 @@ class CheckpointManager:
             >>> manager = jmp.checkpoint.CheckpointManager(tempfile.mkdtemp(), policy="full")
             >>> manager.restore({"w": jnp.zeros(2)})
             Traceback (most recent call last):
-            jmp_lite._errors.CheckpointNotFoundError: There is no checkpoint in ...
+            jmp_lite.errors.CheckpointNotFoundError: There is no checkpoint in ...
             >>> _ = [manager.save(step, {"w": jnp.full(2, step * 0.5)}) for step in (1, 2)]
             >>> manager.restore({"w": jnp.zeros(2)}, step=1)
             (1, {'w': Array([0.5, 0.5], dtype=float32)})

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jmp_lite._errors import CheckpointMismatchError, InvalidLossScaleError, PolicyMismatchError
-from jmp_lite._loss_scale import DynamicLossScale, NoOpLossScale
 from jmp_lite._policy import PolicyLike, get_policy
-from jmp_lite._scale_in_state import is_loss_scale
 from jmp_lite._tree import path_string
 from jmp_lite.checkpoint._digest import digests
+from jmp_lite.errors import CheckpointMismatchError, InvalidLossScaleError, PolicyMismatchError
+from jmp_lite.scaling._in_state import is_loss_scale
+from jmp_lite.scaling._loss_scale import DynamicLossScale, NoOpLossScale
 
 Header = dict[str, Any]
 

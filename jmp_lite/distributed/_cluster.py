@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from jmp_lite._errors import ClusterError
+from jmp_lite.errors import ClusterError
 
 _THREAD = "jmp_lite.distributed.initialize"
 #: JAX's own deadline, which aborts the process, must not strike before ours; seconds.
@@ -58,7 +58,7 @@ def initialize(
     Example:
         >>> jmp.distributed.initialize("10.0.0.1", num_processes=2, process_id=0)
         Traceback (most recent call last):
-        jmp_lite._errors.ClusterError: coordinator_address must be 'host:port', got '10.0.0.1'...
+        jmp_lite.errors.ClusterError: coordinator_address must be 'host:port', got '10.0.0.1'...
         >>> jmp.distributed.initialize()  # doctest: +SKIP
         True
         >>> jax.process_index(), jax.process_count(), jax.device_count()  # doctest: +SKIP

@@ -11,10 +11,10 @@ from jax.sharding import AxisType, PartitionSpec
 
 from jmp_lite._compat import NO_AUTOCAST, varying_axes
 from jmp_lite._dtypes import FLOAT32, DType, at_least_float32
-from jmp_lite._errors import InvalidShardingError
 from jmp_lite._policy import PolicyLike, get_policy
 from jmp_lite._tree import is_array, path_string
 from jmp_lite.distributed._shardings import as_tuple, axes_of, check_axes, manual, per_leaf, spec_of, tracked, without
+from jmp_lite.errors import InvalidShardingError
 
 T = TypeVar("T")
 Move = Callable[[Any], Any]

@@ -8,7 +8,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from jmp_lite._compat import varying_axes
-from jmp_lite._errors import InvalidShardingError
+from jmp_lite.errors import InvalidShardingError
 
 
 def as_tuple(axis_name: Any) -> tuple[Any, ...]:

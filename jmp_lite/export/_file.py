@@ -11,7 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
 
-from jmp_lite._errors import CorruptArtefactError, InvalidExportError
+from jmp_lite.errors import CorruptArtifactError, InvalidExportError
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 PathLike = str | os.PathLike[str]
@@ -59,25 +59,25 @@ def read(path: PathLike, pinned: str | None) -> tuple[Arrays, dict[str, Any], st
     """Reads what ``write`` wrote, and returns its digest too.
 
     Raises:
-        CorruptArtefactError: If the file is anything else, or its digest is not the pinned one.
+        CorruptArtifactError: If the file is anything else, or its digest is not the pinned one.
     """
     data = pathlib.Path(path).read_bytes()
     name = repr(os.fspath(path))
     start = data.find(_MARK, 0, 8 + int.from_bytes(data[:8], "little"))
     if start < 0:
-        raise CorruptArtefactError(
-            f"{name} is no artefact of jmp_lite.export, or its header is damaged. Make one with jmp_lite.export.freeze."
+        raise CorruptArtifactError(
+            f"{name} is no artifact of jmp_lite.export, or its header is damaged. Make one with jmp_lite.export.freeze."
         )
     at = start + len(_MARK)
     stored, found = data[at : at + _LENGTH].decode(errors="replace"), _digest(memoryview(data), at)
     if stored != found:
-        raise CorruptArtefactError(
+        raise CorruptArtifactError(
             f"{name} was changed after it was written: its digest is {found}, but it says {stored}. Copy it again, or "
             "freeze the model anew."
         )
     if pinned is not None and pinned.strip().lower().removeprefix("sha256:") != found:
-        raise CorruptArtefactError(
-            f"{name} is another artefact: digest={pinned!r} was asked for, it has {found!r}. Load the file that freeze "
+        raise CorruptArtifactError(
+            f"{name} is another artifact: digest={pinned!r} was asked for, it has {found!r}. Load the file that freeze "
             "returned this digest for, or pin the new one."
         )
     arrays, header = _parse(data, name)
@@ -97,9 +97,9 @@ def _parse(data: bytes, name: str) -> tuple[Arrays, dict[str, Any]]:
             if found == FORMAT
         }
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise CorruptArtefactError(f"{name} is not written as artefacts are: {error}. Freeze the model anew.") from None
+        raise CorruptArtifactError(f"{name} is not written as artifacts are: {error}. Freeze the model anew.") from None
     if found != FORMAT:
-        raise CorruptArtefactError(
+        raise CorruptArtifactError(
             f"{name} has format {found!r}, this version of jmp_lite reads {FORMAT}. Freeze the model anew, or use the "
             "version that wrote it."
         )

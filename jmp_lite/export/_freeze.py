@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.export import export
 
-from jmp_lite._errors import InvalidExportError
 from jmp_lite._policy import Policy, PolicyLike, PolicyMap, get_policy
 from jmp_lite._tree import describe, is_array, path_string
 from jmp_lite.autocast import autocast
+from jmp_lite.errors import InvalidExportError
 from jmp_lite.export._file import PathLike, write
 from jmp_lite.quant import DotRecipe, QuantSpec, delayed, get_recipe
 from jmp_lite.quant._array import dequantize_tree, is_quantized, quantize_tree
@@ -35,12 +35,12 @@ def freeze(
     """Writes ``apply(params, *args)`` as one file: program, weights, and the precision that it computes in.
 
     What ``load`` gives back computes bit for bit what ``jax.jit`` of the frozen function computes here: ``apply``, in
-    ``autocast(apply, policy, dot=recipe)`` if a policy is given, on what quantised weights stand for.
+    ``autocast(apply, policy, dot=recipe)`` if a policy is given, on what quantized weights stand for.
 
     A recipe says how weights are held. Kernels (see ``quant.quantize_tree``) are stored in the format of ``recipe.rhs``
-    with its scales, unless some parameters are quantised already: then all are stored as they are, which is the way to
-    choose leaves, axes or formats yourself. If the recipe quantises activations too (``W8A8``, ``FP8``), products are
-    those of the recipe, which quantises the kernels again: to the numbers that are stored, if these have the scales
+    with its scales, unless some parameters are quantized already: then all are stored as they are, which is the way to
+    choose leaves, axes or formats yourself. If the recipe quantizes activations too (``W8A8``, ``FP8``), products are
+    those of the recipe, which quantizes the kernels again: to the numbers that are stored, if these have the scales
     that the recipe gives them, one per output channel. All else is float32 unless the policy says otherwise. If the
     recipe does not (``W8A16``), products are those of the policy.
 
@@ -53,7 +53,7 @@ def freeze(
             shapes and dtypes matter; a free size comes from ``jax.export.symbolic_shape("batch, 28, 28")``.
         path: File to write, by custom ``*.safetensors``.
         policy: Policy to compute under; ``None`` leaves ``apply`` as it is.
-        recipe: How to quantise, or its name.
+        recipe: How to quantize, or its name.
         histories: From ``quant.calibrate``, for recipes with a history (``W8A8_STATIC``): their scales become constants
             of the program.
         platforms: Where it is to run: any of ``"cpu"``, ``"cuda"``, ``"rocm"``, ``"tpu"``; this process' own platform
@@ -142,7 +142,7 @@ def _without_source_lines() -> Iterator[None]:
 def _with_precision(
     apply: Callable[..., Any], policy: Policy | PolicyMap | None, recipe: DotRecipe | None, histories: Any
 ) -> Callable[..., Any]:
-    """The function that is frozen, of parameters that are dequantised."""
+    """The function that is frozen, of parameters that are dequantized."""
     needs_histories = recipe is not None and recipe.lhs is not None and recipe.history > 0
     if needs_histories != (histories is not None):
         raise InvalidExportError(
@@ -170,7 +170,7 @@ def _held(params: Any, recipe: DotRecipe | None) -> Any:
         return params
     if spec.is_blockwise:
         raise InvalidExportError(
-            f"Recipe {recipe} has scales for blocks, which arrays cannot be held with. Quantise the parameters with "
+            f"Recipe {recipe} has scales for blocks, which arrays cannot be held with. Quantize the parameters with "
             "quant.quantize_tree, one scale per channel, or take another recipe."
         )
     return quantize_tree(params, dataclasses.replace(spec, stochastic=False))
@@ -207,7 +207,7 @@ def _split(params: Any) -> tuple[dict[str, Any], Callable[[dict[str, Any]], Any]
 
 
 def _quantized(params: Any) -> dict[str, str]:
-    """The dtype that each quantised leaf stands for, by path."""
+    """The dtype that each quantized leaf stands for, by path."""
     nodes = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_quantized)
     return {path_string(path): node.dtype.name for path, node in nodes if is_quantized(node)}
 

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.export import default_export_platform, deserialize
 
-from jmp_lite._errors import PlatformMismatchError, PolicyMismatchError
 from jmp_lite._policy import PolicyLike, get_policy
+from jmp_lite.errors import PlatformMismatchError, PolicyMismatchError
 from jmp_lite.export._file import PathLike, read
 from jmp_lite.export._freeze import PROGRAM
 from jmp_lite.quant import DotRecipe, get_recipe
@@ -24,9 +24,9 @@ class Served:
 
     Attributes:
         policy: The policy that it computes under, as text; ``None`` if it was frozen without one.
-        recipe: How it is quantised, as text, or ``None``.
+        recipe: How it is quantized, as text, or ``None``.
         platforms: Where it runs: ``"cpu"``, ``"cuda"``, ``"rocm"``, ``"tpu"``.
-        params: Weights by path; quantised ones as ``QuantizedArray``.
+        params: Weights by path; quantized ones as ``QuantizedArray``.
         in_avals: Shapes and dtypes of the arguments, in their containers.
         out_avals: The same of the result.
         jax_version: JAX that it was frozen with.
@@ -91,14 +91,14 @@ def load(
     Args:
         path: The file.
         policy: The policy that it is expected to compute under; ``None`` accepts any.
-        recipe: The recipe that it is expected to be quantised by; ``None`` accepts any.
-        digest: What ``freeze`` returned, to accept this very artefact only.
+        recipe: The recipe that it is expected to be quantized by; ``None`` accepts any.
+        digest: What ``freeze`` returned, to accept this very artifact only.
 
     Returns:
         A function of the arguments that were given to ``freeze``, with a description of itself in its attributes.
 
     Raises:
-        CorruptArtefactError: If the file is no artefact, was changed, or has another digest.
+        CorruptArtifactError: If the file is no artifact, was changed, or has another digest.
         FileNotFoundError: If there is no file.
         PlatformMismatchError: If it was frozen for other platforms, by a JAX that this one does not understand, or with
             float64 that is not enabled here.
@@ -115,7 +115,7 @@ def load(
          [1. 1. 1.]]
         >>> jmp.export.load(path, policy="mixed_float16")
         Traceback (most recent call last):
-        jmp_lite._errors.PolicyMismatchError: The artefact was frozen with policy 'p=full,c=bf16,o=full', but is ...
+        jmp_lite.errors.PolicyMismatchError: The artifact was frozen with policy 'p=full,c=bf16,o=full', but is ...
 
     References:
         ``jax.export.deserialize``; see ``freeze``.
@@ -161,13 +161,13 @@ def _check(what: str, frozen: str | None, expected: str | None) -> None:
     if expected is not None and frozen != expected:
         said = f"with {what} {frozen!r}" if frozen is not None else f"without a {what}"
         raise PolicyMismatchError(
-            f"The artefact was frozen {said}, but is expected to have {expected!r}. Load it with the {what} that it "
+            f"The artifact was frozen {said}, but is expected to have {expected!r}. Load it with the {what} that it "
             f"was frozen with, or freeze the model anew."
         )
 
 
 def _params(weights: dict[str, jax.Array], quantized: dict[str, str]) -> dict[str, Any]:
-    """Weights by path, with quantised ones put together."""
+    """Weights by path, with quantized ones put together."""
     params: dict[str, Any] = {}
     for name, weight in weights.items():
         parent, _, part = name.rpartition("/")

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 from flax import struct
 
-from jmp_lite._grad import scaled_value_and_grad
-from jmp_lite._loss_scale import LARGEST_SCALE, SMALLEST_SCALE, DynamicLossScale, strong_scalar
 from jmp_lite._tree import all_finite, is_inexact
+from jmp_lite.scaling._grad import scaled_value_and_grad
+from jmp_lite.scaling._loss_scale import LARGEST_SCALE, SMALLEST_SCALE, DynamicLossScale, strong_scalar
 
 #: How ``flax.struct`` marks a field that is not data.
 _STATIC = {"pytree_node": False}
@@ -113,8 +113,8 @@ class DynamicScale(struct.PyTreeNode):  # type: ignore[no-untyped-call]
                 min_loss_scale=self.minimum_scale or 0.0,
                 max_loss_scale=LARGEST_SCALE,
             )
-            gradient = scaled_value_and_grad(functools.partial(fun, **kwargs), argnums, has_aux)
-            value, grads = gradient(*args, state=loss_scale)
+            gradient = scaled_value_and_grad(fun, argnums, has_aux, loss_scale=loss_scale)
+            value, grads = gradient(*args, **kwargs)
             grads = loss_scale.unscale(grads)
             if axis_name is not None:
                 grads = jax.tree.map(lambda g: jax.lax.pmean(g, axis_name) if is_inexact(g) else g, grads)

@@ -27,7 +27,7 @@ def with_policy(apply: Callable[..., Any], policy: str | Policy | PolicyMap) -> 
     wrapper have the dtype of the parameters.
 
     Under ``init`` the model runs on the inputs as they are, and parameters are cast to the parameter dtype. The
-    ``cache`` collection gets the dtypes that the model would give it under the policy: a decoder must be initialised
+    ``cache`` collection gets the dtypes that the model would give it under the policy: a decoder must be initialized
     under the policy that it runs under.
 
     A ``Policy`` is applied at the boundary of the model: float32 constants inside it promote what they meet, as

@@ -50,12 +50,12 @@ class Delayed:
     fn: Callable[..., Any]
     first: tuple[Any, ...] = ()
 
-    def init(self, *args: Any, state: Any = None, **kwargs: Any) -> dict[str, Any]:
+    def init(self, *args: Any, loss_scale: Any = None, **kwargs: Any) -> dict[str, Any]:
         """Makes histories that hold what is seen in one step; the modules are left as they are.
 
         Args:
             *args: Arguments of the function.
-            state: As for ``quant.delayed``.
+            loss_scale: As for ``quant.delayed``.
             **kwargs: Keyword arguments of the function.
         """
         found: dict[str, Any] = {}
@@ -63,7 +63,7 @@ class Delayed:
         def observe(pure: Callable[..., Any]) -> Callable[..., Any]:
             def run(modules: Any, others: Any) -> Any:
                 function = delayed_function(pure)
-                found.update(function.init(modules, others, state=state))
+                found.update(function.init(modules, others, loss_scale=loss_scale))
                 return function(found, modules, others)
 
             return run

@@ -16,7 +16,7 @@ _ORIGINAL = "_jmp_lite_original_class"
 
 
 def is_node(value: Any) -> bool:
-    """Whether a value has an identity that must be kept: a module, a variable, ``nnx.Rngs``, an optimiser."""
+    """Whether a value has an identity that must be kept: a module, a variable, ``nnx.Rngs``, an optimizer."""
     return isinstance(value, (nnx.Pytree, nnx.Variable))
 
 

@@ -14,8 +14,8 @@ import numpy as np
 import optax
 
 from jmp_lite._dtypes import at_least_float32
-from jmp_lite._errors import InvalidPruningError
 from jmp_lite._tree import NOT_WEIGHTS, describe, is_array, path_string
+from jmp_lite.errors import InvalidPruningError
 
 #: Leaves with fewer elements stay dense unless the caller's own ``where`` chooses them.
 SMALLEST_LEAF = 1024

@@ -10,8 +10,8 @@ import numpy as np
 
 from jmp_lite._compat import register_flax_serialization
 from jmp_lite._dtypes import FLOAT32, canonical
-from jmp_lite._errors import InvalidRecipeError
 from jmp_lite._tree import NOT_WEIGHTS, Opaque, describe, is_array, path_string
+from jmp_lite.errors import InvalidRecipeError
 from jmp_lite.quant._scale import absmax_scale, dequantize, quantize
 from jmp_lite.quant._spec import QuantSpec
 
@@ -129,15 +129,15 @@ jax.tree_util.register_pytree_with_keys(QuantizedArray, _flatten_with_keys, _unf
 
 
 def is_quantized(node: Any) -> bool:
-    """Whether a node of a tree is a quantised array."""
+    """Whether a node of a tree is a quantized array."""
     return isinstance(node, QuantizedArray)
 
 
-# --- Serialisation with Flax: the arrays only; the dtype comes from the template -------------------
+# --- Serialization with Flax: the arrays only; the dtype comes from the template -------------------
 
 
 def register_serialization() -> None:
-    """Teaches Flax, if it is loaded, to serialise quantised arrays."""
+    """Teaches Flax, if it is loaded, to serialize quantized arrays."""
     register_flax_serialization(QuantizedArray, _state_dict, _from_state_dict)
 
 
@@ -150,7 +150,7 @@ def _from_state_dict(array: QuantizedArray, state: Any) -> QuantizedArray:
     if saved is None or np.dtype(saved["values"].dtype) != np.dtype(array.values.dtype):
         was = describe(state if saved is None else saved["values"])
         raise InvalidRecipeError(
-            f"The template has {array!r}, but {was} was saved. Quantise the template as what was saved was quantised."
+            f"The template has {array!r}, but {was} was saved. Quantize the template as what was saved was quantized."
         )
     return dataclasses.replace(array, **saved)
 
@@ -188,12 +188,12 @@ def _checked_spec(dtype: Any) -> QuantSpec:
 def _quantize(name: str, x: Any, spec: QuantSpec, axes: Sequence[int] | None) -> QuantizedArray:
     if is_quantized(x):
         raise InvalidRecipeError(
-            f"{name} is quantised already: {x!r}. Dequantise it first (quant.dequantize_tree), or leave it out with "
+            f"{name} is quantized already: {x!r}. Dequantize it first (quant.dequantize_tree), or leave it out with "
             "where=."
         )
     if not is_array(x) or not jnp.issubdtype(x.dtype, jnp.floating):
         raise InvalidRecipeError(
-            f"{name} is {describe(x)}; only floating arrays can be quantised. Leave it out with where=."
+            f"{name} is {describe(x)}; only floating arrays can be quantized. Leave it out with where=."
         )
     shared = _shared_axes(axes, x.ndim, name)
     amax = jnp.max(jnp.abs(jnp.asarray(x)), axis=shared, keepdims=True, initial=0.0)
@@ -202,7 +202,7 @@ def _quantize(name: str, x: Any, spec: QuantSpec, axes: Sequence[int] | None) ->
 
 
 def quantize_array(x: Any, dtype: Any = jnp.int8, axes: Sequence[int] | None = None) -> QuantizedArray:
-    """Quantises one array, to nearest, with the largest magnitude as the largest number of the format.
+    """Quantizes one array, to nearest, with the largest magnitude as the largest number of the format.
 
     Args:
         x: Floating array of any shape.
@@ -246,7 +246,7 @@ def _all_but_last(path: str, leaf: Any) -> tuple[int, ...]:
 def quantize_tree(
     params: T, dtype: Any = jnp.int8, *, where: Callable[[str, Any], bool] = _is_kernel, axes: Axes = _all_but_last
 ) -> T:
-    """Quantises the weights of a trained model: what stands in the tree afterwards needs a quarter of the bytes.
+    """Quantizes the weights of a trained model: what stands in the tree afterwards needs a quarter of the bytes.
 
     Args:
         params: Parameters of any framework: dicts, ``FrozenDict``, ``nnx.State``, modules of Equinox.
@@ -268,7 +268,7 @@ def quantize_tree(
         The tree with a ``QuantizedArray`` in the place of each chosen leaf.
 
     Raises:
-        InvalidRecipeError: If the format is another, or a chosen leaf is no floating array, quantised already, or lacks
+        InvalidRecipeError: If the format is another, or a chosen leaf is no floating array, quantized already, or lacks
             one of the axes.
 
     Example:
@@ -277,7 +277,7 @@ def quantize_tree(
         {'bias': Array([0., 0., 0.], dtype=float32), 'kernel': QuantizedArray(int8[4, 3], scale=float32[1, 3], ...)}
 
     References:
-        Post-training quantisation of weights as in Dettmers et al., "LLM.int8()", arXiv:2208.07339, and torchao's
+        Post-training quantization of weights as in Dettmers et al., "LLM.int8()", arXiv:2208.07339, and torchao's
         ``quantize_``, which leave embedding tables alone too.
     """
     spec = _checked_spec(dtype)
@@ -298,11 +298,11 @@ def quantize_tree(
 
 
 def dequantize_tree(tree: T, dtype: Any = None) -> T:
-    """Puts ordinary arrays in the place of quantised ones.
+    """Puts ordinary arrays in the place of quantized ones.
 
     Args:
         tree: Any pytree.
-        dtype: Floating dtype of these arrays; by default the one that each had before it was quantised.
+        dtype: Floating dtype of these arrays; by default the one that each had before it was quantized.
 
     Returns:
         The tree; all other leaves are the same objects.

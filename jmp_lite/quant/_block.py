@@ -1,6 +1,6 @@
 """Products whose operands have one scale per block: a reference for its numerics, not for speed.
 
-Every product, forward and backward, quantises both operands along the axis that it adds up over, and multiplies what
+Every product, forward and backward, quantizes both operands along the axis that it adds up over, and multiplies what
 the 8-bit numbers stand for.
 
 References:

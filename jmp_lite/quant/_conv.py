@@ -1,7 +1,7 @@
 """Convolutions of what 8-bit numbers stand for: their accuracy and their memory, not their speed.
 
 A convolution of 8-bit arrays is fast on few devices and absent on many, and to write it as a matrix product costs a
-copy of every input per kernel element. So the operands are quantised, and convolved in the dtype they came in.
+copy of every input per kernel element. So the operands are quantized, and convolved in the dtype they came in.
 """
 
 import functools
@@ -15,7 +15,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from jmp_lite._compat import linear_primitive
 from jmp_lite._dtypes import FLOAT32, DType
-from jmp_lite._errors import InvalidRecipeError
+from jmp_lite.errors import InvalidRecipeError
 from jmp_lite.quant._operands import Quantized, prepared, result_dtype
 from jmp_lite.quant._spec import Specs
 
@@ -90,7 +90,7 @@ def _conv_jvp(call: _Call, primals: Any, tangents: Any) -> tuple[Any, Any]:
     terms = []
     for side, (tangent, other) in enumerate(zip(tangents, (right, left), strict=True)):
         if not isinstance(tangent, SymbolicZero):
-            # What is kept are 8-bit numbers; the backward pass dequantises them again.
+            # What is kept are 8-bit numbers; the backward pass dequantizes them again.
             of_tangent = jax.checkpoint(functools.partial(call.of_dequantized, side=side))
             terms.append(of_tangent(tangent.astype(call.dtype), other))
     out = call.of_dequantized(left.dequantized(call.dtype), right, 0)

@@ -17,14 +17,14 @@ from jax import lax
 
 from jmp_lite._compat import Equation, Jaxpr, as_traced, bind, is_literal, program, scan_counts, scope_names
 from jmp_lite._dtypes import FLOAT32
-from jmp_lite._errors import InvalidRecipeError
-from jmp_lite._loss_scale import NoOpLossScale
-from jmp_lite._scale_in_state import find_loss_scale
 from jmp_lite._tree import combine, describe, is_inexact, partition
 from jmp_lite.autocast._api import is_traced, trace
 from jmp_lite.autocast._programs import PROGRAMS
+from jmp_lite.errors import InvalidRecipeError
 from jmp_lite.quant._history import PLACEHOLDER, Histories
 from jmp_lite.quant._operands import amax_of_all
+from jmp_lite.scaling._in_state import find_loss_scale
+from jmp_lite.scaling._loss_scale import NoOpLossScale
 
 #: Largest magnitudes of earlier steps, ``float32[3, steps]`` for each product: left, right, cotangent; latest first.
 AmaxHistories = dict[str, jax.Array]
@@ -81,7 +81,7 @@ class Delayed:
 
     fun: Callable[..., Any]
 
-    def init(self, *args: Any, state: Any = None, **kwargs: Any) -> AmaxHistories:
+    def init(self, *args: Any, loss_scale: Any = None, **kwargs: Any) -> AmaxHistories:
         """Makes histories that hold what is seen in one step with these arguments; nothing else is done.
 
         The first scalar that the function returns is taken for the loss; if there is none, the sum of all it returns.
@@ -89,10 +89,10 @@ class Delayed:
         Args:
             *args: Arguments of the function. For shapes alone, ``jax.eval_shape(loss.init, *args)`` will do: histories
                 of zeros are empty, and the first step has scales of 1.
-            state: A loss scale, or a state that holds one, if gradients will be those of a scaled loss.
+            loss_scale: A loss scale, or a state that holds one, if gradients will be those of a scaled loss.
             **kwargs: Keyword arguments of the function.
         """
-        loss_scale = NoOpLossScale() if state is None else find_loss_scale(state)[1]
+        scale = NoOpLossScale() if loss_scale is None else find_loss_scale(loss_scale)[1]
         traced = trace(self.fun, args, kwargs)
         sites = _sites(traced.jaxpr)
         empty = {name: jnp.zeros((3, steps), FLOAT32) for name, steps in sites.values()}
@@ -102,7 +102,7 @@ class Delayed:
             results, _ = _Evaluation(filled).run(traced.jaxpr, traced.arrays)
             numbers = [jnp.real(x).astype(FLOAT32) for x in results if is_inexact(x)]
             losses = [x for x in numbers if x.ndim == 0][:1] or numbers
-            return loss_scale.scale(sum(map(jnp.sum, losses), start=jnp.zeros((), FLOAT32)))
+            return scale.scale(sum(map(jnp.sum, losses), start=jnp.zeros((), FLOAT32)))
 
         return update_histories(empty, jax.grad(total)(empty))
 

@@ -57,7 +57,7 @@ def _is_quantizable(x: Any) -> bool:
 
 
 def _as_wide(x: Any, is_kept: bool, dtype: DType) -> Any:
-    """Casts an operand that is not quantised to the dtype of the result, if that is narrower."""
+    """Casts an operand that is not quantized to the dtype of the result, if that is narrower."""
     return cast(x, dtype) if is_kept and dtype.itemsize < x.dtype.itemsize else x
 
 
@@ -75,7 +75,7 @@ class _Multiplied(NamedTuple):
     lhs: Quantized
     rhs: Quantized
     amaxes: list[Any]
-    """Largest magnitudes of both operands, ``float32[]``; zero for one that is not quantised."""
+    """Largest magnitudes of both operands, ``float32[]``; zero for one that is not quantized."""
 
 
 def _multiply(lhs: Any, rhs: Any, histories: Histories | None, call: Call) -> _Multiplied:

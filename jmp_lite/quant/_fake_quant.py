@@ -1,4 +1,4 @@
-"""Fake quantisation: rounding that gradients pass."""
+"""Fake quantization: rounding that gradients pass."""
 
 import functools
 import math
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jmp_lite._compat import varying_axes
 from jmp_lite._dtypes import FLOAT32, DType
-from jmp_lite._errors import InvalidRecipeError
+from jmp_lite.errors import InvalidRecipeError
 from jmp_lite.quant._scale import checked_format, dequantize, largest, quantize
 
 

@@ -1,4 +1,4 @@
-"""The derivative of a quantised product: linear in a tangent, with a transpose that quantises the cotangent.
+"""The derivative of a quantized product: linear in a tangent, with a transpose that quantizes the cotangent.
 
 It is a primitive so that ``vmap`` acts before transposition: the gradient of a weight is one product over the whole
 batch, however that was mapped. What is kept for the backward pass is the other operand, in 8 bits.
@@ -49,7 +49,7 @@ def tangent_product(
         dims: Of the product.
         specs: The recipe.
         dtype: Of the result.
-        precision: Of products that are not quantised.
+        precision: Of products that are not quantized.
         out_sharding: As for ``lax.dot_general``.
     """
     return _primitive().bind(

@@ -9,7 +9,7 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 
 from jmp_lite._dtypes import FLOAT32, DType
-from jmp_lite._errors import SecondDerivativeError
+from jmp_lite.errors import SecondDerivativeError
 from jmp_lite.quant._scale import absmax_scale, dequantize, is_integer, quantize
 from jmp_lite.quant._spec import QuantSpec
 
@@ -67,7 +67,7 @@ class Seen(NamedTuple):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
 def quantized(x: Any, amax: Any, seen: Seen | None, spec: QuantSpec) -> Quantized:
-    """Quantises an operand of a product.
+    """Quantizes an operand of a product.
 
     Args:
         x: Floating array.
@@ -100,14 +100,14 @@ def refuse_second_derivative(spec: QuantSpec) -> NoReturn:
 
 
 def unscaled(x: Any) -> Quantized:
-    """An operand that is not quantised."""
+    """An operand that is not quantized."""
     return Quantized(x, jnp.ones((), FLOAT32))
 
 
 def prepared(
     x: Any, spec: QuantSpec | None, contracted: tuple[int, ...], axis_name: Any, seen: Seen | None = None
 ) -> tuple[Quantized, jax.Array]:
-    """Quantises an operand if it has a spec; returns its largest magnitudes too, zero if it has none."""
+    """Quantizes an operand if it has a spec; returns its largest magnitudes too, zero if it has none."""
     if spec is None:
         return unscaled(x), jnp.zeros((), FLOAT32)
     amax = amax_of(x, spec, contracted, axis_name)

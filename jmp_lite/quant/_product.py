@@ -29,7 +29,7 @@ def scaled_product(
     out_sharding: Any = None,
     has_exact_scales: bool = False,
 ) -> Any:
-    """Multiplies two operands, of which at least one is quantised.
+    """Multiplies two operands, of which at least one is quantized.
 
     Args:
         lhs: Left operand.

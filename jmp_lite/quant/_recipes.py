@@ -1,11 +1,11 @@
-"""Recipes: which operands of a product and of its gradient are quantised how. Each stands in for ``dot_general``."""
+"""Recipes: which operands of a product and of its gradient are quantized how. Each stands in for ``dot_general``."""
 
 import dataclasses
 from typing import Any
 
 import jax
 
-from jmp_lite._errors import InvalidRecipeError
+from jmp_lite.errors import InvalidRecipeError
 from jmp_lite.products._matmul import RoundsOperands
 from jmp_lite.quant._conv import quantized_conv
 from jmp_lite.quant._dot import scaled_dot
@@ -14,16 +14,16 @@ from jmp_lite.quant._spec import QuantSpec, Specs
 
 @dataclasses.dataclass(frozen=True)
 class DotRecipe(Specs, RoundsOperands):
-    """How a matrix product and the two products of its gradient are quantised; also the function that does it.
+    """How a matrix product and the two products of its gradient are quantized; also the function that does it.
 
     It has the signature of ``lax.dot_general`` and goes wherever that goes: ``jmp.autocast(loss, policy, dot=FP8)``,
     ``jmp.Rule("mlp", dot=FP8)``, ``nn.Dense(dot_general=FP8)``, ``nnx.Linear(dot_general=FP8)``,
     ``jnp.einsum(..., _dot_general=FP8)``. ``scaled_dot_general`` describes what it computes.
 
     Args:
-        lhs: How the left operand is quantised, as a ``QuantSpec`` or its text; ``None``: it is not.
+        lhs: How the left operand is quantized, as a ``QuantSpec`` or its text; ``None``: it is not.
         rhs: The same for the right operand, which in Flax is the kernel.
-        grad: The same for the cotangent in the backward products. ``None``: these products are not quantised, and
+        grad: The same for the cotangent in the backward products. ``None``: these products are not quantized, and
             treat the rounding of the operands as if it were none (straight-through).
         history: Of how many steps the largest magnitudes are remembered, to make scales of whole tensors from
             (delayed scaling); 0: every array is looked at. Functions with such products go through ``delayed``.
@@ -162,7 +162,7 @@ def scaled_dot_general(
 
     Each operand is divided by its scale, which takes its largest magnitude to the largest number of the format, and
     rounded. The product is added up in float32 (int32 for int8) and multiplied by the scales. What is kept for the
-    backward pass are the 8-bit operands. In the backward pass cotangents are quantised like operands; each of the two
+    backward pass are the 8-bit operands. In the backward pass cotangents are quantized like operands; each of the two
     products has a scale of its own for them where scales are per channel.
 
     On NVIDIA GPUs from compute capability 8.9 on XLA makes one cuBLASLt call of each float8 product, forward with
@@ -176,7 +176,7 @@ def scaled_dot_general(
         lhs: Array. Operands that are not real floating arrays of 16 or 32 bits are multiplied as they are.
         rhs: Array.
         dimension_numbers: As for ``lax.dot_general``.
-        precision: Of products that are not quantised, such as those of the backward pass with ``grad=None``.
+        precision: Of products that are not quantized, such as those of the backward pass with ``grad=None``.
         preferred_element_type: Floating dtype of the result; by default what the operands promote to.
         recipe: A recipe or its name.
         out_sharding: As for ``lax.dot_general``.
@@ -209,7 +209,7 @@ def scaled_conv(
 ) -> jax.Array:
     """``lax.conv_general_dilated`` of what 8-bit operands stand for.
 
-    The operands are quantised, dequantised and convolved in their own dtype, and so are cotangents in the backward
+    The operands are quantized, dequantized and convolved in their own dtype, and so are cotangents in the backward
     pass: the result has the accuracy of the recipe and keeps 8 bits per number for the backward pass, but runs as fast
     as without it. Scales per channel are those of one sample of ``lhs``, of one output feature of ``rhs`` and of
     cotangents. Histories are not used.

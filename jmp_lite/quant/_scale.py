@@ -8,8 +8,8 @@ import numpy as np
 from jax import lax
 
 from jmp_lite._dtypes import FLOAT32, DType
-from jmp_lite._errors import InvalidRecipeError
 from jmp_lite._rounding import stochastic_floor, stochastic_round
+from jmp_lite.errors import InvalidRecipeError
 
 #: The formats of 8 bits, by the names that recipes are written with.
 FORMATS: dict[str, DType] = {

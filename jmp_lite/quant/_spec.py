@@ -1,9 +1,9 @@
-"""What is quantised how: one operand, and the three products that a product and its gradient are."""
+"""What is quantized how: one operand, and the three products that a product and its gradient are."""
 
 import dataclasses
 from typing import Any
 
-from jmp_lite._errors import InvalidRecipeError
+from jmp_lite.errors import InvalidRecipeError
 from jmp_lite.quant._scale import FORMATS, checked_format, is_integer
 
 _NAMES = {dtype: name for name, dtype in FORMATS.items()}
@@ -11,12 +11,12 @@ _NAMES = {dtype: name for name, dtype in FORMATS.items()}
 
 @dataclasses.dataclass(frozen=True)
 class QuantSpec:
-    """How one operand of a product is quantised.
+    """How one operand of a product is quantized.
 
     Args:
         dtype: ``float8_e4m3fn``, ``float8_e5m2`` or ``int8``, or ``"e4m3"``, ``"e5m2"``, ``"int8"``.
         granularity: What shares a scale. ``"tensor"``: the whole array; ``"channel"``: what is added up, such as one
-            row of activations or one output channel of a kernel; an ``int`` n: n neighbours of what is added up; a
+            row of activations or one output channel of a kernel; an ``int`` n: n neighbors of what is added up; a
             pair (n, n): blocks of n by n.
         margin: Leaves room for values ``2**margin`` times as large as those seen.
         pow2: Rounds scales up to powers of two.
@@ -114,13 +114,13 @@ class Specs:
             raise InvalidRecipeError(f"{problem}, got {self}.")
 
     def spec(self, side: int) -> QuantSpec | None:
-        """Returns how the left (0) or the right (1) operand is quantised."""
+        """Returns how the left (0) or the right (1) operand is quantized."""
         spec: Any = (self.lhs, self.rhs)[side]
         return spec  # type: ignore[no-any-return]
 
     @property
     def of_gradients(self) -> QuantSpec | None:
-        """How cotangents are quantised."""
+        """How cotangents are quantized."""
         spec: Any = self.grad
         return spec  # type: ignore[no-any-return]
 
@@ -135,12 +135,12 @@ class Specs:
         specs = operands + grads
         e5m2 = [sum(spec.dtype == FORMATS["e5m2"] for spec in group) for group in (operands, grads)]
         return [
-            (not operands, "A recipe quantises lhs, rhs or both"),
+            (not operands, "A recipe quantizes lhs, rhs or both"),
             (len({is_integer(spec.dtype) for spec in specs}) > 1, "int8 and float8 cannot be multiplied"),
             (e5m2[0] > 1 or all(e5m2), "No device multiplies e5m2 by e5m2: keep it for the gradients alone"),
             (
                 len(operands) < 2 and bool(grads),
-                "Gradients can be quantised only if both operands are: leave grad=None, which is straight-through",
+                "Gradients can be quantized only if both operands are: leave grad=None, which is straight-through",
             ),
             (
                 self.is_blockwise and not (len(operands) == 2 and all(spec.is_blockwise for spec in specs)),

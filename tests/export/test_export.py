@@ -45,7 +45,7 @@ def histories_of(policy, recipe, params, x):
 
 
 def training_function(policy, recipe, histories):
-    """What the training program would call for inference: a jitted function of (quantised) parameters."""
+    """What the training program would call for inference: a jitted function of (quantized) parameters."""
     recipe = None if recipe is None else quant.get_recipe(recipe)
     dot = recipe if recipe is not None and recipe.lhs is not None else None
     fun = MLP().apply if policy is None and dot is None else jmp.autocast(MLP().apply, policy or "full", dot=dot)
@@ -84,7 +84,7 @@ SERVER = """
 
 
 def serve_elsewhere(tmp_path, x, paths):
-    """Runs artefacts in a fresh process that has neither the model's code nor any framework nor pickle."""
+    """Runs artifacts in a fresh process that has neither the model's code nor any framework nor pickle."""
     script = tmp_path / "server.py"
     script.write_text(textwrap.dedent(SERVER))
     np.save(tmp_path / "x.npy", x)
@@ -116,7 +116,7 @@ def test_another_process_computes_the_same_bits(mlp, names, tmp_path):
 @pytest.mark.parametrize(
     "recipe", ["w8a8", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fp8", "fp8_rowwise"))]
 )
-def test_quantised_products_are_those_of_training(mlp, recipe, tmp_path):
+def test_quantized_products_are_those_of_training(mlp, recipe, tmp_path):
     """The recipe finds the stored numbers again: what it computes from float32 kernels, up to a step of bfloat16."""
     params, x = mlp
     export.freeze(MLP().apply, params, x, path=tmp_path / "m", policy="mixed_bfloat16", recipe=recipe)
@@ -161,14 +161,14 @@ def test_train_and_serve_agree(tmp_path, frozen, asked, message):
     """What is loaded under another policy or recipe is refused, with both quoted; under its own it is not."""
     fun = jax.named_call(jnp.dot, name="a")
     export.freeze(fun, jnp.ones((2, 2)), jnp.ones((2, 2)), path=tmp_path / "m", **frozen)
-    with pytest.raises(jmp.PolicyMismatchError, match=message):
+    with pytest.raises(jmp.errors.PolicyMismatchError, match=message):
         export.load(tmp_path / "m", **asked)
     served = export.load(tmp_path / "m", **frozen)
     assert served.policy == (str(jmp.get_policy(frozen["policy"])) if "policy" in frozen else None)
 
 
 def test_own_choice_of_leaves_is_kept(mlp, tmp_path):
-    """Parameters that are quantised in part are stored as they are, whatever the recipe."""
+    """Parameters that are quantized in part are stored as they are, whatever the recipe."""
     params, x = mlp
     held = quantize_tree(params, "e5m2", where=lambda path, _: path.endswith("Dense_1/kernel"))
     export.freeze(MLP().apply, held, x, path=tmp_path / "m", policy="mixed_bfloat16", recipe="w8a16")
@@ -178,7 +178,7 @@ def test_own_choice_of_leaves_is_kept(mlp, tmp_path):
     assert_identical(served(x), training_function("mixed_bfloat16", "w8a16", None)(held, x))
 
 
-def test_error_of_a_quantised_artefact(mlp, tmp_path):
+def test_error_of_a_quantized_artifact(mlp, tmp_path):
     """W8A16 in float32 changes probabilities by less than one in a hundred."""
     params, x = mlp
     export.freeze(MLP().apply, params, x, path=tmp_path / "m", recipe="w8a16")
@@ -199,7 +199,9 @@ def test_platforms(mlp, tmp_path):
         held = params if recipe is None else quantize_tree(params, quant.get_recipe(recipe).rhs)
         assert_identical(served(x), training_function(policy, recipe, None)(held, x))
     export.freeze(MLP().apply, params, x, path=tmp_path / "m", platforms="tpu")
-    with pytest.raises(jmp.PlatformMismatchError, match=r"frozen for tpu, but .* platforms=\['tpu', '(cpu|cuda)'\]"):
+    with pytest.raises(
+        jmp.errors.PlatformMismatchError, match=r"frozen for tpu, but .* platforms=\['tpu', '(cpu|cuda)'\]"
+    ):
         export.load(tmp_path / "m")
 
 

@@ -66,37 +66,37 @@ def test_weights_of_every_dtype(tmp_path):
 
 
 @pytest.fixture
-def artefact(rng, tmp_path):
-    """A small artefact with all there is in one."""
+def artifact(rng, tmp_path):
+    """A small artifact with all there is in one."""
     path = tmp_path / "small"
     export.freeze(lambda w, x: x @ w, normal(rng, 4, 4), jnp.ones((2, 4)), path=path, policy="bf16", recipe="w8a16")
     return path
 
 
-def test_no_byte_can_change(rng, artefact):
+def test_no_byte_can_change(rng, artifact):
     """Header, metadata, weights, program, digest: a flip of any bit of any byte is refused, never served."""
-    data = bytearray(artefact.read_bytes())
+    data = bytearray(artifact.read_bytes())
     for at in range(len(data)):
         flip = int(1 << rng.integers(8))
         data[at] ^= flip
-        artefact.write_bytes(data)
-        with pytest.raises(jmp.CorruptArtefactError):
-            export.load(artefact)
+        artifact.write_bytes(data)
+        with pytest.raises(jmp.errors.CorruptArtifactError):
+            export.load(artifact)
         data[at] ^= flip
-    artefact.write_bytes(data)
-    export.load(artefact)
+    artifact.write_bytes(data)
+    export.load(artifact)
 
 
-def test_no_byte_can_go_or_come(rng, artefact):
+def test_no_byte_can_go_or_come(rng, artifact):
     """Truncated at any place, prolonged, or with a part swapped."""
-    data = artefact.read_bytes()
+    data = artifact.read_bytes()
     cuts = [data[:at] for at in rng.integers(len(data), size=200)]
     a, b = sorted(rng.integers(len(data) // 2, len(data), size=2))
     swapped = data[:a] + data[b:] + data[a:b]
     for bad in [*cuts, b"", data + b"\0", b"\0" + data, data * 2, *([swapped] if swapped != data else [])]:
-        artefact.write_bytes(bad)
-        with pytest.raises(jmp.CorruptArtefactError):
-            export.load(artefact)
+        artifact.write_bytes(bad)
+        with pytest.raises(jmp.errors.CorruptArtifactError):
+            export.load(artifact)
 
 
 def test_foreign_files_are_refused(tmp_path):
@@ -105,7 +105,7 @@ def test_foreign_files_are_refused(tmp_path):
     safetensors.numpy.save_file({"w": np.ones(2)}, path, {"format": "pt"})
     for data in (path.read_bytes(), b"\x80\x04N.", b"not a model" * 9):
         path.write_bytes(data)
-        with pytest.raises(jmp.CorruptArtefactError, match=r"'.*m' is no artefact of jmp_lite.export"):
+        with pytest.raises(jmp.errors.CorruptArtifactError, match=r"'.*m' is no artifact of jmp_lite.export"):
             export.load(path)
     with pytest.raises(FileNotFoundError):
         export.load(tmp_path / "none")
@@ -117,10 +117,10 @@ HEADER = {"jax": "0", "platforms": ["cpu"], "policy": None, "quantized": {}, "re
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"format": 2}, jmp.CorruptArtefactError, "has format 2, this version of jmp_lite reads 1"),
-        ({"dtypes": {}}, jmp.CorruptArtefactError, "not written as artefacts are"),
-        ({"dtypes": {"w": "float32"}}, jmp.CorruptArtefactError, "not written as artefacts are"),
-        ({"platforms": ["mars"]}, jmp.PlatformMismatchError, "was frozen for mars, but this process runs on "),
+        ({"format": 2}, jmp.errors.CorruptArtifactError, "has format 2, this version of jmp_lite reads 1"),
+        ({"dtypes": {}}, jmp.errors.CorruptArtifactError, "not written as artifacts are"),
+        ({"dtypes": {"w": "float32"}}, jmp.errors.CorruptArtifactError, "not written as artifacts are"),
+        ({"platforms": ["mars"]}, jmp.errors.PlatformMismatchError, "was frozen for mars, but this process runs on "),
     ],
 )
 def test_wrong_headers_with_right_digests(tmp_path, change, error, message):
@@ -130,14 +130,14 @@ def test_wrong_headers_with_right_digests(tmp_path, change, error, message):
         export.load(tmp_path / "m")
 
 
-def test_digest_pins_one_artefact(mlp, tmp_path):
+def test_digest_pins_one_artifact(mlp, tmp_path):
     """Another one, however sound, is refused by both digests."""
     params, x = mlp
     digest = export.freeze(MLP().apply, params, x, path=tmp_path / "m")
     assert export.load(tmp_path / "m", digest=digest).digest == digest
     export.load(tmp_path / "m", digest=f"SHA256:{digest.upper()}")
     other = export.freeze(MLP().apply, jax.tree.map(lambda leaf: leaf + 1, params), x, path=tmp_path / "m")
-    with pytest.raises(jmp.CorruptArtefactError, match=rf"digest='{digest}' was asked for, it has '{other}'"):
+    with pytest.raises(jmp.errors.CorruptArtifactError, match=rf"digest='{digest}' was asked for, it has '{other}'"):
         export.load(tmp_path / "m", digest=digest)
 
 
@@ -174,11 +174,11 @@ def test_weights_may_lie_in_memory_as_they_like(layout, rng, tmp_path):
     np.testing.assert_array_equal(export.load(tmp_path / "m").params["params"], expected)
 
 
-def test_header_is_json(artefact):
+def test_header_is_json(artifact):
     """The header can be read without this library."""
-    data = artefact.read_bytes()
+    data = artifact.read_bytes()
     text = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]["jmp_lite"]
     digest, _, header = text.partition(" ")
-    assert digest == f"sha256:{export.load(artefact).digest}"
+    assert digest == f"sha256:{export.load(artifact).digest}"
     assert json.loads(header)["policy"] == "p=bf16,c=bf16,o=bf16"
     assert json.loads(header)["quantized"] == {"": "float32"}

@@ -100,7 +100,7 @@ W = jnp.eye(2)
 )
 def test_refusals_say_what_to_do(tmp_path, freeze, message):
     """What cannot be frozen leaves no file."""
-    with pytest.raises(jmp.InvalidExportError, match=message):
+    with pytest.raises(jmp.errors.InvalidExportError, match=message):
         freeze(functools.partial(export.freeze, path=tmp_path / "m"))
     assert not list(tmp_path.iterdir())
 
@@ -110,5 +110,5 @@ def test_float64_needs_to_be_enabled(tmp_path):
     with jax.enable_x64(True):
         export.freeze(jnp.dot, jnp.ones((2, 2), jnp.float64), jnp.ones((2, 2), jnp.float64), path=tmp_path / "m")
         assert export.load(tmp_path / "m")(jnp.ones((2, 2), jnp.float64)).dtype == jnp.float64
-    with pytest.raises(jmp.PlatformMismatchError, match="needs float64 for 'params'"):
+    with pytest.raises(jmp.errors.PlatformMismatchError, match="needs float64 for 'params'"):
         export.load(tmp_path / "m")

@@ -174,7 +174,7 @@ def test_gradient_through_a_cast_has_the_type_of_the_parameter(policy, forest):
         leaves = [x for x in jax.tree.leaves(compute(params)) if jnp.issubdtype(x.dtype, jnp.inexact)]
         return sum((jnp.sum(jnp.real(x).astype(jnp.float32)) for x in leaves), jnp.float32(0))
 
-    _, grads = jmp.scaled_value_and_grad(loss)(params, state=jmp.DynamicLossScale(8.0))
+    _, grads = jmp.scaled_value_and_grad(loss, loss_scale=jmp.DynamicLossScale(8.0))(params)
     for grad, param in zip(jax.tree.leaves(grads), jax.tree.leaves(params), strict=True):
         inexact = jnp.issubdtype(param.dtype, jnp.inexact)
         assert (grad.dtype, grad.shape) == (param.dtype if inexact else jax.dtypes.float0, param.shape)
@@ -256,7 +256,7 @@ def whole_parameters(rng):
 
 def value_and_float_grads(scale, params, x):
     """The loss and the gradients that are floats (float0 cannot leave a transformation)."""
-    loss, grads = jmp.scaled_value_and_grad(loss_fn)(params, x, state=scale)
+    loss, grads = jmp.scaled_value_and_grad(loss_fn, loss_scale=scale)(params, x)
     return loss, {"w": grads["w"], "half": grads["half"]}
 
 

@@ -90,7 +90,7 @@ def make_step(mesh, tx):
     def on_device(state, x, y, fault):
         rng, noise = jax.random.split(state["rng"])
         x = x + 0.01 * jax.random.normal(jax.random.fold_in(noise, jax.lax.axis_index("data")), x.shape)
-        loss, grads = jmp.scaled_value_and_grad(loss_fn)(state["params"], x, y, state=state["opt_state"])
+        loss, grads = jmp.scaled_value_and_grad(loss_fn, loss_scale=state["opt_state"])(state["params"], x, y)
         loss, grads = mean_in_order((loss, jmp.cast_to_full(grads)))
         grads = jax.tree.map(lambda g: g + fault[0], grads)
         params, opt_state = jmp.apply_gradients(tx, grads, state["opt_state"], state["params"])
@@ -178,7 +178,7 @@ def restored_or_new(manager, arrays):
     template = {"arrays": arrays, "step": 0, "position": START, "local": jax.random.key(0)}
     try:
         return manager.restore(template)
-    except jmp.CheckpointNotFoundError:
+    except jmp.errors.CheckpointNotFoundError:
         return 0, template
 
 
@@ -191,7 +191,7 @@ def train(settings):
     arrays = place(initial_arrays(settings, tx, devices), mesh, state_spec())
     directory = settings.directory or f"{settings.output}/unused"
     losses, finite = {}, {}
-    with jmp.checkpoint.CheckpointManager(directory, policy=POLICY, every=settings.every) as manager:
+    with jmp.checkpoint.CheckpointManager(directory, policy=POLICY, save_interval_steps=settings.every) as manager:
         first, state = restored_or_new(manager, arrays)
         assert first == state["step"]
         local = jax.random.key(first)  # each process has this one for itself

@@ -58,7 +58,7 @@ def test_int8_errs_by_half_a_step(rng):
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("axes", [None, (0,), (1,), (0, 1), ()])
-def test_quantising_again_finds_the_same_numbers(rng, name, axes):
+def test_quantizing_again_finds_the_same_numbers(rng, name, axes):
     """Values are found again to the bit, scales up to the rounding of two products in float32."""
     once = quantize_array(normal(rng, 24, 16), name, axes)
     again = quantize_array(once.dequantize(), name, axes)
@@ -258,8 +258,8 @@ def test_containers_stay(rng, kind):
 @pytest.mark.parametrize(
     ("fail", "message"),
     [
-        (lambda w: quantize_tree(quantize_tree({"a": w})), r"Leaf 'a' is quantised already: QuantizedArray\(int8"),
-        (lambda w: quantize_array(quantize_array(w)), "x is quantised already"),
+        (lambda w: quantize_tree(quantize_tree({"a": w})), r"Leaf 'a' is quantized already: QuantizedArray\(int8"),
+        (lambda w: quantize_array(quantize_array(w)), "x is quantized already"),
         (
             lambda w: quantize_tree({"a": {"n": jnp.ones((2, 2), jnp.int32)}}, where=lambda *_: True),
             r"Leaf 'a/n' is int32\[2, 2\]; only floating",
@@ -275,8 +275,8 @@ def test_containers_stay(rng, kind):
     ],
 )
 def test_refusals_name_the_leaf(rng, fail, message):
-    """What cannot be quantised is named by its path, with what was asked of it."""
-    with pytest.raises(jmp.InvalidRecipeError, match=message):
+    """What cannot be quantized is named by its path, with what was asked of it."""
+    with pytest.raises(jmp.errors.InvalidRecipeError, match=message):
         fail(normal(rng, 4, 3))
 
 
@@ -284,12 +284,12 @@ def test_refusals_name_the_leaf(rng, fail, message):
 
 
 def tree_of(rng, name):
-    """A state with a quantised leaf among others."""
+    """A state with a quantized leaf among others."""
     return {"w": quantize_tree({"kernel": normal(rng, 16, 8), "bias": normal(rng, 8)}, name), "step": jnp.int32(3)}
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_flax_serialises_it(rng, name):
+def test_flax_serializes_it(rng, name):
     """Bytes and state dicts come back bit for bit, with the template's dtype."""
     state, template = tree_of(rng, name), tree_of(rng, name)
     restored = flax.serialization.from_bytes(template, flax.serialization.to_bytes(state))
@@ -300,14 +300,14 @@ def test_flax_serialises_it(rng, name):
     assert_identical(flax.serialization.from_state_dict(frozen, flax.serialization.to_state_dict(frozen)), frozen)
 
 
-def test_flax_refuses_what_was_quantised_otherwise(rng):
-    """Another format, or no quantisation at all, is not taken for this one."""
+def test_flax_refuses_what_was_quantized_otherwise(rng):
+    """Another format, or no quantization at all, is not taken for this one."""
     state = flax.serialization.to_state_dict(quantize_array(normal(rng, 4, 3)))
     with pytest.raises(
-        jmp.InvalidRecipeError, match=r"QuantizedArray\(float8_e4m3fn\[4, 3\].* but int8\[4, 3\] was saved"
+        jmp.errors.InvalidRecipeError, match=r"QuantizedArray\(float8_e4m3fn\[4, 3\].* but int8\[4, 3\] was saved"
     ):
         flax.serialization.from_state_dict(quantize_array(normal(rng, 4, 3), "e4m3"), state)
-    with pytest.raises(jmp.InvalidRecipeError, match=r"but float32\[4, 3\] was saved"):
+    with pytest.raises(jmp.errors.InvalidRecipeError, match=r"but float32\[4, 3\] was saved"):
         flax.serialization.from_state_dict(quantize_array(normal(rng, 4, 3)), normal(rng, 4, 3))
 
 

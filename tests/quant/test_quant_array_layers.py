@@ -76,7 +76,7 @@ LINEN = {
 
 @pytest.mark.parametrize("name", slow_but_for(("Dense", "attention"), LINEN))
 def test_linen_layers_take_it(rng, key, name):
-    """A layer computes with quantised kernels what it computes with the arrays that they stand for."""
+    """A layer computes with quantized kernels what it computes with the arrays that they stand for."""
     module = LINEN[name]
     x = jnp.arange(6) if name in ("Embed", "tied") else normal(rng, 2, 8, 16)
     params = quantize_tree(module.init(key, x), where=matrices, axes=stacked if name == "scan" else (lambda *a: [0]))
@@ -151,7 +151,7 @@ class MLP(nn.Module):
 
 
 @pytest.mark.slow
-def test_figures_of_post_training_quantisation(rng, key):
+def test_figures_of_post_training_quantization(rng, key):
     """Outputs within 1 %, and 3.78 times fewer bytes of arrays; as msgpack, 3.6 times."""
     x = normal(rng, 32, 128)
     params = MLP().init(key, x)

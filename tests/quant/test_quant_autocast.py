@@ -25,7 +25,7 @@ from jmp_lite.autocast import _api
 
 POLICIES = ["mixed_bfloat16", "mixed_float16", "full"]
 E4M3, E5M2 = "f8E4M3FN", "f8E5M2"
-#: Products of a quantised product and its gradient: dtypes of the operands, and precision.
+#: Products of a quantized product and its gradient: dtypes of the operands, and precision.
 OF_FP8 = {(E4M3, E4M3, "DEFAULT"): 1, (E5M2, E4M3, "HIGHEST"): 2}
 
 policies = pytest.mark.parametrize("policy", POLICIES)
@@ -203,7 +203,7 @@ def test_names_will_do_where_functions_are_wanted(rng):
     fun, params, x = MODELS["Dense"][0](rng)
     by_name = jmp.autocast(total(fun), "mixed_bfloat16", dot=quant.get_recipe("fp8"))
     assert by_name(params, x) == jmp.autocast(total(fun), "mixed_bfloat16", dot=quant.FP8)(params, x)
-    with pytest.raises(jmp.InvalidRuleError, match="'fp8'"):
+    with pytest.raises(jmp.errors.InvalidRuleError, match="'fp8'"):
         jmp.autocast(total(fun), "mixed_bfloat16", dot="fp8")
 
 
@@ -226,7 +226,7 @@ RULES = {
 def test_rules(case, policy, rng):
     settings, count = RULES[case]
     fun, params, x = MODELS["perceptron"][0](rng)
-    warns = pytest.warns(jmp.UnmatchedRuleWarning) if case == "none" else contextlib.nullcontext()
+    warns = pytest.warns(jmp.errors.UnmatchedRuleWarning) if case == "none" else contextlib.nullcontext()
     _api._interpreter.cache_clear()
     with warns:
         text = stablehlo(gradients(jmp.autocast(total(fun), policy, **settings)), params, x)

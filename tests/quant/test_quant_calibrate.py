@@ -15,7 +15,7 @@ from jmp_lite import quant
 
 
 def test_calibration_fixes_scales(rng):
-    """Scales are those of all data; later inputs saturate, and each row is quantised like any other."""
+    """Scales are those of all data; later inputs saturate, and each row is quantized like any other."""
     w = normal(rng, 16, 8)
     batches = [(w, normal(rng, 4, 16) * scale) for scale in (1, 3, 2)]
     static = functools.partial(quant.W8A8_STATIC, dimension_numbers=MATMUL)
@@ -35,7 +35,7 @@ def test_calibration_fixes_scales(rng):
 
 
 def test_calibration_needs_data():
-    with pytest.raises(jmp.InvalidRecipeError, match="no batches"):
+    with pytest.raises(jmp.errors.InvalidRecipeError, match="no batches"):
         quant.calibrate(quant.delayed(lambda x: x), [])
 
 

@@ -1,4 +1,4 @@
-"""Convolutions of quantised operands, and products of quantised blocks."""
+"""Convolutions of quantized operands, and products of quantized blocks."""
 
 import dataclasses
 import math
@@ -37,7 +37,7 @@ def convolution(case, conv):
 
 
 def rounded(x, spec, kept):
-    """What an operand stands for once it was quantised, with one scale per index of an axis."""
+    """What an operand stands for once it was quantized, with one scale per index of an axis."""
     if spec is None:
         return x
     axes = tuple(i for i in range(x.ndim) if i != kept) if spec.granularity == "channel" else None

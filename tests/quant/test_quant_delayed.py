@@ -327,7 +327,7 @@ def test_histories_of_something_else_are_refused(case, data):
     change, quoted = WRONG[case]
     delayed = quant.delayed(loss)
     histories = delayed.init(*data)
-    with pytest.raises(jmp.InvalidRecipeError, match=quoted) as caught:
+    with pytest.raises(jmp.errors.InvalidRecipeError, match=quoted) as caught:
         delayed(change(histories), *data)
     assert "'dot': float32[3, 4]" in str(caught.value)
     assert ".init(" in str(caught.value)

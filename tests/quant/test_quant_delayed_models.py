@@ -133,18 +133,18 @@ def test_nnx_takes_methods(rng):
 
 
 def test_nnx_trains(rng):
-    """An optimiser with a loss scale takes such gradients: one trace, and the loss that current scaling comes to."""
+    """An optimizer with a loss scale takes such gradients: one trace, and the loss that current scaling comes to."""
     x, target, traces = normal(rng, 32, 16), normal(rng, 32, 3), []
 
     def loss(model, x):
         traces.append(x)
         return jnp.mean((model(x) - target) ** 2)
 
-    def optimised():
+    def optimized():
         model = nnx.Linear(16, 3, rngs=nnx.Rngs(0))
         return model, nnx.Optimizer(model, jmp.loss_scaled(optax.sgd(0.1), jmp.NoOpLossScale()), wrt=nnx.Param)
 
-    (model, optimizer), (other, reference) = optimised(), optimised()
+    (model, optimizer), (other, reference) = optimized(), optimized()
     delayed = jmp.nnx.delayed(jmp.nnx.autocast(loss, "full", dot=RECIPE))
     current = jmp.nnx.autocast(loss, "full", dot=quant.FP8)
     histories = delayed.init(model, x)

@@ -1,4 +1,4 @@
-"""The quantised product against ``lax.dot_general``: errors, exactness where there is any, and what is not finite."""
+"""The quantized product against ``lax.dot_general``: errors, exactness where there is any, and what is not finite."""
 
 import functools
 import itertools
@@ -285,7 +285,7 @@ def test_a_loss_scale_skips_a_step_that_is_not_finite(name, rng):
 
     @jax.jit
     def step(params, state, x):
-        _, grads = jmp.scaled_value_and_grad(loss)(params, x, state=state)
+        _, grads = jmp.scaled_value_and_grad(loss, loss_scale=state)(params, x)
         return jmp.apply_gradients(tx, grads, state, params)
 
     after, state_after = step(params, state, x.at[1, 2].set(np.inf))
@@ -306,7 +306,7 @@ def test_second_derivatives_are_refused(name, by):
         assert jax.eval_shape(jax.hessian(fun, by), *arrays).shape == (2, 4, 2, 4)
         return
     for second in (jax.hessian(fun, by), jax.grad(lambda *x: jnp.sum(jax.grad(fun, by)(*x) ** 2), by)):
-        with pytest.raises(jmp.SecondDerivativeError, match="differentiated twice"):
+        with pytest.raises(jmp.errors.SecondDerivativeError, match="differentiated twice"):
             jax.eval_shape(second, *arrays)
 
 

@@ -138,12 +138,12 @@ WRONG_SPECS = {
 @pytest.mark.parametrize("case", WRONG_SPECS)
 def test_specs_that_mean_nothing(case):
     dtype, settings, quoted = WRONG_SPECS[case]
-    with pytest.raises(jmp.InvalidRecipeError, match=quoted):
+    with pytest.raises(jmp.errors.InvalidRecipeError, match=quoted):
         QuantSpec(dtype, **settings)
 
 
 WRONG_RECIPES = {
-    "nothing quantised": ((None, None), {}, "lhs=none,rhs=none"),
+    "nothing quantized": ((None, None), {}, "lhs=none,rhs=none"),
     "mixed": (("int8", "e4m3"), {}, "int8 and float8.*lhs=int8,rhs=e4m3"),
     "mixed gradients": (("e4m3", "e4m3", "int8"), {}, "int8 and float8.*grad=int8"),
     "e5m2 by e5m2": (("e5m2", "e5m2"), {}, "e5m2 by e5m2.*lhs=e5m2,rhs=e5m2"),
@@ -167,7 +167,7 @@ WRONG_RECIPES = {
 @pytest.mark.parametrize("case", WRONG_RECIPES)
 def test_recipes_that_mean_nothing(case):
     specs, settings, quoted = WRONG_RECIPES[case]
-    with pytest.raises(jmp.InvalidRecipeError, match=quoted):
+    with pytest.raises(jmp.errors.InvalidRecipeError, match=quoted):
         DotRecipe(*specs, **settings)
 
 
@@ -187,14 +187,14 @@ def test_recipes_that_mean_nothing(case):
 )
 def test_unknown_recipes(text):
     for use in (get_recipe, lambda text: quant.scaled_dot_general(jnp.ones(1), jnp.ones(1), MATMUL, recipe=text)):
-        with pytest.raises(jmp.InvalidRecipeError) as caught:
+        with pytest.raises(jmp.errors.InvalidRecipeError) as caught:
             use(text)
         assert (repr(text) in str(caught.value)) or (text and text.split("=")[-1] in str(caught.value))
 
 
 def test_errors_are_values_errors_of_the_library():
-    for error in (jmp.InvalidRecipeError, jmp.SecondDerivativeError):
-        assert issubclass(error, jmp.JmpLiteError)
-    assert issubclass(jmp.InvalidRecipeError, ValueError)
+    for error in (jmp.errors.InvalidRecipeError, jmp.errors.SecondDerivativeError):
+        assert issubclass(error, jmp.errors.JmpLiteError)
+    assert issubclass(jmp.errors.InvalidRecipeError, ValueError)
     with pytest.raises(ValueError, match="not per block"):
         quant.FP8_BLOCK128.conv(jnp.ones((1, 1, 4, 4)), jnp.ones((1, 1, 2, 2)), (1, 1), "SAME")

@@ -164,7 +164,7 @@ def test_what_stands_for_numbers_has_the_dtype_asked_for(dtype, rng):
 # --- Rounding at random ---------------------------------------------------------------------------
 
 
-def neighbours(x, dtype):
+def neighbors(x, dtype):
     """The numbers of a format below and above, in float64."""
     size = np.dtype(dtype).itemsize
     values = np.float64(np.arange(2 ** (8 * size), dtype=f"u{size}").view(dtype))
@@ -183,12 +183,12 @@ def bias_bound(x, below, above, draws):
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in cast:RuntimeWarning")
 @pytest.mark.parametrize("name", ROUNDED_TO)
-def test_stochastic_rounding_gives_one_of_two_neighbours_and_is_right_on_average(name, rng, key):
+def test_stochastic_rounding_gives_one_of_two_neighbors_and_is_right_on_average(name, rng, key):
     dtype, exponents = ROUNDED_TO[name]
     x = np.float32(rng.choice([-1, 1], 48) * 2.0 ** rng.uniform(*exponents, 48))
     draws = 4000
     found = np.float64(stochastic_round(key, jnp.broadcast_to(x, (draws, 48)), np.dtype(dtype)))
-    below, above = neighbours(x, dtype)
+    below, above = neighbors(x, dtype)
     assert np.all((found == below) | (found == above))
     error = np.abs(found.mean(0) - x)
     bound = bias_bound(np.float64(x), below, above, draws)
@@ -231,7 +231,7 @@ def test_a_key_decides(name, rng):
     assert np.any(first != other)
 
 
-# --- Fake quantisation ----------------------------------------------------------------------------
+# --- Fake quantization ----------------------------------------------------------------------------
 
 
 def lsq(x, scale, cotangent, name):

@@ -82,7 +82,7 @@ def assert_sparse(example, compared, count):
 
 
 @pytest.mark.soak
-def test_digits_are_recognised_as_well_as_with_float32(example, compare):
+def test_digits_are_recognized_as_well_as_with_float32(example, compare):
     """Mean of 5 seeds: 8 bits within a point, at least 3.7 times smaller; pruned within two."""
     compared = compare(example("_lowbit_models").MODELS["digits"], example("_lowbit_variants").VARIANTS, SEEDS)
     reference = mean(compared["fp32"])
@@ -133,7 +133,7 @@ def tumours(models, digits_data):
 
 
 @pytest.mark.soak
-def test_tumours_are_recognised_as_well_as_with_float32(example, compare):
+def test_tumours_are_recognized_as_well_as_with_float32(example, compare):
     model = tumours(example("_lowbit_models"), example("_digits_data"))
     compared = compare(model, example("_lowbit_variants").VARIANTS, SEEDS)
     reference = mean(compared["fp32"])

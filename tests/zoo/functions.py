@@ -111,7 +111,7 @@ def spline_flow() -> Model:
 
 
 def haiku_resnet() -> Model:
-    """The statistics that normalise are those of other images: a gradient through those of eight is mostly noise."""
+    """The statistics that normalize are those of other images: a gradient through those of eight is mostly noise."""
     import haiku as hk
 
     def logits(images, is_training=False):

@@ -22,7 +22,7 @@ class Model(NamedTuple):
     Attributes:
       loss: written for float32.
       own: with the `dtype=bfloat16` of the package or, where it has none, with `at_the_boundary`.
-      params: float32, as the package initialises them.
+      params: float32, as the package initializes them.
       batch: draws a batch from a NumPy generator.
       draws: over how many draws errors are averaged.
       in_float32: name scopes of the products that are right to stay in float32 -> why.
@@ -36,7 +36,7 @@ class Model(NamedTuple):
     in_float32: dict[str, str] = {}  # noqa: RUF012  # a NamedTuple has no instance to change it on
 
     def draw(self, seed: int) -> tuple[Any, Any]:
-        """Parameters and a batch: what initialisation leaves at zero or one, training would not."""
+        """Parameters and a batch: what initialization leaves at zero or one, training would not."""
         rng = np.random.default_rng(seed)
         moved = jax.tree.map(lambda p: p + 0.02 * normal(rng, np.shape(p)), self.params)
         return moved, self.batch(rng)

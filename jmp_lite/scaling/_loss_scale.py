@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmp_lite._compat import register_flax_serialization
-from jmp_lite._errors import InvalidLossScaleError, TracedStaticScaleError
 from jmp_lite._tree import (
     Opaque,
     cast_to_at_least_float32,
@@ -24,6 +23,7 @@ from jmp_lite._tree import (
     map_leaves,
     scalar_predicate,
 )
+from jmp_lite.errors import InvalidLossScaleError, TracedStaticScaleError
 
 T = TypeVar("T")
 
@@ -372,11 +372,11 @@ jax.tree_util.register_static(StaticLossScale)
 jax.tree_util.register_pytree_with_keys(DynamicLossScale, _flatten_with_keys, _unflatten, _flatten)
 
 
-# --- Serialisation with Flax: the data only; settings come from the program, as with every optimiser ---
+# --- Serialization with Flax: the data only; settings come from the program, as with every optimizer ---
 
 
 def register_serialization() -> None:
-    """Teaches Flax, if it is loaded, to serialise loss scales."""
+    """Teaches Flax, if it is loaded, to serialize loss scales."""
     classes: tuple[type[Any], ...] = (NoOpLossScale, StaticLossScale, DynamicLossScale)
     for cls in classes:
         register_flax_serialization(cls, _state_dict, _from_state_dict)

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jmp_lite._errors import InvalidLossScaleError, LossDtypeError
-from jmp_lite._loss_scale import DynamicLossScale, LossScale
-from jmp_lite._scale_in_state import find_loss_scale, replace_loss_scale
+from jmp_lite._functions import check_function, refuse_modules
 from jmp_lite._tree import all_finite, cast_to_at_least_float32, is_array, is_inexact
+from jmp_lite.errors import InvalidLossScaleError, LossDtypeError
+from jmp_lite.scaling._in_state import find_loss_scale, replace_loss_scale
+from jmp_lite.scaling._loss_scale import DynamicLossScale, LossScale
 
 #: Loss, auxiliary output, and the gradients of the inexact leaves.
 Gradient = tuple[jax.Array, Any, list[Any]]
@@ -50,9 +51,10 @@ def _checked_loss(output: Any, has_aux: bool) -> tuple[jax.Array, Any]:
     return cast_to_at_least_float32(loss), aux
 
 
-def _float0_zeros(leaf: Any) -> Any:
-    """The gradient JAX gives to what cannot be differentiated: integers, booleans, keys."""
-    return np.zeros(np.shape(leaf), jax.dtypes.float0)
+def _no_gradient(leaf: Any) -> Any:
+    """JAX's gradient of integers, booleans and keys; ``None`` for what is no number, which optimizers leave alone."""
+    is_number = is_array(leaf) or isinstance(leaf, (bool, int))
+    return np.zeros(np.shape(leaf), jax.dtypes.float0) if is_number else None
 
 
 def differentiate(
@@ -62,7 +64,7 @@ def differentiate(
 
     Returns:
         A function from a loss scale to ``(loss, aux, gradients)``, the gradients a flat list; and a function that puts
-        such a list back into the structure of the arguments, with ``float0`` for all other leaves.
+        such a list back into the structure of the arguments, with ``float0`` or ``None`` for all other leaves.
     """
     leaves, treedef = jax.tree.flatten(tuple(args[i] for i in argnums))
     inexact = [i for i, leaf in enumerate(leaves) if is_inexact(leaf)]
@@ -83,7 +85,7 @@ def differentiate(
         return loss, aux, grads
 
     def assemble(grads: list[Any]) -> tuple[Any, ...]:
-        merged = [_float0_zeros(leaf) for leaf in leaves]
+        merged = [_no_gradient(leaf) for leaf in leaves]
         for i, grad in zip(inexact, grads, strict=True):
             merged[i] = grad
         trees: tuple[Any, ...] = jax.tree.unflatten(treedef, merged)
@@ -125,6 +127,7 @@ def scaled_value_and_grad(
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
     *,
+    loss_scale: Any,
     max_retries: int = 0,
     axis_name: Any = None,
     name: str | None = None,
@@ -132,57 +135,65 @@ def scaled_value_and_grad(
     """Like ``jax.value_and_grad``, for the loss times the current loss scale.
 
     The value is the true loss: unscaled, float32, correct also on a step whose gradients overflow. The gradients are
-    still scaled; ``loss_scaled`` and ``apply_gradients`` unscale them with the same scale. Integers, booleans and PRNG
-    keys among the arguments need no special care: their gradient is ``float0`` (``optax.masked`` keeps those
-    from an optimiser).
+    still scaled; ``loss_scaled`` and ``apply_gradients`` unscale them with the same scale. Make the gradient anew in
+    every step, from the loss scale of that step, as in the example of ``loss_scaled``: it costs nothing under ``jit``.
+
+    Leaves that cannot be differentiated need no special care. The gradient of integers, booleans and PRNG keys is
+    ``float0``, as in JAX; that of leaves that are no arrays, such as the activation functions of Equinox's modules, is
+    ``None``, as in Equinox. Optimizers wrapped in ``loss_scaled`` leave both alone. Functions of NNX modules have
+    ``jmp.nnx.scaled_value_and_grad``.
 
     Args:
         fun: Returns a real floating-point scalar, or ``(scalar, aux)`` with ``has_aux``.
         argnums: Which positional arguments to differentiate.
         has_aux: Whether ``fun`` returns auxiliary output.
+        loss_scale: A loss scale, or any pytree that holds one: an Optax state, a Flax ``TrainState``, an
+            ``nnx.Optimizer``.
         max_retries: How often to recompute at a halved scale, within the step, while gradients are not finite. Needs a
             ``DynamicLossScale``, and ``aux`` made of arrays. The lowered scale is returned in a third result.
         axis_name: Mapped axes whose replicas must retry together; only used with ``max_retries``.
         name: Segment of the path of the loss scale wanted, if the state holds several.
 
     Returns:
-        A function of ``(*args, state, **kwargs)``, where ``state`` (keyword only) is a loss scale, an Optax state that
-        holds one, or any pytree around it. It returns ``(loss, grads)`` or ``((loss, aux), grads)``; with
-        ``max_retries`` the new state comes third. ``loss`` is ``float32[]`` (``float64[]`` if ``fun`` returns that).
+        A function with exactly the signature of ``fun``. It returns ``(loss, grads)`` or ``((loss, aux), grads)``; with
+        ``max_retries`` what was given as ``loss_scale``, with the lowered scale in it, comes third. ``loss`` is
+        ``float32[]`` (``float64[]`` if ``fun`` returns that).
 
     Raises:
         LossDtypeError: If ``fun`` does not return what it should.
-        LossScaleNotFoundError: If the state holds no loss scale.
+        InvalidFunctionError: If ``fun`` is no function, or an argument is an NNX module.
+        LossScaleNotFoundError: If ``loss_scale`` holds none.
         AmbiguousLossScaleError: If it holds several and no name is given.
         InvalidLossScaleError: If ``max_retries`` is asked of a scale that cannot be lowered.
 
     Example:
         >>> def loss_fn(params, x):
         ...     return jnp.sum((x * params["w"]) ** 2).astype(jnp.float16)
-        >>> loss, grads = jmp.scaled_value_and_grad(loss_fn)(
-        ...     {"w": jnp.ones(2)}, 3.0, state=jmp.DynamicLossScale(1024.0)
-        ... )
+        >>> value_and_grad = jmp.scaled_value_and_grad(loss_fn, loss_scale=jmp.DynamicLossScale(1024.0))
+        >>> loss, grads = value_and_grad({"w": jnp.ones(2)}, 3.0)
         >>> print(loss, grads["w"] / 1024)
         18.0 [18. 18.]
 
     References:
         Micikevicius et al., "Mixed Precision Training", arXiv:1710.03740, section 3.2.
     """
+    check_function(fun, "scaled_value_and_grad")
+    at, scale = find_loss_scale(loss_scale, name)
 
     @functools.wraps(fun)
-    def wrapped(*args: Any, state: Any = None, **kwargs: Any) -> Any:
-        at, loss_scale = find_loss_scale(state, name)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        refuse_modules((args, kwargs), "scaled_value_and_grad")
         positions = positions_among(args, argnums)
         gradient, assemble = differentiate(functools.partial(fun, **kwargs), has_aux, args, positions)
         if max_retries > 0:
-            loss_scale, (loss, aux, flat) = _retry(gradient, loss_scale, max_retries, axis_name)
+            lowered, (loss, aux, flat) = _retry(gradient, scale, max_retries, axis_name)
         else:
-            loss, aux, flat = gradient(loss_scale)
+            loss, aux, flat = gradient(scale)
         trees = assemble(flat)
         grads = trees[0] if isinstance(argnums, int) else trees
         value = (loss, aux) if has_aux else loss
         if max_retries > 0:
-            return value, grads, replace_loss_scale(state, at, loss_scale)
+            return value, grads, replace_loss_scale(loss_scale, at, lowered)
         return value, grads
 
     return wrapped

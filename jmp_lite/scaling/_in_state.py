@@ -1,12 +1,12 @@
-"""Loss scales inside of states of optimisers: found and replaced."""
+"""Loss scales inside of states of optimizers: found and replaced."""
 
 from typing import Any, TypeVar
 
 import jax
 
-from jmp_lite._errors import AmbiguousLossScaleError, LossScaleNotFoundError
-from jmp_lite._loss_scale import DynamicLossScale, LossScale, NoOpLossScale, StaticLossScale
 from jmp_lite._tree import path_string
+from jmp_lite.errors import AmbiguousLossScaleError, LossScaleNotFoundError
+from jmp_lite.scaling._loss_scale import DynamicLossScale, LossScale, NoOpLossScale, StaticLossScale
 
 T = TypeVar("T")
 
@@ -42,7 +42,7 @@ def find_loss_scale(state: Any, name: str | None = None) -> tuple[str, LossScale
         )
     named = f" named {name!r} (there are: {paths})" if scales else ""
     raise LossScaleNotFoundError(
-        f"No loss scale in the state{named}, a {type(state).__name__}. Pass a loss scale, or the state of an optimiser "
+        f"No loss scale in the state{named}, a {type(state).__name__}. Pass a loss scale, or the state of an optimizer "
         "wrapped in jmp_lite.loss_scaled."
     )
 

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jmp_lite._errors import LossScaleNotFoundError, LossScaleStalledError
-from jmp_lite._loss_scale import SMALLEST_SCALE, DynamicLossScale, LossScale, can_shrink
 from jmp_lite._tree import is_array, is_inexact, path_string
-from jmp_lite.optim._loss_scaled import LossScaledState
+from jmp_lite.errors import LossScaleNotFoundError, LossScaleStalledError
+from jmp_lite.scaling._loss_scale import SMALLEST_SCALE, DynamicLossScale, LossScale, can_shrink
+from jmp_lite.scaling._loss_scaled import LossScaledState
 
 
 def _is_scaled_state(node: Any) -> bool:
@@ -22,7 +22,7 @@ def _scaled_states(opt_state: Any) -> list[tuple[str, LossScaledState]]:
     found = [(path_string(path), node) for path, node in nodes if _is_scaled_state(node)]
     if not found:
         raise LossScaleNotFoundError(
-            f"No loss scale in the state, a {type(opt_state).__name__}. Pass the state of an optimiser wrapped in "
+            f"No loss scale in the state, a {type(opt_state).__name__}. Pass the state of an optimizer wrapped in "
             "jmp_lite.loss_scaled."
         )
     return found

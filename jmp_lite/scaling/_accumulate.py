@@ -9,9 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jmp_lite._errors import InvalidMicrobatchError
-from jmp_lite._grad import differentiate, positions_among
-from jmp_lite._scale_in_state import find_loss_scale
+from jmp_lite._functions import check_function, refuse_modules
 from jmp_lite._tree import (
     all_finite,
     cast_to_at_least_float32,
@@ -22,15 +20,18 @@ from jmp_lite._tree import (
     select_tree,
 )
 from jmp_lite.distributed._shardings import axes_of
+from jmp_lite.errors import InvalidMicrobatchError
+from jmp_lite.scaling._grad import differentiate, positions_among
+from jmp_lite.scaling._in_state import find_loss_scale
 
 SKIP_WINDOW, SKIP_MICROBATCH = "skip_window", "skip_microbatch"
 
 
-def _check_settings(steps: Any, on_nonfinite: Any) -> None:
-    if not isinstance(steps, (int, np.integer)) or isinstance(steps, bool) or steps < 1:
+def _check_settings(parts: Any, on_nonfinite: Any) -> None:
+    if not isinstance(parts, (int, np.integer)) or isinstance(parts, bool) or parts < 1:
         raise InvalidMicrobatchError(
-            f"steps must be a whole number, at least 1, got {steps!r}. It is the number of microbatches, part of the "
-            "program and not data."
+            f"num_microbatches must be a whole number, at least 1, got {parts!r}. It is part of the program and not "
+            "data."
         )
     if on_nonfinite not in (SKIP_WINDOW, SKIP_MICROBATCH):
         raise InvalidMicrobatchError(
@@ -63,11 +64,11 @@ def _shards(array: Any) -> int:
     return math.prod(sharding.mesh.shape[name] for name in axes_of(sharding.spec[:1]))
 
 
-def _check_leaves(named: list[tuple[str, Any]], steps: int) -> None:
+def _check_leaves(named: list[tuple[str, Any]], parts: int) -> None:
     """Raises for the first leaf that cannot be split as the others are."""
     if not named:
         raise InvalidMicrobatchError(
-            f"No array to split into steps={steps} microbatches: keyword arguments, and positional ones outside of "
+            f"No array to split into num_microbatches={parts}: keyword arguments, and positional ones outside of "
             "batch_argnums, are the same for each. Pass the batch as a positional argument."
         )
     for where, leaf in named:
@@ -75,18 +76,18 @@ def _check_leaves(named: list[tuple[str, Any]], steps: int) -> None:
             raise InvalidMicrobatchError(
                 f"{where} is {describe(leaf)}, which has no leading axis to split. Leave its argument out of "
                 "batch_argnums, so that every microbatch gets the same; or pass a value per row; or, for a PRNG key, "
-                f"jax.random.split(key, {steps}), of which each microbatch gets one as key[0]."
+                f"jax.random.split(key, {parts}), of which each microbatch gets one as key[0]."
             )
         rows = leaf.shape[0] // _shards(leaf)
-        if rows % steps:
+        if rows % parts:
             possible = ", ".join(str(n) for n in range(1, rows + 1) if rows % n == 0)
             whose = "rows" if rows == leaf.shape[0] else "rows on each device"
             raise InvalidMicrobatchError(
-                f"{where} is {describe(leaf)}: {rows} {whose} do not divide into steps={steps} microbatches. Drop "
-                f"{rows % steps} of them, or take steps from {possible}."
+                f"{where} is {describe(leaf)}: {rows} {whose} do not divide into num_microbatches={parts}. Drop "
+                f"{rows % parts} of them, or take num_microbatches from {possible}."
             )
     # Only keys may be one per microbatch: a label that is shared by several rows would broadcast in silence.
-    bound = [(where, x) for where, x in named if not (_is_key(x) and x.shape[0] == steps)]
+    bound = [(where, x) for where, x in named if not (_is_key(x) and x.shape[0] == parts)]
     for where, leaf in bound[1:]:
         first, rows = bound[0][0], bound[0][1].shape[0]
         if leaf.shape[0] != rows:
@@ -96,7 +97,7 @@ def _check_leaves(named: list[tuple[str, Any]], steps: int) -> None:
             )
 
 
-def _splitter(args: tuple[Any, ...], positions: tuple[int, ...], steps: int) -> Callable[[Any], tuple[Any, ...]]:
+def _splitter(args: tuple[Any, ...], positions: tuple[int, ...], parts: int) -> Callable[[Any], tuple[Any, ...]]:
     """Returns the function from the number of a microbatch to the arguments with only its rows.
 
     The rows stand in a second axis, so that those of one device, which are contiguous, stay on it; it is indexed in
@@ -107,9 +108,9 @@ def _splitter(args: tuple[Any, ...], positions: tuple[int, ...], steps: int) -> 
     for (index, *rest), leaf in paths:
         inside = f", leaf {path_string(tuple(rest))!r}" if rest else ""
         named.append((f"Argument {positions[index.idx]}{inside}", leaf))
-    _check_leaves(named, steps)
+    _check_leaves(named, parts)
     arrays = [jnp.asarray(leaf) for _, leaf in named]
-    folded = [x.reshape(x.shape[0] // steps, steps, *x.shape[1:]) for x in arrays]
+    folded = [x.reshape(x.shape[0] // parts, parts, *x.shape[1:]) for x in arrays]
 
     def microbatch(number: Any) -> tuple[Any, ...]:
         rows = [jax.lax.dynamic_index_in_dim(x, number, axis=1, keepdims=False) for x in folded]
@@ -139,60 +140,63 @@ def _mean(total: jax.Array, count: Any) -> jax.Array:
 
 def accumulate_gradients(
     fun: Callable[..., Any],
-    steps: int,
+    num_microbatches: int,
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
     *,
+    loss_scale: Any,
     batch_argnums: int | Sequence[int] | None = None,
     on_nonfinite: str = SKIP_WINDOW,
     axis_name: Any = None,
     name: str | None = None,
 ) -> Callable[..., Any]:
-    """Like ``scaled_value_and_grad``, for a batch that is taken in ``steps`` parts: the memory of one, the mean of all.
+    """Like ``scaled_value_and_grad``, for a batch that is taken in parts: the memory of one, the mean of all.
 
     One ``lax.scan`` runs over the microbatches, all with the same loss scale, and sums their gradients in float32. What
     is left between them is that sum, as large as the parameters in float32. ``fun`` is traced once; call it under
     ``jit``, because each eager call compiles the scan anew. If it returns a
     mean over its rows, the result is the gradient of the mean over the whole batch.
 
-    Microbatch ``i`` holds the rows ``i, i + steps, i + 2 * steps, ...``. So where ``jit`` has split the batch over
-    devices, each device takes its own rows in every step and none travel, as long as ``steps`` divides the number of
-    rows per device; contiguous microbatches would have to be gathered first. In ``pmap`` and ``shard_map`` each device
+    Microbatch ``i`` holds the rows ``i, i + n, i + 2 * n, ...`` for ``n`` microbatches. So where ``jit`` has split the
+    batch over devices, each device takes its own rows in every step and none travel, as long as ``n`` divides the
+    number of rows per device; contiguous ones would have to be gathered first. In ``pmap`` and ``shard_map`` each device
     splits its own rows: reduce the gradients once, after the window. (With the ``check_vma`` of ``shard_map``, mark
     parameters as varying first, or JAX sums their gradients in every microbatch.)
 
     Args:
         fun: Returns the mean loss of the rows that it is given: a real floating-point scalar, or ``(scalar, aux)``.
-        steps: How many microbatches to split the batch into.
+        num_microbatches: How many microbatches to split the batch into.
         argnums: Which positional arguments to differentiate.
         has_aux: Whether ``fun`` returns auxiliary output, a tree of arrays.
         batch_argnums: Which positional arguments to split, along the leading axis of all their arrays; the default is
             all that are not differentiated. The others, and keyword arguments, are the same for each microbatch. One
-            PRNG key for each comes as ``jax.random.split(key, steps)``; ``fun`` finds its own at ``key[0]``.
+            PRNG key for each comes as ``jax.random.split(key, num_microbatches)``; ``fun`` finds its own at ``key[0]``.
         on_nonfinite: ``"skip_window"``: one microbatch with NaN or infinity in its gradients makes the result so, and
             ``loss_scaled`` skips it and lowers the scale. ``"skip_microbatch"``: loss and gradients are the mean over
             the other microbatches, NaN if there are none; how many were left out is a third result.
+        loss_scale: As for ``scaled_value_and_grad``.
         axis_name: Mapped axes whose replicas must leave out the same microbatches; only used with
             ``"skip_microbatch"``, and needed there unless gradients are the same on all.
         name: Segment of the path of the loss scale wanted, if the state holds several.
 
     Returns:
-        A function of ``(*args, state, **kwargs)`` as ``scaled_value_and_grad`` returns it. Its results are
+        A function with exactly the signature of ``fun``, as ``scaled_value_and_grad`` returns it. Its results are
         ``(loss, grads)`` or ``((loss, aux), grads)``, with ``"skip_microbatch"`` followed by ``skipped: int32[]``.
         ``loss`` is the mean of the true losses, ``float32[]`` (``float64[]`` if ``fun`` returns that); ``grads`` are
-        still scaled, in float32 or wider; ``aux`` has a leading axis of ``steps``.
+        still scaled, in float32 or wider; ``aux`` has a leading axis of ``num_microbatches``.
 
     Raises:
-        InvalidMicrobatchError: If ``steps`` or ``on_nonfinite`` means nothing, or the batch cannot be split so.
+        InvalidMicrobatchError: If a setting means nothing, or the batch cannot be split so.
         LossDtypeError: If ``fun`` does not return what it should.
-        LossScaleNotFoundError: If the state holds no loss scale.
+        InvalidFunctionError: If ``fun`` is no function, or an argument is an NNX module.
+        LossScaleNotFoundError: If ``loss_scale`` holds none.
         AmbiguousLossScaleError: If it holds several and no name is given.
 
     Example:
         >>> def loss_fn(params, x):
         ...     return jnp.mean((params["w"] * x) ** 2)
         >>> params, x = {"w": jnp.float16(2.0)}, jnp.arange(8, dtype=jnp.float16)
-        >>> loss, grads = jmp.accumulate_gradients(loss_fn, 4)(params, x, state=jmp.StaticLossScale(128.0))
+        >>> loss, grads = jmp.accumulate_gradients(loss_fn, 4, loss_scale=jmp.StaticLossScale(128.0))(params, x)
         >>> print(loss, grads["w"] / 128, grads["w"].dtype)
         70.0 70.0 float32
 
@@ -200,20 +204,23 @@ def accumulate_gradients(
         Gradient accumulation of torch.amp's examples and ``optax.MultiSteps``; the exclusion of whole windows is that
         of Megatron-LM and DeepSpeed.
     """
-    _check_settings(steps, on_nonfinite)
+    _check_settings(num_microbatches, on_nonfinite)
     leave_out = on_nonfinite == SKIP_MICROBATCH
 
+    check_function(fun, "accumulate_gradients")
+    _, scale = find_loss_scale(loss_scale, name)
+
     @functools.wraps(fun)
-    def wrapped(*args: Any, state: Any = None, **kwargs: Any) -> Any:
-        _, loss_scale = find_loss_scale(state, name)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        refuse_modules((args, kwargs), "accumulate_gradients")
         positions = positions_among(args, argnums)
-        microbatch = _splitter(args, _batch_positions(args, positions, batch_argnums), steps)
+        microbatch = _splitter(args, _batch_positions(args, positions, batch_argnums), num_microbatches)
         bound = functools.partial(fun, **kwargs)
 
         def one(number: Any) -> tuple[list[jax.Array], Any]:
             gradient, _ = differentiate(bound, has_aux, microbatch(number), positions)
-            loss, aux, grads = gradient(loss_scale)
-            finite = all_finite(loss_scale.unscale(grads), axis_name=axis_name) if leave_out else None
+            loss, aux, grads = gradient(scale)
+            finite = all_finite(scale.unscale(grads), axis_name=axis_name) if leave_out else None
             return [cast_to_at_least_float32(grad) for grad in grads], (loss, aux, finite)
 
         def add(total: list[jax.Array], number: Any) -> tuple[list[jax.Array], Any]:
@@ -221,20 +228,20 @@ def accumulate_gradients(
             summed = [old + new for old, new in zip(total, grads, strict=True)]
             return select_tree(outputs[2], summed, total) if leave_out else summed, outputs
 
-        if steps == 1:
+        if num_microbatches == 1:
             total, outputs = one(0)
             losses, aux, finite = jax.tree.map(lambda x: jnp.asarray(x)[None], outputs)
         else:
             leaves = jax.tree.leaves([args[i] for i in positions])
             start = [_zeros(leaf) for leaf in leaves if is_inexact(leaf)]
-            total, (losses, aux, finite) = jax.lax.scan(add, start, jnp.arange(steps, dtype=jnp.int32))
-        count = finite.sum(dtype=jnp.int32) if leave_out else steps
+            total, (losses, aux, finite) = jax.lax.scan(add, start, jnp.arange(num_microbatches, dtype=jnp.int32))
+        count = finite.sum(dtype=jnp.int32) if leave_out else num_microbatches
         counted = jnp.where(finite, losses, jnp.zeros_like(losses)) if leave_out else losses
         _, assemble = differentiate(bound, has_aux, args, positions)
         trees = assemble([_mean(leaf, count) for leaf in total])
         grads = trees[0] if isinstance(argnums, int) else trees
         loss = _mean(counted.sum(), count)
         value = (loss, aux) if has_aux else loss
-        return (value, grads, jnp.int32(steps) - count) if leave_out else (value, grads)
+        return (value, grads, jnp.int32(num_microbatches) - count) if leave_out else (value, grads)
 
     return wrapped

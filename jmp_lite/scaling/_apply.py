@@ -8,8 +8,8 @@ import optax
 
 from jmp_lite._dtypes import at_least_float32
 from jmp_lite._tree import is_inexact
-from jmp_lite.optim._loss_scaled import LossScaledUpdate
-from jmp_lite.optim._verdict import step_or_skip
+from jmp_lite.scaling._loss_scaled import LossScaledUpdate
+from jmp_lite.scaling._verdict import step_or_skip
 
 P = TypeVar("P")
 
@@ -39,7 +39,7 @@ def apply_gradients(
     and ``opt_state`` to the jitted step, in the order in which it returns them.
 
     Args:
-        tx: The optimiser.
+        tx: The optimizer.
         grads: Scaled gradients, a tree like ``params``.
         opt_state: State of ``tx``.
         params: Parameters of any floating dtypes; leaves with no update (``None``, ``float0``) stay.

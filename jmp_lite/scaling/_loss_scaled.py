@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jmp_lite._errors import InvalidLossScaleError, LossScaleNotFoundError
-from jmp_lite._loss_scale import DynamicLossScale, LossScale, register_serialization
-from jmp_lite._scale_in_state import is_loss_scale
-from jmp_lite.optim._verdict import judge, step_or_skip, unscale
+from jmp_lite.errors import InvalidLossScaleError, LossScaleNotFoundError
+from jmp_lite.scaling._in_state import is_loss_scale
+from jmp_lite.scaling._loss_scale import DynamicLossScale, LossScale, register_serialization
+from jmp_lite.scaling._verdict import judge, step_or_skip, unscale
 
 
 class LossScaledState(NamedTuple):
@@ -60,7 +60,7 @@ class LossScaledUpdate:
         if not isinstance(state, LossScaledState):
             raise LossScaleNotFoundError(
                 f"The state must be a LossScaledState, got {type(state).__name__}. Pass what init or the last update "
-                "of this loss_scaled optimiser returned; gradients come before the state."
+                "of this loss_scaled optimizer returned; gradients come before the state."
             )
         return judge(grads, state.loss_scale, self.axis_name)
 
@@ -104,7 +104,7 @@ def loss_scaled(
     *,
     axis_name: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Wraps an optimiser so that it takes the gradients of a scaled loss, and skips steps that are not finite.
+    """Wraps an optimizer so that it takes the gradients of a scaled loss, and skips steps that are not finite.
 
     One ``update`` unscales the gradients to float32 with the scale that produced them, decides once whether they are
     finite, then runs ``inner`` or freezes all of its state (step counts and schedules too) and returns zero updates,

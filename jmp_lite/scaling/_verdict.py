@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmp_lite._compat import leaves_are_local
-from jmp_lite._loss_scale import LARGEST_SCALE, SMALLEST_SCALE, LossScale
 from jmp_lite._tree import agree, cast_to_at_least_float32, cast_to_full, is_inexact, select_tree
+from jmp_lite.scaling._loss_scale import LARGEST_SCALE, SMALLEST_SCALE, LossScale
 
 T = TypeVar("T")
 

@@ -11,6 +11,7 @@
     ├── NonScalarPredicateError   ValueError      a verdict that is not one boolean
     ├── UnselectableLeafError     TypeError       two unlike leaves that are not arrays
     ├── LossDtypeError            TypeError       a loss function that does not return a real number
+    ├── InvalidFunctionError      TypeError       something that is no pure function of arrays
     ├── InvalidMicrobatchError    ValueError      a batch that cannot be split as asked
     ├── LossScaleNotFoundError    ValueError      no loss scale in the state
     ├── AmbiguousLossScaleError   ValueError      more than one, and no name to tell them apart
@@ -19,14 +20,14 @@
     ├── CheckpointMismatchError   ValueError      a state and a checkpoint that do not belong together
     ├── CheckpointNotFoundError   FileNotFoundError  no checkpoint where one was asked for
     ├── CorruptCheckpointError    RuntimeError    a checkpoint that is damaged, and no good one before it
-    ├── InvalidExportError        ValueError      something that cannot be frozen into an artefact
-    ├── CorruptArtefactError      ValueError      a file that is no artefact, a damaged one, or not the one meant
-    ├── PlatformMismatchError     RuntimeError    an artefact that this process cannot run
+    ├── InvalidExportError        ValueError      something that cannot be frozen into an artifact
+    ├── CorruptArtifactError      ValueError      a file that is no artifact, a damaged one, or not the one meant
+    ├── PlatformMismatchError     RuntimeError    an artifact that this process cannot run
     ├── InvalidShardingError      ValueError      shardings that cannot be gathered from
     ├── ClusterError              RuntimeError    the processes of a job do not find each other
-    ├── InvalidRecipeError        ValueError      a way to quantise that does not exist
+    ├── InvalidRecipeError        ValueError      a way to quantize that does not exist
     ├── InvalidPruningError       ValueError      a way to prune that does not exist
-    ├── SecondDerivativeError     NotImplementedError  a second derivative through quantised products
+    ├── SecondDerivativeError     NotImplementedError  a second derivative through quantized products
     ├── InvalidOpError            TypeError       something that cannot stand for a primitive in autocast
     └── InvalidRuleError          ValueError      a rule or a setting of autocast that means nothing
     SlowDtypeWarning              UserWarning     a format that this accelerator cannot run fast
@@ -41,7 +42,7 @@ class JmpLiteError(Exception):
     """Base of every exception raised by jmp_lite.
 
     Example:
-        >>> issubclass(jmp.AmbiguousPolicyError, jmp.JmpLiteError)
+        >>> issubclass(jmp.errors.AmbiguousPolicyError, jmp.errors.JmpLiteError)
         True
     """
 
@@ -52,7 +53,7 @@ class UnknownDtypeError(JmpLiteError, ValueError):
     Example:
         >>> jmp.get_policy("compute_float16")
         Traceback (most recent call last):
-        jmp_lite._errors.UnknownDtypeError: Unknown dtype 'compute_float16' in policy 'compute_float16'...
+        jmp_lite.errors.UnknownDtypeError: Unknown dtype 'compute_float16' in policy 'compute_float16'...
         >>> str(jmp.get_policy("compute=float16"))
         'p=full,c=f16,o=f16'
     """
@@ -64,7 +65,7 @@ class InvalidPolicyError(JmpLiteError, TypeError):
     Example:
         >>> jmp.Policy(jnp.int32, jnp.float16, jnp.float32)
         Traceback (most recent call last):
-        jmp_lite._errors.InvalidPolicyError: param_dtype must be a floating-point dtype, got int32...
+        jmp_lite.errors.InvalidPolicyError: param_dtype must be a floating-point dtype, got int32...
         >>> str(jmp.Policy(jnp.float32, jnp.float16, jnp.float32))
         'p=full,c=f16,o=full'
     """
@@ -77,7 +78,7 @@ class AmbiguousPolicyError(JmpLiteError, ValueError):
         >>> policies = jmp.PolicyMap({"layer_.*": "bf16", ".*_norm": "f32"}, default="mixed_bfloat16")
         >>> policies.policy_for("layer_norm")
         Traceback (most recent call last):
-        jmp_lite._errors.AmbiguousPolicyError: Path 'layer_norm' matches '.*_norm' (p=full,c=full,o=full) and ...
+        jmp_lite.errors.AmbiguousPolicyError: Path 'layer_norm' matches '.*_norm' (p=full,c=full,o=full) and ...
     """
 
 
@@ -87,7 +88,7 @@ class InvalidLossScaleError(JmpLiteError, ValueError):
     Example:
         >>> jmp.DynamicLossScale(0.0)
         Traceback (most recent call last):
-        jmp_lite._errors.InvalidLossScaleError: loss_scale must be positive and finite, got 0.0...
+        jmp_lite.errors.InvalidLossScaleError: loss_scale must be positive and finite, got 0.0...
     """
 
 
@@ -97,7 +98,7 @@ class TracedStaticScaleError(JmpLiteError, TypeError):
     Example:
         >>> jax.jit(lambda scale: jmp.StaticLossScale(scale).scale(1.0))(8.0)
         Traceback (most recent call last):
-        jmp_lite._errors.TracedStaticScaleError: StaticLossScale needs a Python number, got a traced value...
+        jmp_lite.errors.TracedStaticScaleError: StaticLossScale needs a Python number, got a traced value...
     """
 
 
@@ -107,7 +108,7 @@ class NonScalarPredicateError(JmpLiteError, ValueError, AssertionError):
     Example:
         >>> jmp.select_tree(jnp.array([True, False]), 1.0, 2.0)
         Traceback (most recent call last):
-        jmp_lite._errors.NonScalarPredicateError: expected boolean scalar, got bool[2]...
+        jmp_lite.errors.NonScalarPredicateError: expected boolean scalar, got bool[2]...
     """
 
 
@@ -117,7 +118,7 @@ class UnselectableLeafError(JmpLiteError, TypeError):
     Example:
         >>> jmp.select_tree(True, {"name": "a"}, {"name": "b"})
         Traceback (most recent call last):
-        jmp_lite._errors.UnselectableLeafError: Leaf 'name' is 'a' in one tree and 'b' in the other...
+        jmp_lite.errors.UnselectableLeafError: Leaf 'name' is 'a' in one tree and 'b' in the other...
     """
 
 
@@ -125,9 +126,21 @@ class LossDtypeError(JmpLiteError, TypeError):
     """A loss function returned something other than one real floating-point number.
 
     Example:
-        >>> jmp.scaled_value_and_grad(lambda w: 3)(1.0, state=jmp.NoOpLossScale())
+        >>> jmp.scaled_value_and_grad(lambda w: 3, loss_scale=jmp.NoOpLossScale())(1.0)
         Traceback (most recent call last):
-        jmp_lite._errors.LossDtypeError: The loss must be a real floating-point scalar, got int32[]...
+        jmp_lite.errors.LossDtypeError: The loss must be a real floating-point scalar, got int32[]...
+    """
+
+
+class InvalidFunctionError(JmpLiteError, TypeError):
+    """Something that is no pure function of arrays, or arguments that no such function takes.
+
+    Fails and works::
+
+        >>> jmp.autocast(jnp.ones(2), "mixed_bfloat16")
+        Traceback (most recent call last):
+        jmp_lite.errors.InvalidFunctionError: autocast takes a function, got Array([1., 1.], dtype=float32).
+        >>> double = jmp.autocast(lambda x: 2 * x, "mixed_bfloat16")
     """
 
 
@@ -135,12 +148,12 @@ class InvalidMicrobatchError(JmpLiteError, ValueError):
     """A batch cannot be split into the microbatches asked for.
 
     Example:
-        >>> jmp.accumulate_gradients(lambda w, x: jnp.mean(w * x), 4)(1.0, jnp.ones(6), state=jmp.NoOpLossScale())
+        >>> def loss_fn(w, x):
+        ...     return jnp.mean(w * x)
+        >>> jmp.accumulate_gradients(loss_fn, 4, loss_scale=jmp.NoOpLossScale())(1.0, jnp.ones(6))
         Traceback (most recent call last):
-        jmp_lite._errors.InvalidMicrobatchError: Argument 1 is float32[6]: 6 rows do not divide into steps=4 ...
-        >>> loss, _ = jmp.accumulate_gradients(lambda w, x: jnp.mean(w * x), 3)(
-        ...     1.0, jnp.ones(6), state=jmp.NoOpLossScale()
-        ... )
+        jmp_lite.errors.InvalidMicrobatchError: Argument 1 is float32[6]: 6 rows do not divide into num...
+        >>> loss, _ = jmp.accumulate_gradients(loss_fn, 3, loss_scale=jmp.NoOpLossScale())(1.0, jnp.ones(6))
         >>> print(loss)
         1.0
     """
@@ -152,7 +165,7 @@ class LossScaleNotFoundError(JmpLiteError, ValueError):
     Example:
         >>> jmp.metrics(optax.adam(1e-3).init({"w": jnp.ones(2)}))
         Traceback (most recent call last):
-        jmp_lite._errors.LossScaleNotFoundError: No loss scale in the state...
+        jmp_lite.errors.LossScaleNotFoundError: No loss scale in the state...
     """
 
 
@@ -161,10 +174,10 @@ class AmbiguousLossScaleError(JmpLiteError, ValueError):
 
     Example:
         >>> state = {"a": jmp.DynamicLossScale(), "b": jmp.DynamicLossScale()}
-        >>> jmp.scaled_value_and_grad(jnp.sum)(jnp.ones(2), state=state)
+        >>> jmp.scaled_value_and_grad(jnp.sum, loss_scale=state)(jnp.ones(2))
         Traceback (most recent call last):
-        jmp_lite._errors.AmbiguousLossScaleError: 2 loss scales in the state: 'a', 'b'...
-        >>> loss, grads = jmp.scaled_value_and_grad(jnp.sum, name="a")(jnp.ones(2), state=state)
+        jmp_lite.errors.AmbiguousLossScaleError: 2 loss scales in the state: 'a', 'b'...
+        >>> loss, grads = jmp.scaled_value_and_grad(jnp.sum, loss_scale=state, name="a")(jnp.ones(2))
         >>> print(loss)
         2.0
     """
@@ -181,7 +194,7 @@ class LossScaleStalledError(JmpLiteError, RuntimeError):
         ...     _, state = tx.update({"w": jnp.array([1.0, jnp.nan])}, state, params)
         >>> jmp.check_loss_scale(state, max_skips=3)
         Traceback (most recent call last):
-        jmp_lite._errors.LossScaleStalledError: 3 steps in a row were skipped...
+        jmp_lite.errors.LossScaleStalledError: 3 steps in a row were skipped...
     """
 
 
@@ -193,7 +206,7 @@ class PolicyMismatchError(JmpLiteError, ValueError):
         >>> data = checkpoint.to_bytes({"w": jnp.ones(2)}, policy="mixed_float16")
         >>> checkpoint.from_bytes({"w": jnp.ones(2)}, data, policy="mixed_bfloat16")
         Traceback (most recent call last):
-        jmp_lite._errors.PolicyMismatchError: The checkpoint was written under policy 'p=full,c=f16,o=full'...
+        jmp_lite.errors.PolicyMismatchError: The checkpoint was written under policy 'p=full,c=f16,o=full'...
     """
 
 
@@ -206,7 +219,7 @@ class CheckpointMismatchError(JmpLiteError, ValueError):
         >>> jmp.checkpoint.save(path, {"w": jnp.ones(2)}, policy="full")
         >>> jmp.checkpoint.restore(path, {"w": jnp.zeros(3)}, policy="full")
         Traceback (most recent call last):
-        jmp_lite._errors.CheckpointMismatchError: Checkpoint and template differ: 'w' is float32[2] in the checkpoint...
+        jmp_lite.errors.CheckpointMismatchError: Checkpoint and template differ: 'w' is float32[2] in the checkpoint...
         >>> jmp.checkpoint.restore(path, {"w": jnp.zeros(2)}, policy="full")
         {'w': Array([1., 1.], dtype=float32)}
     """
@@ -218,7 +231,7 @@ class CheckpointNotFoundError(JmpLiteError, FileNotFoundError):
     Example:
         >>> jmp.checkpoint.restore("no_such_run", {"w": jnp.zeros(2)}, policy="full")
         Traceback (most recent call last):
-        jmp_lite._errors.CheckpointNotFoundError: There is no checkpoint in ...no_such_run...
+        jmp_lite.errors.CheckpointNotFoundError: There is no checkpoint in ...no_such_run...
     """
 
 
@@ -232,22 +245,22 @@ class CorruptCheckpointError(JmpLiteError, RuntimeError):
         >>> _ = (path / "header" / "metadata").write_text("{}")
         >>> jmp.checkpoint.restore(path, {"w": jnp.zeros(2)}, policy="full")
         Traceback (most recent call last):
-        jmp_lite._errors.CorruptCheckpointError: The checkpoint in ...step_1 is damaged...
+        jmp_lite.errors.CorruptCheckpointError: The checkpoint in ...step_1 is damaged...
     """
 
 
 class InvalidExportError(JmpLiteError, ValueError):
-    """A function, its parameters or a setting cannot be frozen into an artefact.
+    """A function, its parameters or a setting cannot be frozen into an artifact.
 
     Example:
         >>> jmp.export.freeze(jnp.dot, jax.random.key(0), path="model.safetensors")
         Traceback (most recent call last):
-        jmp_lite._errors.InvalidExportError: Leaf '' is key<fry>[], which no safetensors file can hold...
+        jmp_lite.errors.InvalidExportError: Leaf '' is key<fry>[], which no safetensors file can hold...
     """
 
 
-class CorruptArtefactError(JmpLiteError, ValueError):
-    """A file is no artefact, was changed after it was written, or is another one than the caller pinned.
+class CorruptArtifactError(JmpLiteError, ValueError):
+    """A file is no artifact, was changed after it was written, or is another one than the caller pinned.
 
     Example:
         >>> import pathlib, tempfile
@@ -258,12 +271,12 @@ class CorruptArtefactError(JmpLiteError, ValueError):
         >>> _ = path.write_bytes(path.read_bytes()[:-1])
         >>> jmp.export.load(path)
         Traceback (most recent call last):
-        jmp_lite._errors.CorruptArtefactError: '...model.safetensors' was changed after it was written...
+        jmp_lite.errors.CorruptArtifactError: '...model.safetensors' was changed after it was written...
     """
 
 
 class PlatformMismatchError(JmpLiteError, RuntimeError):
-    """An artefact cannot be run by this process: it was made for other devices, another JAX, or needs float64.
+    """An artifact cannot be run by this process: it was made for other devices, another JAX, or needs float64.
 
     Example:
         >>> import pathlib, tempfile
@@ -271,7 +284,7 @@ class PlatformMismatchError(JmpLiteError, RuntimeError):
         >>> _ = jmp.export.freeze(lambda w, x: w * x, jnp.ones(2), jnp.ones(2), path=path, platforms=["tpu"])
         >>> jmp.export.load(path)
         Traceback (most recent call last):
-        jmp_lite._errors.PlatformMismatchError: '...model.safetensors' was frozen for tpu, but this process runs on ...
+        jmp_lite.errors.PlatformMismatchError: '...model.safetensors' was frozen for tpu, but this process runs on ...
     """
 
 
@@ -281,7 +294,7 @@ class ClusterError(JmpLiteError, RuntimeError):
     Example:
         >>> jmp.distributed.initialize("10.0.0.1:1234", num_processes=2)
         Traceback (most recent call last):
-        jmp_lite._errors.ClusterError: coordinator_address='10.0.0.1:1234', num_processes=2 given without process_id...
+        jmp_lite.errors.ClusterError: coordinator_address='10.0.0.1:1234', num_processes=2 given without process_id...
         >>> jmp.distributed.initialize("10.0.0.1:1234", num_processes=2, process_id=1)  # doctest: +SKIP
         True
     """
@@ -293,19 +306,19 @@ class InvalidShardingError(JmpLiteError, ValueError):
     Example:
         >>> jmp.distributed.gather_params({"w": jnp.ones(8)}, "data", "mixed_bfloat16")
         Traceback (most recent call last):
-        jmp_lite._errors.InvalidShardingError: A sharding must be a NamedSharding, a PartitionSpec or None, got...
+        jmp_lite.errors.InvalidShardingError: A sharding must be a NamedSharding, a PartitionSpec or None, got...
         >>> jmp.distributed.gather_params({"w": jnp.ones(8)}, jax.P(), "mixed_bfloat16")["w"].shape
         (8,)
     """
 
 
 class InvalidRecipeError(JmpLiteError, ValueError):
-    """A format, a granularity or a combination of these that nothing can be quantised with.
+    """A format, a granularity or a combination of these that nothing can be quantized with.
 
     Example:
         >>> jmp.quant.QuantSpec(jnp.int4)
         Traceback (most recent call last):
-        jmp_lite._errors.InvalidRecipeError: dtype must be float8_e4m3fn ('e4m3'), float8_e5m2 ('e5m2') or int8, got ...
+        jmp_lite.errors.InvalidRecipeError: dtype must be float8_e4m3fn ('e4m3'), float8_e5m2 ('e5m2') or int8, got ...
     """
 
 
@@ -315,17 +328,17 @@ class InvalidPruningError(JmpLiteError, ValueError):
     Example:
         >>> jmp.optim.prune(80)
         Traceback (most recent call last):
-        jmp_lite._errors.InvalidPruningError: sparsity must be in [0, 1) or a schedule, got 80...
+        jmp_lite.errors.InvalidPruningError: sparsity must be in [0, 1) or a schedule, got 80...
     """
 
 
 class SecondDerivativeError(JmpLiteError, NotImplementedError):
-    """Quantised products have first derivatives only: rounding has no derivative, and a stand-in for it no second.
+    """Quantized products have first derivatives only: rounding has no derivative, and a stand-in for it no second.
 
     Example:
         >>> jax.hessian(lambda x: jmp.quant.FP8(x, x, (((0,), (0,)), ((), ()))))(jnp.ones(2))
         Traceback (most recent call last):
-        jmp_lite._errors.SecondDerivativeError: A product with an operand in e4m3:pow2 was differentiated twice...
+        jmp_lite.errors.SecondDerivativeError: A product with an operand in e4m3:pow2 was differentiated twice...
     """
 
 
@@ -335,7 +348,7 @@ class InvalidOpError(JmpLiteError, TypeError):
     Example:
         >>> jmp.register_op("exp", "float32")
         Traceback (most recent call last):
-        jmp_lite._errors.InvalidOpError: 'float32' cannot stand for primitive 'exp'...
+        jmp_lite.errors.InvalidOpError: 'float32' cannot stand for primitive 'exp'...
         >>> jmp.autocast(jnp.exp, "mixed_bfloat16", ops={"exp": jmp.OpClass.DENY})(jnp.zeros(())).dtype
         dtype('float32')
     """
@@ -347,7 +360,7 @@ class InvalidRuleError(JmpLiteError, ValueError):
     Example:
         >>> jmp.Rule("head", precision="fast")
         Traceback (most recent call last):
-        jmp_lite._errors.InvalidRuleError: precision must be 'auto', 'full', 'low', or stand for float32 or ...
+        jmp_lite.errors.InvalidRuleError: precision must be 'auto', 'full', 'low', or stand for float32 or ...
         >>> jmp.Rule("head", precision="full").precision
         'full'
     """
@@ -357,7 +370,7 @@ class SlowDtypeWarning(UserWarning):
     """The accelerator in use cannot run the compute dtype fast; the message names the better choice.
 
     Example:
-        >>> issubclass(jmp.SlowDtypeWarning, UserWarning)
+        >>> issubclass(jmp.errors.SlowDtypeWarning, UserWarning)
         True
     """
 
@@ -366,7 +379,7 @@ class UnmatchedRuleWarning(UserWarning):
     """A rule or a pattern of a ``PolicyMap`` matched nothing in a program; the message names what comes nearest.
 
     Example:
-        >>> issubclass(jmp.UnmatchedRuleWarning, UserWarning)
+        >>> issubclass(jmp.errors.UnmatchedRuleWarning, UserWarning)
         True
     """
 
@@ -375,6 +388,6 @@ class CorruptCheckpointWarning(UserWarning):
     """A checkpoint is damaged or was not written to its end; the run goes on from the last good one before it.
 
     Example:
-        >>> issubclass(jmp.CorruptCheckpointWarning, UserWarning)
+        >>> issubclass(jmp.errors.CorruptCheckpointWarning, UserWarning)
         True
     """

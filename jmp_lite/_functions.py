@@ -1,0 +1,45 @@
+"""Functions that users give: what is none is refused with a word on what to give instead."""
+
+import sys
+from typing import Any
+
+import jax
+
+from jmp_lite.errors import InvalidFunctionError
+
+
+def check_function(fun: Any, caller: str) -> None:
+    """Raises for what cannot be called as a pure function.
+
+    Args:
+        fun: What the user gave.
+        caller: Public name of the function that it was given to.
+    """
+    linen = sys.modules.get("flax.linen")
+    if linen is not None and isinstance(fun, linen.Module):
+        raise InvalidFunctionError(
+            f"{caller} takes a function, got the Linen module {quote(type(fun).__name__)}. Give its method apply, such "
+            "as model.apply, or a loss function that calls it."
+        )
+    if not callable(fun):
+        with_apply = " Give its function apply." if callable(getattr(fun, "apply", None)) else ""
+        raise InvalidFunctionError(f"{caller} takes a function, got {quote(fun)}.{with_apply}")
+
+
+def refuse_modules(arguments: Any, caller: str) -> None:
+    """Raises if there is an NNX module among arguments of a pure function, which would lose what happens to it."""
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is None:
+        return
+    for leaf in jax.tree.leaves(arguments, is_leaf=lambda x: isinstance(x, nnx.Pytree)):
+        if isinstance(leaf, nnx.Pytree):
+            raise InvalidFunctionError(
+                f"{caller} was called with the NNX module {type(leaf).__name__}, whose statistics and random counts "
+                f"would stay as they are. Use jmp_lite.nnx.{caller}, which keeps every change of a module."
+            )
+
+
+def quote(value: Any, limit: int = 200) -> str:
+    """Returns what a user gave, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
