@@ -159,7 +159,7 @@ def accumulate_gradients(
 
     Microbatch ``i`` holds the rows ``i, i + n, i + 2 * n, ...`` for ``n`` microbatches. So where ``jit`` has split the
     batch over devices, each device takes its own rows in every step and none travel, as long as ``n`` divides the
-    number of rows per device; contiguous ones would have to be gathered first. In ``pmap`` and ``shard_map`` each device
+    number of rows per device; contiguous ones would have to be gathered first. In ``pmap`` and ``shard_map`` a device
     splits its own rows: reduce the gradients once, after the window. (With the ``check_vma`` of ``shard_map``, mark
     parameters as varying first, or JAX sums their gradients in every microbatch.)
 
