@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import strategies
 from jax.sharding import PartitionSpec as P
-from strategies import dtypes_of
+from support import strategies
+from support.strategies import dtypes_of
 
 import jmp_lite as jmp
 from jmp_lite import _tree

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import strategies
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from strategies import dtypes_of, value_of
+from support import strategies
+from support.strategies import dtypes_of, value_of
 
 import jmp_lite as jmp
 

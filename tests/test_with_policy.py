@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import strategies
 from jax.sharding import PartitionSpec as P
-from jaxprs import contractions
+from support import strategies
+from support.jaxprs import contractions
 
 import jmp_lite as jmp
 

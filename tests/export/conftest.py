@@ -1,8 +1,8 @@
 """The model of the tests with its parameters."""
 
 import pytest
-from frozen import MLP
-from lowbit import normal
+from support.frozen import MLP
+from support.lowbit import normal
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from frozen import MLP
-from support import assert_identical, raw
+from support.comparisons import assert_identical, raw
+from support.frozen import MLP
 
 import jmp_lite as jmp
 from jmp_lite import export, quant

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors
-from frozen import MLP
-from lowbit import normal
-from support import assert_identical, raw
+from support.comparisons import assert_identical, raw
+from support.frozen import MLP
+from support.lowbit import normal
 
 import jmp_lite as jmp
 from jmp_lite import export

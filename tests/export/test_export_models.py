@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx, struct
-from lowbit import normal
-from support import assert_close, assert_identical
+from support.comparisons import assert_close, assert_identical
+from support.lowbit import normal
 
 import jmp_lite as jmp
 from jmp_lite import export

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import strategies
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import is_array, is_key, kind_of, value_of
+from support import strategies
+from support.strategies import is_array, is_key, kind_of, value_of
 
 import jmp_lite as jmp
 

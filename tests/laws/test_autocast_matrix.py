@@ -3,18 +3,28 @@
 import functools
 import re
 
-import autocast_models
 import jax
 import jax.numpy as jnp
-import jaxprs
 import numpy as np
 import pytest
-from autocast_cases import CASES
-from autocast_cases_common import EVERY, GRAD_OF, JIT, LAYER, OF_GRAD, mesh, x_and_w
-from autocast_modes import equations, in_modes, is_array, jitted, lowered, of_arrays, shapes, to, together, unchanged
 from jax.experimental import checkify
 from jax.sharding import PartitionSpec as P
-from support import assert_identical, compilations, raw
+from support import autocast_models, jaxprs
+from support.autocast_cases import CASES
+from support.autocast_cases_common import EVERY, GRAD_OF, JIT, LAYER, OF_GRAD, mesh, x_and_w
+from support.autocast_modes import (
+    equations,
+    in_modes,
+    is_array,
+    jitted,
+    lowered,
+    of_arrays,
+    shapes,
+    to,
+    together,
+    unchanged,
+)
+from support.comparisons import assert_identical, compilations, raw
 
 import jmp_lite as jmp
 

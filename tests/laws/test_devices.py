@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import optax
 import pytest
-from spread import MODES, ROWS, Training, batch, parameters, scaled
-from support import assert_close
+from support.comparisons import assert_close
+from support.spread import MODES, ROWS, Training, batch, parameters, scaled
 
 modes = pytest.mark.parametrize("mode", MODES, ids=str)
 STEPS = 6

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
-from support import DEVICES, assert_close, assert_identical, mesh, standard
+from support.comparisons import DEVICES, assert_close, assert_identical, mesh, standard
 
 import jmp_lite as jmp
 

@@ -9,8 +9,8 @@ import zlib
 import jax
 import numpy as np
 import pytest
-import train
-from harness import Job
+from support import train
+from support.harness import Job
 
 import jmp_lite as jmp
 

@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from harness import Job
+from support.harness import Job
 
 pytestmark = pytest.mark.multiprocess
 

@@ -11,8 +11,8 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 from flax.core import FrozenDict
-from lowbit import normal, relative
-from support import assert_close, assert_identical, raw
+from support.comparisons import assert_close, assert_identical, raw
+from support.lowbit import normal, relative
 
 import jmp_lite as jmp
 from jmp_lite import quant

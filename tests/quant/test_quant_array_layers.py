@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 from flax import nnx
-from lowbit import normal, relative
-from support import assert_close, assert_identical, slow_but_for
+from support.comparisons import assert_close, assert_identical, slow_but_for
+from support.lowbit import normal, relative
 
 from jmp_lite.quant._array import dequantize_tree, is_quantized, quantize_tree
 

@@ -16,8 +16,8 @@ from flax import nnx
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from lowbit import MATMUL, RECIPES, normal, products, products_of_8_bits, relative, stablehlo
-from support import slow_but_for
+from support.comparisons import slow_but_for
+from support.lowbit import MATMUL, RECIPES, normal, products, products_of_8_bits, relative, stablehlo
 
 import jmp_lite as jmp
 from jmp_lite import quant

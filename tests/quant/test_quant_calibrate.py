@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from lowbit import BOUNDS, MATMUL, amax, normal, relative
-from support import slow_but_for
+from support.comparisons import slow_but_for
+from support.lowbit import BOUNDS, MATMUL, amax, normal, relative
 
 import jmp_lite as jmp
 from jmp_lite import quant

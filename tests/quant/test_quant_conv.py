@@ -10,8 +10,19 @@ import pytest
 from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from lowbit import BOUNDS, EXACT, MATMUL, RECIPES, assert_same, mesh, normal, relative, value_and_gradients, whole
-from support import slow_but_for
+from support.comparisons import slow_but_for
+from support.lowbit import (
+    BOUNDS,
+    EXACT,
+    MATMUL,
+    RECIPES,
+    assert_same,
+    mesh,
+    normal,
+    relative,
+    value_and_gradients,
+    whole,
+)
 
 from jmp_lite import quant
 

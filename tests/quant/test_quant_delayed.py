@@ -11,8 +11,8 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from lowbit import BOUNDS, MATMUL, amax, normal, relative
-from support import slow_but_for
+from support.comparisons import slow_but_for
+from support.lowbit import BOUNDS, MATMUL, amax, normal, relative
 
 import jmp_lite as jmp
 from jmp_lite import quant

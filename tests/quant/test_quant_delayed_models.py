@@ -9,8 +9,8 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from lowbit import amax, normal, relative
-from support import assert_identical, slow_but_for
+from support.comparisons import assert_identical, slow_but_for
+from support.lowbit import amax, normal, relative
 
 import jmp_lite as jmp
 from jmp_lite import quant

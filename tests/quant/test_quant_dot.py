@@ -10,8 +10,8 @@ import numpy as np
 import optax
 import pytest
 from jax import lax
-from lowbit import BOUNDS, FORMATS, MATMUL, PRODUCTS, RECIPES, STRAIGHT, grid, normal, relative
-from support import slow_but_for
+from support.comparisons import slow_but_for
+from support.lowbit import BOUNDS, FORMATS, MATMUL, PRODUCTS, RECIPES, STRAIGHT, grid, normal, relative
 
 import jmp_lite as jmp
 from jmp_lite import quant

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from lowbit import MATMUL, RECIPES
+from support.lowbit import MATMUL, RECIPES
 
 import jmp_lite as jmp
 from jmp_lite import quant

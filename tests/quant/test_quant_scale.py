@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from lowbit import FORMATS, grid, normal, relative
+from support.lowbit import FORMATS, grid, normal, relative
 
 from jmp_lite import quant
 from jmp_lite._rounding import stochastic_round

@@ -11,8 +11,9 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxprs import equations
-from lowbit import (
+from support.comparisons import slow_but_for
+from support.jaxprs import equations
+from support.lowbit import (
     BOUNDS,
     EXACT,
     MATMUL,
@@ -25,7 +26,6 @@ from lowbit import (
     value_and_gradients,
     whole,
 )
-from support import slow_but_for
 
 ROWS, IN, OUT = 16, 64, 32
 VECTOR = (((0,), (0,)), ((), ()))

@@ -1,0 +1,266 @@
+"""How precise autocast is where 16 bits are known to fail: long sums, offsets, wide logits, angles, stopping rules."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from support.comparisons import assert_identical
+
+import jmp_lite as jmp
+
+LIMIT = 5e-3  # about the rounding of a single number to bfloat16, 2**-8: long sums and steep functions add nothing
+ULP = 2.0**-8
+
+
+def low(fun):
+    return jmp.autocast(fun, "mixed_bfloat16")
+
+
+def relative(actual, expected):
+    """The length of the error relative to the length of what is expected, over all arrays."""
+    flat = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]).astype(np.float64)  # noqa: E731
+    return np.linalg.norm(flat(actual) - flat(expected)) / np.linalg.norm(flat(expected))
+
+
+def normal(rng, *shape, scale=1.0, mean=0.0):
+    return jnp.asarray(mean + scale * rng.standard_normal(shape), jnp.float32)
+
+
+ORDERS = {
+    "grad(autocast)": lambda loss: jax.grad(low(loss)),
+    "autocast(grad)": lambda loss: low(jax.grad(loss)),
+}
+every_order = pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+
+
+# --- Long sums ---
+
+
+def scanned(w, xs):
+    def step(carry, x):
+        y = jnp.tanh(carry * 0.5 + x @ w)
+        return y, y + 0.5
+
+    return jnp.mean(lax.scan(step, jnp.zeros((4, 32)), xs)[1] ** 2)
+
+
+@every_order
+def test_weight_gradient_of_a_long_scan(order, rng):
+    """The gradient with respect to a weight used at 1024 steps is added up in float32."""
+    w, xs = normal(rng, 32, 32, scale=0.1), normal(rng, 1024, 4, 32)
+    assert relative(jax.jit(order(scanned))(w, xs), jax.jit(jax.grad(scanned))(w, xs)) < LIMIT
+
+
+def test_gradients_accumulated_over_micro_batches(rng):
+    """A scan that adds up the gradients of 256 batches keeps the sum in float32."""
+
+    def total(w, xs):
+        loss = lambda w, x: jnp.mean(jnp.tanh(x @ w) ** 2)  # noqa: E731
+        return lax.scan(lambda g, x: (g + jax.grad(loss)(w, x), None), jnp.zeros_like(w), xs)[0]
+
+    w, xs = normal(rng, 16, 16, scale=0.25), normal(rng, 256, 4, 16)
+    assert relative(jax.jit(low(total))(w, xs), jax.jit(total)(w, xs)) < 6e-3
+
+
+def test_sum_of_many(rng):
+    """Sums and means of products are as precise as the products."""
+
+    def fun(x, w):
+        h = x @ w
+        return h.sum(), h.mean(), jnp.cumsum(h.reshape(-1))[-1]
+
+    x, w = normal(rng, 256, 64, mean=1.0), normal(rng, 64, 64, mean=1.0)
+    for actual, expected in zip(low(fun)(x, w), fun(x, w), strict=True):
+        assert relative(actual, expected) < LIMIT
+
+
+# --- Offsets ---
+
+
+@pytest.mark.parametrize("inner", [lambda f: f, jax.jit], ids=["open", "in jit"])
+def test_variance_of_data_with_a_mean(inner, rng):
+    """The variance of what has a mean of 30 and a deviation of 1, written out and as jnp.var."""
+    square = inner(jnp.square)
+
+    def fun(x, w):
+        h = x @ w + 30.0
+        centerd = h - h.mean(-1, keepdims=True)
+        return square(centerd).mean(-1), jnp.var(h, axis=-1)
+
+    x, w = normal(rng, 64, 128), normal(rng, 128, 128, scale=128**-0.5)
+    for actual, expected in zip(jax.jit(low(fun))(x, w), fun(x, w), strict=True):
+        assert relative(actual, expected) < LIMIT
+
+
+def test_variance_of_an_argument_with_a_mean(rng):
+    """Data of mean 30 that comes as an argument is not rounded before its mean is taken off."""
+    x = normal(rng, 64, 128, mean=30.0)
+    for fun in (jnp.var, jax.nn.standardize):
+        assert relative(low(fun)(x), fun(x)) < 1e-6
+
+
+# --- Wide logits ---
+
+
+@pytest.mark.parametrize("of", [jax.nn.softmax, jax.nn.log_softmax, jax.nn.logsumexp])
+def test_softmax_of_wide_logits(of, rng):
+    """Of logits with a deviation of 6 that come out of a product without loss, softmax is computed in float32."""
+    logits = normal(rng, 8, 256, scale=6.0).astype(jnp.bfloat16).astype(jnp.float32)
+    fun = lambda x, w: of(x @ w)  # noqa: E731
+    actual, expected = jax.jit(low(fun))(logits, jnp.eye(256)), of(logits)
+    assert np.max(np.abs(actual - expected) / np.abs(expected)) < LIMIT
+
+
+# --- Angles ---
+
+
+def test_rotary_angles_are_exact():
+    """A product without contraction of positions up to 4096 with frequencies is not rounded."""
+
+    def angles(positions):
+        frequencies = 1.0 / 10000.0 ** (jnp.arange(0, 64, 2, dtype=jnp.float32) / 64)
+        phase = jnp.einsum("i,j->ij", positions, frequencies)
+        return phase, jnp.sin(phase), jnp.cos(phase)
+
+    positions = jnp.arange(4096, dtype=jnp.float32)
+    assert_identical(jax.jit(low(angles))(positions), jax.jit(angles)(positions))
+
+
+# --- Stopping rules ---
+
+
+def test_loop_with_a_float_predicate_is_exact(rng):
+    """A loop that runs until a norm is small takes the same steps to the same bits, from the same product."""
+
+    def fun(x, w):
+        body = lambda c: (jnp.tanh(c[0] @ w), c[1] + 1)  # noqa: E731
+        return lax.while_loop(lambda c: jnp.sum(c[0] ** 2) > 1e-3, body, (x, 0))
+
+    x, w = normal(rng, 8, 16), normal(rng, 16, 16, scale=0.125)
+    found, expected = jax.jit(low(fun))(x, w), jax.jit(fun)(x, w)
+    assert int(expected[1]) > 3
+    assert_identical(found, expected)
+
+
+# --- Masks ---
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize("least", [-1e9, -1e30, -jnp.inf])
+def test_masks_survive(policy, least, rng):
+    """What is masked gets no weight and no NaN, in the value and in the gradient, though float16 ends at 65504."""
+
+    def fun(x, w):
+        logits = x @ w + jnp.where(jnp.arange(16) < 8, 0.0, least)[None]
+        return jax.nn.softmax(jnp.where(jnp.arange(16) < 12, logits, least))
+
+    x, w = normal(rng, 8, 16), normal(rng, 16, 16, scale=0.25)
+    weights = jmp.autocast(fun, policy)(x, w)
+    assert np.all(np.asarray(weights)[:, 8:] == 0)
+    assert relative(weights, fun(x, w)) < 4 * ULP
+    grads = jax.grad(lambda x, w: jnp.sum(jmp.autocast(fun, policy)(x, w)[:, 0]))(x, w)
+    assert np.all(np.isfinite(grads))
+
+
+# --- Programs whose meaning hangs on a few digits ---
+
+
+def memory_reused_at_every_step(x, q):
+    memory = x @ jnp.eye(8)
+    return lax.scan(lambda c, qt: (c + jnp.mean(memory * qt), None), jnp.float32(0), q)[0] / len(q)
+
+
+@pytest.mark.parametrize("order", ["grad(autocast)", "autocast(grad)"])
+def test_gradients_of_what_a_scan_reuses_are_added_up_in_float32(order):
+    """In bfloat16 the sum of 4096 equal numbers would stop at the 256th."""
+    args = jnp.ones((8, 8)), jnp.ones((4096, 8, 8))
+    inside = jax.grad(low(memory_reused_at_every_step))
+    gradient = inside if order == "grad(autocast)" else low(jax.grad(memory_reused_at_every_step))
+    np.testing.assert_array_equal(gradient(*args), jax.grad(memory_reused_at_every_step)(*args))
+
+
+def decay_of_a_product(h, w):
+    return lax.scan(lambda e, _: (0.999 * e, None), h @ w, None, length=1000)[0]
+
+
+def coordinates_and_offsets(x, w):
+    places = jnp.arange(1024.0) + (x @ w)[:, 0]
+    return jax.scipy.ndimage.map_coordinates(jnp.arange(1024.0), [places], order=1)
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize(
+    ("fun", "args"),
+    [
+        (decay_of_a_product, (np.ones((2, 8), np.float32), np.ones((8, 2), np.float32))),
+        (coordinates_and_offsets, (np.zeros((1024, 2), np.float32), np.zeros((2, 2), np.float32))),
+    ],
+    ids=["decay", "coordinates"],
+)
+def test_states_and_places_keep_their_digits(fun, args, policy):
+    """A moving average that starts from a product; places in an array that come from one."""
+    np.testing.assert_allclose(jmp.autocast(fun, policy)(*args), fun(*args), rtol=1e-6)
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_scores_of_a_beam_are_added_up_in_float32(policy, rng):
+    """Scores of -45 have a spacing of 0.25 in bfloat16, more than lies between the beams."""
+    w, h0 = (jnp.asarray(rng.normal(size=shape) / 3, jnp.float32) for shape in ((8, 8), (4, 8)))
+
+    def beam(w, h0):
+        def step(carry, _):
+            score, h = carry
+            total = jnp.reshape(score[:, None] + jax.nn.log_softmax(h @ w), -1)
+            score, place = lax.top_k(total, 4)
+            return (score, jnp.tanh(h[place // 8])), None
+
+        return lax.scan(step, (jnp.array([0, -1e9, -1e9, -1e9]), h0), None, length=30)[0][0]
+
+    np.testing.assert_allclose(jmp.autocast(beam, policy)(w, h0), beam(w, h0), rtol=2**-9)
+
+
+def masked_by_an_array(q, mask):
+    smallest = float(jnp.finfo(jnp.float32).min)
+    scores = q @ q.T + jnp.where(mask > 0, jnp.zeros((4, 4)), jnp.full((4, 4), smallest))
+    return jax.nn.softmax(lax.cond(q[0, 0] > 0, lambda s: s, lambda s: s * 2, scores))
+
+
+def masked_in_a_map(q, mask):
+    smallest = float(jnp.finfo(jnp.float32).min)
+    return lax.map(jax.nn.softmax, q @ q.T + (1 - mask) * smallest)
+
+
+@pytest.mark.parametrize("fun", [masked_by_an_array, masked_in_a_map])
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_a_row_masked_with_the_smallest_number_is_no_nan(fun, policy):
+    """That number is beyond bfloat16, and would become minus infinity."""
+    np.testing.assert_array_equal(jmp.autocast(fun, policy)(jnp.ones((4, 4)), jnp.zeros((4, 4)))[0], 0.25)
+
+
+def test_a_mutable_array_that_is_closed_over_is_left_alone():
+    ref = jax.new_ref(jnp.zeros((4, 8)))
+
+    def add(x):
+        ref[...] += x
+        return x.sum()
+
+    for call in (jmp.autocast(add, "mixed_bfloat16"), jax.jit(jmp.autocast(add, "mixed_bfloat16"))):
+        assert call(jnp.ones((4, 8))) == 32
+    assert ref[...].sum() == 64
+
+
+def test_random_numbers_are_the_same_bits_in_a_low_region(key):
+    draw = jmp.low_precision(lambda key: (jax.random.normal(key, (1000,)), jax.random.bernoulli(key, 0.3, (1000,))))
+    for found, expected in zip(jmp.autocast(draw, "mixed_bfloat16")(key), draw(key), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_a_parameter_scaled_by_a_low_number_keeps_its_digits(rng):
+    """Weight decay by a factor that comes from a product: the parameter is data of its own."""
+    p, x = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((64, 64), (1, 16)))
+
+    def decayed(p, x):
+        return p * (1 - 1e-4 * jnp.tanh(x @ x.T)[0, 0])
+
+    np.testing.assert_allclose(low(decayed)(p, x), decayed(p, x), rtol=2**-20)

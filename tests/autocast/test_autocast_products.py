@@ -1,0 +1,142 @@
+"""What takes the place of lax.dot_general under autocast: products of the user's, and sums of products in float32."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from support import jaxprs
+from support.autocast_cases_common import normal, x_and_w
+from support.comparisons import assert_identical, compiled_as_on
+
+import jmp_lite as jmp
+
+LOW = "mixed_bfloat16"
+X, W = jax.ShapeDtypeStruct((8, 16), jnp.float32), jax.ShapeDtypeStruct((16, 16), jnp.float32)
+BF16, F16, F32 = "bfloat16", "float16", "float32"
+ORDERS = {
+    "forward": lambda cast, loss: cast(loss),
+    "grad(autocast)": lambda cast, loss: jax.grad(cast(loss), (0, 1)),
+    "autocast(grad)": lambda cast, loss: cast(jax.grad(loss, (0, 1))),
+}
+
+
+def layers(x, w):
+    """Two products, the first in scope "router"."""
+    with jax.named_scope("router"):
+        x = jax.jit(jnp.matmul)(x, w)
+    return jnp.mean(jnp.tanh(jax.jit(jnp.matmul)(jnp.tanh(x), w)) ** 2)
+
+
+# --- Products of the user's ---
+
+
+def recording(seen):
+    def dot(lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None):
+        seen.append((str(lhs.dtype), str(rhs.dtype), str(preferred_element_type)))
+        return lax.dot_general(lhs, rhs, dimension_numbers, preferred_element_type=jnp.float32)
+
+    return dot
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("place", ["argument", "rule"])
+def test_a_product_of_the_users(order, place):
+    """It has the signature of lax.dot_general, and is given the compute dtype; autocast(grad) asks it backward too."""
+    seen = []
+    dot = recording(seen)
+    options = {"dot": dot} if place == "argument" else {"rules": [jmp.Rule("router", dot=dot)]}
+    cast = functools.partial(jmp.autocast, policy=LOW, **options)
+    shapes = jax.eval_shape(ORDERS[order](cast, layers), X, W)
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(shapes)} == {F32}
+    calls = {"forward": 1, "grad(autocast)": 1, "autocast(grad)": 3}[order] * (2 if place == "argument" else 1)
+    assert seen == [(BF16, BF16, BF16)] * calls
+
+
+def test_a_product_of_the_users_is_not_asked_in_full_precision():
+    seen = []
+    rules = [jmp.Rule("router", precision="full", dot=recording(seen))]
+    jax.eval_shape(jmp.autocast(layers, LOW, rules=rules), X, W)
+    jax.eval_shape(jmp.autocast(jmp.full_precision(jnp.matmul), LOW, dot=recording(seen)), X, W)
+    assert not seen
+
+
+def test_a_product_of_the_users_is_asked_under_a_policy_of_float32():
+    """It may compute in 8 bits what stands in a program that is float32 otherwise."""
+    seen = []
+    jax.eval_shape(jmp.autocast(jnp.matmul, F32, dot=recording(seen)), X, W)
+    assert seen == [(F32, F32, F32)]
+
+
+@pytest.mark.parametrize("result", [BF16, F16, F32])
+def test_a_float32_result_of_the_users_product_is_kept(result):
+    """What follows it runs in float32 then, also in a loop; any other result is held in the compute dtype."""
+    dot = lambda lhs, rhs, dims, **_: lax.dot_general(lhs, rhs, dims, preferred_element_type=result)  # noqa: E731
+    step = lambda h, w: jnp.tanh(h @ w)  # noqa: E731
+    scanned = lambda h, w: lax.scan(lambda h, _: (step(h, w), None), h, None, length=2)[0]  # noqa: E731
+    looped = lambda h, w: lax.fori_loop(0, 2, lambda i, h: step(step(h, w), w), h)  # noqa: E731
+    for fun in (step, scanned, looped):
+        records = jmp.explain(lambda x, w, fun=fun: fun(x, w) @ w, LOW, dot=dot)(X, W)
+        found = [r.in_dtypes[0] for r in records if r.primitive == "tanh"]
+        expected = F32 if result == F32 else BF16
+        assert found[0] == expected, fun
+
+
+def test_the_product_of_a_rule_goes_before_that_of_all():
+    """Outside of its scope the other one is asked."""
+    asked = {"rule": [], "all": []}
+    dots = {name: recording(seen) for name, seen in asked.items()}
+    jax.eval_shape(jmp.autocast(layers, LOW, rules=jmp.Rule("router", dot=dots["rule"]), dot=dots["all"]), X, W)
+    assert [len(seen) for seen in asked.values()] == [1, 1]
+
+
+def test_the_result_of_a_product_is_what_comes_out(rng):
+    x, w = x_and_w(rng)
+    half = lambda *args, **params: lax.dot_general(*args, **params) * jnp.bfloat16(0.5)  # noqa: E731
+    expected = (x.astype(jnp.bfloat16) @ w.astype(jnp.bfloat16)).astype(jnp.float32)
+    assert_identical(jmp.autocast(jnp.matmul, LOW, dot=half)(x, w), 0.5 * expected)
+
+
+# --- Sums of products in float32 ---
+
+SHAPES = {
+    "matrices": ("ij,jk->ik", (8, 64), (64, 16)),
+    "batch": ("bij,bjk->bik", (4, 8, 64), (4, 64, 8)),
+    "attention logits": ("bqhd,bkhd->bhqk", (2, 8, 4, 64), (2, 8, 4, 64)),
+    "attention values": ("bhqk,bkhd->bqhd", (2, 4, 8, 64), (2, 64, 4, 8)),
+    "contraction before a free axis": ("abij,bjad->baid", (4, 4, 8, 64), (4, 64, 4, 8)),
+    "vectors": ("i,i->", (64,), (64,)),
+}
+
+
+@pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
+def test_sums_in_float32_run_on_every_backend(shapes, rng):
+    """Products that add up in float32 run here, batched, mapped and differentiated, and are no worse than without."""
+    equation, *operands = shapes
+    x, w = normal(*operands)(rng)
+    fun = functools.partial(jnp.einsum, equation)
+    loss = lambda x, w: jnp.sum(jnp.sin(fun(x, w)))  # noqa: E731
+    for accumulate, rounding in ((None, 2.0**-7), (jnp.float32, 2.0**-8)):  # rounded once, it is half an ulp off
+        cast = functools.partial(jmp.autocast, policy=LOW, accumulation_dtype=accumulate)
+        run = jax.jit(lambda x, w, cast=cast: (cast(fun)(x, w), jax.grad(cast(loss), (0, 1))(x, w)))
+        _, grads = run(x, w)
+        mapped = jax.jit(jax.vmap(jax.grad(cast(loss), (0, 1))))(x[None], w[None])
+        for found, expected in zip(jax.tree.leaves(mapped), grads, strict=True):
+            np.testing.assert_allclose(found[0], expected, rtol=0.05, atol=0.05)
+        exact = np.asarray(fun(*(np.asarray(a.astype(jnp.bfloat16), np.float32) for a in (x, w))))
+        assert np.max(np.abs(cast(fun)(x, w) - exact) - rounding * np.abs(exact)) < 1e-5
+
+
+@pytest.mark.parametrize("order", list(ORDERS)[1:])
+def test_sums_in_float32_keep_backward_products_in_16_bits(order):
+    """Products are of 16-bit operands, forward and backward; forward ones return float32."""
+    policy = jmp.Policy(jnp.float32, jnp.bfloat16, jnp.float32, reduce_dtype=jnp.bfloat16)
+    cast = functools.partial(jmp.autocast, policy=policy, accumulation_dtype=jnp.float32)
+    with compiled_as_on("cuda"):
+        equations = list(jaxprs._equations(jax.make_jaxpr(ORDERS[order](cast, layers))(X, W).jaxpr, ""))
+    found = [eqn for _, eqn in equations if eqn.primitive.name == "dot_general"]
+    assert {str(v.aval.dtype) for eqn in found for v in eqn.invars} == {BF16}
+    in_float32 = [eqn for eqn in found if eqn.outvars[0].aval.dtype == jnp.float32]
+    assert len(in_float32) == (2 if order == "grad(autocast)" else 6)

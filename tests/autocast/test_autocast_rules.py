@@ -1,0 +1,411 @@
+"""Which precision holds where: rules, policies per scope, regions, replaced products; forward and backward."""
+
+import collections
+import functools
+import itertools
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+from jax.sharding import PartitionSpec as P
+from support import jaxprs
+from support.autocast_cases_common import mesh, x_and_w
+from support.comparisons import assert_identical
+
+import jmp_lite as jmp
+from jmp_lite.autocast import _api
+
+LOW = "mixed_bfloat16"
+# Eight rows per device: with a handful, the weight gradient is no work for a matrix unit.
+X, W = jax.ShapeDtypeStruct((64, 16), jnp.float32), jax.ShapeDtypeStruct((16, 16), jnp.float32)
+BF16, F16, F32 = "bfloat16", "float16", "float32"
+
+# --- Precedence, on one product and one exponential in scope a/b ---
+
+
+def in_scopes(x, w):
+    with jax.named_scope("a"), jax.named_scope("b"):
+        return jnp.exp(x @ w)
+
+
+def dtypes(fun, policy=LOW, rules=(), primitives=("dot_general", "exp")):
+    """The dtype in which each of some primitives runs."""
+    found = jmp.explain(fun, policy, rules=rules)(X, W)
+    return tuple(next(record.in_dtypes[0] for record in found if record.primitive == name) for name in primitives)
+
+
+Rule = jmp.Rule
+FULL_B = Rule("b", precision="full")
+RULES = {
+    "none": ([], BF16, F32),
+    "a rule by itself": (FULL_B, F32, F32),
+    "scope": ([Rule("a", precision="full")], F32, F32),
+    "inner scope": ([FULL_B], F32, F32),
+    "path": ([Rule("a/b", precision="full")], F32, F32),
+    "alternatives": ([Rule("z|b", precision="full")], F32, F32),
+    "everywhere": ([Rule(precision="full")], F32, F32),
+    "primitive": ([Rule("a", "exp", "low")], BF16, BF16),
+    "regular expression of a primitive": ([Rule(None, "dot_.*|ragged.*", "full")], F32, F32),
+    "low": ([Rule("a", None, "low")], BF16, BF16),
+    "dtype": ([Rule("a", None, jnp.float16)], F16, F32),
+    "name of a dtype": ([Rule("a", None, "half")], F16, F32),
+    "policy": ([Rule("a", None, "mixed_float16")], F16, F32),
+    "parts of a policy": ([Rule("a", None, "p=f32,c=f16")], F16, F32),
+    "name of float32": ([Rule("a", None, "f32")], F32, F32),
+    "float32": ([Rule("a", None, jnp.float32)], F32, F32),
+    "first match": ([Rule("b", "dot_general", "full"), Rule("a", None, "low")], F32, BF16),
+    "first match, the other way": ([Rule("a", None, "low"), Rule("b", "dot_general", "full")], BF16, BF16),
+    "auto shields": ([Rule("a/b"), Rule("a", precision="full")], BF16, F32),
+}
+
+
+@pytest.mark.parametrize(("rules", "product", "exponential"), RULES.values(), ids=RULES)
+def test_rules(rules, product, exponential):
+    assert dtypes(in_scopes, rules=rules) == (product, exponential)
+
+
+UNMATCHED = {
+    "another path": (LOW, [Rule("b/a", precision="full")], "'b'"),
+    "whole segments": (LOW, [Rule("aa", precision="full")], "'a'"),
+    "whole primitive": (LOW, [Rule("a", "ex", "low")], "'a'"),
+    "another primitive": (LOW, [Rule(None, "xp", "low")], "'a'"),
+    "misspelt": (LOW, [Rule("route", precision="full"), Rule("a", precision="auto")], "'route'"),
+    "map": (jmp.PolicyMap({"c": "full"}, default=LOW), [], "pattern 'c' of the PolicyMap"),
+    "map, among others": (jmp.PolicyMap({"b": LOW, "heads": "full"}, default=LOW), [], "'heads'"),
+}
+
+
+@pytest.mark.parametrize(("policy", "rules", "named"), UNMATCHED.values(), ids=UNMATCHED)
+@pytest.mark.parametrize(
+    "order", [lambda f: f, lambda f: jax.grad(lambda x, w: f(x, w).sum())], ids=["forward", "grad"]
+)
+def test_what_matches_nothing_does_nothing_and_is_named_once(policy, rules, named, order):
+    _api._interpreter.cache_clear()
+    x, w = jnp.ones((16, 16)), jnp.ones((16, 16))
+    run = jax.jit(jmp.autocast(order(in_scopes), policy, rules=rules))
+    with pytest.warns(jmp.errors.UnmatchedRuleWarning, match=re.escape(named)) as caught:
+        run(x, w)
+    assert len(caught) == 1
+    assert "nearest name scopes" in str(caught[0].message)
+    run(x, w)  # warnings are errors
+    jmp.autocast(order(in_scopes), policy, rules=rules)(x, w)
+    with pytest.warns(jmp.errors.UnmatchedRuleWarning):
+        assert dtypes(in_scopes, policy, rules) == (BF16, F32)
+
+
+POLICIES = {
+    "map": ({"a": "full"}, LOW, [], F32, F32),
+    "map, inner": ({"b": "full"}, LOW, [], F32, F32),
+    "map, exact before pattern": ({"a/b": "full", ".*": "16-mixed"}, LOW, [], F32, F32),
+    "map, another 16 bits": ({"a": "mixed_float16"}, LOW, [], F16, F32),
+    "map, low in full": ({"a": LOW}, "full", [], BF16, F32),
+    "rule before map": ({"a": "full"}, LOW, [Rule("b", precision="bf16")], BF16, F32),
+    "rule before map, other": ({"a": LOW}, "full", [FULL_B], F32, F32),
+    "auto in full": ({"a": "full"}, LOW, [Rule("a/b")], F32, F32),
+    "low in full": ({"a": "full"}, LOW, [Rule("a/b", precision="low")], F32, F32),
+}
+
+
+@pytest.mark.parametrize(("policies", "default", "rules", "product", "exponential"), POLICIES.values(), ids=POLICIES)
+def test_policy_maps(policies, default, rules, product, exponential):
+    policy = jmp.PolicyMap(policies, default=default)
+    assert dtypes(in_scopes, policy, rules) == (product, exponential)
+
+
+# --- Regions ---
+
+FULL, LOWER, OFF = jmp.full_precision, jmp.low_precision, jmp.no_autocast
+
+
+def in_regions(fun, regions, form):
+    """A function inside regions, the first outermost."""
+    for region in reversed(regions):
+        fun = form(fun, region)
+    return fun
+
+
+def with_context(fun, region):
+    @functools.wraps(fun)
+    def call(*args):
+        with region():
+            return fun(*args)
+
+    return call
+
+
+FORMS = {
+    "decorator": lambda fun, region: region(fun),
+    "called decorator": lambda fun, region: region()(fun),
+    "context": with_context,
+}
+REGIONS = {
+    "full": ([FULL], LOW, [], F32, F32),
+    "low": ([LOWER], LOW, [], BF16, BF16),
+    "off": ([OFF], LOW, [], F32, F32),
+    "innermost: low": ([FULL, OFF, LOWER], LOW, [], BF16, BF16),
+    "innermost: full": ([LOWER, FULL], LOW, [], F32, F32),
+    "innermost: off": ([LOWER, OFF], LOW, [], F32, F32),
+    "before a rule": ([FULL], LOW, [Rule(precision="low")], F32, F32),
+    "before a rule, low": ([LOWER], LOW, [Rule(precision="full")], BF16, BF16),
+    "low in float32": ([LOWER], F32, [], F32, F32),
+}
+
+
+@pytest.mark.parametrize(("regions", "policy", "rules", "product", "exponential"), REGIONS.values(), ids=REGIONS)
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_regions(form, regions, policy, rules, product, exponential):  # noqa: PLR0917
+    fun = in_regions(in_scopes, regions, form)
+    assert fun.__name__ == "in_scopes"
+    assert dtypes(fun, policy, rules) == (product, exponential)
+    assert dtypes(jax.jit(fun), policy, rules) == (product, exponential)
+
+
+def test_what_leaves_a_region():
+    """Made in full precision, a value stays float32; left alone, it counts as an input; what follows is low again."""
+    for region, name in ((FULL, "tanh"), (OFF, "tanh")):
+        fun = lambda x, w, region=region: jnp.tanh(region(jnp.matmul)(x, w)) @ w  # noqa: E731
+        records = [r for r in jmp.explain(fun, LOW)(X, W) if r.primitive in ("dot_general", name)]
+        assert [r.in_dtypes[0] for r in records] == [F32, F32, BF16]
+        assert [r.tag for r in records] == (
+            ["HIGH", "HIGH", "LOW"] if region is FULL else ["NEUTRAL", "NEUTRAL", "LOW"]
+        )
+
+
+def test_regions_do_nothing_without_autocast(rng):
+    args = x_and_w(rng)
+    for region, form in itertools.product((FULL, LOWER, OFF), FORMS.values()):
+        assert_identical(form(in_scopes, region)(*args), in_scopes(*args))
+
+
+EXACT = {
+    "integers": lambda key, a: jnp.argmax(a) + 1,
+    "uniform": lambda key, a: jax.random.uniform(key, (64,)),
+    "normal": lambda key, a: jax.random.normal(key, (64,)),
+    "bernoulli": lambda key, a: jax.random.bernoulli(key, 0.3, (4096,)),
+    "categorical": lambda key, a: jax.random.categorical(key, jnp.zeros((64, 16))),
+}
+
+
+@pytest.mark.parametrize("fun", EXACT.values(), ids=EXACT)
+def test_low_precision_leaves_what_must_be_exact(fun, key):
+    """In a low region, and under a low rule, solvers, random numbers and integers are what they are elsewhere."""
+    args = key, 4 * jnp.eye(16) + 0.1
+    assert_identical(jmp.autocast(LOWER(fun), LOW)(*args), fun(*args))
+    assert_identical(jmp.autocast(fun, LOW, rules=Rule(precision="low"))(*args), fun(*args))
+
+
+# --- Through everything that holds programs, forward and backward ---
+
+
+def product(x, w):
+    return jnp.tanh(x @ w)
+
+
+def custom_jvp(fun):
+    function = jax.custom_jvp(fun)
+    function.defjvp(lambda primals, tangents: jax.jvp(fun, primals, tangents))
+    return function
+
+
+def custom_vjp(fun):
+    function = jax.custom_vjp(fun)
+    function.defvjp(lambda *args: jax.vjp(fun, *args), lambda vjp, cotangent: vjp(cotangent))
+    return function
+
+
+def custom_vmap(fun):
+    function = jax.custom_batching.custom_vmap(fun)
+    function.def_vmap(lambda size, batched, x, w: (jax.vmap(fun, (0, None))(x, w), True))
+    return jax.vmap(function, (0, None))
+
+
+def scanned(fun):
+    return lambda x, w: lax.scan(lambda c, _: (fun(c, w), None), x, length=2)[0]
+
+
+def branched(fun):
+    return lambda x, w: lax.cond(x[0, 0] > 0, fun, lambda x, w: x, x, w)
+
+
+def sharded(fun):
+    return jax.shard_map(fun, mesh=mesh(), in_specs=(P("d"), P()), out_specs=P("d"))
+
+
+dots_saved = functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable)
+WITHIN = {
+    "open": lambda fun: fun,
+    "jit": jax.jit,
+    "remat": jax.checkpoint,
+    "remat with a policy": dots_saved,
+    "scan": scanned,
+    "cond": branched,
+    "vmap": lambda fun: jax.vmap(fun, (0, None)),
+    "shard_map": sharded,
+    "custom_jvp": custom_jvp,
+    "custom_vjp": custom_vjp,
+    "custom_vmap": custom_vmap,
+    "scan of remat": lambda fun: scanned(jax.checkpoint(fun)),
+    "remat of scan": lambda fun: jax.checkpoint(scanned(fun)),
+    "jit of cond in scan": lambda fun: jax.jit(scanned(branched(fun))),
+    "remat of jit of custom_vjp": lambda fun: jax.checkpoint(jax.jit(custom_vjp(fun))),
+    "shard_map of scan of remat": lambda fun: sharded(scanned(dots_saved(fun))),
+}
+ORDERS = {
+    "forward": lambda cast, loss: cast(loss),
+    "grad(autocast)": lambda cast, loss: jax.grad(cast(loss), (0, 1)),
+    "autocast(grad)": lambda cast, loss: cast(jax.grad(loss, (0, 1))),
+}
+
+
+def scope_outside(within):
+    """Two layers, the first in scope "router", each in a construct of its own."""
+
+    def loss(x, w):
+        with jax.named_scope("router"):
+            x = within(product)(x, w)
+        with jax.named_scope("mlp"):
+            return jnp.mean(within(product)(x, w) ** 2)
+
+    return loss
+
+
+def scope_inside(within):
+    """The same with the scopes inside one construct."""
+
+    def layers(x, w):
+        with jax.named_scope("router"):
+            x = product(x, w)
+        with jax.named_scope("mlp"):
+            return product(x, w)
+
+    return lambda x, w: jnp.mean(within(layers)(x, w) ** 2)
+
+
+def products_by_scope(fun):
+    """Counts products by whether their scope holds "router", and the dtypes of their operands."""
+    return collections.Counter(("router" in scope, *sorted(found)) for scope, found in jaxprs.contractions(fun, X, W))
+
+
+@pytest.mark.parametrize("within", WITHIN.values(), ids=WITHIN)
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+@pytest.mark.parametrize("placed", [scope_outside, scope_inside])
+def test_scopes_reach_into_and_through(within, order, placed):
+    """By rule or by policy, each product of a scope is float32, forward and backward; every other one is bfloat16."""
+    loss = placed(within)
+    plain = products_by_scope(order(lambda fun: fun, loss))
+    expected = {(True, F32): plain[True, F32], (False, BF16): plain[False, F32]}
+    assert min(expected.values()) > 0
+    rules = [Rule("router", precision="full")]
+    assert products_by_scope(order(functools.partial(jmp.autocast, policy=LOW, rules=rules), loss)) == expected
+    policy = jmp.PolicyMap({"router": "full"}, default=LOW)
+    assert products_by_scope(order(functools.partial(jmp.autocast, policy=policy), loss)) == expected
+
+
+@pytest.mark.parametrize("within", WITHIN.values(), ids=WITHIN)
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+def test_regions_reach_into_and_through(within, order):
+    """So it is in a region around a construct: one in full precision, and one that is left alone within the other."""
+
+    def loss(x, w):
+        with jax.named_scope("router"):
+            x = FULL(within(product))(x, w)
+            x = FULL(OFF(within(product)))(x, w)
+        return jnp.mean(within(product)(x, w) ** 2)
+
+    plain = products_by_scope(order(lambda fun: fun, loss))
+    found = products_by_scope(order(functools.partial(jmp.autocast, policy=LOW), loss))
+    assert found == {(True, F32): plain[True, F32], (False, BF16): plain[False, F32]}
+
+
+@pytest.mark.parametrize("within", WITHIN.values(), ids=WITHIN)
+def test_full_everywhere_is_the_plain_function(within, rng):
+    """With a rule that leaves everything in float32 the bits are those of the function, value and gradient."""
+    args, loss = x_and_w(rng), scope_inside(within)
+    found = jax.jit(jax.value_and_grad(jmp.autocast(loss, LOW, rules=Rule(precision="full")), (0, 1)))
+    assert_identical(found(*args), jax.jit(jax.value_and_grad(loss, (0, 1)))(*args))
+
+
+# --- Linen opens scopes by itself ---
+
+
+class Tied(nn.Module):
+    """An embedding used at both ends, and a layer called by a method with another name."""
+
+    @nn.compact
+    def __call__(self, ids):
+        embed = nn.Embed(11, 16)
+        return embed.attend(nn.Dense(16)(embed(ids)))
+
+
+@pytest.mark.parametrize("pattern", ["Embed_0", r"Embed_0\.attend", "Tied/Embed_0", ".*mbed_0"])
+@pytest.mark.parametrize("order", ["forward", "autocast(grad)", "grad(autocast)"])
+def test_methods_of_linen_modules_are_in_the_scope_of_the_module(pattern, order):
+    model, ids = Tied(), jnp.arange(8)
+    variables = jax.eval_shape(model.init, jax.random.key(0), ids)
+    loss = lambda variables: jnp.sum(model.apply(variables, ids) ** 2)  # noqa: E731
+    cast = functools.partial(jmp.autocast, policy=LOW, rules=Rule(pattern, precision="full"))
+    fun = {"forward": cast(loss), "autocast(grad)": cast(jax.grad(loss)), "grad(autocast)": jax.grad(cast(loss))}[order]
+    found = jaxprs.contractions(fun, variables)
+    assert {("attend" in scope, *kinds) for scope, kinds in found} == {(True, F32), (False, BF16)}
+
+
+# --- Errors ---
+
+INVALID = {
+    "precision": (lambda: Rule("head", precision="fast"), jmp.errors.InvalidRuleError, "'fast'"),
+    "precision of 8 bits": (lambda: Rule(precision=jnp.float8_e4m3fn), jmp.errors.InvalidRuleError, "float8_e4m3fn"),
+    "precision of 64 bits": (lambda: Rule(precision="float64"), jmp.errors.InvalidRuleError, "float64"),
+    "precision as a primitive": (lambda: Rule("head", "float32"), jmp.errors.InvalidRuleError, "precision='float32'"),
+    "alias as a primitive": (lambda: Rule("head", "mixed_bfloat16"), jmp.errors.InvalidRuleError, "'mixed_bfloat16'"),
+    "dtype as a primitive": (lambda: Rule("head", jnp.bfloat16), jmp.errors.InvalidRuleError, "bfloat16"),
+    "result": (lambda: Rule("head", result=jnp.bfloat16), jmp.errors.InvalidRuleError, "bfloat16"),
+    "a kernel": (lambda: Rule(primitive="pallas_call", precision="low"), jmp.errors.InvalidRuleError, "'pallas_call'"),
+    "a product for a kernel": (
+        lambda: Rule(None, "ffi_call", dot=lax.dot_general),
+        jmp.errors.InvalidRuleError,
+        "'ffi_call'",
+    ),
+    "integers": (lambda: Rule(precision=jnp.int16), jmp.errors.InvalidRuleError, "int16"),
+    "no precision": (lambda: Rule(precision=None), jmp.errors.InvalidRuleError, "None"),
+    "scope": (lambda: Rule("head("), jmp.errors.UnknownDtypeError, "head("),
+    "primitive": (lambda: Rule(None, "[ex"), jmp.errors.UnknownDtypeError, "[ex"),
+    "not a rule": (
+        lambda: jmp.autocast(in_scopes, LOW, rules=[("a", "full")]),
+        jmp.errors.InvalidRuleError,
+        "('a', 'full')",
+    ),
+    "sums": (
+        lambda: jmp.autocast(in_scopes, LOW, accumulation_dtype=jnp.bfloat16),
+        jmp.errors.InvalidRuleError,
+        "bfloat16",
+    ),
+    "two products": (
+        lambda: jmp.autocast(in_scopes, LOW, dot=lax.dot_general, accumulation_dtype=jnp.float32),
+        jmp.errors.InvalidRuleError,
+        "accumulation_dtype",
+    ),
+    "save": (lambda: jmp.autocast(in_scopes, LOW, residuals="some"), jmp.errors.InvalidRuleError, "'some'"),
+    "policy": (lambda: jmp.autocast(in_scopes, "fp99"), jmp.errors.UnknownDtypeError, "'fp99'"),
+    "no policy": (lambda: jmp.autocast(in_scopes, None), jmp.errors.InvalidPolicyError, "None"),
+    "8 bits": (lambda: jmp.explain(in_scopes, "c=float8_e4m3fn"), jmp.errors.InvalidPolicyError, "float8_e4m3fn"),
+    "8 bits in a map": (
+        lambda: jmp.linen.autocast(Tied().apply, jmp.PolicyMap({"a": "c=float8_e5m2"}, default=LOW)),
+        jmp.errors.InvalidPolicyError,
+        "float8_e5m2",
+    ),
+}
+
+
+@pytest.mark.parametrize(("build", "error", "quoted"), INVALID.values(), ids=INVALID)
+def test_what_means_nothing_is_refused_at_once(build, error, quoted):
+    with pytest.raises(error, match=re.escape(quoted)):
+        build()
+
+
+def test_contradicting_patterns_are_reported():
+    policy = jmp.PolicyMap({"[a]": "full", "[b]": "mixed_float16"}, default=LOW)
+    with pytest.raises(jmp.errors.AmbiguousPolicyError, match="'a/b'"):
+        jmp.autocast(in_scopes, policy)(jnp.ones((8, 16)), jnp.ones((16, 16)))

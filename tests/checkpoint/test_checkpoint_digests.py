@@ -1,0 +1,59 @@
+"""Digests of checkpoints: every element counts, the places of arrays do not, and copies that differ are noticed."""
+# ruff: noqa: SIM300 - the expected value comes first
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support.checkpoints import manage, sharding
+from support.comparisons import slow_but_for
+
+import jmp_lite as jmp
+from jmp_lite.checkpoint import _digest
+from jmp_lite.checkpoint._digest import digests
+
+
+@pytest.fixture(params=["on the host", "on devices"])
+def where(request, monkeypatch):
+    """Where arrays are hashed does not depend on their size, for a test."""
+    monkeypatch.setattr(_digest, "_SMALL", {"on the host": 2**40, "on devices": 0}[request.param])
+
+
+DTYPES = ["float32", "bfloat16", "float16", "float8_e4m3fn", "int8", "int4", "bool", "complex64"]
+
+
+@pytest.mark.parametrize("dtype", slow_but_for(("bfloat16", "int4"), DTYPES))
+def test_digest_does_not_depend_on_the_sharding_but_on_every_element(dtype, where, rng):
+    """Eight places of one array give one digest; a change of any element gives another."""
+    x = rng.integers(0, 2, (8, 6)).astype(np.int8)
+    mesh = jax.make_mesh((4, 2), ("a", "b"), (jax.sharding.AxisType.Auto,) * 2)
+    specs = [(), ("a",), ("b",), (("a", "b"),), ("a", "b"), (None, "b")]
+    y = jnp.asarray(x).astype(dtype)
+    places = [jax.device_put(y, jax.sharding.NamedSharding(mesh, jax.P(*spec))) for spec in specs]
+    same, alike = digests([y, np.asarray(y), *places])
+    assert 1 == len(set(same))
+    assert all(alike)
+    x[rng.integers(8), rng.integers(6)] ^= 1
+    assert digests([jnp.asarray(x).astype(dtype)])[0][0] != same[0]
+    assert digests([places[0].T])[0][0] != same[0]
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.int64, np.complex128])
+def test_digest_of_wide_host_arrays_sees_every_word(dtype, rng):
+    """Without x64, JAX would narrow them."""
+    x = rng.integers(0, 9, 50).astype(dtype)
+    changed = x.copy()
+    changed.view(np.uint32)[rng.integers(changed.view(np.uint32).size)] ^= 1 << int(rng.integers(32))
+    first, second, third = digests([x, changed, x.copy()])[0]
+    assert first == third != second
+
+
+def test_replicas_that_drifted_apart_are_not_saved(where, tmp_path):
+    """One of them would be restored as all: the run would not be the same."""
+    shards = [jax.device_put(jnp.full(3, float(i == 5)), device) for i, device in enumerate(jax.devices())]
+    drifted = jax.make_array_from_single_device_arrays((3,), sharding(8), shards)
+    with (
+        manage(tmp_path) as manager,
+        pytest.raises(jmp.errors.CheckpointMismatchError, match="copies of 'w' on different"),
+    ):
+        manager.save(1, {"w": drifted})

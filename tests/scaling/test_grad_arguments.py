@@ -1,0 +1,208 @@
+"""Gradients of a scaled loss: every kind of argument and output, a scale found in any state, what is refused."""
+
+from typing import NamedTuple
+
+import flax.linen
+import flax.training.train_state
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from support.comparisons import assert_identical, standard
+from support.loss_scales import unscaled
+
+import jmp_lite as jmp
+
+# --- Arguments ---
+
+
+def loss_of_many(a, b, c, *, factor=1.0):
+    return factor * (jnp.sum(a) + 2 * jnp.sum(b) + 3 * jnp.sum(c))
+
+
+@pytest.mark.parametrize("argnums", [0, 2, -1, (0,), (0, 2), (2, 0), (-1, 1), [1], ()], ids=str)
+def test_argnums(argnums):
+    """Gradients are those of the arguments named, in that order, alone or as a tuple, as in JAX."""
+    args, scale = (jnp.ones(2), jnp.ones(3), jnp.ones(4)), jmp.DynamicLossScale(8.0)
+    grad_fn = jmp.scaled_value_and_grad(loss_of_many, argnums)
+    if argnums == ():
+        assert grad_fn(*args, state=scale) == (jnp.float32(20), ())
+        return
+    expected = jax.value_and_grad(loss_of_many, argnums)(*args)
+    loss, grads = grad_fn(*args, state=scale)
+    assert_identical((loss, unscaled(grads, scale)), expected)
+
+
+@pytest.mark.parametrize("argnums", [3, -4, (0, 3), (1, 1), (0, -3)], ids=str)
+def test_argnums_that_do_not_fit(argnums):
+    """Positions out of range or named twice are refused, not answered with zeros."""
+    with pytest.raises(TypeError, match=r"^argnums=.* (does not fit a call with 3|names an argument twice)"):
+        jmp.scaled_value_and_grad(loss_of_many, argnums, loss_scale=jmp.NoOpLossScale())(1.0, 2.0, 3.0)
+
+
+def test_keywords_reach_the_function():
+    """Keyword arguments are passed on, are not differentiated, and may be traced."""
+    args = (jnp.ones(2), jnp.ones(3), jnp.ones(4))
+    grad_fn = jax.jit(jmp.scaled_value_and_grad(loss_of_many))
+    loss, grads = grad_fn(*args, factor=jnp.float32(2), state=jmp.StaticLossScale(4.0))
+    assert float(loss) == 40
+    np.testing.assert_array_equal(grads, [8, 8])
+
+
+@pytest.mark.parametrize("aux", [{"logits": 1.5, "count": 3}, None, "text", [jnp.float16(2)]], ids=str)
+def test_auxiliary_output_is_untouched(aux):
+    """`has_aux` returns what the function returned, of any type, without scaling it."""
+    (loss, seen), grad = jmp.scaled_value_and_grad(
+        lambda p: (p * p, aux), has_aux=True, loss_scale=jmp.StaticLossScale(2.0)
+    )(3.0)
+    assert float(loss) == 9
+    assert float(grad) == 12
+    assert jax.tree.structure(seen) == jax.tree.structure(aux)
+    assert jax.tree.leaves(seen) == jax.tree.leaves(aux)
+
+
+class Mixed(NamedTuple):
+    weights: object
+    rest: object
+
+
+def mixed_loss(p):
+    noise = jax.random.uniform(p.rest["key"]) * 0
+    steps = p.rest["step"].astype(jnp.float32)
+    return jnp.sum(p.weights["w"]) * steps + p.weights["scalar"] + jnp.where(p.rest["on"], noise, 0.0)
+
+
+def test_leaves_that_cannot_be_differentiated_get_float0(key):
+    """Integers, booleans, typed keys, float0 and None in the parameters need no care; their gradients are float0."""
+    rest = {"step": jnp.int32(2), "on": jnp.array(True), "key": key, "n": 5, "flag": True, "none": None}
+    rest["float0"] = np.zeros(3, jax.dtypes.float0)
+    params = Mixed({"w": jnp.ones(3), "scalar": 1.5, "np": np.float32(2), "half": jnp.float16(1)}, rest)
+    scale = jmp.DynamicLossScale(4.0)
+    loss, grads = jmp.scaled_value_and_grad(mixed_loss, loss_scale=scale)(params)
+    assert float(loss) == 7.5
+    np.testing.assert_array_equal(grads.weights["w"], [8, 8, 8])
+    assert float(grads.weights["scalar"]) == 4
+    assert grads.weights["half"].dtype == jnp.float16
+    assert jax.tree.structure(grads) == jax.tree.structure(params)
+    for name, grad in grads.rest.items():
+        assert (
+            grad is None if name == "none" else (grad.dtype == jax.dtypes.float0 and grad.shape == np.shape(rest[name]))
+        )
+
+
+def test_complex_parameters():
+    """Complex parameters get JAX's gradient times the scale: |p|^2 at 1+1j gives 2-2j."""
+    loss, grad = jmp.scaled_value_and_grad(lambda p: jnp.abs(p) ** 2, loss_scale=jmp.StaticLossScale(8.0))(
+        jnp.complex64(1 + 1j)
+    )
+    np.testing.assert_allclose(complex(grad) / 8, 2 - 2j, rtol=4 * 2**-23)  # abs: a root, a square and a division
+    np.testing.assert_allclose(float(loss), 2, rtol=2 * 2**-23)
+
+
+def test_empty_parameters():
+    """A model without parameters still has a loss."""
+    loss, grads = jmp.scaled_value_and_grad(lambda p, x: x, loss_scale=jmp.DynamicLossScale())({}, 2.0)
+    assert (float(loss), grads) == (2, {})
+
+
+BAD_LOSSES = {
+    "int32[]": lambda p: jnp.int32(3),
+    "float32[2]": lambda p: p * jnp.ones(2),
+    "complex64[]": lambda p: p * 1j,
+    "bool[]": lambda p: p > 0,
+}
+
+
+@pytest.mark.parametrize(("described", "fun"), BAD_LOSSES.items(), ids=BAD_LOSSES)
+def test_loss_that_is_not_a_real_number(described, fun):
+    """A loss of another type or shape is quoted, with what to do."""
+    with pytest.raises(jmp.errors.LossDtypeError) as error:
+        jmp.scaled_value_and_grad(fun, loss_scale=jmp.NoOpLossScale())(1.0)
+    assert str(error.value) == (
+        f"The loss must be a real floating-point scalar, got {described}. Reduce it, for example with jnp.mean, or "
+        "return further values with has_aux=True."
+    )
+
+
+def test_missing_aux():
+    """`has_aux` with a function that returns no pair says so."""
+    with pytest.raises(
+        jmp.errors.LossDtypeError, match=r"^With has_aux=True the function must return \(loss, aux\), got "
+    ):
+        jmp.scaled_value_and_grad(lambda p: p, has_aux=True, loss_scale=jmp.NoOpLossScale())(1.0)
+
+
+@pytest.mark.parametrize("output", [None, "x", {"loss": 1.0}, (1.0, 2.0)], ids=str)
+def test_output_that_is_no_number_is_named(output):
+    """A forgotten has_aux, a forgotten return: the message says what came back."""
+    with pytest.raises(jmp.errors.LossDtypeError, match=f"got {type(output).__name__}"):
+        jmp.scaled_value_and_grad(lambda w: output, loss_scale=jmp.NoOpLossScale())(1.0)
+
+
+# --- Where the scale is found ---
+
+
+def states_with_one_scale():
+    params = {"w": jnp.ones(2)}
+    tx = jmp.loss_scaled(standard(optax.adam(1e-3)), jmp.DynamicLossScale(8.0))
+    apply_fn = flax.linen.Dense(2).apply
+    return {
+        "scale": jmp.DynamicLossScale(8.0),
+        "optimizer": tx.init(params),
+        "chain": optax.chain(optax.clip(1.0), tx).init(params),
+        "masked": optax.masked(tx, {"w": True}).init(params),
+        "MultiSteps": optax.MultiSteps(tx, 2).init(params),
+        "multi_transform": optax.multi_transform({"a": tx, "b": optax.sgd(1.0)}, {"w": "a"}).init(params),
+        "inject_hyperparams": optax.inject_hyperparams(
+            lambda lr: jmp.loss_scaled(optax.sgd(lr), jmp.DynamicLossScale(8.0))
+        )(lr=1.0).init(params),
+        "train state": flax.training.train_state.TrainState.create(apply_fn=apply_fn, params=params, tx=tx),
+        "nested": {"a": [1, {"b": (tx.init(params), None)}]},
+    }
+
+
+@pytest.mark.parametrize("kind", states_with_one_scale())
+def test_scale_is_found_anywhere(kind):
+    """The scale is found in any state, whatever is nested around it, under jit too."""
+    state = states_with_one_scale()[kind]
+    grad_fn = jmp.scaled_value_and_grad(lambda p: jnp.sum(p["w"]))
+    _, grads = (
+        jax.jit(lambda p, s: grad_fn(p, state=s))({"w": jnp.ones(2)}, state)
+        if kind != "nested"
+        else grad_fn({"w": jnp.ones(2)}, state=state)
+    )
+    np.testing.assert_array_equal(grads["w"], [8, 8])
+
+
+def test_two_scales_need_a_name():
+    """Two scales without a name is an error that gives both paths; a segment of the path picks one."""
+    pair = {"a": jmp.loss_scaled(optax.sgd(1.0), jmp.StaticLossScale(2.0)), "b": jmp.loss_scaled(optax.sgd(1.0))}
+    state = optax.multi_transform(pair, {"w": "a", "v": "b"}).init({"w": 1.0, "v": 1.0})
+    with pytest.raises(jmp.errors.AmbiguousLossScaleError) as error:
+        jmp.scaled_value_and_grad(lambda p: p, loss_scale=state)(1.0)
+    assert str(error.value) == (
+        "2 loss scales in the state: 'inner_states/a/inner_state/loss_scale', 'inner_states/b/inner_state/loss_scale'. "
+        "Pass name= with a segment that only one path has."
+    )
+    for name, scale in {"a": 2, "b": 2**15}.items():
+        _, grad = jmp.scaled_value_and_grad(lambda p: p, name=name, loss_scale=state)(1.0)
+        assert float(grad) == scale
+    with pytest.raises(jmp.errors.AmbiguousLossScaleError):
+        jmp.scaled_value_and_grad(lambda p: p, name="inner_state", loss_scale=state)(1.0)
+    with pytest.raises(jmp.errors.LossScaleNotFoundError, match=r"named 'c' \(there are: 'inner_states/a/"):
+        jmp.scaled_value_and_grad(lambda p: p, name="c", loss_scale=state)(1.0)
+
+
+def test_no_scale_in_the_state():
+    """A state without a scale is named, with the remedy."""
+    with pytest.raises(
+        jmp.errors.LossScaleNotFoundError, match=r"^No loss scale in the state, a dict\. .*jmp_lite\.loss_scaled"
+    ):
+        jmp.scaled_value_and_grad(lambda p: p, loss_scale={"w": jnp.ones(2)})(1.0)
+
+
+def test_forgotten_state_is_named():
+    """Without state there is no loss scale, and the message says where one comes from."""
+    with pytest.raises(jmp.errors.LossScaleNotFoundError, match="Pass a loss scale, or the state of an optimizer"):
+        jmp.scaled_value_and_grad(lambda w: w * w)(1.0)
