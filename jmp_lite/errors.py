@@ -13,6 +13,9 @@
     ├── LossDtypeError            TypeError       a loss function that does not return a real number
     ├── InvalidFunctionError      TypeError       something that is no pure function of arrays
     ├── InvalidMicrobatchError    ValueError      a batch that cannot be split as asked
+    ├── InvalidStepError          TypeError       no optimizer, or gradients of other parameters
+    ├── MissingAxisError          ValueError      devices that could decide differently whether to skip a step
+    ├── ReplicasDisagreeError     RuntimeError    replicas of pmap that took different decisions
     ├── LossScaleNotFoundError    ValueError      no loss scale in the state
     ├── AmbiguousLossScaleError   ValueError      more than one, and no name to tell them apart
     ├── LossScaleStalledError     RuntimeError    nothing but skipped steps at the lowest scale
@@ -30,7 +33,9 @@
     ├── SecondDerivativeError     NotImplementedError  a second derivative through quantized products
     ├── InvalidOpError            TypeError       something that cannot stand for a primitive in autocast
     └── InvalidRuleError          ValueError      a rule or a setting of autocast that means nothing
+    NonFiniteUpdateWarning        UserWarning     an optimizer made infinities of finite gradients
     SlowDtypeWarning              UserWarning     a format that this accelerator cannot run fast
+    UnmatchedRuleWarning          UserWarning     a rule or a pattern that matched nothing
     CorruptCheckpointWarning      UserWarning     a damaged checkpoint that was passed over
 
 Rule for a new one: ``<what is wrong>Error``, a builtin that users already catch as second base, a docstring with code
@@ -156,6 +161,40 @@ class InvalidMicrobatchError(JmpLiteError, ValueError):
         >>> loss, _ = jmp.accumulate_gradients(loss_fn, 3, loss_scale=jmp.NoOpLossScale())(1.0, jnp.ones(6))
         >>> print(loss)
         1.0
+    """
+
+
+class InvalidStepError(JmpLiteError, TypeError, ValueError):
+    """What a training step was given does not belong together: no optimizer, or gradients of other parameters.
+
+    Example:
+        >>> jmp.loss_scaled(optax.adam)
+        Traceback (most recent call last):
+        jmp_lite.errors.InvalidStepError: loss_scaled takes an Optax optimizer, got the function adam; call it, ...
+        >>> tx = jmp.loss_scaled(optax.adam(1e-3))
+    """
+
+
+class MissingAxisError(JmpLiteError, ValueError):
+    """Devices see different gradients, and nothing says over which axis they are to agree.
+
+    Fails and works::
+
+        jax.shard_map(step_with(jmp.loss_scaled(optax.sgd(0.1))), ...)
+        # jmp_lite.errors.MissingAxisError: Devices along 'data' see different gradients, and could decide differently
+        # whether to skip a step. Write loss_scaled(inner, axis_name='data').
+        jax.shard_map(step_with(jmp.loss_scaled(optax.sgd(0.1), axis_name="data")), ...)
+    """
+
+
+class ReplicasDisagreeError(JmpLiteError, RuntimeError):
+    """Replicas of ``pmap`` that train the same model have taken different decisions.
+
+    Fails and works::
+
+        jax.pmap(step_with(jmp.loss_scaled(optax.sgd(0.1))), "data")
+        # jmp_lite.errors.ReplicasDisagreeError, from check_loss_scale: The replicas of a pmap disagree ...
+        jax.pmap(step_with(jmp.loss_scaled(optax.sgd(0.1), axis_name="data")), "data")
     """
 
 
@@ -371,6 +410,15 @@ class SlowDtypeWarning(UserWarning):
 
     Example:
         >>> issubclass(jmp.errors.SlowDtypeWarning, UserWarning)
+        True
+    """
+
+
+class NonFiniteUpdateWarning(UserWarning):
+    """An optimizer made updates that are not finite of gradients that are; they were left out.
+
+    Example:
+        >>> issubclass(jmp.errors.NonFiniteUpdateWarning, UserWarning)
         True
     """
 

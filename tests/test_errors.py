@@ -21,6 +21,9 @@ BASES = {
     "LossDtypeError": TypeError,
     "InvalidFunctionError": TypeError,
     "InvalidMicrobatchError": ValueError,
+    "InvalidStepError": TypeError,
+    "MissingAxisError": ValueError,
+    "ReplicasDisagreeError": RuntimeError,
     "LossScaleNotFoundError": ValueError,
     "AmbiguousLossScaleError": ValueError,
     "LossScaleStalledError": RuntimeError,
@@ -39,7 +42,7 @@ BASES = {
     "InvalidOpError": TypeError,
     "InvalidRuleError": ValueError,
 }
-WARNINGS = ["SlowDtypeWarning", "CorruptCheckpointWarning", "UnmatchedRuleWarning"]
+WARNINGS = ["SlowDtypeWarning", "CorruptCheckpointWarning", "UnmatchedRuleWarning", "NonFiniteUpdateWarning"]
 
 
 def defined():

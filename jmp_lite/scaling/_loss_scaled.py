@@ -8,10 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jmp_lite.errors import InvalidLossScaleError, LossScaleNotFoundError
+from jmp_lite._dtypes import FLOAT32
+from jmp_lite._functions import quote
+from jmp_lite._tree import cast_to_at_least_float32, is_array, is_inexact, path_string
+from jmp_lite.errors import InvalidLossScaleError, InvalidStepError, LossScaleNotFoundError
 from jmp_lite.scaling._in_state import is_loss_scale
 from jmp_lite.scaling._loss_scale import DynamicLossScale, LossScale, register_serialization
-from jmp_lite.scaling._verdict import judge, step_or_skip, unscale
+from jmp_lite.scaling._verdict import judge, step_or_skip, unscale, watched
 
 
 class LossScaledState(NamedTuple):
@@ -23,6 +26,9 @@ class LossScaledState(NamedTuple):
         last_finite: ``bool[]``, whether the last step was taken.
         notfinite_count: ``int32[]``, steps skipped in a row up to now.
         total_notfinite: ``int32[]``, steps skipped since ``init``.
+        nonfinite_updates: ``int32[]``, steps taken in a row in which the inner transformation made updates that are not
+            finite, out of gradients that are; see ``apply_gradients``.
+        total_nonfinite_updates: ``int32[]``, such steps since ``init``.
 
     Example:
         >>> state = jmp.loss_scaled(optax.sgd(0.1)).init({"w": jnp.ones(2)})
@@ -35,6 +41,45 @@ class LossScaledState(NamedTuple):
     last_finite: jax.Array
     notfinite_count: jax.Array
     total_notfinite: jax.Array
+    nonfinite_updates: jax.Array
+    total_nonfinite_updates: jax.Array
+
+
+def trainable(tree: Any) -> Any:
+    """Hides from an optimizer what has no gradient: numbers that are not floats, and leaves that are no numbers."""
+    return jax.tree.map(_trainable, tree)
+
+
+def _trainable(leaf: Any) -> Any:
+    if is_inexact(leaf):
+        return leaf
+    return optax.MaskedNode() if is_array(leaf) or isinstance(leaf, (bool, int)) else None
+
+
+def is_hidden(node: Any) -> bool:
+    """Whether a node stands for a leaf without an update."""
+    return node is None or isinstance(node, optax.MaskedNode)
+
+
+def loss_scaled_states(opt_state: Any) -> list[tuple[str, LossScaledState]]:
+    """Returns path and node of every ``LossScaledState``, or raises if there is none."""
+
+    def is_state(node: Any) -> bool:
+        return isinstance(node, LossScaledState)
+
+    nodes = jax.tree_util.tree_leaves_with_path(opt_state, is_leaf=is_state)
+    found = [(path_string(path), node) for path, node in nodes if is_state(node)]
+    if not found:
+        raise LossScaleNotFoundError(
+            f"No loss scale in the state, a {type(opt_state).__name__}. Pass the state of an optimizer wrapped in "
+            "jmp_lite.loss_scaled."
+        )
+    return found
+
+
+def _widened(leaf: Any) -> Any:
+    """Arithmetic of an optimizer is in float32, beside gradients that are: an eps of 1e-8 is 0 in float16."""
+    return leaf.astype(FLOAT32) if is_array(leaf) and leaf.dtype in (jnp.float16, jnp.bfloat16) else leaf
 
 
 def _like_old(new: Any, old: Any) -> Any:
@@ -43,9 +88,19 @@ def _like_old(new: Any, old: Any) -> Any:
     return new if dtype is None or new.dtype == dtype else new.astype(dtype)
 
 
-def _zeros(shape: jax.ShapeDtypeStruct) -> Any:
-    """Zeros of a shape, varying over the mesh axes that it varies over; ``float0`` exists in NumPy only."""
-    return np.zeros(shape.shape, shape.dtype) if shape.dtype == jax.dtypes.float0 else jnp.zeros_like(shape)
+def _nothing(shape: jax.ShapeDtypeStruct) -> jax.Array:
+    """An update that changes no bit, varying over the mesh axes that ``shape`` varies over: 0 would make 0 of -0."""
+    return -jnp.zeros_like(shape)
+
+
+def _with_hidden(update: Any, grad: Any) -> Any:
+    """What an update looks like from outside: leaves that were hidden keep the gradient they came with."""
+    return grad if isinstance(update, optax.MaskedNode) else update
+
+
+def _finite_or_nothing(update: Any) -> tuple[Any, jax.Array]:
+    is_finite = jnp.isfinite(cast_to_at_least_float32(update))
+    return jnp.where(is_finite, update, -jnp.zeros_like(update)), is_finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,20 +120,31 @@ class LossScaledUpdate:
         return judge(grads, state.loss_scale, self.axis_name)
 
     def inner_update(self, grads: Any, state: LossScaledState, params: Any, extra_args: Any) -> tuple[Any, Any]:
-        """Returns the inner transformation's updates and state for scaled gradients, whatever the verdict."""
-        unscaled = unscale(grads, state.loss_scale)
-        updates, inner_state = self.inner.update(unscaled, state.inner_state, params, **extra_args)
+        """Returns the inner transformation's updates and state for scaled gradients, whatever the verdict.
+
+        It computes in float32; its state is held in the dtypes that ``init`` gave it.
+        """
+        unscaled = unscale(trainable(grads), state.loss_scale)
+        if "grad" in extra_args:  # what line searches ask for, beside the value of the loss
+            extra_args = {**extra_args, "grad": unscale(trainable(extra_args["grad"]), state.loss_scale)}
+        held, wide_params = jax.tree.map(_widened, (state.inner_state, trainable(params)))
+        updates, inner_state = self.inner.update(unscaled, held, wide_params, **extra_args)
         return updates, jax.tree.map(_like_old, inner_state, state.inner_state)
 
-    def next_state(self, state: LossScaledState, inner_state: Any, finite: jax.Array) -> LossScaledState:
-        """Returns the state after a step with this verdict."""
+    def next_state(
+        self, state: LossScaledState, inner_state: Any, finite: jax.Array, updates_finite: jax.Array
+    ) -> LossScaledState:
+        """Returns the state after a step with this verdict, and these updates if it was taken."""
         skipped = (~finite).astype(jnp.int32)
+        bad = (finite & ~updates_finite).astype(jnp.int32)
         return LossScaledState(
             inner_state=inner_state,
             loss_scale=state.loss_scale.adjust(finite),
             last_finite=finite,
             notfinite_count=(state.notfinite_count + skipped) * skipped,
             total_notfinite=state.total_notfinite + skipped,
+            nonfinite_updates=jnp.where(finite, (state.nonfinite_updates + bad) * bad, state.nonfinite_updates),
+            total_nonfinite_updates=state.total_nonfinite_updates + bad,
         )
 
     def __call__(
@@ -86,16 +152,30 @@ class LossScaledUpdate:
     ) -> tuple[Any, LossScaledState]:
         """Unscales, checks, updates or skips, adjusts; the signature is Optax's."""
 
-        def step() -> tuple[Any, Any]:
-            return self.inner_update(updates, state, params, extra_args)
+        def step() -> tuple[Any, Any, jax.Array]:
+            new, inner_state = self.inner_update(updates, state, params, extra_args)
+            leaves, treedef = jax.tree.flatten(new)
+            kept = [_finite_or_nothing(leaf) for leaf in leaves]
+            are_finite = watched([(leaf.dtype, is_finite) for leaf, is_finite in kept])
+            return jax.tree.unflatten(treedef, [leaf for leaf, _ in kept]), inner_state, are_finite
 
-        def skip() -> tuple[Any, Any]:
-            shapes, _ = jax.eval_shape(step)
-            return jax.tree.map(_zeros, shapes), state.inner_state
+        def skip() -> tuple[Any, Any, jax.Array]:
+            shapes, _, _ = jax.eval_shape(step)
+            return jax.tree.map(_nothing, shapes), state.inner_state, jnp.array(True)
 
         finite = self.verdict(updates, state)
-        new_updates, inner_state = step_or_skip(finite, step, skip)
-        return new_updates, self.next_state(state, inner_state, finite)
+        new_updates, inner_state, updates_finite = step_or_skip(finite, step, skip)
+        new_updates = jax.tree.map(_with_hidden, new_updates, updates, is_leaf=is_hidden)
+        return new_updates, self.next_state(state, inner_state, finite, updates_finite)
+
+
+def check_optimizer(tx: Any, caller: str) -> None:
+    """Raises for what has no ``init`` and no ``update``."""
+    if callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None)):
+        return
+    name = getattr(tx, "__name__", "")
+    what = f"the function {name}; call it, such as optax.{name}(1e-3)" if name and callable(tx) else quote(tx)
+    raise InvalidStepError(f"{caller} takes an Optax optimizer, got {what}.")
 
 
 def loss_scaled(
@@ -109,7 +189,8 @@ def loss_scaled(
     One ``update`` unscales the gradients to float32 with the scale that produced them, decides once whether they are
     finite, then runs ``inner`` or freezes all of its state (step counts and schedules too) and returns zero updates,
     and adjusts the scale. Clipping belongs inside, where gradients are unscaled. Gradients so large
-    that their global norm may overflow float32 count as not finite.
+    that their global norm may overflow float32 count as not finite. Updates that are not finite although the gradients
+    are, such as Adafactor makes of float16 parameters, change nothing and are counted: see ``apply_gradients``.
 
     Gradient accumulation belongs inside too: ``loss_scaled(optax.MultiSteps(inner, n).gradient_transformation())``
     skips one bad micro-step. ``MultiSteps`` around ``loss_scaled`` works while gradients are finite, but its
@@ -129,7 +210,10 @@ def loss_scaled(
         ``optax.chain``, ``masked``, ``multi_transform``, ``inject_hyperparams`` and ``MultiSteps``.
 
     Raises:
+        InvalidStepError: If ``inner`` is no optimizer, such as ``optax.adam`` that was not called.
         InvalidLossScaleError: If ``loss_scale`` is not a loss scale.
+        MissingAxisError: In ``update``, under the ``check_vma`` of ``shard_map``, if devices see different gradients
+            and ``axis_name`` does not say so.
 
     Example:
         >>> params = {"w": jnp.array([1.0, 2.0])}
@@ -137,7 +221,7 @@ def loss_scaled(
         >>> state = tx.init(params)
         >>> updates, state = tx.update({"w": jnp.array([8.0, jnp.inf])}, state, params)
         >>> print(updates["w"], state.loss_scale.loss_scale, state.total_notfinite)
-        [0. 0.] 4.0 1
+        [-0. -0.] 4.0 1
 
     References:
         Micikevicius et al., "Mixed Precision Training", arXiv:1710.03740; ``optax.apply_if_finite``;
@@ -148,16 +232,19 @@ def loss_scaled(
             f"loss_scale must be a NoOpLossScale, StaticLossScale or DynamicLossScale, got {loss_scale!r}. "
             "Write for example loss_scaled(inner, DynamicLossScale(2.0**15))."
         )
+    check_optimizer(inner, "loss_scaled")
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> LossScaledState:
         register_serialization()
         return LossScaledState(
-            inner_state=inner.init(params),
+            inner_state=inner.init(trainable(params)),
             loss_scale=jax.tree.map(jnp.array, loss_scale),  # a copy: a step may donate its state
             last_finite=jnp.array(True),
             notfinite_count=jnp.zeros((), np.int32),
             total_notfinite=jnp.zeros((), np.int32),
+            nonfinite_updates=jnp.zeros((), np.int32),
+            total_nonfinite_updates=jnp.zeros((), np.int32),
         )
 
     return optax.GradientTransformationExtraArgs(init, LossScaledUpdate(inner, axis_name))

@@ -1,44 +1,40 @@
 """What a training loop logs and checks about its loss scale."""
 
+import warnings
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jmp_lite._functions import quote
 from jmp_lite._tree import is_array, is_inexact, path_string
-from jmp_lite.errors import LossScaleNotFoundError, LossScaleStalledError
+from jmp_lite.errors import (
+    InvalidStepError,
+    LossScaleStalledError,
+    NonFiniteUpdateWarning,
+    ReplicasDisagreeError,
+)
 from jmp_lite.scaling._loss_scale import SMALLEST_SCALE, DynamicLossScale, LossScale, can_shrink
-from jmp_lite.scaling._loss_scaled import LossScaledState
+from jmp_lite.scaling._loss_scaled import LossScaledState, loss_scaled_states
 
-
-def _is_scaled_state(node: Any) -> bool:
-    return isinstance(node, LossScaledState)
-
-
-def _scaled_states(opt_state: Any) -> list[tuple[str, LossScaledState]]:
-    """Returns path and node of every ``LossScaledState``, or raises if there is none."""
-    nodes = jax.tree_util.tree_leaves_with_path(opt_state, is_leaf=_is_scaled_state)
-    found = [(path_string(path), node) for path, node in nodes if _is_scaled_state(node)]
-    if not found:
-        raise LossScaleNotFoundError(
-            f"No loss scale in the state, a {type(opt_state).__name__}. Pass the state of an optimizer wrapped in "
-            "jmp_lite.loss_scaled."
-        )
-    return found
+#: What is counted from step to step.
+_COUNTED = ("last_finite", "notfinite_count", "total_notfinite", "nonfinite_updates", "total_nonfinite_updates")
 
 
 def metrics(opt_state: Any) -> dict[str, jax.Array]:
     """Returns what to log about loss scaling, as scalars; works inside and outside ``jit``.
 
-    ``loss_scale`` is the scale for the next step; the other three tell of the last one.
+    ``loss_scale`` is the scale for the next step; the others are those of ``LossScaledState``. Outside ``jit``,
+    ``jax.tree.map(lambda x: x.tolist(), jmp.metrics(opt_state))`` gives what ``json.dumps`` takes.
 
     Args:
         opt_state: An Optax state, or any pytree around it, that holds the state of ``loss_scaled``.
 
     Returns:
-        ``{"loss_scale": float32[], "last_finite": bool[], "notfinite_count": int32[], "total_notfinite": int32[]}``. If
-        there are several such states, each name has the path of its state in front.
+        ``{"loss_scale": float32[], "last_finite": bool[], "notfinite_count": int32[], "total_notfinite": int32[],
+        "nonfinite_updates": int32[], "total_nonfinite_updates": int32[]}``. If there are several such states, each name
+        has the path of its state in front.
 
     Raises:
         LossScaleNotFoundError: If there is none.
@@ -51,24 +47,24 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
         last_finite True
         notfinite_count 0
         total_notfinite 0
+        nonfinite_updates 0
+        total_nonfinite_updates 0
     """
-    states = _scaled_states(opt_state)
+    states = loss_scaled_states(opt_state)
     values: dict[str, jax.Array] = {}
     for path, state in states:
         prefix = f"{path}/" if len(states) > 1 else ""
         values[f"{prefix}loss_scale"] = jnp.asarray(state.loss_scale.loss_scale, jnp.float32)
-        for field in ("last_finite", "notfinite_count", "total_notfinite"):
+        for field in _COUNTED:
             values[prefix + field] = jnp.asarray(getattr(state, field))
     return values
 
 
-def _lowest(loss_scale: LossScale) -> float:
-    """Returns the scale below which this one cannot go."""
-    if not isinstance(loss_scale, DynamicLossScale):
-        return float(loss_scale.loss_scale)
-    if not can_shrink(loss_scale):
-        return float(np.min(loss_scale.loss_scale))
-    return max(loss_scale.min_loss_scale, SMALLEST_SCALE)
+def _lowest(loss_scale: LossScale) -> Any:
+    """Returns the scale below which this one, or each member of an ensemble, cannot go."""
+    if not isinstance(loss_scale, DynamicLossScale) or not can_shrink(loss_scale):
+        return np.asarray(loss_scale.loss_scale)
+    return np.maximum(loss_scale.min_loss_scale, SMALLEST_SCALE)
 
 
 def _replicas(leaf: Any) -> list[int]:
@@ -93,38 +89,91 @@ def _nonfinite_leaves(grads: Any) -> str:
 def check_loss_scale(opt_state: Any, grads: Any = None, *, max_skips: int = 10) -> None:
     """Raises if training has stalled: step after step skipped although the loss scale is at its lowest.
 
-    Call it on the host, outside ``jit``, every now and then; it waits for the state to be computed. Arrays with a
-    leading device axis, as ``pmap`` returns, are understood.
+    Call it on the host, outside ``jit``, every now and then; it waits for the state to be computed. A leading axis is
+    that of an ensemble (``vmap``), each member of which counts for itself. If each of its rows is on a device of its
+    own, they are replicas (``pmap``), which must agree.
 
     Args:
         opt_state: Any pytree that holds states of ``loss_scaled``.
         grads: Gradients of the last step, to name the leaves that are not finite; or what
             ``distributed.nonfinite_leaves`` returned for them, to name the replicas too.
-        max_skips: Steps skipped in a row that are tolerated at the lowest scale, less one.
+        max_skips: Steps in a row that are tolerated, less one: skipped at the lowest scale, or with updates that are
+            not finite although the gradients are. Fewer of the latter are a ``NonFiniteUpdateWarning``.
 
     Raises:
-        LossScaleStalledError: If ``max_skips`` or more steps in a row were skipped and the scale cannot be lowered.
+        LossScaleStalledError: If it was ``max_skips`` or more.
+        ReplicasDisagreeError: If replicas have different scales or counts.
         LossScaleNotFoundError: If the state holds none.
+        InvalidStepError: Inside ``jit``.
 
     Example:
         >>> tx = jmp.loss_scaled(optax.sgd(0.1))
         >>> jmp.check_loss_scale(tx.init({"w": jnp.ones(2)}))
     """
-    for path, state in _scaled_states(opt_state):
-        skips = int(np.max(np.asarray(state.notfinite_count)))
-        scale = float(np.min(np.asarray(state.loss_scale.loss_scale)))
-        if skips < max_skips or scale > _lowest(state.loss_scale):
-            continue
+    for path, state in loss_scaled_states(opt_state):
+        numbers = state._replace(inner_state=())
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(numbers)):
+            raise InvalidStepError(
+                "check_loss_scale was called inside jit, where its state has no values. Call it on the host, with the "
+                "opt_state that the jitted step returned."
+            )
         where = f" (state at {path!r})" if path else ""
-        names = _nonfinite_leaves(grads)
-        culprits = (
-            f"Not finite in the gradients given: {names}. "
-            if names
-            else "Pass the gradients of a skipped step as grads= to see which leaves are not finite. "
-        )
-        raise LossScaleStalledError(
-            f"{skips} steps in a row were skipped and the loss scale {scale:g} cannot go lower{where}. {culprits}"
-            "The gradients overflow or are NaN even without scaling: look for NaN in the data, a learning rate that "
-            "is too high or a layer that overflows in the compute dtype; try the policy 'mixed_bfloat16', or a lower "
-            "min_loss_scale."
-        )
+        _check_replicas(numbers, where)
+        _check_skips(numbers, grads, max_skips, where)
+        _check_updates(numbers, max_skips, where)
+
+
+def _check_replicas(state: LossScaledState, where: str) -> None:
+    """Raises if rows that are on devices of their own differ."""
+    for name, value in (("loss scale", state.loss_scale.loss_scale), *((n, getattr(state, n)) for n in _COUNTED)):
+        shards = getattr(value, "addressable_shards", ())
+        is_replicated = np.ndim(value) == 1 and len(shards) > 1 and all(shard.data.size == 1 for shard in shards)
+        rows = [np.asarray(shard.data).item() for shard in shards] if is_replicated else []
+        if len(set(rows)) > 1:
+            raise ReplicasDisagreeError(
+                f"The replicas of a pmap disagree{where}: {name} is {quote(rows)}. Replicas of one model must skip "
+                "the same steps: write loss_scaled(inner, axis_name=...) with the axis_name of the pmap. Models that "
+                "are independent are checked one by one: jax.tree.map(lambda x: x[i], opt_state)."
+            )
+
+
+def _check_skips(state: LossScaledState, grads: Any, max_skips: int, where: str) -> None:
+    skips, scales, lowest = np.broadcast_arrays(
+        state.notfinite_count, state.loss_scale.loss_scale, _lowest(state.loss_scale)
+    )
+    stalled = np.flatnonzero((skips >= max_skips) & (scales <= lowest))
+    if not stalled.size:
+        return
+    names = _nonfinite_leaves(grads)
+    culprits = (
+        f"Not finite in the gradients given: {names}. "
+        if names
+        else "Pass the gradients of a skipped step as grads= to see which leaves are not finite. "
+    )
+    raise LossScaleStalledError(
+        f"{skips.flat[stalled[0]]} steps in a row were skipped and the loss scale {scales.flat[stalled[0]]:g} cannot "
+        f"go lower{_members(stalled, skips)}{where}. {culprits}"
+        "The gradients overflow or are NaN even without scaling: look for NaN in the data, a learning rate that "
+        "is too high or a layer that overflows in the compute dtype; try the policy 'mixed_bfloat16', or a lower "
+        "min_loss_scale."
+    )
+
+
+def _check_updates(state: LossScaledState, max_skips: int, where: str) -> None:
+    steps = np.asarray(state.nonfinite_updates)
+    stuck = np.flatnonzero(steps)
+    if not stuck.size:
+        return
+    message = (
+        f"The optimizer made updates that are not finite of gradients that are, {steps.max()} steps in a "
+        f"row{_members(stuck, steps)}{where}. Parameters stayed as they were there. Keep parameters and optimizer "
+        "state in float32, or give the optimizer an eps that their dtype can hold."
+    )
+    if steps.max() >= max_skips:
+        raise LossScaleStalledError(message)
+    warnings.warn(message, NonFiniteUpdateWarning, stacklevel=3)
+
+
+def _members(chosen: Any, of: Any) -> str:
+    """Names the members of an ensemble."""
+    return f" in member {', '.join(map(str, chosen))} of the ensemble" if np.ndim(of) else ""

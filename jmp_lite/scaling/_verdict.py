@@ -5,8 +5,8 @@ overflow. So the verdict is False for a NaN or an infinity, for an overflow in t
 global norm may overflow, because a clip by that norm would silently turn the step into zeros. With 10**8 float32
 parameters the limit is about 10**15. It is also False for a scale out of range, which only an outside edit can produce.
 
-The test is element by element, never a sum or a maximum: it rounds nothing, XLA fuses it with the read of the gradients
-on every backend, and ``max`` cannot be used, because XLA on CPU loses NaN in the maximum of a large array.
+The test is element by element, and what is reduced is a byte that says whether it holds: never a sum, which would
+round, and never a maximum of floats, of which XLA on CPU loses NaN. XLA fuses it with the read of the gradients.
 """
 
 import functools
@@ -19,16 +19,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jmp_lite._compat import leaves_are_local
+from jmp_lite._compat import leaves_are_local, varying_axes
+from jmp_lite._dtypes import FLOAT32
 from jmp_lite._tree import agree, cast_to_at_least_float32, cast_to_full, is_inexact, select_tree
+from jmp_lite.errors import MissingAxisError
 from jmp_lite.scaling._loss_scale import LARGEST_SCALE, SMALLEST_SCALE, LossScale
 
 T = TypeVar("T")
 
 #: Leaves up to this many elements are checked together on a GPU: one kernel instead of one each.
 SMALL_LEAF = 1 << 16
-#: Parts into which a leaf is folded before it is reduced, where that saves writing out a boolean for each element.
-CPU_PARTS, GPU_PARTS = 8, 32
+#: Parts into which small leaves that were concatenated are folded, so that they are not written out.
+PARTS = 32
 
 
 def unscale(grads: T, loss_scale: LossScale) -> T:
@@ -36,7 +38,7 @@ def unscale(grads: T, loss_scale: LossScale) -> T:
     return cast_to_full(loss_scale.unscale(grads))
 
 
-def _below_limit(leaf: jax.Array, scale: jax.Array, elements: int) -> jax.Array:
+def _is_below(leaf: jax.Array, scale: jax.Array, elements: int) -> jax.Array:
     """Returns, for each element of a leaf, whether its unscaled magnitude leaves room for ``elements`` squares."""
     wide = cast_to_at_least_float32(leaf)
     largest = float(jnp.finfo(wide.dtype).max)  # type: ignore[no-untyped-call]
@@ -44,21 +46,24 @@ def _below_limit(leaf: jax.Array, scale: jax.Array, elements: int) -> jax.Array:
     return jnp.abs(wide * (1 / scale).astype(wide.dtype)) < limit
 
 
-def _folded_all(leaf: jax.Array, test: Callable[[jax.Array], jax.Array], parts: int) -> jax.Array:
-    """Returns ``test(leaf).all()``, and-ing the parts of the leaf element by element first."""
-    flat, length = leaf.ravel(), leaf.size // parts
-    if length == 0:
-        return test(flat).all()
-    folded = functools.reduce(operator.and_, [test(flat[i * length : (i + 1) * length]) for i in range(parts)])
-    return folded.all() & test(flat[parts * length :]).all()
+def holds(elementwise: jax.Array) -> jax.Array:
+    """Reduces booleans as bytes: XLA on CPU reduces these many at a time."""
+    return elementwise.astype(jnp.int8).min(initial=1) > 0
 
 
-def _bucketed(leaves: list[jax.Array]) -> list[jax.Array]:
-    """Concatenates the small leaves of each dtype."""
-    small = [x for x in leaves if x.size <= SMALL_LEAF]
-    dtypes = dict.fromkeys(x.dtype for x in small)
-    buckets = [jnp.concatenate([x.ravel() for x in small if x.dtype == dtype]) for dtype in dtypes]
-    return [x for x in leaves if x.size > SMALL_LEAF] + buckets
+@functools.partial(jax.jit, static_argnames="elements")
+def _are_below(leaf: jax.Array, scale: jax.Array, elements: int) -> jax.Array:
+    """Checks a leaf; traced once per shape, however many leaves have it."""
+    return holds(_is_below(leaf, scale, elements))
+
+
+def _are_small_below(leaves: list[jax.Array], scale: jax.Array, elements: int) -> jax.Array:
+    """Checks leaves of one dtype in one kernel."""
+    flat = jnp.concatenate([x.ravel() for x in leaves])
+    parts = PARTS if flat.size >= PARTS else 1
+    whole, rest = jnp.split(flat, [flat.size // parts * parts])
+    below = [_is_below(part, scale, elements) for part in jnp.split(whole, parts)]
+    return all_of([holds(functools.reduce(operator.and_, below)), _are_below(rest, scale, elements)])
 
 
 def judge(grads: Any, loss_scale: LossScale, axis_name: Any) -> jax.Array:
@@ -66,26 +71,51 @@ def judge(grads: Any, loss_scale: LossScale, axis_name: Any) -> jax.Array:
     leaves = [jnp.asarray(x) for x in jax.tree.leaves(grads) if is_inexact(x)]
     scale = jnp.asarray(loss_scale.loss_scale, jnp.float32)
     replicas = 1 if axis_name is None else jax.lax.axis_size(axis_name)
-    test = functools.partial(_below_limit, scale=scale, elements=max(1, replicas * sum(x.size for x in leaves)))
+    elements = max(1, replicas * sum(x.size for x in leaves))
 
-    def folded(leaves: list[jax.Array], parts: int) -> jax.Array:
-        return functools.reduce(operator.and_, [_folded_all(x, test, parts) for x in leaves], jnp.array(True))
-
-    def plain() -> jax.Array:
-        return functools.reduce(operator.and_, [test(x).all() for x in leaves], jnp.array(True))
+    def each(leaves: list[jax.Array]) -> list[jax.Array]:
+        return [_are_below(x, scale, elements=elements) for x in leaves]
 
     def on_gpu() -> jax.Array:
-        return folded(_bucketed(leaves), GPU_PARTS)
+        small = [x for x in leaves if x.size <= SMALL_LEAF]
+        dtypes = dict.fromkeys(x.dtype for x in small)
+        together = [_are_small_below([x for x in small if x.dtype == dtype], scale, elements) for dtype in dtypes]
+        return all_of([*each([x for x in leaves if x.size > SMALL_LEAF]), *together])
+
+    def one_by_one() -> jax.Array:
+        return all_of(each(leaves))
 
     # Parts of sharded leaves would have to move, and eager calls would compile the choice each time.
     choose = leaves_are_local() and any(isinstance(x, jax.core.Tracer) for x in leaves)
-    below = (
-        jax.lax.platform_dependent(cpu=lambda: folded(leaves, CPU_PARTS), cuda=on_gpu, rocm=on_gpu, default=plain)
-        if choose
-        else plain()
-    )
+    below = jax.lax.platform_dependent(cuda=on_gpu, rocm=on_gpu, default=one_by_one) if choose else one_by_one()
     usable = (scale >= np.float32(SMALLEST_SCALE)) & (scale <= np.float32(LARGEST_SCALE))
-    return agree(below & usable, axis_name)
+    verdict = agree(below & usable, axis_name)
+    forgotten = varying_axes(verdict) - varying_axes(scale)
+    if forgotten:
+        names = tuple(sorted(forgotten))
+        raise MissingAxisError(
+            f"Devices along {' and '.join(map(repr, names))} see different gradients, and could decide differently "
+            f"whether to skip a step. Write loss_scaled(inner, axis_name={names[0] if len(names) == 1 else names!r})."
+        )
+    return verdict
+
+
+def watched(updates: list[tuple[Any, jax.Array]]) -> jax.Array:
+    """Returns ``bool[]``: whether updates are finite, as far as that is seen without reading memory once more.
+
+    Where 16 bits take part, an optimizer may make infinities of finite gradients leaf by leaf, and all elements are
+    looked at. Leaves of float32 become so together, when a hyperparameter does, and the smallest stands for them.
+
+    Args:
+        updates: The dtype of each leaf, and of each element whether it is finite.
+    """
+    wide = [is_finite for dtype, is_finite in updates if dtype.itemsize >= FLOAT32.itemsize]
+    narrow = [is_finite for dtype, is_finite in updates if dtype.itemsize < FLOAT32.itemsize]
+    return all_of(list(map(holds, narrow + sorted(wide, key=lambda x: x.size)[:1])))
+
+
+def all_of(verdicts: list[jax.Array]) -> jax.Array:
+    return functools.reduce(operator.and_, verdicts, jnp.array(True))
 
 
 def step_or_skip(take: jax.Array, step: Callable[[], T], skip: Callable[[], T]) -> T:
@@ -102,7 +132,8 @@ def step_or_skip(take: jax.Array, step: Callable[[], T], skip: Callable[[], T]) 
     """
     if not isinstance(take, jax.core.Tracer):
         return step() if take else skip()
+    once = jax.jit(step)  # so that the second platform finds its trace
     taken: T = jax.lax.platform_dependent(
-        cpu=lambda: jax.lax.cond(take, step, skip), default=lambda: select_tree(take, step(), skip())
+        cpu=lambda: jax.lax.cond(take, once, skip), default=lambda: select_tree(take, once(), skip())
     )
     return taken
