@@ -112,12 +112,12 @@ def apply_gradients(
         updates, opt_state = optax.with_extra_args_support(tx).update(grads, opt_state, params, **extra_args)
         return _apply(params, updates)[0], opt_state
 
-    def step() -> tuple[P, Any, jax.Array]:
+    def step() -> tuple[tuple[P, Any], jax.Array]:
         updates, inner_state = update.inner_update(grads, opt_state, params, extra_args)
         new, updates_finite = _apply(params, updates)
-        return new, inner_state, updates_finite
+        return (new, inner_state), updates_finite
 
     finite = update.verdict(grads, opt_state)
-    old = params, opt_state.inner_state, jnp.array(True)
-    params, inner_state, updates_finite = step_or_skip(finite, step, lambda: old)
+    old = params, opt_state.inner_state
+    (params, inner_state), updates_finite = step_or_skip(finite, step, lambda: old, update.axis_name)
     return params, update.next_state(opt_state, inner_state, finite, updates_finite)

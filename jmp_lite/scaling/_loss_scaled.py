@@ -77,9 +77,13 @@ def loss_scaled_states(opt_state: Any) -> list[tuple[str, LossScaledState]]:
     return found
 
 
+def _is_narrow(leaf: Any) -> bool:
+    return is_array(leaf) and leaf.dtype in (jnp.float16, jnp.bfloat16)
+
+
 def _widened(leaf: Any) -> Any:
-    """Arithmetic of an optimizer is in float32, beside gradients that are: an eps of 1e-8 is 0 in float16."""
-    return leaf.astype(FLOAT32) if is_array(leaf) and leaf.dtype in (jnp.float16, jnp.bfloat16) else leaf
+    """Beside float32 gradients an optimizer computes in float32: an eps of 1e-8 is 0 in float16."""
+    return leaf.astype(FLOAT32) if _is_narrow(leaf) else leaf
 
 
 def _like_old(new: Any, old: Any) -> Any:
@@ -122,13 +126,15 @@ class LossScaledUpdate:
     def inner_update(self, grads: Any, state: LossScaledState, params: Any, extra_args: Any) -> tuple[Any, Any]:
         """Returns the inner transformation's updates and state for scaled gradients, whatever the verdict.
 
-        It computes in float32; its state is held in the dtypes that ``init`` gave it.
+        It computes in float32 also for parameters of 16 bits; its state is held in the dtypes that ``init`` gave it.
         """
         unscaled = unscale(trainable(grads), state.loss_scale)
         if "grad" in extra_args:  # what line searches ask for, beside the value of the loss
             extra_args = {**extra_args, "grad": unscale(trainable(extra_args["grad"]), state.loss_scale)}
-        held, wide_params = jax.tree.map(_widened, (state.inner_state, trainable(params)))
-        updates, inner_state = self.inner.update(unscaled, held, wide_params, **extra_args)
+        held = state.inner_state, trainable(params)
+        if any(map(_is_narrow, jax.tree.leaves(params))):
+            held = jax.tree.map(_widened, held)
+        updates, inner_state = self.inner.update(unscaled, *held, **extra_args)
         return updates, jax.tree.map(_like_old, inner_state, state.inner_state)
 
     def next_state(
@@ -152,19 +158,19 @@ class LossScaledUpdate:
     ) -> tuple[Any, LossScaledState]:
         """Unscales, checks, updates or skips, adjusts; the signature is Optax's."""
 
-        def step() -> tuple[Any, Any, jax.Array]:
+        def step() -> tuple[tuple[Any, Any], jax.Array]:
             new, inner_state = self.inner_update(updates, state, params, extra_args)
             leaves, treedef = jax.tree.flatten(new)
             kept = [_finite_or_nothing(leaf) for leaf in leaves]
             are_finite = watched([(leaf.dtype, is_finite) for leaf, is_finite in kept])
-            return jax.tree.unflatten(treedef, [leaf for leaf, _ in kept]), inner_state, are_finite
+            return (jax.tree.unflatten(treedef, [leaf for leaf, _ in kept]), inner_state), are_finite
 
-        def skip() -> tuple[Any, Any, jax.Array]:
-            shapes, _, _ = jax.eval_shape(step)
-            return jax.tree.map(_nothing, shapes), state.inner_state, jnp.array(True)
+        def skip() -> tuple[Any, Any]:
+            (shapes, _), _ = jax.eval_shape(step)
+            return jax.tree.map(_nothing, shapes), state.inner_state
 
         finite = self.verdict(updates, state)
-        new_updates, inner_state, updates_finite = step_or_skip(finite, step, skip)
+        (new_updates, inner_state), updates_finite = step_or_skip(finite, step, skip, self.axis_name)
         new_updates = jax.tree.map(_with_hidden, new_updates, updates, is_leaf=is_hidden)
         return new_updates, self.next_state(state, inner_state, finite, updates_finite)
 

@@ -118,8 +118,10 @@ def all_of(verdicts: list[jax.Array]) -> jax.Array:
     return functools.reduce(operator.and_, verdicts, jnp.array(True))
 
 
-def step_or_skip(take: jax.Array, step: Callable[[], T], skip: Callable[[], T]) -> T:
-    """Returns ``step()`` where the verdict is True, else ``skip()``.
+def step_or_skip(
+    take: jax.Array, step: Callable[[], tuple[T, jax.Array]], skip: Callable[[], T], axis_name: Any
+) -> tuple[T, jax.Array]:
+    """Returns ``step()`` where the verdict is True, else ``skip()`` and True.
 
     On CPU this is a ``lax.cond``, which saves the work of a skipped step and the copies of a select. Elsewhere both are
     computed and selected: a GPU would wait for the host to read the predicate, and XLA fuses the select into the
@@ -127,13 +129,19 @@ def step_or_skip(take: jax.Array, step: Callable[[], T], skip: Callable[[], T]) 
 
     Args:
         take: ``bool[]``.
-        step: Computes the new values.
+        step: Computes the new values, and whether they are good.
         skip: Returns the old values, of the same structure, shapes and dtypes.
+        axis_name: Mapped axes over which devices agree whether values are good.
     """
     if not isinstance(take, jax.core.Tracer):
-        return step() if take else skip()
+        return step() if take else (skip(), jnp.array(True))
     once = jax.jit(step)  # so that the second platform finds its trace
-    taken: T = jax.lax.platform_dependent(
-        cpu=lambda: jax.lax.cond(take, once, skip), default=lambda: select_tree(take, once(), skip())
+
+    def skipped() -> tuple[T, jax.Array]:
+        _, good = jax.eval_shape(once)
+        return skip(), jnp.ones_like(good)  # varies over the mesh axes that ``good`` varies over
+
+    taken, good = jax.lax.platform_dependent(
+        cpu=lambda: jax.lax.cond(take, once, skipped), default=lambda: select_tree(take, once(), skipped())
     )
-    return taken
+    return taken, agree(good, axis_name)
