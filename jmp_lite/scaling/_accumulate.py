@@ -27,7 +27,7 @@ from jmp_lite.scaling._in_state import find_loss_scale
 SKIP_WINDOW, SKIP_MICROBATCH = "skip_window", "skip_microbatch"
 
 
-def _check_settings(parts: Any, on_nonfinite: Any) -> None:
+def check_settings(parts: Any, on_nonfinite: Any) -> None:
     if not isinstance(parts, (int, np.integer)) or isinstance(parts, bool) or parts < 1:
         raise InvalidMicrobatchError(
             f"num_microbatches must be a whole number, at least 1, got {parts!r}. It is part of the program and not "
@@ -40,7 +40,7 @@ def _check_settings(parts: Any, on_nonfinite: Any) -> None:
         )
 
 
-def _batch_positions(args: tuple[Any, ...], differentiated: tuple[int, ...], batch_argnums: Any) -> tuple[int, ...]:
+def batch_positions(args: tuple[Any, ...], differentiated: tuple[int, ...], batch_argnums: Any) -> tuple[int, ...]:
     """Returns which positional arguments are split: those named, or all that are not differentiated."""
     if batch_argnums is None:
         return tuple(i for i in range(len(args)) if i not in differentiated)
@@ -97,7 +97,7 @@ def _check_leaves(named: list[tuple[str, Any]], parts: int) -> None:
             )
 
 
-def _splitter(args: tuple[Any, ...], positions: tuple[int, ...], parts: int) -> Callable[[Any], tuple[Any, ...]]:
+def splitter(args: tuple[Any, ...], positions: tuple[int, ...], parts: int) -> Callable[[Any], tuple[Any, ...]]:
     """Returns the function from the number of a microbatch to the arguments with only its rows.
 
     The rows stand in a second axis, so that those of one device, which are contiguous, stay on it; it is indexed in
@@ -136,6 +136,46 @@ def _mean(total: jax.Array, count: Any) -> jax.Array:
     weight = jnp.where(number > 0, 1 / jnp.maximum(number, jnp.ones_like(number)), jnp.full_like(number, jnp.nan))
     is_complex = jnp.issubdtype(total.dtype, jnp.complexfloating)
     return jax.lax.complex(total.real * weight, total.imag * weight) if is_complex else total * weight
+
+
+def over_microbatches(
+    one: Callable[[Any, Any], tuple[Any, list[jax.Array], Any]],
+    carry: Any,
+    like: list[Any],
+    parts: int,
+    leave_out: bool,
+) -> tuple[Any, list[jax.Array], jax.Array, Any, jax.Array]:
+    """Runs over microbatches, and takes the mean of their gradients and losses.
+
+    Args:
+        one: From a carry and the number of a microbatch to the next carry, gradients, and loss, auxiliary output and
+            whether the gradients are finite.
+        carry: What the first microbatch is given.
+        like: Arrays of the shapes and dtypes of the gradients.
+        parts: How many microbatches there are.
+        leave_out: Whether those that are not finite are left out, their carries too.
+
+    Returns:
+        The last carry, gradients, loss, all auxiliary outputs, and how many microbatches were left out.
+    """
+
+    def add(carried: tuple[Any, list[jax.Array]], number: Any) -> tuple[tuple[Any, list[jax.Array]], Any]:
+        carry, total = carried
+        new_carry, grads, outputs = one(carry, number)
+        summed = [old + cast_to_at_least_float32(new) for old, new in zip(total, grads, strict=True)]
+        after = new_carry, summed
+        return select_tree(outputs[2], after, carried) if leave_out else after, outputs
+
+    start = carry, [_zeros(leaf) for leaf in like]
+    if parts == 1:
+        (carry, total), outputs = add(start, 0)
+        losses, aux, finite = jax.tree.map(lambda x: jnp.asarray(x)[None], outputs)
+    else:
+        (carry, total), (losses, aux, finite) = jax.lax.scan(add, start, jnp.arange(parts, dtype=jnp.int32))
+    count = finite.sum(dtype=jnp.int32) if leave_out else parts
+    counted = jnp.where(finite, losses, jnp.zeros_like(losses)) if leave_out else losses
+    skipped = jnp.int32(parts) - count
+    return carry, [_mean(leaf, count) for leaf in total], _mean(counted.sum(), count), aux, skipped
 
 
 def accumulate_gradients(
@@ -204,44 +244,31 @@ def accumulate_gradients(
         Gradient accumulation of torch.amp's examples and ``optax.MultiSteps``; the exclusion of whole windows is that
         of Megatron-LM and DeepSpeed.
     """
-    _check_settings(num_microbatches, on_nonfinite)
-    leave_out = on_nonfinite == SKIP_MICROBATCH
-
+    check_settings(num_microbatches, on_nonfinite)
     check_function(fun, "accumulate_gradients")
     _, scale = find_loss_scale(loss_scale, name)
+    leave_out = on_nonfinite == SKIP_MICROBATCH
 
     @functools.wraps(fun)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         refuse_modules((args, kwargs), "accumulate_gradients")
         positions = positions_among(args, argnums)
-        microbatch = _splitter(args, _batch_positions(args, positions, batch_argnums), num_microbatches)
+        microbatch = splitter(args, batch_positions(args, positions, batch_argnums), num_microbatches)
         bound = functools.partial(fun, **kwargs)
 
-        def one(number: Any) -> tuple[list[jax.Array], Any]:
+        def one(carry: None, number: Any) -> tuple[None, list[jax.Array], Any]:
             gradient, _ = differentiate(bound, has_aux, microbatch(number), positions)
             loss, aux, grads = gradient(scale)
             finite = all_finite(scale.unscale(grads), axis_name=axis_name) if leave_out else None
-            return [cast_to_at_least_float32(grad) for grad in grads], (loss, aux, finite)
+            return carry, grads, (loss, aux, finite)
 
-        def add(total: list[jax.Array], number: Any) -> tuple[list[jax.Array], Any]:
-            grads, outputs = one(number)
-            summed = [old + new for old, new in zip(total, grads, strict=True)]
-            return select_tree(outputs[2], summed, total) if leave_out else summed, outputs
-
-        if num_microbatches == 1:
-            total, outputs = one(0)
-            losses, aux, finite = jax.tree.map(lambda x: jnp.asarray(x)[None], outputs)
-        else:
-            leaves = jax.tree.leaves([args[i] for i in positions])
-            start = [_zeros(leaf) for leaf in leaves if is_inexact(leaf)]
-            total, (losses, aux, finite) = jax.lax.scan(add, start, jnp.arange(num_microbatches, dtype=jnp.int32))
-        count = finite.sum(dtype=jnp.int32) if leave_out else num_microbatches
-        counted = jnp.where(finite, losses, jnp.zeros_like(losses)) if leave_out else losses
+        leaves = jax.tree.leaves([args[i] for i in positions])
+        inexact = [leaf for leaf in leaves if is_inexact(leaf)]
+        _, total, loss, aux, skipped = over_microbatches(one, None, inexact, num_microbatches, leave_out)
         _, assemble = differentiate(bound, has_aux, args, positions)
-        trees = assemble([_mean(leaf, count) for leaf in total])
+        trees = assemble(total)
         grads = trees[0] if isinstance(argnums, int) else trees
-        loss = _mean(counted.sum(), count)
         value = (loss, aux) if has_aux else loss
-        return (value, grads, jnp.int32(num_microbatches) - count) if leave_out else (value, grads)
+        return (value, grads, skipped) if leave_out else (value, grads)
 
     return wrapped

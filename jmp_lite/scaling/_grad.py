@@ -29,7 +29,7 @@ def positions_among(args: tuple[Any, ...], argnums: int | Sequence[int], name: s
     return positions
 
 
-def _checked_loss(output: Any, has_aux: bool) -> tuple[jax.Array, Any]:
+def checked_loss(output: Any, has_aux: bool) -> tuple[jax.Array, Any]:
     """Splits what the loss function returned into a float32 loss and the auxiliary output."""
     if has_aux and not (isinstance(output, (tuple, list)) and len(output) == 2):
         raise LossDtypeError(
@@ -76,7 +76,7 @@ def differentiate(
         new_args = list(args)
         for argnum, value in zip(argnums, jax.tree.unflatten(treedef, merged), strict=True):
             new_args[argnum] = value
-        loss, aux = _checked_loss(fun(*new_args), has_aux)
+        loss, aux = checked_loss(fun(*new_args), has_aux)
         return loss_scale.scale(loss), (loss, aux)
 
     def gradient(loss_scale: LossScale) -> Gradient:

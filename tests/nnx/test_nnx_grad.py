@@ -1,0 +1,185 @@
+"""Gradients of a scaled loss of NNX modules: those of `nnx.value_and_grad`, with every change of the modules."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from support.comparisons import assert_identical
+
+import jmp_lite as jmp
+from jmp_lite import errors
+
+SCALE = 2.0**7
+KERNELS = nnx.PathContains("kernel")
+
+
+class Net(nnx.Module):
+    """Statistics, random counts, and parameters."""
+
+    def __init__(self, seed):
+        rngs = nnx.Rngs(seed)
+        self.dense, self.norm = nnx.Linear(8, 8, rngs=rngs), nnx.BatchNorm(8, rngs=rngs)
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        return self.drop(self.norm(self.dense(x)))
+
+
+def of_model(model, x):
+    return jnp.mean(model(x) ** 2)
+
+
+def of_two(model, other, x):
+    return jnp.mean(model(x) * other(x))
+
+
+def of_weight(w, model, x):
+    return jnp.mean(model(x * w) ** 2)
+
+
+def with_aux(model, x):
+    return of_model(model, x), {"rows": x[:, 0]}
+
+
+# function, models, arrays in front of them, argnums, has_aux
+CASES = {
+    "a model": (of_model, 1, (), 0, False),
+    "kernels alone": (of_model, 1, (), nnx.DiffState(0, KERNELS), False),
+    "two models": (of_two, 2, (), (0, 1), False),
+    "one of two models": (of_two, 2, (), 1, False),
+    "one by parameters, one by kernels": (of_two, 2, (), (0, nnx.DiffState(1, KERNELS)), False),
+    "a weight beside a model": (of_weight, 1, (jnp.full((1, 8), 0.5),), 0, False),
+    "a weight and a model": (of_weight, 1, (jnp.full((1, 8), 0.5),), (0, 1), False),
+    "auxiliary output": (with_aux, 1, (), 0, True),
+}
+
+
+def arguments(case, rng):
+    fun, models, arrays, argnums, has_aux = case
+    x = jnp.asarray(rng.standard_normal((12, 8)), jnp.float32)
+    return fun, [*arrays, *map(Net, range(models))], x, argnums, has_aux
+
+
+def numbers(leaf):
+    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return np.asarray(jax.random.key_data(leaf) if is_key else leaf)
+
+
+def states(args):
+    return [numbers(leaf) for arg in args if isinstance(arg, Net) for leaf in jax.tree.leaves(nnx.state(arg))]
+
+
+def assert_near(tree, expected):
+    """Equal but for the order of sums of a dozen terms in two compilations; a bias before a norm has no gradient."""
+    assert jax.tree.structure(tree) == jax.tree.structure(expected)
+    leaves, others = (list(map(numbers, map(jnp.asarray, jax.tree.leaves(t)))) for t in (tree, expected))
+    largest = max(np.abs(x).max() for x in others if x.dtype == np.float32)
+    for leaf, other in zip(leaves, others, strict=True):
+        np.testing.assert_allclose(leaf, other, rtol=0, atol=32 * np.finfo(np.float32).eps * largest)
+
+
+def unscaled(grads):
+    return jax.tree.map(lambda g: g / SCALE, grads)
+
+
+@cases
+@pytest.mark.parametrize(
+    ("run", "agree"), [(lambda f: f, assert_identical), (nnx.jit, assert_near)], ids=["eager", "jit"]
+)
+def test_it_is_value_and_grad_with_a_scale_that_is_a_power_of_two(case, run, agree, rng):
+    fun, args, x, argnums, has_aux = arguments(case, rng)
+    ours, plain = nnx.clone(args), nnx.clone(args)
+    transforms = (
+        jmp.nnx.scaled_value_and_grad(fun, argnums, has_aux, loss_scale=jmp.StaticLossScale(SCALE)),
+        nnx.value_and_grad(fun, argnums=argnums, has_aux=has_aux),
+    )
+    (value, grads), (expected, true) = (
+        run(transform)(*models, x) for transform, models in zip(transforms, (ours, plain), strict=True)
+    )
+    assert_identical(value, expected)
+    assert_identical(unscaled(grads), true)
+    assert_identical(states(ours), states(plain))
+    assert not all(
+        np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (states(ours), states(args))), strict=True)
+    )
+
+
+@pytest.mark.parametrize(("case", "parts"), [(case, 3) for case in CASES.values()] + [(CASES["a model"], 1)])
+def test_microbatches_run_one_after_the_other(case, parts, rng):
+    fun, args, x, argnums, has_aux = arguments(case, rng)
+    ours, looped, scale = nnx.clone(args), nnx.clone(args), jmp.StaticLossScale(SCALE)
+    accumulate = jmp.nnx.accumulate_gradients(fun, parts, argnums, has_aux, loss_scale=scale)
+    one = jmp.nnx.scaled_value_and_grad(fun, argnums, has_aux, loss_scale=scale)
+    value, grads = nnx.jit(accumulate)(*ours, x)
+    found = [nnx.jit(one)(*looped, x[i::parts]) for i in range(parts)]
+    mean = jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]) / parts, *(g for _, g in found))
+    assert_near(grads, mean)
+    assert_near(jax.tree.leaves(value)[0], sum(jax.tree.leaves(v)[0] for v, _ in found) / parts)
+    assert_near(states(ours), states(looped))
+
+
+def test_what_a_microbatch_that_is_left_out_did_is_undone(rng):
+    model, good = Net(0), Net(0)
+    x = jnp.asarray(rng.standard_normal((4, 8)), jnp.float32)
+    options = {"loss_scale": jmp.StaticLossScale(SCALE), "on_nonfinite": "skip_microbatch"}
+    both = jnp.stack([x, jnp.full_like(x, jnp.nan)], 1).reshape(8, 8)  # every other row
+    loss, grads, skipped = jmp.nnx.accumulate_gradients(of_model, 2, **options)(model, both)
+    expected, true, none = jmp.nnx.accumulate_gradients(of_model, 1, **options)(good, x)
+    assert (int(skipped), int(none)) == (1, 0)
+    assert_near((loss, grads), (expected, true))
+    assert_near(states([model]), states([good]))
+
+
+@pytest.mark.parametrize("holder", [lambda o: o, lambda o: o.opt_state, lambda o: jmp.DynamicLossScale(2.0**15)])
+def test_an_optimizer_is_where_the_scale_is(holder):
+    model = Net(0)
+    optimizer = nnx.Optimizer(model, jmp.loss_scaled(optax.sgd(0.1)), wrt=nnx.Param)
+    x = jnp.ones((4, 8))
+    _, grads = jmp.nnx.scaled_value_and_grad(of_model, loss_scale=holder(optimizer))(model, x)
+    _, expected = jmp.nnx.scaled_value_and_grad(of_model, loss_scale=jmp.StaticLossScale(2.0**15))(Net(0), x)
+    assert_identical(jax.tree.leaves(grads), jax.tree.leaves(expected))
+
+
+def test_a_training_loop_compiles_once_and_moves_everything():
+    model, traces = Net(0), []
+    optimizer = nnx.Optimizer(model, jmp.loss_scaled(optax.sgd(0.1)), wrt=nnx.Param)
+    loss_fn = jmp.nnx.autocast(of_model, "mixed_float16")
+
+    @nnx.jit
+    def train_step(model, optimizer, x):
+        traces.append(x)
+        loss, grads = jmp.nnx.scaled_value_and_grad(loss_fn, loss_scale=optimizer)(model, x)
+        optimizer.update(model, grads)
+        return loss
+
+    losses = [float(train_step(model, optimizer, jnp.linspace(0, 3, 128).reshape(16, 8))) for _ in range(5)]
+    assert len(traces) == 1
+    assert losses[-1] < losses[0]
+    assert model.drop.rngs.count[...] == 5
+    assert jnp.all(model.norm.mean[...] != 0)
+
+
+@pytest.mark.parametrize("transform", [jmp.scaled_value_and_grad, jmp.accumulate_gradients])
+@pytest.mark.parametrize("argument", [Net(0), {"model": Net(0)}, nnx.Rngs(0)], ids=["module", "inside", "rngs"])
+def test_the_plain_functions_refuse_modules(transform, argument):
+    options = {"num_microbatches": 2} if transform is jmp.accumulate_gradients else {}
+    function = transform(lambda model, x: jnp.mean(x), loss_scale=jmp.NoOpLossScale(), **options)
+    with pytest.raises(errors.InvalidFunctionError, match=rf"jmp_lite\.nnx\.{transform.__name__}"):
+        function(argument, jnp.ones((2, 8)))
+
+
+class Growing(nnx.Module):
+    """Makes a variable in its first call."""
+
+    def __call__(self, x):
+        if not hasattr(self, "cache"):
+            self.cache = nnx.Variable(jnp.zeros(()))
+        return jnp.mean(x)
+
+
+def test_a_loop_carries_no_new_variables():
+    accumulate = jmp.nnx.accumulate_gradients(lambda w, model, x: w * model(x), 2, loss_scale=jmp.NoOpLossScale())
+    with pytest.raises(errors.InvalidFunctionError, match="Call the model once before"):
+        accumulate(1.0, Growing(), jnp.ones((2, 8)))
