@@ -84,7 +84,6 @@ def unscaled(grads):
     return jax.tree.map(lambda g: g / SCALE, grads)
 
 
-@cases
 @pytest.mark.parametrize(
     ("run", "agree"), [(lambda f: f, assert_identical), (nnx.jit, assert_near)], ids=["eager", "jit"]
 )
