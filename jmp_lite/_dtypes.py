@@ -137,6 +137,8 @@ def edits(first: str, second: str, limit: int) -> int:
             row.append(min(above[j] + (a != b), above[j + 1] + 1, row[j] + 1))
             if i and j and a == second[j - 1] and b == first[i - 1]:
                 row[-1] = min(row[-1], before[j - 1] + 1)
+        if min(row) > limit:
+            return limit + 1
         before = above
     return min(row[-1], limit + 1)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from jmp_lite._dtypes import nearest
+from jmp_lite._dtypes import edits, nearest
 from jmp_lite._dtypes import quote as quote
 from jmp_lite.errors import InvalidFunctionError, InvalidPatternError
 
@@ -122,6 +122,19 @@ def nearest_modules(key: str, paths: Iterable[str], limit: int = LONGEST_PATH) -
         for module in itertools.accumulate(path.split("/"), "{}/{}".format):
             modules.setdefault(without_numbers("/".join(module.split("/")[-depth:])), module)
     return [modules[name] for name in nearest(wanted, filter(None, modules), limit)]
+
+
+def is_misspelt(key: str, module: str) -> bool:
+    """Whether a key is the last segments of a module but for a typing error, one in five characters of a segment.
+
+    Another number is none: the module with that number may be elsewhere.
+    """
+    if without_numbers(f"/{module}").endswith(without_numbers(f"/{key}")):
+        return False
+    wanted = _simplified(key).lower().split("/")
+    given = without_numbers(module).lower().split("/")[-len(wanted) :]
+    pairs = zip(wanted, given, strict=False)
+    return len(wanted) == len(given) and all(edits(a, b, len(a)) <= (len(a) + 2) // 5 for a, b in pairs)
 
 
 def without_numbers(path: str) -> str:

@@ -28,7 +28,14 @@ from jmp_lite._dtypes import (
     quote,
     warn_if_slow,
 )
-from jmp_lite._functions import compile_pattern, is_plain, nearest_modules, searchable, without_numbers
+from jmp_lite._functions import (
+    compile_pattern,
+    is_misspelt,
+    is_plain,
+    nearest_modules,
+    searchable,
+    without_numbers,
+)
 from jmp_lite._tree import Path, cast_floating, cast_leaf, is_array, map_leaves, path_string
 from jmp_lite.errors import (
     AmbiguousPolicyError,
@@ -384,8 +391,8 @@ class PolicyMap:
         if not self._unmatched or len(self._seen) == trees:
             return
         unlike = list({without_numbers(path): path for path in reversed(paths)}.values())[::-1]
-        nearest_by_key = {key: self._meant_by(key, unlike) for key in sorted(self._unmatched)}
-        misspelt = {key: module for key, module in nearest_by_key.items() if module}
+        meant = {key: self._meant_by(key, unlike) for key in set(map(without_numbers, self._unmatched))}
+        misspelt = {key: meant[without_numbers(key)] for key in sorted(self._unmatched) if meant[without_numbers(key)]}
         self._unmatched.difference_update(misspelt)
         if misspelt:
             listed = " and ".join(f"{quote(key)} (nearest: {module!r})" for key, module in [*misspelt.items()][:5])
@@ -399,10 +406,8 @@ class PolicyMap:
 
     def _meant_by(self, key: str, paths: list[str]) -> str | None:
         """Returns the module that a key with a typing error names, if there is one that no other key names."""
-        near = nearest_modules(key, paths, (len(key) + 1) // 4)[:1]
-        if not near or without_numbers(f"/{near[0]}").endswith(without_numbers(f"/{key}")):
-            return None  # a module like those in this tree, of another
-        return None if self._keys_of(near[0]) else near[0]
+        near = nearest_modules(key, paths, len(key) // 3)[:1]
+        return near[0] if near and is_misspelt(key, near[0]) and not self._keys_of(near[0]) else None
 
     def cast_to_param(self, tree: T) -> T:
         """Casts each floating array to the ``param_dtype`` of the policy at its path.

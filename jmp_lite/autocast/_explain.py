@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, overload
 
 import jax
 
+from jmp_lite._functions import check_function
 from jmp_lite._policy import Policy, PolicyMap
 from jmp_lite.autocast._api import HANDLERS, is_traced, settings_from, trace
 from jmp_lite.autocast._interpreter import Interpreter
@@ -230,6 +231,7 @@ def explain(
     References:
         TensorFlow's ``auto_mixed_precision`` writes the same to a file when asked for its debug log.
     """
+    check_function(fun, "explain")
     settings = settings_from(policy, rules=rules, ops=ops, dot=dot, accumulation_dtype=accumulation_dtype)
     return lambda *args, **kwargs: explained(fun, settings, args, kwargs)[0]
 
