@@ -119,9 +119,10 @@ def __getattr__(name: str) -> Any:
         except ModuleNotFoundError as error:
             if name not in _EXTRAS or (error.name or "").startswith("jmp_lite"):
                 raise
+            package = (error.name or "a package").partition(".")[0]
             raise ModuleNotFoundError(
-                f"jmp_lite.{name} needs {error.name}, which is not installed. Run pip install "
-                f"'jmp-lite[{_EXTRAS[name]}]'.",
+                f"jmp_lite.{name} needs {package}, which is not installed. "
+                f"Run pip install 'jmp-lite[{_EXTRAS[name]}]'.",
                 name=error.name,
             ) from error
     if name in _HOMES:

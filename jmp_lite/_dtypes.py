@@ -144,8 +144,8 @@ def edits(first: str, second: str, limit: int) -> int:
 
 
 def quote(value: Any, limit: int = 200) -> str:
-    """Returns what a user gave, cut where it is long."""
-    text = repr(value)
+    """Returns what a user gave on one line, cut where it is long."""
+    text = re.sub(r"\n\s*", " ", repr(value))
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 

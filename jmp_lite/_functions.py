@@ -6,13 +6,13 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import jax
 
 from jmp_lite._dtypes import edits, nearest
-from jmp_lite._dtypes import quote as quote
+from jmp_lite._dtypes import quote as quote  # noqa: PLC0414  # for the layers above
 from jmp_lite.errors import InvalidFunctionError, InvalidPatternError
 
 
@@ -69,7 +69,9 @@ def compile_pattern(key: str) -> Callable[[str], Any]:
             end_of_comment = "\n" if flags & re.VERBOSE else ""
             search = re.compile(rf"(?:\A|/)(?:{_FLAGS.sub('', key)}{end_of_comment})(?:/|\Z)", flags).search
     except (re.error, ValueError, OverflowError, RecursionError) as error:
-        remedy = "Write flags first, as in '(?i)norm'" if "flags" in str(error) else "A name as it is is re.escape(name)"
+        remedy = (
+            "Write flags first, as in '(?i)norm'" if "flags" in str(error) else "A name as it is is re.escape(name)"
+        )
         raise InvalidPatternError(f"Pattern {quote(key)} is no regular expression: {error}. {remedy}.") from None
     return functools.partial(_search_patiently, key, search) if _COSTLY.search(key) else search
 
@@ -86,7 +88,8 @@ def _search_patiently(key: str, search: Callable[[str], Any], path: str) -> Any:
         search(f"{path[:stop]}\0")
         if time.thread_time() - start > _PATIENCE:
             raise InvalidPatternError(
-                f"Pattern {quote(key)} would search path {quote(path)} for ever. Repeat nothing that is itself repeated."
+                f"Pattern {quote(key)} would search path {quote(path)} for ever. Repeat nothing that is itself "
+                "repeated."
             )
     return search(path)
 
@@ -97,6 +100,8 @@ def matches(key: str, path: str) -> bool:
     Raises:
         InvalidPatternError: If the path is longer than ``LONGEST_PATH``, or the search would not end.
     """
+    if is_plain(key):
+        return f"/{key}/" in f"/{path}/"
     return compile_pattern(key)(searchable(path)) is not None
 
 
@@ -104,8 +109,8 @@ def searchable(path: str) -> str:
     """Returns a path that patterns may be searched for in."""
     if len(path) > LONGEST_PATH:
         raise InvalidPatternError(
-            f"Patterns are searched for in paths of up to {LONGEST_PATH} characters, and {quote(path)} has {len(path)}. "
-            "Give its modules shorter names, or use keys without regular expressions."
+            f"Patterns are searched for in paths of up to {LONGEST_PATH} characters, and {quote(path)} has "
+            f"{len(path)}. Give its modules shorter names, or use keys without regular expressions."
         )
     return path
 
@@ -135,6 +140,12 @@ def is_misspelt(key: str, module: str) -> bool:
     given = without_numbers(module).lower().split("/")[-len(wanted) :]
     pairs = zip(wanted, given, strict=False)
     return len(wanted) == len(given) and all(edits(a, b, len(a)) <= (len(a) + 2) // 5 for a, b in pairs)
+
+
+def is_scattered(key: str, segments: Collection[str]) -> bool:
+    """Whether a key names several segments of a tree, which do not stand one within the other there."""
+    named = key.replace(".", "/").split("/")
+    return len(named) > 1 and all(name in segments for name in named)
 
 
 def without_numbers(path: str) -> str:

@@ -6,9 +6,8 @@ A ``Policy`` is a triple of dtypes with three pure casts. A ``PolicyMap`` gives 
 
 import contextlib
 import dataclasses
-import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, overload
 
 import jax
@@ -32,6 +31,7 @@ from jmp_lite._functions import (
     compile_pattern,
     is_misspelt,
     is_plain,
+    is_scattered,
     nearest_modules,
     searchable,
     without_numbers,
@@ -63,9 +63,9 @@ def _floating(field: str, value: Any) -> DType:
     if dtype is None or dtype.type not in dtype_to_names:
         # Any class at all is "object" to NumPy.
         described = quote(value) if dtype is None or dtype.kind == "O" else str(dtype)
+        recipe = advice("int8") if described == "int8" else ""
         raise InvalidPolicyError(
-            f"{field} must be a floating-point dtype, got {described}.{advice(described) if described == 'int8' else ''} "
-            f"Accepted names: {ACCEPTED_NAMES}."
+            f"{field} must be a floating-point dtype, got {described}.{recipe} Accepted names: {ACCEPTED_NAMES}."
         )
     return dtype
 
@@ -214,7 +214,9 @@ def _parse_parts(spec: str) -> Policy:
                 f"Part {quote(part.strip())} of policy {quote(spec)} is not 'key=dtype'. {_HOW_TO_WRITE_PARTS}"
             )
         if field is None:
-            near = "".join(f" Did you mean {known!r}?" for known in nearest(key.strip(), _KEYS, len(key.strip()) // 2)[:1])
+            near = "".join(
+                f" Did you mean {known!r}?" for known in nearest(key.strip(), _KEYS, len(key.strip()) // 2)[:1]
+            )
             raise UnknownDtypeError(
                 f"Unknown key {quote(key.strip())} in part {quote(part.strip())} of policy {quote(spec)}.{near} "
                 f"{_HOW_TO_WRITE_PARTS}"
@@ -287,7 +289,12 @@ class PolicyMap:
 
     A key is a regular expression over whole path segments. It applies to the module or parameter it names, wherever in
     the path that is, and to everything inside. A key that equals the path, or its deepest ancestor, beats every
-    pattern. Two patterns that both match with different policies are an error.
+    pattern. Two patterns that both match with different policies are an error. Flags such as ``(?i)`` stand first and
+    hold for the whole pattern.
+
+    Names are looked up, however many there are. Regular expressions are searched for in paths of up to 1000 characters;
+    one that would backtrack for ever is cut off by an error. A key that matched nothing, and differs by a typing error
+    from a module that no key names, is told when a tree is cast.
 
     Args:
         policies: Maps patterns to policies or policy strings.
@@ -296,8 +303,9 @@ class PolicyMap:
 
     Raises:
         AmbiguousPolicyError: On look-up, if patterns contradict each other.
+        InvalidPatternError: If a pattern is no regular expression; on look-up, if a path is too long for it.
         InvalidPolicyError: If something is not a policy, or a policy is itself a ``PolicyMap``.
-        UnknownDtypeError: If a policy string or a pattern cannot be parsed.
+        UnknownDtypeError: If a policy string cannot be parsed.
 
     Example:
         >>> policies = jmp.PolicyMap({r"norm_\d+": "full", "head": "p=f32,c=bf16,o=f32"}, default="mixed_float16")
@@ -386,13 +394,12 @@ class PolicyMap:
         return result
 
     def _warn_of_misspelt_keys(self, paths: list[str]) -> None:
+        """Warns of keys that nearly name a module; those far from all names may be meant for another tree."""
         trees = len(self._seen)
         self._seen.add(hash(tuple(paths)))
         if not self._unmatched or len(self._seen) == trees:
             return
-        unlike = list({without_numbers(path): path for path in reversed(paths)}.values())[::-1]
-        meant = {key: self._meant_by(key, unlike) for key in set(map(without_numbers, self._unmatched))}
-        misspelt = {key: meant[without_numbers(key)] for key in sorted(self._unmatched) if meant[without_numbers(key)]}
+        misspelt = self._misspelt_keys(paths)
         self._unmatched.difference_update(misspelt)
         if misspelt:
             listed = " and ".join(f"{quote(key)} (nearest: {module!r})" for key, module in [*misspelt.items()][:5])
@@ -404,16 +411,25 @@ class PolicyMap:
                 stacklevel=4,
             )
 
-    def _meant_by(self, key: str, paths: list[str]) -> str | None:
-        """Returns the module that a key with a typing error names, if there is one that no other key names."""
-        near = nearest_modules(key, paths, len(key) // 3)[:1]
-        return near[0] if near and is_misspelt(key, near[0]) and not self._keys_of(near[0]) else None
+    def _misspelt_keys(self, paths: list[str]) -> dict[str, str]:
+        """Returns the keys that are meant for this tree, as far as one can tell, and the modules that they may mean."""
+        segments = {segment for path in paths for segment in path.split("/")}
+        unlike = list({without_numbers(path): path for path in reversed(paths)}.values())[::-1]
+        meant: dict[str, str] = {}
+        for key in set(map(without_numbers, self._unmatched)):
+            near = nearest_modules(key, unlike, len(key) // 3)[:1]
+            if near and is_misspelt(key, near[0]) and not self._keys_of(near[0]):
+                meant[key] = near[0]
+        scattered = [key for key in self._unmatched if is_scattered(key, segments)]
+        found = {key: nearest_modules(key.replace(".", "/").rpartition("/")[2], unlike)[0] for key in scattered}
+        found |= {key: meant[without_numbers(key)] for key in self._unmatched if without_numbers(key) in meant}
+        return dict(sorted(found.items()))
 
     def cast_to_param(self, tree: T) -> T:
         """Casts each floating array to the ``param_dtype`` of the policy at its path.
 
         Warns:
-            UnmatchedRuleWarning: Once per map, if a key that has matched nothing so far is nearly a name in the tree.
+            UnmatchedRuleWarning: Once, if a key that has matched nothing so far is nearly the name of a module.
         """
         return self._cast(tree, lambda policy, leaf: cast_leaf(leaf, policy.param_dtype, policy.named_dtypes))
 

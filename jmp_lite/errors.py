@@ -32,6 +32,7 @@
     ├── InvalidOpError            TypeError       something that cannot stand for a primitive in autocast
     └── InvalidRuleError          ValueError      a rule or a setting of autocast that means nothing
     SlowDtypeWarning              UserWarning     a format that this accelerator cannot run fast
+    UnmatchedRuleWarning          UserWarning     a rule or a key of a PolicyMap that matches nothing
     CorruptCheckpointWarning      UserWarning     a damaged checkpoint that was passed over
 
 Rule for a new one: ``<what is wrong>Error``, a builtin that users already catch as second base, a docstring with code
@@ -389,7 +390,7 @@ class SlowDtypeWarning(UserWarning):
 
 
 class UnmatchedRuleWarning(UserWarning):
-    """A rule, or a key of a ``PolicyMap``, matched nothing in a program or a tree; the message names what comes nearest.
+    """A rule, or a key of a ``PolicyMap``, matched nothing in a program or tree; the message names what comes nearest.
 
     Example:
         >>> issubclass(jmp.errors.UnmatchedRuleWarning, UserWarning)

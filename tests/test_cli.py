@@ -170,7 +170,10 @@ def test_whatever_goes_wrong_in_explain_is_one_line(capsys, module, target):
 
 ARGUMENTS = {
     "a gradient of no scalar": (["explain", "explained_module:no_scalar", "--grad"], "Gradient only defined for"),
-    "a policy": (["explain", "explained_module:call", "--policy", "mixed_bflaot16"], "Did you mean the policy 'mixed_b"),
+    "a policy": (
+        ["explain", "explained_module:call", "--policy", "mixed_bflaot16"],
+        "Did you mean the policy 'mixed_b",
+    ),
     "8 bits": (["explain", "explained_module:call", "--policy", "fp8"], "dot=jmp_lite.quant.FP8"),
     "no target": (["explain"], "the following arguments are required: target. Run jmp-lite explain --help."),
     "an option": (["explain", "a:b", "--gard"], "unrecognized arguments: --gard. Run jmp-lite --help."),

@@ -296,7 +296,9 @@ ERRORS = {
         "Unknown dtype 'mixed_float16' in policy 'c=mixed_float16'. That is a whole policy: write it alone. Accepted "
         f"dtypes: {ACCEPTED}; accepted policies: {POLICIES}"
     ),
-    "conpute=f16": f"Unknown key 'conpute' in part 'conpute=f16' of policy 'conpute=f16'. Did you mean 'compute'? {PARTS}",
+    "conpute=f16": (
+        f"Unknown key 'conpute' in part 'conpute=f16' of policy 'conpute=f16'. Did you mean 'compute'? {PARTS}"
+    ),
     "p=f32, X =f16": f"Unknown key 'X' in part 'X =f16' of policy 'p=f32, X =f16'. {PARTS}",
     "=f32": f"Unknown key '' in part '=f32' of policy '=f32'. {PARTS}",
     "c=f16=f32": f"Part 'c=f16=f32' of policy 'c=f16=f32' is not 'key=dtype'. {PARTS}",

@@ -289,6 +289,8 @@ MISSPELT = {
     "pattern": (r"layer_\d+", "decoder/layers_0"),
     "with another number": ("layer_7", "decoder/layers_0"),
     "anything around": (".*haed", "decoder/head"),
+    "names that stand elsewhere": ("encoder/head", "decoder/head"),
+    "names that stand elsewhere, with a dot": ("encoder.head", "decoder/head"),
     "a leaf": ("kernal", "decoder/head/kernel"),
 }
 

@@ -240,6 +240,7 @@ def explained(
     fun: Callable[..., Any], settings: Settings, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Explanation, Any]:
     """Explains a call under settings that have been checked; also returns what it returns, without its numbers."""
+    check_function(fun, "explain")
     interpreter = Interpreter(settings, HANDLERS, keeps_records=True)
     traced = trace(fun, args, kwargs, lambda leaf: is_traced(leaf) or isinstance(leaf, jax.ShapeDtypeStruct))
     results = jax.eval_shape(lambda arrays: interpreter.run(traced.jaxpr, arrays), traced.arrays)

@@ -302,7 +302,8 @@ def checked_settings(policy: Any, rules: Any, ops: Mapping[str, Op], **settings:
     for dtype in checked.dtypes:
         if dtype.itemsize < 2:
             raise InvalidPolicyError(
-                f"autocast computes in 16 bits, got the compute dtype {dtype}. Name a 16-bit dtype, and give "
-                f"the matrix products in {dtype} as dot=, such as dot=jmp_lite.quant.FP8. Accepted names: {ACCEPTED_NAMES}."
+                f"autocast computes in 16 bits, got the compute dtype {dtype}. Name a 16-bit dtype, and "
+                f"give the matrix products in {dtype} as dot=, such as dot=jmp_lite.quant.FP8. Accepted names: "
+                f"{ACCEPTED_NAMES}."
             )
     return checked
