@@ -1,7 +1,9 @@
-"""Floating-point formats: their names, and which of them an accelerator runs fast."""
+"""Floating-point formats: their names, what a mistyped name may mean, and which of them an accelerator runs fast."""
 
 import functools
+import re
 import warnings
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import jax
@@ -75,9 +77,76 @@ def parse_dtype(value: str) -> DType:
     if name == "half":
         return half_dtype()
     if name not in name_to_dtype:
-        raise UnknownDtypeError(f"Unknown dtype {value!r}. Accepted: {ACCEPTED_NAMES}.")
+        raise UnknownDtypeError(f"Unknown dtype {quote(value)}.{advice(name)} Accepted: {ACCEPTED_NAMES}.")
     dtype: DType = np.dtype(name_to_dtype[name])
     return dtype
+
+
+#: Formats of 8 bits as people write them: fp8, int8, float8, 8-bit, w8a8.
+_EIGHT_BITS = re.compile(r"(?<!\d)8(?!\d)")
+
+
+def advice(name: str, policies: Collection[str] = ()) -> str:
+    """Says what a name may mean that is no dtype and no policy, as sentences to go after the first of a message.
+
+    Args:
+        name: The name.
+        policies: Names of policies, where one may stand.
+
+    Returns:
+        The name that comes nearest, and where to ask for 8 bits; nothing where neither applies.
+    """
+    name = name.strip().lower()
+    wants_8_bits = _EIGHT_BITS.search(name) is not None
+    names = [known for known in (*policies, "half", *name_to_dtype) if bool(_EIGHT_BITS.search(known)) == wants_8_bits]
+    near = nearest(name, names, len(name) // 2)
+    sentences = [f" Did you mean {'the policy ' if near[0] in policies else ''}{near[0]!r}?"] if near else []
+    if wants_8_bits:
+        recipe = "INT8_TRAIN" if re.search("int|i8|w8", name) else "FP8"
+        sentences.append(
+            " Only matrix products run in 8 bits, by a recipe beside the policy: write autocast(fun, 'mixed_bfloat16', "
+            f"dot=jmp_lite.quant.{recipe})."
+        )
+    return "".join(sentences)
+
+
+def nearest(name: str, names: Iterable[str], limit: int) -> list[str]:
+    """Returns the names that are at most so many edits away from a mistyped one, nearest first; case is ignored."""
+    rated = [(edits(name.lower(), known.lower(), limit), known) for known in dict.fromkeys(names)]
+    return [known for distance, known in sorted(rated, key=lambda pair: pair[0]) if distance <= limit]
+
+
+def edits(first: str, second: str, limit: int) -> int:
+    """Counts the characters to insert, delete, replace or swap with a neighbor to turn one text into another.
+
+    Args:
+        first: A text.
+        second: Another one.
+        limit: Where to stop counting: whatever is more is returned as one more.
+
+    References:
+        Optimal string alignment, a restricted form of the distance of Damerau (Communications of the ACM 7, 1964).
+    """
+    if abs(len(first) - len(second)) > limit:
+        return limit + 1
+    before: list[int] = []
+    row = list(range(len(second) + 1))
+    for i, a in enumerate(first):
+        above, row = row, [i + 1]
+        for j, b in enumerate(second):
+            row.append(min(above[j] + (a != b), above[j + 1] + 1, row[j] + 1))
+            if i and j and a == second[j - 1] and b == first[i - 1]:
+                row[-1] = min(row[-1], before[j - 1] + 1)
+        if min(row) > limit:
+            return limit + 1
+        before = above
+    return min(row[-1], limit + 1)
+
+
+def quote(value: Any, limit: int = 200) -> str:
+    """Returns what a user gave on one line, cut where it is long."""
+    text = re.sub(r"\n\s*", " ", repr(value))
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def dtype_or_none(value: Any) -> DType | None:

@@ -6,7 +6,6 @@ A ``Policy`` is a triple of dtypes with three pure casts. A ``PolicyMap`` gives 
 
 import contextlib
 import dataclasses
-import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, overload
@@ -19,14 +18,31 @@ from jmp_lite._dtypes import (
     ACCEPTED_NAMES,
     FLOAT32,
     DType,
+    advice,
     canonical,
     dtype_name,
     dtype_to_names,
+    nearest,
     parse_dtype,
+    quote,
     warn_if_slow,
 )
+from jmp_lite._functions import (
+    compile_pattern,
+    is_misspelt,
+    is_plain,
+    is_scattered,
+    nearest_modules,
+    searchable,
+    without_numbers,
+)
 from jmp_lite._tree import Path, cast_floating, cast_leaf, is_array, map_leaves, path_string
-from jmp_lite.errors import AmbiguousPolicyError, InvalidPolicyError, UnknownDtypeError
+from jmp_lite.errors import (
+    AmbiguousPolicyError,
+    InvalidPolicyError,
+    UnknownDtypeError,
+    UnmatchedRuleWarning,
+)
 
 T = TypeVar("T")
 
@@ -37,17 +53,19 @@ def _floating(field: str, value: Any) -> DType:
         try:
             return parse_dtype(value)
         except UnknownDtypeError:
-            raise UnknownDtypeError(f"Unknown dtype {value!r} for {field}. Accepted: {ACCEPTED_NAMES}.") from None
+            raise UnknownDtypeError(
+                f"Unknown dtype {quote(value)} for {field}.{advice(value)} Accepted: {ACCEPTED_NAMES}."
+            ) from None
     is_dtype = value is not None and not is_array(value)  # NumPy reads None as float64 and an array as its dtype
     dtype: DType | None = None
     with contextlib.suppress(TypeError, ValueError):
         dtype = np.dtype(value).newbyteorder("=") if is_dtype else None
     if dtype is None or dtype.type not in dtype_to_names:
-        described = (
-            repr(value) if dtype is None or dtype.kind == "O" else dtype
-        )  # any class at all is "object" to NumPy
+        # Any class at all is "object" to NumPy.
+        described = quote(value) if dtype is None or dtype.kind == "O" else str(dtype)
+        recipe = advice("int8") if described == "int8" else ""
         raise InvalidPolicyError(
-            f"{field} must be a floating-point dtype, got {described}. Accepted names: {ACCEPTED_NAMES}."
+            f"{field} must be a floating-point dtype, got {described}.{recipe} Accepted names: {ACCEPTED_NAMES}."
         )
     return dtype
 
@@ -175,9 +193,13 @@ def _dtype_in(spec: str, name: str) -> DType:
     try:
         return parse_dtype(name)
     except UnknownDtypeError:
+        is_whole = "=" not in spec
+        is_policy = " That is a whole policy: write it alone." if name.strip().lower() in ALIASES else ""
         raise UnknownDtypeError(
-            f"Unknown dtype {name.strip()!r} in policy {spec!r}. Accepted dtypes: {ACCEPTED_NAMES}; accepted policies: "
-            f"{', '.join(ALIASES)}, one dtype for everything, or 'p=...,c=...,o=...,r=...' with any of the parts."
+            f"Unknown dtype {quote(name.strip())} in policy {quote(spec)}."
+            f"{is_policy or advice(name, ALIASES if is_whole else ())} Accepted dtypes: {ACCEPTED_NAMES}; accepted "
+            f"policies: {', '.join(ALIASES)}, one dtype for everything, or 'p=...,c=...,o=...,r=...' with any of the "
+            "parts."
         ) from None
 
 
@@ -189,14 +211,18 @@ def _parse_parts(spec: str) -> Policy:
         field = _KEYS.get(key.strip().lower())
         if part.count("=") != 1:
             raise UnknownDtypeError(
-                f"Part {part.strip()!r} of policy {spec!r} is not 'key=dtype'. {_HOW_TO_WRITE_PARTS}"
+                f"Part {quote(part.strip())} of policy {quote(spec)} is not 'key=dtype'. {_HOW_TO_WRITE_PARTS}"
             )
         if field is None:
+            near = "".join(
+                f" Did you mean {known!r}?" for known in nearest(key.strip(), _KEYS, len(key.strip()) // 2)[:1]
+            )
             raise UnknownDtypeError(
-                f"Unknown key {key.strip()!r} in part {part.strip()!r} of policy {spec!r}. {_HOW_TO_WRITE_PARTS}"
+                f"Unknown key {quote(key.strip())} in part {quote(part.strip())} of policy {quote(spec)}.{near} "
+                f"{_HOW_TO_WRITE_PARTS}"
             )
         if field in dtypes:
-            raise UnknownDtypeError(f"Key {key.strip()!r} is given twice in policy {spec!r}. Keep one of them.")
+            raise UnknownDtypeError(f"Key {key.strip()!r} is given twice in policy {quote(spec)}. Keep one of them.")
         dtypes[field] = _dtype_in(spec, name)
     param = dtypes.get("param", FLOAT32)
     compute = dtypes.get("compute", param)
@@ -241,7 +267,7 @@ def get_policy(spec: "PolicyLike") -> "Policy | PolicyMap":
         return spec
     if not isinstance(spec, str):
         raise InvalidPolicyError(
-            f"A policy must be a string, a Policy or a PolicyMap, got {spec!r}. "
+            f"A policy must be a string, a Policy or a PolicyMap, got {quote(spec)}. "
             "Write for example get_policy('mixed_bfloat16')."
         )
     if "=" in spec:
@@ -257,24 +283,18 @@ def _prefixes(path: str) -> Iterator[str]:
         yield "/".join(segments[:stop])
 
 
-def compile_pattern(key: str) -> re.Pattern[str]:
-    """Compiles a key of a ``PolicyMap`` to a pattern that finds it as whole segments of a path."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # a class such as "[[" may mean more in a later Python
-            re.compile(key)
-            return re.compile(rf"(?:^|/)(?:{key})(?:/|\Z)")
-    except re.error as error:
-        raise UnknownDtypeError(f"Pattern {key!r} is no regular expression: {error}.") from None
-
-
 @dataclasses.dataclass(frozen=True, init=False, repr=False)
 class PolicyMap:
     r"""A policy per module, chosen by path; used wherever a ``Policy`` is.
 
     A key is a regular expression over whole path segments. It applies to the module or parameter it names, wherever in
     the path that is, and to everything inside. A key that equals the path, or its deepest ancestor, beats every
-    pattern. Two patterns that both match with different policies are an error.
+    pattern. Two patterns that both match with different policies are an error. Flags such as ``(?i)`` stand first and
+    hold for the whole pattern.
+
+    Names are looked up, however many there are. Regular expressions are searched for in paths of up to 1000 characters;
+    one that would backtrack for ever is cut off by an error. A key that matched nothing, and differs by a typing error
+    from a module that no key names, is told when a tree is cast.
 
     Args:
         policies: Maps patterns to policies or policy strings.
@@ -283,8 +303,9 @@ class PolicyMap:
 
     Raises:
         AmbiguousPolicyError: On look-up, if patterns contradict each other.
+        InvalidPatternError: If a pattern is no regular expression; on look-up, if a path is too long for it.
         InvalidPolicyError: If something is not a policy, or a policy is itself a ``PolicyMap``.
-        UnknownDtypeError: If a policy string or a pattern cannot be parsed.
+        UnknownDtypeError: If a policy string cannot be parsed.
 
     Example:
         >>> policies = jmp.PolicyMap({r"norm_\d+": "full", "head": "p=f32,c=bf16,o=f32"}, default="mixed_float16")
@@ -299,50 +320,117 @@ class PolicyMap:
 
     policies: tuple[tuple[str, Policy], ...]
     default: Policy
-    _patterns: tuple[re.Pattern[str], ...] = dataclasses.field(compare=False)
+    _exact: Mapping[str, Policy] = dataclasses.field(compare=False)
+    _plain: Mapping[int, frozenset[str]] = dataclasses.field(compare=False)
+    """The keys without special characters, by their number of segments."""
+    _searches: tuple[tuple[str, Callable[[str], Any]], ...] = dataclasses.field(compare=False)
+    _unmatched: set[str] = dataclasses.field(compare=False)
+    """The keys that have matched nothing so far, and that no warning has named."""
+    _seen: set[int] = dataclasses.field(compare=False)
+    """Hashes of the paths of the trees that have been looked at for misspelt keys."""
 
     def __init__(self, policies: Mapping[str, str | Policy], default: str | Policy) -> None:
         if not isinstance(policies, Mapping):
             raise InvalidPolicyError(
-                f"policies must map patterns to policies, got {policies!r}. Write {{pattern: policy}}."
+                f"policies must map patterns to policies, got {quote(policies)}. Write {{pattern: policy}}."
             )
         for key, policy in [*policies.items(), ("default", default)]:
             if not isinstance(key, str):
-                raise InvalidPolicyError(f"A pattern of a PolicyMap must be a string, got {key!r}.")
+                raise InvalidPolicyError(f"A pattern of a PolicyMap must be a string, got {quote(key)}.")
             if isinstance(policy, PolicyMap):
-                raise InvalidPolicyError(f"The policy of {key!r} is itself a PolicyMap. Merge the two into one.")
-        entries = sorted((key, get_policy(policy)) for key, policy in policies.items())
-        object.__setattr__(self, "policies", tuple(entries))
-        object.__setattr__(self, "default", get_policy(default))
-        object.__setattr__(self, "_patterns", tuple(compile_pattern(key) for key, _ in entries))
+                raise InvalidPolicyError(f"The policy of {quote(key)} is itself a PolicyMap. Merge the two into one.")
+        exact = {key: get_policy(policies[key]) for key in sorted(policies)}
+        searches = {key: compile_pattern(key) for key in exact}
+        plain = {key: key.count("/") + 1 for key in exact if is_plain(key)}
+        fields = {
+            "policies": tuple(exact.items()),
+            "default": get_policy(default),
+            "_exact": exact,
+            "_plain": {n: frozenset(key for key in plain if plain[key] == n) for n in set(plain.values())},
+            "_searches": tuple((key, search) for key, search in searches.items() if key not in plain),
+            "_unmatched": set(exact),
+            "_seen": set(),
+        }
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
 
     def policy_for(self, path: str) -> Policy:
         """Returns the policy of the module or parameter at a path such as ``decoder/layers_3/kernel``."""
-        literal = dict(self.policies)
-        for prefix in _prefixes(path):
-            if prefix in literal:
-                return literal[prefix]
-        rules = zip(self._patterns, self.policies, strict=True)
-        matches = [entry for pattern, entry in rules if pattern.search(path)]
-        if len({policy for _, policy in matches}) > 1:
-            listed = " and ".join(f"{key!r} ({policy})" for key, policy in matches)
+        keys = self._keys_of(path)
+        self._unmatched.difference_update(keys)
+        if len(keys) > 1 and len({self._exact[key] for key in keys}) > 1:
+            listed = " and ".join(f"{quote(key)} ({self._exact[key]})" for key in keys[:5])
+            more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
             raise AmbiguousPolicyError(
-                f"Path {path!r} matches {listed}. Make the patterns exclusive, or name the path itself."
+                f"Path {quote(path)} matches {listed}{more}. Make the patterns exclusive, or name the path itself."
             )
-        return matches[0][1] if matches else self.default
+        return self._exact[keys[0]] if keys else self.default
+
+    def _keys_of(self, path: str) -> list[str]:
+        """Returns the key that is the path or its deepest ancestor, or else all that match it."""
+        for prefix in _prefixes(path):
+            if prefix in self._exact:
+                return [prefix]
+        segments = path.split("/")
+        found = [key for key, search in self._searches if search(searchable(path))]
+        for n, keys in self._plain.items():
+            parts = ("/".join(segments[i : i + n]) for i in range(len(segments) - n + 1))
+            found += [part for part in parts if part in keys]
+        return sorted(set(found))
 
     def all_policies(self) -> list[Policy]:
         """Returns the default policy and those of all patterns."""
         return [self.default, *(policy for _, policy in self.policies)]
 
     def _cast(self, tree: T, cast: Callable[[Policy, Any], Any]) -> T:
-        def by_path(path: Path, leaf: Any) -> Any:
-            return cast(self.policy_for(path_string(path)), leaf)
+        paths: list[str] = []
 
-        return map_leaves(by_path, tree)
+        def by_path(path: Path, leaf: Any) -> Any:
+            paths.append(path_string(path))
+            return cast(self.policy_for(paths[-1]), leaf)
+
+        result = map_leaves(by_path, tree)
+        self._warn_of_misspelt_keys(paths)
+        return result
+
+    def _warn_of_misspelt_keys(self, paths: list[str]) -> None:
+        """Warns of keys that nearly name a module; those far from all names may be meant for another tree."""
+        trees = len(self._seen)
+        self._seen.add(hash(tuple(paths)))
+        if not self._unmatched or len(self._seen) == trees:
+            return
+        misspelt = self._misspelt_keys(paths)
+        self._unmatched.difference_update(misspelt)
+        if misspelt:
+            listed = " and ".join(f"{quote(key)} (nearest: {module!r})" for key, module in [*misspelt.items()][:5])
+            more = f" and {len(misspelt) - 5} more" if len(misspelt) > 5 else ""
+            warnings.warn(
+                f"No path matches {listed}{more} of the PolicyMap. Write keys as the segments of paths are written, "
+                f"such as {paths[0]!r}.",
+                UnmatchedRuleWarning,
+                stacklevel=4,
+            )
+
+    def _misspelt_keys(self, paths: list[str]) -> dict[str, str]:
+        """Returns the keys that are meant for this tree, as far as one can tell, and the modules that they may mean."""
+        segments = {segment for path in paths for segment in path.split("/")}
+        unlike = list({without_numbers(path): path for path in reversed(paths)}.values())[::-1]
+        meant: dict[str, str] = {}
+        for key in set(map(without_numbers, self._unmatched)):
+            near = nearest_modules(key, unlike, len(key) // 3)[:1]
+            if near and is_misspelt(key, near[0]) and not self._keys_of(near[0]):
+                meant[key] = near[0]
+        scattered = [key for key in self._unmatched if is_scattered(key, segments)]
+        found = {key: nearest_modules(key.replace(".", "/").rpartition("/")[2], unlike)[0] for key in scattered}
+        found |= {key: meant[without_numbers(key)] for key in self._unmatched if without_numbers(key) in meant}
+        return dict(sorted(found.items()))
 
     def cast_to_param(self, tree: T) -> T:
-        """Casts each floating array to the ``param_dtype`` of the policy at its path."""
+        """Casts each floating array to the ``param_dtype`` of the policy at its path.
+
+        Warns:
+            UnmatchedRuleWarning: Once, if a key that has matched nothing so far is nearly the name of a module.
+        """
         return self._cast(tree, lambda policy, leaf: cast_leaf(leaf, policy.param_dtype, policy.named_dtypes))
 
     def cast_to_compute(self, tree: T) -> T:
@@ -350,6 +438,7 @@ class PolicyMap:
 
         Warns:
             SlowDtypeWarning: Once, if the device has no fast units for a dtype that the map asks for.
+            UnmatchedRuleWarning: As ``cast_to_param``.
         """
         if _holds_jax_arrays(tree):
             for dtype in {policy.compute_dtype for policy in self.all_policies()}:

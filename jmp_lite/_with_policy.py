@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from jmp_lite._functions import check_function
 from jmp_lite._policy import PolicyLike, get_policy
 
 
@@ -22,6 +23,7 @@ def with_policy(fun: Callable[..., Any], policy: PolicyLike) -> Callable[..., An
         A function with the signature of ``fun``.
 
     Raises:
+        InvalidFunctionError: If ``fun`` is no function.
         UnknownDtypeError: If the policy string cannot be parsed.
 
     Example:
@@ -33,6 +35,7 @@ def with_policy(fun: Callable[..., Any], policy: PolicyLike) -> Callable[..., An
         >>> half_apply({"w": jnp.ones((2, 2))}, jnp.ones((1, 2))).dtype
         dtype('float32')
     """
+    check_function(fun, "with_policy")
     resolved = get_policy(policy)
 
     @functools.wraps(fun)

@@ -4,13 +4,14 @@ import argparse
 import importlib
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jmp_lite._dtypes import dtype_name, dtype_to_names, faster_dtype
+from jmp_lite._functions import check_function
 from jmp_lite._policy import get_policy
 from jmp_lite.autocast import explain as explain_autocast
 from jmp_lite.errors import JmpLiteError
@@ -75,20 +76,38 @@ def explain(target: str, spec: str, *, grad: bool) -> str:
         grad: Whether to explain the gradient with respect to the first argument.
 
     Raises:
-        JmpLiteError: If there is no such function.
+        JmpLiteError: If there is no such function, or anything goes wrong in it.
     """
+    resolved = get_policy(spec)
     module, _, name = target.partition(":")
+    path = list(sys.path)
     sys.path.insert(0, "")
     try:
         fun, *args = getattr(importlib.import_module(module), name)()
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        check_function(fun, "explain")
+        return str(explain_autocast(jax.grad(fun) if grad else fun, resolved)(*args))
+    except (Exception, SystemExit) as error:
         raise JmpLiteError(
-            f"Cannot explain {target!r}: {error}. Write 'module:function', a function without parameters that "
-            "returns (fun, *args)."
+            f"Cannot explain {target!r}: {_described(error)} Write 'module:function', a function without parameters "
+            "that returns (fun, *args)."
         ) from error
     finally:
-        sys.path.remove("")
-    return str(explain_autocast(jax.grad(fun) if grad else fun, spec)(*args))
+        sys.path[:] = path
+
+
+def _described(error: BaseException) -> str:
+    """Returns what an exception says, as one sentence on one line."""
+    said = " ".join(str(error).split()).rstrip(".")
+    if isinstance(error, JmpLiteError):
+        return f"{said}."
+    return f"{': '.join(filter(None, [type(error).__name__, said[:300]]))}."
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with the arguments."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"jmp-lite: {message}. Run {self.prog} --help.\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -98,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; ``None`` takes them from the process.
 
     Returns:
-        0, or 2 if a policy cannot be parsed or there is nothing to explain.
+        0. Whatever goes wrong ends the process with one line and status 2.
 
     Example:
         >>> from jmp_lite import cli
@@ -111,7 +130,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         reduce_dtype   float32 (default)
         0
     """
-    parser = argparse.ArgumentParser(prog="jmp-lite", description="Mixed precision for JAX.")
+    parser = _Parser(prog="jmp-lite", description="Mixed precision for JAX.")
+    version = importlib.import_module("jmp_lite").__version__
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version} with jax {jax.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("formats", help="names, range and precision of every floating format")
     commands.add_parser("devices", help="local devices, and formats that are slow on them")
@@ -130,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     try:
         text = texts[arguments.command]()
-    except JmpLiteError as error:
-        parser.exit(2, f"jmp-lite: {error}\n")
+    except Exception as error:  # noqa: BLE001  # no device, a policy with a typing error: people need no traceback
+        parser.exit(2, f"jmp-lite: {_described(error)}\n")
     print(text)
     return 0

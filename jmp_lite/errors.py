@@ -6,6 +6,7 @@
     ├── UnknownDtypeError         ValueError      a dtype or policy string nobody can parse
     ├── InvalidPolicyError        TypeError       a policy built from something that is no floating dtype
     ├── AmbiguousPolicyError      ValueError      two patterns of a PolicyMap claim the same path
+    ├── InvalidPatternError       ValueError      a pattern that no path can be searched for
     ├── InvalidLossScaleError     ValueError      a loss scale or one of its settings is out of range
     ├── TracedStaticScaleError    TypeError       a traced value where a Python number is needed
     ├── NonScalarPredicateError   ValueError      a verdict that is not one boolean
@@ -35,7 +36,7 @@
     └── InvalidRuleError          ValueError      a rule or a setting of autocast that means nothing
     NonFiniteUpdateWarning        UserWarning     an optimizer made infinities of finite gradients
     SlowDtypeWarning              UserWarning     a format that this accelerator cannot run fast
-    UnmatchedRuleWarning          UserWarning     a rule or a pattern that matched nothing
+    UnmatchedRuleWarning          UserWarning     a rule or a key of a PolicyMap that matches nothing
     CorruptCheckpointWarning      UserWarning     a damaged checkpoint that was passed over
 
 Rule for a new one: ``<what is wrong>Error``, a builtin that users already catch as second base, a docstring with code
@@ -84,6 +85,18 @@ class AmbiguousPolicyError(JmpLiteError, ValueError):
         >>> policies.policy_for("layer_norm")
         Traceback (most recent call last):
         jmp_lite.errors.AmbiguousPolicyError: Path 'layer_norm' matches '.*_norm' (p=full,c=full,o=full) and ...
+    """
+
+
+class InvalidPatternError(JmpLiteError, ValueError):
+    """A pattern of a ``PolicyMap`` or a ``Rule`` that is no regular expression, or that a path cannot be searched for.
+
+    Example:
+        >>> jmp.PolicyMap({"head(": "full"}, default="mixed_bfloat16")
+        Traceback (most recent call last):
+        jmp_lite.errors.InvalidPatternError: Pattern 'head(' is no regular expression: missing ), unterminated ...
+        >>> print(jmp.PolicyMap({"(?i)HEAD": "full"}, default="mixed_bfloat16").policy_for("head"))
+        p=full,c=full,o=full
     """
 
 
@@ -424,7 +437,7 @@ class NonFiniteUpdateWarning(UserWarning):
 
 
 class UnmatchedRuleWarning(UserWarning):
-    """A rule or a pattern of a ``PolicyMap`` matched nothing in a program; the message names what comes nearest.
+    """A rule, or a key of a ``PolicyMap``, matched nothing in a program or tree; the message names what comes nearest.
 
     Example:
         >>> issubclass(jmp.errors.UnmatchedRuleWarning, UserWarning)

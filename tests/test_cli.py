@@ -3,8 +3,10 @@
 import runpy
 import sys
 
+import jax
 import pytest
 
+import jmp_lite
 from jmp_lite import cli
 
 
@@ -56,8 +58,44 @@ def test_module_runs_as_a_program(capsys, monkeypatch):
 MODULE = """
 import jax.numpy as jnp
 
+class Odd(Exception):
+    def __str__(self):
+        return "first line\\n  second line\\n" + "x" * 9999
+
 def call():
     return lambda w, x: jnp.sum(jnp.exp(x @ w)), jnp.ones((16, 32)), jnp.ones((8, 16))
+
+def raises_at_once():
+    raise Odd
+
+def raises_inside():
+    def fun(x):
+        raise KeyError("no such key")
+    return fun, jnp.ones(3)
+
+def leaves():
+    raise SystemExit
+
+def for_ever():
+    return for_ever()
+
+def shapes():
+    return jnp.dot, jnp.ones((2, 3)), jnp.ones((2, 3))
+
+def too_many():
+    return jnp.sin, jnp.ones(3), jnp.ones(3), jnp.ones(3)
+
+def no_scalar():
+    return jnp.sin, jnp.ones(3)
+
+def takes_one(x):
+    return jnp.sin, x
+
+def no_function():
+    return "sin", jnp.ones(3)
+
+def nothing():
+    return ()
 
 number = 3
 """
@@ -68,8 +106,11 @@ def module(tmp_path, monkeypatch):
     """The name of a module of the user's, in the working directory."""
     (tmp_path / "explained_module.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken_module.py").write_text("def (")
+    (tmp_path / "leaving_module.py").write_text("import sys\nsys.exit('bye')")
     yield "explained_module"
-    sys.modules.pop("explained_module", None)
+    for name in ("explained_module", "broken_module", "leaving_module"):
+        sys.modules.pop(name, None)
 
 
 @pytest.mark.parametrize(("arguments", "products"), [((), 1), (("--grad",), 2)])
@@ -83,12 +124,83 @@ def test_explain_prints_a_line_per_equation(capsys, module, arguments, products)
     assert sys.path == path
 
 
-@pytest.mark.parametrize(
-    "target", ["explained_module:cal", "explained_module:number", "no_such_module:call", "call", ""]
-)
-def test_explain_says_what_it_could_not_find(capsys, module, target):
-    """The message quotes the target and shows the form."""
+def complaint(capsys, *arguments):
+    """What the command says where it ends with status 2: one line, and nothing on standard output."""
     with pytest.raises(SystemExit) as exit_:
-        cli.main(["explain", target])
-    assert exit_.value.code == 2
-    assert f"Cannot explain {target!r}" in capsys.readouterr().err
+        cli.main(arguments)
+    printed = capsys.readouterr()
+    assert (exit_.value.code, printed.out) == (2, "")
+    assert printed.err.startswith("jmp-lite: ")
+    assert printed.err.count("\n") == 1
+    return printed.err
+
+
+TARGETS = {
+    "explained_module:cal": "AttributeError: module 'explained_module' has no attribute 'cal'.",
+    "explained_module:number": "TypeError: 'int' object is not callable.",
+    "explained_module:raises_at_once": "Odd: first line second line xxx",
+    "explained_module:raises_inside": "KeyError: 'no such key'.",
+    "explained_module:leaves": "SystemExit.",
+    "explained_module:for_ever": "RecursionError: maximum recursion depth exceeded",
+    "explained_module:shapes": "TypeError: dot_general requires contracting dimensions to have the same shape",
+    "explained_module:too_many": "TypeError: ",
+    "explained_module:takes_one": "TypeError: takes_one() missing 1 required positional argument: 'x'.",
+    "explained_module:no_function": "explain takes a function, got 'sin'.",
+    "explained_module:nothing": "ValueError: not enough values to unpack",
+    "broken_module:call": "SyntaxError: invalid syntax",
+    "leaving_module:call": "SystemExit: bye.",
+    "no_such_module:call": "ModuleNotFoundError: No module named 'no_such_module'.",
+    "..explained_module:call": "TypeError: ",
+    "os:getcwd": "explain takes a function, got ",
+    "call": "ModuleNotFoundError: No module named 'call'.",
+    "": "ValueError: Empty module name.",
+}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_whatever_goes_wrong_in_explain_is_one_line(capsys, module, target):
+    """The line quotes the target, says what was raised, and shows the form."""
+    path = list(sys.path)
+    said = complaint(capsys, "explain", target)
+    assert f"Cannot explain {target!r}: {TARGETS[target]}" in said
+    assert said.endswith(". Write 'module:function', a function without parameters that returns (fun, *args).\n")
+    assert len(said) < 600
+    assert sys.path == path
+
+
+ARGUMENTS = {
+    "a gradient of no scalar": (["explain", "explained_module:no_scalar", "--grad"], "Gradient only defined for"),
+    "a policy": (
+        ["explain", "explained_module:call", "--policy", "mixed_bflaot16"],
+        "Did you mean the policy 'mixed_b",
+    ),
+    "8 bits": (["explain", "explained_module:call", "--policy", "fp8"], "dot=jmp_lite.quant.FP8"),
+    "no target": (["explain"], "the following arguments are required: target. Run jmp-lite explain --help."),
+    "an option": (["explain", "a:b", "--gard"], "unrecognized arguments: --gard. Run jmp-lite --help."),
+    "a command": (["explian"], "invalid choice: 'explian'"),
+    "nothing": ([], "the following arguments are required: command."),
+}
+
+
+@pytest.mark.parametrize(("arguments", "said"), ARGUMENTS.values(), ids=ARGUMENTS)
+def test_wrong_arguments_are_one_line(capsys, module, arguments, said):
+    """What was wrong is quoted, and where help is."""
+    assert said in complaint(capsys, *arguments)
+
+
+def test_missing_devices_are_one_line(capsys, monkeypatch):
+    """A backend that does not start ends the command like a mistyped policy."""
+
+    def unavailable():
+        raise RuntimeError("Unable to initialize backend\n'nowhere'.")
+
+    monkeypatch.setattr("jax.local_devices", unavailable)
+    assert complaint(capsys, "devices") == "jmp-lite: RuntimeError: Unable to initialize backend 'nowhere'.\n"
+
+
+def test_version(capsys):
+    """What a bug report should name."""
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["--version"])
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out == f"jmp-lite {jmp_lite.__version__} with jax {jax.__version__}\n"

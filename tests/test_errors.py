@@ -3,8 +3,11 @@
 
 import inspect
 import pickle
+import re
 
+import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import jmp_lite as jmp
@@ -14,6 +17,7 @@ BASES = {
     "UnknownDtypeError": ValueError,
     "InvalidPolicyError": TypeError,
     "AmbiguousPolicyError": ValueError,
+    "InvalidPatternError": ValueError,
     "InvalidLossScaleError": ValueError,
     "TracedStaticScaleError": TypeError,
     "NonScalarPredicateError": ValueError,
@@ -92,6 +96,47 @@ def test_error_shows_what_fails(name):
     assert f"jmp_lite.errors.{name}: " in inspect.getdoc(defined()[name])
 
 
+class Transformed:
+    """What Haiku and others return: no function, but one with its functions as attributes."""
+
+    def apply(self, params, x):
+        return x
+
+
+NO_FUNCTIONS = {
+    "array": (jnp.ones(2), "got Array([1., 1.], dtype=float32)."),
+    "long array": (np.arange(999.0), "..."),
+    "None": (None, "got None."),
+    "name": ("sin", "got 'sin'."),
+    "functions": ((jnp.sin, jnp.cos), "got (<"),
+    "Linen module": (nn.Dense(3), "got the Linen module 'Dense'. Give its method apply, such as model.apply"),
+    "object with apply": (Transformed(), "Give its function apply."),
+}
+TAKERS = {
+    "autocast": lambda fun: jmp.autocast(fun, "mixed_bfloat16"),
+    "explain": lambda fun: jmp.explain(fun, "mixed_bfloat16"),
+    "with_policy": lambda fun: jmp.with_policy(fun, "mixed_bfloat16"),
+    "delayed": jmp.quant.delayed,
+    "scaled_value_and_grad": lambda fun: jmp.scaled_value_and_grad(fun, loss_scale=jmp.NoOpLossScale()),
+    "accumulate_gradients": lambda fun: jmp.accumulate_gradients(fun, 2, loss_scale=jmp.NoOpLossScale()),
+}
+LINEN = {
+    "autocast": lambda fun: jmp.linen.autocast(fun, "mixed_bfloat16"),
+    "explain": lambda fun: jmp.linen.explain(fun, "mixed_bfloat16")({}, jnp.ones(2)),
+}
+
+
+@pytest.mark.parametrize(("value", "said"), NO_FUNCTIONS.values(), ids=NO_FUNCTIONS)
+@pytest.mark.parametrize(("caller", "take"), [*TAKERS.items(), *LINEN.items()])
+def test_what_is_no_function_is_refused(caller, take, value, said):
+    """Whoever takes a function says so at once, quotes in short what it got, and says what to give."""
+    with pytest.raises(
+        jmp.errors.InvalidFunctionError, match=f"^{caller} takes a function, .*{re.escape(said)}"
+    ) as caught:
+        take(value)
+    assert len(str(caught.value)) < 300
+
+
 @pytest.mark.parametrize(
     "fail",
     [
@@ -99,6 +144,15 @@ def test_error_shows_what_fails(name):
         lambda: jmp.Policy(jnp.int32, "f16", "f16"),
         lambda: jmp.PolicyMap({"a": "f16", "b": "f32"}, "f32").policy_for("x/a/b"),
         lambda: jmp.PolicyMap({"[": "f16"}, "f32"),
+        lambda: jmp.PolicyMap({"a(?i)": "f16"}, "f32"),
+        lambda: jmp.PolicyMap({"(a+)+": "f16"}, "f32").policy_for("a" * 40),
+        lambda: jmp.PolicyMap({"a+": "f16"}, "f32").policy_for("a" * 1001),
+        lambda: jmp.Rule("["),
+        lambda: jmp.get_policy("mixed_bflaot16"),
+        lambda: jmp.get_policy("fp8"),
+        lambda: jmp.get_policy("c=mixed_float16"),
+        lambda: jmp.get_policy("conpute=f16"),
+        lambda: jmp.get_policy("x" * 9999),
         lambda: jmp.select_tree(1, 2.0, 3.0),
         lambda: jmp.select_tree(True, "a", "b"),
         lambda: jmp.parse_dtype("nonsense"),

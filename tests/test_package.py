@@ -1,6 +1,8 @@
 """Promises about the package as a whole: the cost of its import, its names, its files."""
 
 import ast
+import importlib
+import importlib.metadata
 import inspect
 import os
 import pathlib
@@ -123,6 +125,51 @@ def test_everything_public_is_documented_or_explained():
 
 def test_package_is_typed():
     assert (ROOT / "py.typed").exists()
+
+
+EXTRAS = {
+    ("linen", "flax"): "flax",
+    ("nnx", "flax"): "flax",
+    ("nnx", "msgpack"): "flax",
+    ("checkpoint", "flax"): "checkpoint",
+    ("checkpoint", "orbax"): "checkpoint",
+    ("export", "safetensors"): "export",
+}
+
+
+@pytest.mark.parametrize("form", ["jmp_lite.{}", "from jmp_lite import {}"])
+@pytest.mark.parametrize(("chapter", "package"), EXTRAS)
+def test_missing_package_is_named_with_the_command_that_installs_it(chapter, package, form):
+    """However a chapter is asked for, the error names package and extra, and keeps its cause."""
+    program = (
+        f"import sys; sys.modules[{package!r}] = None\nimport jmp_lite\n"
+        f"try:\n    {form.format(chapter)}\n"
+        "except ImportError as error:\n    print(error, type(error.__cause__).__name__, error.name, sep='|')"
+    )
+    said, cause, name = run_python(program).strip().split("|")
+    extra = EXTRAS[chapter, package]
+    assert said.startswith(f"jmp_lite.{chapter} needs {package}")
+    assert said.endswith(f", which is not installed. Run pip install 'jmp-lite[{extra}]'.")
+    assert cause == "ModuleNotFoundError"
+    assert name.split(".")[0] == package
+
+
+def test_extras_are_those_of_the_distribution():
+    """Every extra that an error names can be installed."""
+    known = importlib.metadata.metadata("jmp-lite").get_all("Provides-Extra")
+    assert set(jmp_lite._EXTRAS.values()) <= set(known)
+
+
+@pytest.mark.parametrize("name", ["jmp_lite.linen._policy", "jmp_lite"])
+def test_defects_of_the_library_itself_are_not_blamed_on_an_extra(monkeypatch, name):
+    """A module of the library that is missing is reported as it is."""
+
+    def missing(_):
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(importlib, "import_module", missing)
+    with pytest.raises(ModuleNotFoundError, match=f"^No module named '{name}'$"):
+        jmp_lite.__getattr__("linen")
 
 
 # --- Files ----------------------------------------------------------------------------------------

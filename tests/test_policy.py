@@ -16,11 +16,17 @@ from hypothesis import strategies as st
 from support import strategies
 
 import jmp_lite as jmp
+from jmp_lite._dtypes import edits, quote
+from jmp_lite._policy import ALIASES
 
 ACCEPTED = ", ".join(["half", *(name for names in jmp.dtype_to_names.values() for name in names)])
 PARTS = (
     "Write parts as 'key=dtype', separated by single commas, with the keys params (p), compute (c), output (o), "
     "reduce (r)."
+)
+EIGHT_BITS = (
+    " Only matrix products run in 8 bits, by a recipe beside the policy: write autocast(fun, 'mixed_bfloat16', "
+    "dot=jmp_lite.quant.{})."
 )
 POLICIES = (
     "mixed_float16, mixed_bfloat16, 16-mixed, bf16-mixed, 16-true, bf16-true, 32-true, 64-true, o0, o1, o2, o3, one "
@@ -114,7 +120,8 @@ def policy_with(field, value):
 )
 def test_dtype_that_is_not_floating_is_refused(field, value, described):
     """What is no floating format of JAX is refused at construction, by field, with the accepted names."""
-    text = f"{field} must be a floating-point dtype, got {described}. Accepted names: {ACCEPTED}."
+    recipe = EIGHT_BITS.format("INT8_TRAIN") if described == "int8" else ""
+    text = f"{field} must be a floating-point dtype, got {described}.{recipe} Accepted names: {ACCEPTED}."
     for error in (jmp.errors.InvalidPolicyError, TypeError):
         with pytest.raises(error, match=exactly(text)):
             policy_with(field, value)
@@ -139,10 +146,20 @@ def test_none_is_refused(field):
 
 
 @pytest.mark.parametrize("field", FIELDS)
-@pytest.mark.parametrize("value", ["abc", "", "int8", "f", "p=f32"])
-def test_unknown_name_in_a_field_is_quoted(field, value):
-    """A name that is no format is quoted with its field."""
-    text = f"Unknown dtype {value!r} for {field}. Accepted: {ACCEPTED}."
+@pytest.mark.parametrize(
+    ("value", "advice"),
+    [
+        ("abc", ""),
+        ("", ""),
+        ("int8", EIGHT_BITS.format("INT8_TRAIN")),
+        ("f", ""),
+        ("p=f32", " Did you mean 'f32'?"),
+        ("FLAOT16", " Did you mean 'float16'?"),
+    ],
+)
+def test_unknown_name_in_a_field_is_quoted(field, value, advice):
+    """A name that is no format is quoted with its field, and the name that it may stand for comes before the list."""
+    text = f"Unknown dtype {value!r} for {field}.{advice} Accepted: {ACCEPTED}."
     with pytest.raises(jmp.errors.UnknownDtypeError, match=exactly(text)):
         policy_with(field, value)
 
@@ -259,21 +276,28 @@ def test_any_text_is_a_policy_or_a_clean_error(text):
         assert result == jmp.get_policy(str(result))
     else:
         assert isinstance(result, ValueError)
-        assert repr(text) in str(result)
+        assert quote(text) in str(result)
         assert any(advice in str(result) for advice in (ACCEPTED, PARTS, "Keep one of them."))
 
 
 ERRORS = {
     "f": f"Unknown dtype 'f' in policy 'f'. Accepted dtypes: {ACCEPTED}; accepted policies: {POLICIES}",
     "": f"Unknown dtype '' in policy ''. Accepted dtypes: {ACCEPTED}; accepted policies: {POLICIES}",
-    " Int8 ": f"Unknown dtype 'Int8' in policy ' Int8 '. Accepted dtypes: {ACCEPTED}; accepted policies: {POLICIES}",
+    " Int8 ": (
+        f"Unknown dtype 'Int8' in policy ' Int8 '.{EIGHT_BITS.format('INT8_TRAIN')} Accepted dtypes: {ACCEPTED}; "
+        f"accepted policies: {POLICIES}"
+    ),
     "p=f32,c= float": (
-        f"Unknown dtype 'float' in policy 'p=f32,c= float'. Accepted dtypes: {ACCEPTED}; accepted policies: {POLICIES}"
+        "Unknown dtype 'float' in policy 'p=f32,c= float'. Did you mean 'float16'? Accepted dtypes: "
+        f"{ACCEPTED}; accepted policies: {POLICIES}"
     ),
     "p=": f"Unknown dtype '' in policy 'p='. Accepted dtypes: {ACCEPTED}; accepted policies: {POLICIES}",
     "c=mixed_float16": (
-        f"Unknown dtype 'mixed_float16' in policy 'c=mixed_float16'. Accepted dtypes: {ACCEPTED}; accepted policies: "
-        f"{POLICIES}"
+        "Unknown dtype 'mixed_float16' in policy 'c=mixed_float16'. That is a whole policy: write it alone. Accepted "
+        f"dtypes: {ACCEPTED}; accepted policies: {POLICIES}"
+    ),
+    "conpute=f16": (
+        f"Unknown key 'conpute' in part 'conpute=f16' of policy 'conpute=f16'. Did you mean 'compute'? {PARTS}"
     ),
     "p=f32, X =f16": f"Unknown key 'X' in part 'X =f16' of policy 'p=f32, X =f16'. {PARTS}",
     "=f32": f"Unknown key '' in part '=f32' of policy '=f32'. {PARTS}",
@@ -292,6 +316,90 @@ def test_text_that_is_no_policy(text):
     for error in (jmp.errors.UnknownDtypeError, ValueError):
         with pytest.raises(error, match=exactly(ERRORS[text])):
             jmp.get_policy(text)
+
+
+ADVICE = {
+    # Policies with a typing error, a separator of another system, or parts in another order.
+    "mixed_bflaot16": "Did you mean the policy 'mixed_bfloat16'?",
+    "mixed_flot16": "Did you mean the policy 'mixed_float16'?",
+    "MIXED-BFLOAT16": "Did you mean the policy 'mixed_bfloat16'?",
+    "mixed-bf16": "Did you mean the policy 'mixed_bfloat16'?",
+    "bfloat16-mixed": "Did you mean the policy 'bf16-mixed'?",
+    "16_mixed": "Did you mean the policy '16-mixed'?",
+    "O4": "Did you mean the policy 'o0'?",
+    # Dtypes.
+    "bf61": "Did you mean 'bf16'?",
+    "flaot16": "Did you mean 'float16'?",
+    "c=float61": "Did you mean 'float16'?",
+    "c=bflot16": "Did you mean 'bfloat16'?",
+    "c=mixed_bfloat16": "That is a whole policy: write it alone.",
+    # Formats of 8 bits.
+    **dict.fromkeys(
+        ["fp8", "FP8", "f8", "float8", "mixed_float8", "mixed_fp8", "fp8-mixed", "8-mixed", "8bit", "8-bit", "c=fp8"],
+        EIGHT_BITS.format("FP8").strip(),
+    ),
+    **dict.fromkeys(
+        ["int8", "i8", "uint8", "mixed_int8", "int8-mixed", "c=int8", "p=f32,c=int8,o=f32", "w8a8"],
+        EIGHT_BITS.format("INT8_TRAIN").strip(),
+    ),
+    "c=f8_e4m3": f"Did you mean 'f8_e4m3fn'?{EIGHT_BITS.format('FP8')}",
+    # Nothing comes near.
+    "nonsense": "",
+    "tensor cores": "",
+    "x" * 10_000: "",
+}
+
+
+@pytest.mark.parametrize("text", ADVICE, ids=lambda text: text[:20])
+def test_advice_comes_before_the_list(text):
+    """The nearest name and the way to 8 bits stand right after what was wrong; a long input is cut."""
+    with pytest.raises(jmp.errors.UnknownDtypeError, match=r"^Unknown dtype '") as caught:
+        jmp.get_policy(text)
+    problem, _, accepted = str(caught.value).partition(" Accepted dtypes: ")
+    first, _, advice = problem.partition(f"in policy {quote(text)}.")
+    assert ADVICE[text] == advice.strip()
+    assert ACCEPTED in accepted
+    assert len(first) < 250
+
+
+@pytest.mark.parametrize("alias", [*ALIASES, *jmp.name_to_dtype])
+def test_name_with_a_swap_is_recognized(alias):
+    """Two letters swapped in any name of at least four characters: the name is offered, or the text means another."""
+    if len(alias) < 4:
+        return
+    swapped = alias[:-3] + alias[-2] + alias[-3] + alias[-1]
+    result = strategies.result_or_error(jmp.get_policy, swapped)
+    assert isinstance(result, jmp.Policy) or "Did you mean" in str(result)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "distance"),
+    [
+        ("", "", 0),
+        ("a", "", 1),
+        ("head", "head", 0),
+        ("haed", "head", 1),
+        ("hed", "head", 1),
+        ("hzad", "head", 1),
+        ("ab", "ba", 1),
+        ("abc", "cab", 2),
+        ("kitten", "sitting", 3),
+        ("abcdef", "uvwxyz", 5),
+        ("a" * 50, "b", 5),
+    ],
+)
+def test_edits(first, second, distance):
+    """Insertions, deletions, replacements and swaps count one each, in both directions, up to the limit of 4."""
+    assert distance == edits(first, second, 4) == edits(second, first, 4)
+
+
+@given(st.text("ab1", max_size=6), st.text("ab1", max_size=6), st.text("ab1", max_size=6))
+def test_edits_are_a_measure(first, second, third):
+    """Equal texts alone are no edit apart; a letter more or less at the end is at most one edit more."""
+    distance = edits(first, second, 20)
+    assert (distance == 0) == (first == second)
+    assert abs(len(first) - len(second)) <= distance <= max(len(first), len(second))
+    assert distance == edits(first + third, second + third, 20)
 
 
 @pytest.mark.parametrize("spec", [None, 3, jnp.float16, np.dtype("float16"), b"bf16", ["bf16"], {}], ids=repr)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, overload
 
 import jax
 
+from jmp_lite._functions import check_function
 from jmp_lite._policy import Policy, PolicyMap
 from jmp_lite.autocast._api import HANDLERS, is_traced, settings_from, trace
 from jmp_lite.autocast._interpreter import Interpreter
@@ -230,6 +231,7 @@ def explain(
     References:
         TensorFlow's ``auto_mixed_precision`` writes the same to a file when asked for its debug log.
     """
+    check_function(fun, "explain")
     settings = settings_from(policy, rules=rules, ops=ops, dot=dot, accumulation_dtype=accumulation_dtype)
     return lambda *args, **kwargs: explained(fun, settings, args, kwargs)[0]
 
@@ -238,6 +240,7 @@ def explained(
     fun: Callable[..., Any], settings: Settings, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Explanation, Any]:
     """Explains a call under settings that have been checked; also returns what it returns, without its numbers."""
+    check_function(fun, "explain")
     interpreter = Interpreter(settings, HANDLERS, keeps_records=True)
     traced = trace(fun, args, kwargs, lambda leaf: is_traced(leaf) or isinstance(leaf, jax.ShapeDtypeStruct))
     results = jax.eval_shape(lambda arrays: interpreter.run(traced.jaxpr, arrays), traced.arrays)

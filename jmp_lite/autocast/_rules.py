@@ -1,7 +1,6 @@
 """Which precision holds where: rules, policies per module, and regions, resolved for a name scope and a primitive."""
 
 import dataclasses
-import difflib
 import functools
 import re
 import warnings
@@ -11,7 +10,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from jmp_lite._dtypes import ACCEPTED_NAMES, FLOAT32, DType, dtype_or_none
-from jmp_lite._policy import Policy, PolicyMap, compile_pattern, get_policy
+from jmp_lite._functions import compile_pattern, matches, nearest_modules, quote
+from jmp_lite._policy import Policy, PolicyMap, get_policy
 from jmp_lite.autocast import _regions
 from jmp_lite.autocast._ops import Op, OpClass, is_kernel
 from jmp_lite.autocast._values import is_in_range
@@ -66,7 +66,7 @@ class Rule:
 
     Raises:
         InvalidRuleError: If the precision or the result means nothing.
-        UnknownDtypeError: If a pattern is no regular expression.
+        InvalidPatternError: If a pattern is no regular expression.
 
     Example:
         >>> rules = [jmp.Rule("router", precision="full")]
@@ -94,7 +94,7 @@ class Rule:
         for field in ("scope", "primitive"):
             pattern = getattr(self, field)
             if not (pattern is None or isinstance(pattern, str)):
-                raise InvalidRuleError(f"{field} must be a regular expression or None, got {pattern!r}.")
+                raise InvalidRuleError(f"{field} must be a regular expression or None, got {quote(pattern)}.")
             if pattern is not None:
                 compile_pattern(pattern)
         if self.result is not None and dtype_or_none(self.result) != FLOAT32:
@@ -111,7 +111,7 @@ class Rule:
         """Whether the rule holds for a primitive in a scope."""
         if self.primitive is not None and not re.fullmatch(self.primitive, primitive):
             return False
-        return self.scope is None or any(compile_pattern(self.scope).search(path) for path in _readings(scope))
+        return self.scope is None or any(matches(self.scope, path) for path in _readings(scope))
 
     def applied_to(self, precision: Precision) -> Precision:
         """Returns what holds where the rule matches, given what would hold without it."""
@@ -135,7 +135,7 @@ _MODES = ("auto", "full", "low")
 def checked_dot(dot: Any) -> Any:
     """Returns what the user gave in the place of a matrix product, if it can be called."""
     if dot is not None and not callable(dot):
-        raise InvalidRuleError(f"dot must be a function with the signature of lax.dot_general, got {dot!r}.")
+        raise InvalidRuleError(f"dot must be a function with the signature of lax.dot_general, got {quote(dot)}.")
     return dot
 
 
@@ -161,7 +161,7 @@ def _checked_precision(precision: Any) -> Any:
         return "full"
     if dtype is None or dtype.itemsize != 2 or not jnp.issubdtype(dtype, jnp.floating):
         raise InvalidRuleError(
-            f"precision must be 'auto', 'full', 'low', or stand for float32 or a 16-bit dtype, got {precision!r}. "
+            f"precision must be 'auto', 'full', 'low', or stand for float32 or a 16-bit dtype, got {quote(precision)}. "
             "Write for example Rule('head', precision='full'); products in 8 bits are Rule('head', dot=jmp.quant.FP8)."
         )
     return dtype
@@ -228,11 +228,12 @@ class Settings:
         return in_policy if rule is None else rule.applied_to(in_policy)
 
     @functools.cached_property
-    def patterns(self) -> tuple[tuple[str, Callable[[str, str], bool]], ...]:
-        """What the user named parts of the program by, with a test of a name scope and a primitive."""
-        rules = [(str(rule), rule.matches) for rule in self.rules]
+    def patterns(self) -> Mapping[str, tuple[str, Callable[[str, str], bool]]]:
+        """What the user named parts of the program by: a pattern, and a test of a name scope and a primitive."""
+        rules = {str(rule): (rule.scope or rule.primitive or "", rule.matches) for rule in self.rules}
         policies = self.policy.policies if isinstance(self.policy, PolicyMap) else ()
-        return (*rules, *((f"pattern {key!r} of the PolicyMap", _names(key, self.root)) for key, _ in policies))
+        keys = {f"pattern {quote(key)} of the PolicyMap": (key, _names(key, self.root)) for key, _ in policies}
+        return rules | keys
 
     def is_in_range(self, number: float) -> bool:
         """Whether all compute dtypes hold a number to within their rounding error."""
@@ -240,12 +241,12 @@ class Settings:
 
 
 def _names(key: str, root: str) -> Callable[[str, str], bool]:
-    def matches(scope: str, primitive: str) -> bool:
+    def names(scope: str, primitive: str) -> bool:
         del primitive
         path = _path_in_model(scope, root)
-        return compile_pattern(key).search(path) is not None or path == key or path.startswith(f"{key}/")
+        return path == key or path.startswith(f"{key}/") or matches(key, path)
 
-    return matches
+    return names
 
 
 class Matches:
@@ -258,7 +259,7 @@ class Matches:
     def note(self, scope: str, primitive: str) -> None:
         """Takes note of an equation."""
         self._seen.add(scope)
-        for name in [name for name, matches in self._missing.items() if matches(scope, primitive)]:
+        for name in [name for name, (_, holds) in self._missing.items() if holds(scope, primitive)]:
             del self._missing[name]
 
     def warn(self) -> None:
@@ -267,10 +268,9 @@ class Matches:
         Warns:
             UnmatchedRuleWarning: With the name scopes that come nearest.
         """
-        scopes = {part: None for scope in sorted(self._seen) for part in (*scope.split("/"), scope) if part}
-        for name in self._missing:
-            near = difflib.get_close_matches(name.split("'")[1] if "'" in name else name, scopes, n=3, cutoff=0.4)
-            nearest = " and ".join(map(repr, near or list(scopes)[:3])) or "none: the program has no name scopes"
+        for name, (pattern, _) in self._missing.items():
+            near = nearest_modules(pattern, sorted(self._seen))[:3]
+            nearest = " and ".join(map(repr, near)) or "none: the program has no name scopes"
             warnings.warn(
                 f"The {name} matched no equation of the program and does nothing. The nearest name scopes are "
                 f"{nearest}. jmp.explain shows the scopes of all equations.",
@@ -295,14 +295,15 @@ def checked_settings(policy: Any, rules: Any, ops: Mapping[str, Op], **settings:
     rules = (rules,) if isinstance(rules, Rule) else rules
     if not (isinstance(rules, Sequence) and all(isinstance(rule, Rule) for rule in rules)):
         raise InvalidRuleError(
-            f"rules must be a sequence of Rule, got {rules!r}. Write rules=[Rule(scope, primitive, precision)]."
+            f"rules must be a sequence of Rule, got {quote(rules)}. Write rules=[Rule(scope, primitive, precision)]."
         )
     by_name = tuple(sorted(ops.items(), key=lambda item: item[0]))
     checked = Settings(get_policy(policy), tuple(rules), by_name, **settings)
     for dtype in checked.dtypes:
         if dtype.itemsize < 2:
             raise InvalidPolicyError(
-                f"autocast computes in 16 bits, got the compute dtype {dtype}. Name a 16-bit dtype, and give "
-                f"the matrix products in {dtype} as dot=. Accepted names: {ACCEPTED_NAMES}."
+                f"autocast computes in 16 bits, got the compute dtype {dtype}. Name a 16-bit dtype, and "
+                f"give the matrix products in {dtype} as dot=, such as dot=jmp_lite.quant.FP8. Accepted names: "
+                f"{ACCEPTED_NAMES}."
             )
     return checked

@@ -152,7 +152,7 @@ def accumulate_gradients(
         treedefs: list[Any] = []
 
         def one(state: Any, number: Any) -> tuple[Any, list[jax.Array], Any]:
-            copies = nnx.merge(graphdef, state)
+            copies = nnx.merge(graphdef, state, copy=True)
             _, others, layout = partition((microbatch(number), kwargs), is_node, is_leaf)
             own_args, own_kwargs = combine(copies, others, layout)
             value, grads = value_and_grad(*own_args, **own_kwargs)

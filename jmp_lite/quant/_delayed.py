@@ -17,6 +17,7 @@ from jax import lax
 
 from jmp_lite._compat import Equation, Jaxpr, as_traced, bind, is_literal, program, scan_counts, scope_names
 from jmp_lite._dtypes import FLOAT32
+from jmp_lite._functions import check_function
 from jmp_lite._tree import combine, describe, is_inexact, partition
 from jmp_lite.autocast._api import is_traced, trace
 from jmp_lite.autocast._programs import PROGRAMS
@@ -52,6 +53,9 @@ def delayed(fun: Callable[..., Any]) -> "Delayed":
     Returns:
         A function of ``(histories, *args, **kwargs)`` with the method ``init``.
 
+    Raises:
+        InvalidFunctionError: If ``fun`` is no function.
+
     Example:
         >>> def loss(w, x):
         ...     return jnp.sum(x @ w)
@@ -72,6 +76,7 @@ def delayed(fun: Callable[..., Any]) -> "Delayed":
         Delayed scaling of NVIDIA TransformerEngine; Micikevicius et al., "FP8 Formats for Deep Learning",
         arXiv:2209.05433.
     """
+    check_function(fun, "delayed")
     return Delayed(fun)
 
 

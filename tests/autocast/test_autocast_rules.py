@@ -46,6 +46,7 @@ RULES = {
     "inner scope": ([FULL_B], F32, F32),
     "path": ([Rule("a/b", precision="full")], F32, F32),
     "alternatives": ([Rule("z|b", precision="full")], F32, F32),
+    "flags": ([Rule("(?i)B", precision="full")], F32, F32),
     "everywhere": ([Rule(precision="full")], F32, F32),
     "primitive": ([Rule("a", "exp", "low")], BF16, BF16),
     "regular expression of a primitive": ([Rule(None, "dot_.*|ragged.*", "full")], F32, F32),
@@ -68,11 +69,12 @@ def test_rules(rules, product, exponential):
 
 
 UNMATCHED = {
-    "another path": (LOW, [Rule("b/a", precision="full")], "'b'"),
+    "another path": (LOW, [Rule("b/a", precision="full")], "nearest name scopes are 'a' and 'a/b'"),
     "whole segments": (LOW, [Rule("aa", precision="full")], "'a'"),
     "whole primitive": (LOW, [Rule("a", "ex", "low")], "'a'"),
     "another primitive": (LOW, [Rule(None, "xp", "low")], "'a'"),
     "misspelt": (LOW, [Rule("route", precision="full"), Rule("a", precision="auto")], "'route'"),
+    "number": (LOW, [Rule(r"\d+/b", precision="full")], "nearest name scopes are 'a/b' and 'a'"),
     "map": (jmp.PolicyMap({"c": "full"}, default=LOW), [], "pattern 'c' of the PolicyMap"),
     "map, among others": (jmp.PolicyMap({"b": LOW, "heads": "full"}, default=LOW), [], "'heads'"),
 }
@@ -370,8 +372,14 @@ INVALID = {
     ),
     "integers": (lambda: Rule(precision=jnp.int16), jmp.errors.InvalidRuleError, "int16"),
     "no precision": (lambda: Rule(precision=None), jmp.errors.InvalidRuleError, "None"),
-    "scope": (lambda: Rule("head("), jmp.errors.UnknownDtypeError, "head("),
-    "primitive": (lambda: Rule(None, "[ex"), jmp.errors.UnknownDtypeError, "[ex"),
+    "scope": (lambda: Rule("head("), jmp.errors.InvalidPatternError, "head("),
+    "primitive": (lambda: Rule(None, "[ex"), jmp.errors.InvalidPatternError, "[ex"),
+    "flags in the middle": (lambda: Rule("a(?i)b"), jmp.errors.InvalidPatternError, "Write flags first, as in '(?i)"),
+    "a scope that backtracks for ever": (
+        lambda: jmp.autocast(jax.named_scope("a" * 40)(jnp.sin), LOW, rules=Rule("(a+)+", precision="full"))(1.0),
+        jmp.errors.InvalidPatternError,
+        "Pattern '(a+)+' would search path 'aaaa",
+    ),
     "not a rule": (
         lambda: jmp.autocast(in_scopes, LOW, rules=[("a", "full")]),
         jmp.errors.InvalidRuleError,
