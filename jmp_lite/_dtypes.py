@@ -3,13 +3,14 @@
 import functools
 import re
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jmp_lite._messages import nearest, quote
 from jmp_lite.errors import SlowDtypeWarning, UnknownDtypeError
 
 DType = np.dtype[Any]
@@ -108,45 +109,6 @@ def advice(name: str, policies: Collection[str] = ()) -> str:
             f"dot=jmp_lite.quant.{recipe})."
         )
     return "".join(sentences)
-
-
-def nearest(name: str, names: Iterable[str], limit: int) -> list[str]:
-    """Returns the names that are at most so many edits away from a mistyped one, nearest first; case is ignored."""
-    rated = [(edits(name.lower(), known.lower(), limit), known) for known in dict.fromkeys(names)]
-    return [known for distance, known in sorted(rated, key=lambda pair: pair[0]) if distance <= limit]
-
-
-def edits(first: str, second: str, limit: int) -> int:
-    """Counts the characters to insert, delete, replace or swap with a neighbor to turn one text into another.
-
-    Args:
-        first: A text.
-        second: Another one.
-        limit: Where to stop counting: whatever is more is returned as one more.
-
-    References:
-        Optimal string alignment, a restricted form of the distance of Damerau (Communications of the ACM 7, 1964).
-    """
-    if abs(len(first) - len(second)) > limit:
-        return limit + 1
-    before: list[int] = []
-    row = list(range(len(second) + 1))
-    for i, a in enumerate(first):
-        above, row = row, [i + 1]
-        for j, b in enumerate(second):
-            row.append(min(above[j] + (a != b), above[j + 1] + 1, row[j] + 1))
-            if i and j and a == second[j - 1] and b == first[i - 1]:
-                row[-1] = min(row[-1], before[j - 1] + 1)
-        if min(row) > limit:
-            return limit + 1
-        before = above
-    return min(row[-1], limit + 1)
-
-
-def quote(value: Any, limit: int = 200) -> str:
-    """Returns what a user gave on one line, cut where it is long."""
-    text = re.sub(r"\n\s*", " ", repr(value))
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def dtype_or_none(value: Any) -> DType | None:

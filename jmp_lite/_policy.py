@@ -22,12 +22,11 @@ from jmp_lite._dtypes import (
     canonical,
     dtype_name,
     dtype_to_names,
-    nearest,
     parse_dtype,
-    quote,
     warn_if_slow,
 )
-from jmp_lite._functions import (
+from jmp_lite._messages import nearest, quote
+from jmp_lite._patterns import (
     compile_pattern,
     is_misspelt,
     is_plain,

@@ -206,7 +206,7 @@ class ReplicasDisagreeError(JmpLiteError, RuntimeError):
     Fails and works::
 
         jax.pmap(step_with(jmp.loss_scaled(optax.sgd(0.1))), "data")
-        # jmp_lite.errors.ReplicasDisagreeError, from check_loss_scale: The replicas of a pmap disagree ...
+        # jmp_lite.errors.ReplicasDisagreeError: The replicas of a pmap disagree: notfinite_count is [0, 1]...
         jax.pmap(step_with(jmp.loss_scaled(optax.sgd(0.1), axis_name="data")), "data")
     """
 

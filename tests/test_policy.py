@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from support import strategies
 
 import jmp_lite as jmp
-from jmp_lite._dtypes import edits, quote
+from jmp_lite._messages import edits, quote
 from jmp_lite._policy import ALIASES
 
 ACCEPTED = ", ".join(["half", *(name for names in jmp.dtype_to_names.values() for name in names)])

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from support import strategies
 
 import jmp_lite as jmp
-from jmp_lite._functions import LONGEST_PATH, quote
+from jmp_lite._messages import quote
+from jmp_lite._patterns import LONGEST_PATH
 
 DEFAULT = "mixed_bfloat16"
 EXAMPLE = "Write for example get_policy('mixed_bfloat16')."

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from jmp_lite._dtypes import ACCEPTED_NAMES, FLOAT32, DType, dtype_or_none
-from jmp_lite._functions import compile_pattern, matches, nearest_modules, quote
+from jmp_lite._messages import quote
+from jmp_lite._patterns import compile_pattern, matches, nearest_modules
 from jmp_lite._policy import Policy, PolicyMap, get_policy
 from jmp_lite.autocast import _regions
 from jmp_lite.autocast._ops import Op, OpClass, is_kernel

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 from jmp_lite._dtypes import at_least_float32
-from jmp_lite._functions import quote
+from jmp_lite._messages import quote
 from jmp_lite._tree import cast_to_at_least_float32, describe, is_array, is_inexact, path_string
 from jmp_lite.errors import InvalidStepError
 from jmp_lite.scaling._loss_scaled import LossScaledUpdate, check_optimizer, is_hidden, loss_scaled_states
@@ -29,12 +29,15 @@ def _is_finite(array: jax.Array) -> jax.Array:
 
 
 def _apply(params: P, updates: Any) -> tuple[P, jax.Array]:
-    """Returns new parameters, the old ones where an update would make them infinite or NaN, and whether none would."""
+    """Returns new parameters, and whether their updates are finite.
+
+    Elements that an update would make infinite or NaN stay as they are; leaves without an update are ``None``.
+    """
     seen: list[tuple[Any, jax.Array]] = []
 
     def apply(leaf: Any, update: Any) -> Any:
         if is_hidden(update) or not is_inexact(update):
-            return leaf
+            return None
         param = jnp.asarray(leaf)
         new = _sum(param, jnp.asarray(update))
         is_kept = _is_finite(param) & ~_is_finite(new)
@@ -45,10 +48,17 @@ def _apply(params: P, updates: Any) -> tuple[P, jax.Array]:
     return applied, watched(seen)
 
 
+def _merged(params: P, applied: P) -> P:
+    merged: P = jax.tree.map(lambda old, new: old if new is None else new, params, applied)
+    return merged
+
+
 def _check_trees(grads: Any, params: Any) -> None:
     """Raises for gradients that are none of these parameters."""
 
     def check(path: Any, param: Any, grad: Any) -> None:
+        if not jax.tree_util.all_leaves([grad], is_leaf=is_hidden):
+            raise ValueError(f"{path_string(path)!r} is one leaf of the parameters, and a tree of gradients")
         if is_inexact(param) and is_array(grad) and grad.shape != np.shape(param):
             raise InvalidStepError(
                 f"The gradient of {path_string(path)!r} is {describe(grad)}, but the parameter is {describe(param)}. "
@@ -110,7 +120,7 @@ def apply_gradients(
     if not isinstance(update, LossScaledUpdate):
         loss_scaled_states(opt_state)
         updates, opt_state = optax.with_extra_args_support(tx).update(grads, opt_state, params, **extra_args)
-        return _apply(params, updates)[0], opt_state
+        return _merged(params, _apply(params, updates)[0]), opt_state
 
     def step() -> tuple[tuple[P, Any], jax.Array]:
         updates, inner_state = update.inner_update(grads, opt_state, params, extra_args)
@@ -118,6 +128,11 @@ def apply_gradients(
         return (new, inner_state), updates_finite
 
     finite = update.verdict(grads, opt_state)
-    old = params, opt_state.inner_state
-    (params, inner_state), updates_finite = step_or_skip(finite, step, lambda: old, update.axis_name)
-    return params, update.next_state(opt_state, inner_state, finite, updates_finite)
+
+    def skip() -> tuple[P, Any]:
+        (applied, _), _ = jax.eval_shape(step)
+        old: P = jax.tree.map(lambda param, new: None if new is None else jnp.asarray(param), params, applied)
+        return old, opt_state.inner_state
+
+    (applied, inner_state), updates_finite = step_or_skip(finite, step, skip, update.axis_name)
+    return _merged(params, applied), update.next_state(opt_state, inner_state, finite, updates_finite)

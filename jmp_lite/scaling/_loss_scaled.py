@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from jmp_lite._dtypes import FLOAT32
-from jmp_lite._functions import quote
+from jmp_lite._messages import quote
 from jmp_lite._tree import cast_to_at_least_float32, is_array, is_inexact, path_string
 from jmp_lite.errors import InvalidLossScaleError, InvalidStepError, LossScaleNotFoundError
 from jmp_lite.scaling._in_state import is_loss_scale
@@ -47,13 +47,7 @@ class LossScaledState(NamedTuple):
 
 def trainable(tree: Any) -> Any:
     """Hides from an optimizer what has no gradient: numbers that are not floats, and leaves that are no numbers."""
-    return jax.tree.map(_trainable, tree)
-
-
-def _trainable(leaf: Any) -> Any:
-    if is_inexact(leaf):
-        return leaf
-    return optax.MaskedNode() if is_array(leaf) or isinstance(leaf, (bool, int)) else None
+    return jax.tree.map(lambda leaf: leaf if is_inexact(leaf) else None, tree)
 
 
 def is_hidden(node: Any) -> bool:
@@ -95,11 +89,6 @@ def _like_old(new: Any, old: Any) -> Any:
 def _nothing(shape: jax.ShapeDtypeStruct) -> jax.Array:
     """An update that changes no bit, varying over the mesh axes that ``shape`` varies over: 0 would make 0 of -0."""
     return -jnp.zeros_like(shape)
-
-
-def _with_hidden(update: Any, grad: Any) -> Any:
-    """What an update looks like from outside: leaves that were hidden keep the gradient they came with."""
-    return grad if isinstance(update, optax.MaskedNode) else update
 
 
 def _finite_or_nothing(update: Any) -> tuple[Any, jax.Array]:
@@ -171,7 +160,7 @@ class LossScaledUpdate:
 
         finite = self.verdict(updates, state)
         (new_updates, inner_state), updates_finite = step_or_skip(finite, step, skip, self.axis_name)
-        new_updates = jax.tree.map(_with_hidden, new_updates, updates, is_leaf=is_hidden)
+        new_updates = jax.tree.map(lambda grad, new: grad if new is None else new, updates, new_updates)
         return new_updates, self.next_state(state, inner_state, finite, updates_finite)
 
 

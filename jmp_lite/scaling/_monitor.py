@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jmp_lite._functions import quote
+from jmp_lite._messages import quote
 from jmp_lite._tree import is_array, is_inexact, path_string
 from jmp_lite.errors import (
     InvalidStepError,

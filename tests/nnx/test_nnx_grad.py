@@ -84,9 +84,11 @@ def unscaled(grads):
     return jax.tree.map(lambda g: g / SCALE, grads)
 
 
-@pytest.mark.parametrize(
-    ("run", "agree"), [(lambda f: f, assert_identical), (nnx.jit, assert_near)], ids=["eager", "jit"]
-)
+RUNS = {name: (case, nnx.jit, assert_near) for name, case in CASES.items()}
+RUNS["eager"] = (CASES["a model"], lambda f: f, assert_identical)
+
+
+@pytest.mark.parametrize(("case", "run", "agree"), RUNS.values(), ids=RUNS)
 def test_it_is_value_and_grad_with_a_scale_that_is_a_power_of_two(case, run, agree, rng):
     fun, args, x, argnums, has_aux = arguments(case, rng)
     ours, plain = nnx.clone(args), nnx.clone(args)

@@ -1,0 +1,331 @@
+"""What a training step must not do in silence: each slip is an error of ours, or changes nothing and is counted."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+from support.comparisons import DEVICES, assert_identical, fused, two_calls
+
+import jmp_lite as jmp
+from jmp_lite import errors
+from jmp_lite.scaling import _verdict
+
+PARAMS = {"a": jnp.ones((2, 3)), "b": jnp.zeros(4)}
+forms = pytest.mark.parametrize("form", [fused, two_calls], ids=["fused", "two calls"])
+runs = pytest.mark.parametrize("run", [lambda f: f, jax.jit], ids=["eager", "jit"])
+
+
+def sgd(scale=1.0, **options):
+    return jmp.loss_scaled(optax.sgd(0.5, **options), jmp.StaticLossScale(scale))
+
+
+def step_of(tx, form):
+    return form(tx)
+
+
+# --- Arguments that do not belong together ---
+
+TX = sgd()
+STATE = TX.init(PARAMS)
+WRONG = {
+    "an optimizer that was not called": (lambda: jmp.loss_scaled(optax.adam), r"the function adam; call it"),
+    "no optimizer": (lambda: jmp.loss_scaled(3e-4), r"got 0\.0003"),
+    "an optimizer that was not called, in the step": (
+        lambda: jmp.apply_gradients(optax.sgd, PARAMS, STATE, PARAMS),
+        "the function sgd; call it",
+    ),
+    "gradients first": (lambda: jmp.apply_gradients(PARAMS, TX, STATE, PARAMS), "apply_gradients takes an Optax"),
+    "another tree": (lambda: jmp.apply_gradients(TX, {"c": jnp.ones(2)}, STATE, PARAMS), "are different trees"),
+    "another depth": (lambda: jmp.apply_gradients(TX, PARAMS | {"b": None}, STATE, PARAMS["a"]), "are different trees"),
+    "another shape": (
+        lambda: jmp.apply_gradients(TX, PARAMS | {"b": jnp.ones(5)}, STATE, PARAMS),
+        r"'b' is float32\[5\], but the parameter is float32\[4\]",
+    ),
+    "parameters and gradients of one name swapped": (
+        lambda: jmp.apply_gradients(TX, [jnp.ones(2)], STATE, (jnp.ones(2),)),
+        "are different trees",
+    ),
+    "a check under jit": (lambda: jax.jit(jmp.check_loss_scale)(STATE), "inside jit"),
+}
+
+
+@pytest.mark.parametrize(("call", "message"), WRONG.values(), ids=WRONG)
+def test_arguments_that_do_not_belong_together_are_quoted(call, message):
+    with pytest.raises(errors.InvalidStepError, match=message):
+        call()
+
+
+BARE = {
+    "sgd": optax.sgd(0.1),
+    "chain": optax.chain(optax.clip(1.0), optax.adam(1e-3)),
+    "accumulation": optax.MultiSteps(optax.sgd(0.1), 2).gradient_transformation(),
+    "hyperparameters": optax.inject_hyperparams(optax.sgd)(0.1),
+}
+
+
+@pytest.mark.parametrize("tx", BARE.values(), ids=BARE)
+def test_scaled_gradients_reach_no_plain_optimizer(tx):
+    with pytest.raises(errors.LossScaleNotFoundError, match=r"wrapped in jmp_lite\.loss_scaled"):
+        jmp.apply_gradients(tx, PARAMS, tx.init(PARAMS), PARAMS)
+
+
+@pytest.mark.parametrize("around", [lambda tx: tx, optax.chain, lambda tx: optax.MultiSteps(tx, 1)])
+def test_an_optimizer_around_a_scaled_one_is_taken(around):
+    tx = around(sgd())
+    with jax.numpy_dtype_promotion("standard"):
+        params, _ = jmp.apply_gradients(tx, PARAMS, tx.init(PARAMS), PARAMS)
+    assert_identical(params["a"], jnp.full((2, 3), 0.5))
+
+
+# --- Steps that are skipped ---
+
+
+@runs
+@forms
+def test_a_skipped_step_keeps_every_bit(run, form, rng):
+    bits = [0.0, -0.0, 1.0, -1.5e-38, np.inf, -np.inf, np.nan]
+    params = {"w": jnp.asarray(rng.permutation(bits), jnp.float32), "h": jnp.asarray([-0.0, 1.0], jnp.float16)}
+    grads = jax.tree.map(lambda p: jnp.full_like(p, jnp.nan), params)
+    tx = sgd(momentum=0.9)
+    new, state = run(step_of(tx, form))(params, tx.init(params), grads)
+    assert_identical(new, params)
+    assert int(state.total_notfinite) == 1
+
+
+# --- Updates that are not finite, of gradients that are ---
+
+
+def constant(value):
+    return optax.stateless(lambda updates, _: jax.tree.map(lambda u: jnp.full_like(u, value), updates))
+
+
+def one_element(updates, _):
+    return jax.tree.map(lambda u: u.at[(0,) * u.ndim].set(jnp.nan), updates)
+
+
+# inner optimizer, dtype of parameters, whether all elements of a leaf stay as they are
+BAD = {
+    "nan": (constant(jnp.nan), jnp.float32, True),
+    "inf": (constant(-jnp.inf), jnp.float32, True),
+    "nan in float16": (constant(jnp.nan), jnp.float16, True),
+    "one element in bfloat16": (optax.stateless(one_element), jnp.bfloat16, False),
+    "a learning rate": (optax.sgd(jnp.inf), jnp.float32, True),
+    "rounded hyperparameters": (
+        optax.inject_hyperparams(optax.adamw, hyperparam_dtype=jnp.bfloat16)(1e-3, b2=0.9999),
+        jnp.bfloat16,
+        True,
+    ),
+}
+
+
+@runs
+@forms
+@pytest.mark.parametrize(("inner", "dtype", "whole"), BAD.values(), ids=BAD)
+def test_no_update_that_is_not_finite_reaches_a_parameter(inner, dtype, whole, form, run):
+    tx = jmp.loss_scaled(inner)
+    params = jax.tree.map(lambda p: p.astype(dtype), PARAMS)
+    grads = jax.tree.map(jnp.ones_like, params)
+    step, state, new = run(step_of(tx, form)), tx.init(params), params
+    with jax.numpy_dtype_promotion("standard"):
+        for _ in range(3):
+            new, state = step(new, state, grads)
+    assert all(bool(jnp.isfinite(p).all()) for p in jax.tree.leaves(new))
+    if whole:
+        assert_identical(new, params)
+    values = jmp.metrics(state)
+    assert (bool(values["last_finite"]), int(values["total_notfinite"])) == (True, 0)
+    assert (int(values["nonfinite_updates"]), int(values["total_nonfinite_updates"])) == (3, 3)
+    with pytest.warns(errors.NonFiniteUpdateWarning, match=r"3 steps in a row\. .* eps"):
+        jmp.check_loss_scale(state)
+    with pytest.raises(errors.LossScaleStalledError, match=r"updates that are not finite .* 3 steps in a row"):
+        jmp.check_loss_scale(state, max_skips=3)
+
+
+@runs
+def test_no_parameter_goes_beyond_its_dtype(run):
+    """An update that is finite itself; in the plain form the sum is Optax's."""
+    tx, params = jmp.loss_scaled(constant(1e6)), {"w": jnp.ones(3, jnp.float16)}
+    new, state = run(step_of(tx, fused))(params, tx.init(params), params)
+    assert_identical(new, params)
+    assert int(state.nonfinite_updates) == 1
+
+
+@runs
+def test_good_updates_end_a_row_and_skipped_steps_do_not(run):
+    tx = jmp.loss_scaled(optax.inject_hyperparams(optax.sgd)(1.0))
+    params, state, seen = PARAMS, tx.init(PARAMS), []
+    step = run(step_of(tx, fused))
+    for rate, grad in ((jnp.inf, 1.0), (jnp.inf, jnp.nan), (jnp.inf, 1.0), (0.5, 1.0)):
+        state.inner_state.hyperparams["learning_rate"] = jnp.asarray(rate, jnp.float32)
+        params, state = step(params, state, jax.tree.map(lambda p, grad=grad: jnp.full_like(p, grad), PARAMS))
+        seen.append((int(state.nonfinite_updates), int(state.total_nonfinite_updates), int(state.notfinite_count)))
+    assert seen == [(1, 1, 0), (1, 1, 1), (2, 2, 0), (0, 2, 0)]
+
+
+IN_FLOAT16 = ("adam", "adafactor", "novograd", "lamb", "rmsprop", "yogi")
+OPTIMIZERS = [*((name, jnp.float16) for name in IN_FLOAT16), ("adafactor", jnp.bfloat16), ("novograd", jnp.bfloat16)]
+
+
+@pytest.mark.parametrize(("name", "dtype"), OPTIMIZERS)
+def test_optimizers_compute_in_float32_for_parameters_of_16_bits(name, dtype):
+    """Without a gradient a parameter moves by its decay alone, whatever an eps of 1e-8 or 1e-30 is in its dtype."""
+    tx = jmp.loss_scaled(getattr(optax, name)(1e-3))
+    params = {"w": jnp.ones((8, 8), dtype)}
+    state = tx.init(params)
+    before = jax.tree.map(jnp.result_type, state)
+    with jax.numpy_dtype_promotion("standard"):
+        for _ in range(3):
+            params, state = jmp.apply_gradients(tx, {"w": jnp.zeros((8, 8), dtype)}, state, params)
+    assert bool((jnp.abs(params["w"].astype(jnp.float32) - 1) < 0.01).all())
+    assert int(state.total_nonfinite_updates) == 0
+    assert jax.tree.map(jnp.result_type, state) == before
+
+
+# --- Line searches ---
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**10, 2.0**-3])
+def test_a_line_search_sees_unscaled_gradients(scale):
+    def loss(p):
+        return jnp.sum((p - jnp.arange(4.0)) ** 4 + jnp.cos(3 * p))
+
+    inner = optax.chain(optax.sgd(1.0), optax.scale_by_zoom_linesearch(10))
+    tx = jmp.loss_scaled(inner, jmp.StaticLossScale(scale))
+    params = expected = jnp.full(4, 3.0)
+    state, plain = tx.init(params), inner.init(expected)
+    with jax.numpy_dtype_promotion("standard"):
+        for _ in range(3):
+            value, grads = jmp.scaled_value_and_grad(loss, loss_scale=state)(params)
+            params, state = jmp.apply_gradients(tx, grads, state, params, value=value, grad=grads, value_fn=loss)
+            value, grads = jax.value_and_grad(loss)(expected)
+            updates, plain = inner.update(grads, plain, expected, value=value, grad=grads, value_fn=loss)
+            expected = optax.apply_updates(expected, updates)
+    np.testing.assert_allclose(params, expected, rtol=8 * np.finfo(np.float32).eps)
+
+
+# --- Leaves that are no floating arrays ---
+
+STATIC = {
+    "functions": {"w": jnp.ones(2), "act": jnp.tanh},
+    "strings": {"w": jnp.ones(2), "name": "dense"},
+    "integers": {"w": jnp.ones(2), "count": jnp.arange(3), "size": 3},
+    "keys": {"w": jnp.ones(2), "key": jax.random.key(0)},
+    "none": {"w": jnp.ones(2), "bias": None},
+}
+
+
+@runs
+@pytest.mark.parametrize("params", STATIC.values(), ids=STATIC)
+@pytest.mark.parametrize("filtered", [False, True], ids=["whole", "filtered"])
+def test_leaves_without_gradients_stay(params, filtered, run):
+    def is_float(leaf):
+        return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+    tx = jmp.loss_scaled(optax.adam(0.5), jmp.StaticLossScale(4.0))
+    static = {k: v for k, v in params.items() if not isinstance(v, jax.Array)}
+
+    @run
+    def step(arrays, state):
+        whole = arrays | static
+        loss, grads = jmp.scaled_value_and_grad(lambda p: jnp.sum(p["w"] ** 2), loss_scale=state)(whole)
+        if filtered:
+            grads = jax.tree.map(lambda g: g if is_float(g) else None, grads)
+        new, state = jmp.apply_gradients(tx, grads, state, whole)
+        return {k: new[k] for k in arrays}, state, loss
+
+    kept = jax.tree.map(lambda p: p if is_float(p) else None, params) if filtered and "count" not in params else params
+    kept = params if "key" in params else kept
+    arrays = {k: v for k, v in params.items() if isinstance(v, jax.Array)}
+    with jax.numpy_dtype_promotion("standard"):
+        new, _, loss = step(arrays, tx.init(kept))
+    assert float(loss) == 2.0
+    assert_identical({k: v for k, v in new.items() if k != "w"}, {k: v for k, v in arrays.items() if k != "w"})
+    np.testing.assert_allclose(new["w"], 0.5, rtol=1e-5)  # an eps, and a power of 0.999 in float32
+
+
+# --- Devices ---
+
+
+def spread(tx, step, axis="data"):
+    mesh = jax.make_mesh((DEVICES,), (axis,), axis_types=(jax.sharding.AxisType.Auto,))
+    params = jnp.ones((DEVICES, 4))
+    specs = jax.tree.map(lambda a: P(axis) if a.ndim == 2 else P(), tx.init(params))
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=(P(axis), specs, P(axis)), out_specs=(P(axis), specs))
+    return jax.jit(mapped)(params, tx.init(params), params)
+
+
+@forms
+@pytest.mark.parametrize("axis", ["data", "expert"])
+def test_an_axis_that_was_forgotten_is_named(form, axis):
+    tx = sgd(momentum=0.9)
+    with pytest.raises(errors.MissingAxisError, match=rf"axis_name='{axis}'"):
+        spread(tx, step_of(tx, form), axis)
+
+
+def test_an_axis_that_was_named_is_enough():
+    tx = jmp.loss_scaled(optax.sgd(0.5), axis_name="data")
+    params, _ = spread(tx, step_of(tx, fused))
+    assert params.shape == (DEVICES, 4)
+
+
+def replicated(axis_name, bad):
+    """The state after a step of pmap in which one replica may see a bad gradient."""
+    tx = jmp.loss_scaled(optax.sgd(0.5), axis_name=axis_name)
+    grads = np.ones((DEVICES, 3), np.float32)
+    grads[bad] = np.nan
+    params = jnp.ones(3)
+    params, state = jax.tree.map(lambda x: jnp.stack([x] * DEVICES), (params, tx.init(params)))
+    return jax.pmap(step_of(tx, fused), "data")(params, state, grads)[1]
+
+
+def test_replicas_that_disagree_are_told():
+    with pytest.raises(errors.ReplicasDisagreeError, match=r"loss scale is \[.*axis_name=\.\.\."):
+        jmp.check_loss_scale(replicated(None, 3))
+    jmp.check_loss_scale(replicated("data", 3))
+    jmp.check_loss_scale(replicated(None, slice(0, 0)))
+
+
+def ensemble(rows):
+    """The state of independent models: for each, the bad steps after which good ones follow, then bad ones."""
+    tx = jmp.loss_scaled(optax.sgd(0.1), jmp.DynamicLossScale(2.0**24))
+    params = jnp.ones((len(rows), 3))
+    state = jax.vmap(tx.init)(params)
+    step = jax.jit(jax.vmap(step_of(tx, fused)))
+    for number in range(max(map(len, rows))):
+        grads = jnp.asarray([[jnp.nan if row[number] == "-" else 1.0] * 3 for row in rows])
+        params, state = step(params, state, grads)
+    return state
+
+
+def test_members_of_an_ensemble_count_for_themselves():
+    lowest, late = "-" * 24 + "+" * 10, "+" * 24 + "-" * 10
+    jmp.check_loss_scale(ensemble([lowest, late]))
+    with pytest.raises(errors.LossScaleStalledError, match=r"34 steps in a row .* member 2 of the ensemble"):
+        jmp.check_loss_scale(ensemble([lowest, late, "-" * 34]))
+
+
+# --- Traces ---
+
+
+@forms
+def test_a_step_traces_its_optimizer_once_and_its_check_once_per_shape(form, monkeypatch):
+    updates, checks = [], []
+    inner = optax.adam(1e-3)
+
+    def update(*args, **kwargs):
+        updates.append(args)
+        return inner.update(*args, **kwargs)
+
+    original = _verdict._is_below
+    monkeypatch.setattr(_verdict, "_is_below", lambda leaf, *rest: checks.append(leaf.shape) or original(leaf, *rest))
+    tx = jmp.loss_scaled(optax.GradientTransformation(inner.init, update))
+    rows = (300, 301) if form is fused else (302, 303)  # JAX remembers shapes that it has traced
+    params = {f"w{i}": jnp.ones((rows[i % 2], 256)) for i in range(6)}
+    with jax.numpy_dtype_promotion("standard"):
+        jax.jit(functools.partial(step_of(tx, form))).trace(params, tx.init(params), params)
+    assert len(updates) == 1
+    assert sorted(checks) == [(n, 256) for n in rows]
