@@ -19,6 +19,8 @@ from jmp_lite.scaling._loss_scale import DynamicLossScale, NoOpLossScale
 Header = dict[str, Any]
 
 _NUMBERS = (bool, int, float, complex)
+#: Arrays of so many bytes are worth reading without a copy.
+_LARGE = 1 << 20
 #: How many differences a message names.
 _NAMED = 3
 
@@ -278,9 +280,23 @@ def target(entry: dict[str, Any], leaf: Any) -> Any:
     """What Orbax is asked for: the saved dtype, in the template's place."""
     leaf = key_data(leaf)
     dtype = leaf.dtype if _is_key_type(entry["dtype"]) else jnp.dtype(entry["dtype"])
-    if entry["number"] or _sharding(leaf) is None:
+    sharding = _sharding(leaf) or _host(leaf, dtype)
+    if entry["number"] or sharding is None:
         return np.empty(np.shape(leaf), dtype)
-    return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=_sharding(leaf))
+    return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
+
+
+def _host(leaf: Any, dtype: Any) -> Any:
+    """Where Orbax makes an array that NumPy sees without a copy, for a large leaf that will be there, else None.
+
+    Such an array is tied to its device, and ``fill`` makes one of it that is not, in the same memory.
+    """
+    is_array = isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct))
+    if not is_array or jax.process_count() > 1 or leaf.size * dtype.itemsize < _LARGE:
+        return None
+    [device] = jax.device_put(False).devices()
+    fits = jax.dtypes.canonicalize_dtype(dtype) == dtype
+    return jax.sharding.SingleDeviceSharding(device) if device.platform == "cpu" and fits else None
 
 
 def fill(leaf: Any, value: Any) -> Any:
@@ -289,15 +305,17 @@ def fill(leaf: Any, value: Any) -> Any:
         return wrap_key_data(leaf, fill(key_data(leaf), value))
     if is_number(leaf):
         return type(leaf)(np.asarray(value).item())
+    sharding = _sharding(leaf)
+    if sharding is None:
+        value = np.asarray(value)
     if isinstance(value, np.ndarray):
         value = _narrowed(value, leaf.dtype)
     if isinstance(leaf, np.generic):
         return value[()]
     if isinstance(leaf, np.ndarray):
         return value
-    sharding = _sharding(leaf)
     if sharding is None:
-        return jnp.asarray(value)
+        return jax.device_put(value)
     if isinstance(value, np.ndarray):
         return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
     return value.astype(leaf.dtype)
@@ -305,6 +323,8 @@ def fill(leaf: Any, value: Any) -> Any:
 
 def _narrowed(value: np.ndarray[Any, Any], dtype: Any) -> np.ndarray[Any, Any]:
     """Casts; integers keep their value."""
+    if value.dtype == dtype:
+        return value
     cast = value.astype(dtype)
     if jnp.issubdtype(dtype, jnp.integer) and not np.array_equal(cast, value):
         raise CheckpointMismatchError(
