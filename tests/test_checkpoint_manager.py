@@ -14,7 +14,6 @@ from support import assert_identical
 
 import jmp_lite as jmp
 from jmp_lite import checkpoint
-from jmp_lite.checkpoint._lock import NAME
 
 POSITION = 2**40 + 3  # in the data: no int32 holds it
 
@@ -61,11 +60,6 @@ def copied(saved, tmp_path):
     """The same, to be damaged."""
     shutil.copytree(saved[0], tmp_path / "run")
     return tmp_path / "run", saved[1]
-
-
-def names(directory):
-    """What there is beside the lock."""
-    return {path.name for path in directory.iterdir()} - {NAME}
 
 
 # --- The same bits --------------------------------------------------------------------------------
@@ -144,7 +138,7 @@ def test_every_and_max_to_keep_choose_the_steps(tmp_path):
         assert [5, 10, 15, 20] == [step for step in range(1, 24) if manager.save(step, {"w": jnp.ones(2)})]
         assert not manager.save(20, {"w": jnp.ones(2)})
         assert 20 == manager.latest_step()
-    assert {"15", "20"} == names(tmp_path)
+    assert {"15", "20"} == {path.name for path in tmp_path.iterdir()}
 
 
 def test_run_that_did_not_start_from_the_directory_is_refused(copied, key):
@@ -235,7 +229,7 @@ def test_damaged_checkpoint_makes_room_for_the_next(copied, key):
         assert manager.save(3, states[3])
         assert 3 == manager.latest_step()
         assert_identical(manager.restore(make_state(key)), (3, states[3]))
-    assert {"1", "2", "3", "3.corrupt"} == names(directory)
+    assert {"1", "2", "3", "3.corrupt"} == {path.name for path in directory.iterdir()}
 
 
 @damages

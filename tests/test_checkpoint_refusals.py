@@ -15,7 +15,7 @@ from checkpoints import manage
 
 import jmp_lite as jmp
 from jmp_lite import checkpoint
-from jmp_lite.checkpoint._lock import NAME, WriterLock
+from jmp_lite.checkpoint._lock import WriterLock
 
 STATE = {"w": jnp.ones(2)}
 NO_COUNTS = [0, -1, 1.5, True, False, "3", float("nan"), np.float32(2), np.bool_(True), 2**63]
@@ -59,7 +59,7 @@ def test_all_are_kept_without_a_limit(tmp_path):
     """``max_to_keep=None``."""
     with manage(tmp_path, max_to_keep=None) as manager:
         assert all(manager.save(step, STATE) for step in range(6))
-    assert {path.name for path in tmp_path.iterdir()} - {NAME} == set("012345")
+    assert {path.name for path in tmp_path.iterdir()} == set("012345")
 
 
 # --- Directories of others ------------------------------------------------------------------------
@@ -156,6 +156,20 @@ def test_dead_job_holds_no_lock(tmp_path):
         finally:
             holder.kill()
             os.kill(child, signal.SIGKILL)
+
+
+def test_lock_of_a_file_that_was_removed_is_none(tmp_path):
+    """The last holder removes the file; whoever opened it before must not think that it has the lock."""
+    first = WriterLock(str(tmp_path))
+    (tmp_path / ".writer").unlink()
+    second = WriterLock(str(tmp_path))
+    with pytest.raises(jmp.errors.CheckpointLockedError):
+        WriterLock(str(tmp_path))
+    first.release()
+    with pytest.raises(jmp.errors.CheckpointLockedError):
+        WriterLock(str(tmp_path))
+    second.release()
+    assert not list(tmp_path.iterdir())
 
 
 def test_places_without_locks_are_written_to(tmp_path, monkeypatch):
