@@ -24,6 +24,9 @@
     ├── CheckpointMismatchError   ValueError      a state and a checkpoint that do not belong together
     ├── CheckpointNotFoundError   FileNotFoundError  no checkpoint where one was asked for
     ├── CorruptCheckpointError    RuntimeError    a checkpoint that is damaged, and no good one before it
+    ├── ForeignCheckpointError    ValueError      a checkpoint that another program wrote
+    ├── InvalidCheckpointError    ValueError      a step, a setting or a leaf that no checkpoint can have
+    ├── CheckpointLockedError     RuntimeError    a directory that another job writes its checkpoints to
     ├── InvalidExportError        ValueError      something that cannot be frozen into an artifact
     ├── CorruptArtifactError      ValueError      a file that is no artifact, a damaged one, or not the one meant
     ├── PlatformMismatchError     RuntimeError    an artifact that this process cannot run
@@ -298,6 +301,50 @@ class CorruptCheckpointError(JmpLiteError, RuntimeError):
         >>> jmp.checkpoint.restore(path, {"w": jnp.zeros(2)}, policy="full")
         Traceback (most recent call last):
         jmp_lite.errors.CorruptCheckpointError: The checkpoint in ...step_1 is damaged...
+    """
+
+
+class ForeignCheckpointError(JmpLiteError, ValueError):
+    """A checkpoint without the header of this library: Orbax or Flax wrote it by themselves.
+
+    Example:
+        >>> from flax import serialization
+        >>> data = serialization.to_bytes({"w": jnp.ones(2)})
+        >>> jmp.checkpoint.from_bytes({"w": jnp.zeros(2)}, data, policy="full")
+        Traceback (most recent call last):
+        jmp_lite.errors.ForeignCheckpointError: These bytes have no header of jmp_lite...
+        >>> serialization.from_bytes({"w": jnp.zeros(2)}, data)["w"]
+        array([1., 1.], dtype=float32)
+    """
+
+
+class InvalidCheckpointError(JmpLiteError, ValueError):
+    """A step, a setting or a leaf that no checkpoint can have.
+
+    Example:
+        >>> import tempfile
+        >>> jmp.checkpoint.CheckpointManager(tempfile.mkdtemp(), policy="full", max_to_keep=0)
+        Traceback (most recent call last):
+        jmp_lite.errors.InvalidCheckpointError: max_to_keep must be an int >= 1, or None to keep all; got 0...
+    """
+
+
+class CheckpointLockedError(JmpLiteError, RuntimeError):
+    """Another job, or another manager of this one, writes its checkpoints to the directory.
+
+    Example:
+        >>> import tempfile
+        >>> directory = tempfile.mkdtemp()
+        >>> first, second = (jmp.checkpoint.CheckpointManager(directory, policy="full") for _ in range(2))
+        >>> first.save(1, {"w": jnp.ones(2)})
+        True
+        >>> second.save(2, {"w": jnp.ones(2)})
+        Traceback (most recent call last):
+        jmp_lite.errors.CheckpointLockedError: Process ... writes checkpoints to ...
+        >>> first.close()
+        >>> second.save(2, {"w": jnp.ones(2)})
+        True
+        >>> second.close()
     """
 
 

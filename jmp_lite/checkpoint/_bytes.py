@@ -3,41 +3,45 @@
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from flax import serialization
 
-from jmp_lite._policy import PolicyLike, get_policy
-from jmp_lite.checkpoint._state import check_policy, is_key, key_data, wrap_key_data
+from jmp_lite._policy import PolicyLike
+from jmp_lite.checkpoint._digest import digests
+from jmp_lite.checkpoint._state import (
+    Header,
+    agree,
+    check_header,
+    describe,
+    fill,
+    first_few,
+    named_leaves,
+    target,
+    to_store,
+)
+from jmp_lite.errors import CorruptCheckpointError, ForeignCheckpointError
 from jmp_lite.scaling._loss_scale import register_serialization
 
 T = TypeVar("T")
 
-register_serialization()
-
-
-def _without_keys(state: Any) -> Any:
-    return jax.tree.map(key_data, state)
-
-
-def _like(template: Any, value: Any) -> Any:
-    """Gives a restored leaf the kind, the sharding and (for keys) the implementation of the template's."""
-    if is_key(template):
-        return wrap_key_data(template, value)
-    if isinstance(template, jax.Array):
-        return jax.device_put(value, template.sharding) if template.committed else jnp.asarray(value)
-    return value
+register_serialization()  # for those who use flax.serialization by itself
 
 
 def to_bytes(state: Any, *, policy: PolicyLike) -> bytes:
-    """Serializes a train state with ``flax.serialization``.
+    """Serializes a train state as a checkpoint in memory, with the same checks as a directory.
 
     Args:
-        state: Any pytree of containers that Flax can serialize (dicts, lists, NamedTuples, ``TrainState``), with arrays
-            of any dtype and typed PRNG keys.
+        state: Any pytree of arrays, typed PRNG keys, and Python numbers.
         policy: The policy it is trained under.
 
     Returns:
-        The bytes, in Flax's msgpack format: ``{"policy": str, "state": ...}``.
+        The bytes, in Flax's msgpack format: ``{"header": {...}, "state": {path: array}}``. The header has the policy,
+        the classes of loss scales, and shape, dtype and digest of every array.
+
+    Raises:
+        CheckpointMismatchError: If copies of a leaf on several devices or processes differ, or two paths are one when
+            written with slashes.
+        InvalidCheckpointError: If a leaf is no array, key or number.
 
     Example:
         >>> from jmp_lite import checkpoint
@@ -48,25 +52,35 @@ def to_bytes(state: Any, *, policy: PolicyLike) -> bytes:
         >>> print(restored["opt"].loss_scale.loss_scale)
         32768.0
     """
-    data: bytes = serialization.to_bytes({"policy": str(get_policy(policy)), "state": _without_keys(state)})
+    stored = jax.tree.map(_in_host_memory, to_store(state))
+    data: bytes = serialization.msgpack_serialize({"header": describe(state, policy), "state": named_leaves(stored)})
     return data
 
 
-def from_bytes(template: T, data: bytes, *, policy: PolicyLike) -> T:
+def _in_host_memory(leaf: Any) -> Any:
+    return np.asarray(leaf) if isinstance(leaf, jax.Array) else leaf
+
+
+def from_bytes(template: T, data: bytes, *, policy: PolicyLike, migrate: bool = False) -> T:
     """Restores what ``to_bytes`` wrote.
 
     Args:
-        template: A state of the same structure, such as a freshly initialized one; it gives the restored arrays their
-            sharding, and loss scales their settings.
+        template: A state of the same structure, shapes and dtypes, such as a freshly initialized one, of arrays or
+            ``jax.ShapeDtypeStruct``; it gives the restored arrays their sharding, and loss scales their settings.
         data: The bytes.
         policy: The policy that training goes on with.
+        migrate: Lets the policy change. Arrays are cast to the template's floating dtypes, and loss scales of another
+            class or with other fields are the template's own; everything else must match.
 
     Returns:
-        The saved state.
+        The saved state, with every array compared with the digest that was taken when it was saved.
 
     Raises:
         PolicyMismatchError: If it was saved under another policy.
-        ValueError: From Flax, if the structures differ.
+        InvalidLossScaleError: If a loss scale in the template is of another class than the one saved.
+        CheckpointMismatchError: If structures, shapes or dtypes differ.
+        CorruptCheckpointError: If the bytes cannot be read, or do not contain what was saved.
+        ForeignCheckpointError: If Flax wrote them by itself.
 
     Example:
         >>> from jmp_lite import checkpoint
@@ -74,7 +88,56 @@ def from_bytes(template: T, data: bytes, *, policy: PolicyLike) -> T:
         >>> checkpoint.from_bytes({"w": jnp.zeros(2)}, data, policy="mixed_bfloat16")
         {'w': Array([1., 2.], dtype=float32)}
     """
-    saved = serialization.msgpack_restore(data)
-    check_policy(saved["policy"], policy)
-    restored: T = jax.tree.map(_like, template, serialization.from_state_dict(_without_keys(template), saved["state"]))
+    header, stored = _read(data)
+    stand_in, put_back = agree(header, template, policy, migrate=migrate)
+    state = _checked_values(header, stored, stand_in)
+    restored: T = put_back(jax.tree.map(fill, stand_in, state))
     return restored
+
+
+def _read(data: bytes) -> tuple[Header, Any]:
+    """Takes the bytes apart into the header and what stands beside it."""
+    try:
+        parts = serialization.msgpack_restore(data)
+        if "header" in parts:
+            return check_header(parts["header"]), parts["state"]
+    except Exception as error:  # whatever a parser of damaged bytes comes up with
+        raise _damaged(error) from error
+    raise ForeignCheckpointError(
+        "These bytes have no header of jmp_lite.checkpoint.to_bytes. If Flax wrote them by itself, restore them with "
+        "flax.serialization.from_bytes."
+    )
+
+
+def _checked_values(header: Header, stored: Any, template: Any) -> Any:
+    """The leaves in the structure of the template, if they are those that were saved."""
+    names, (leaves, treedef) = list(named_leaves(template)), jax.tree.flatten(template)
+    try:
+        values = [_own(stored[name]) for name in names]
+        found, _ = digests(values)
+        kinds = [(np.shape(value), np.asarray(value).dtype) for value in values]
+    except Exception as error:
+        raise _damaged(error) from error
+    entries = [header["leaves"][name] for name in names]
+    wanted = [target(entry, leaf) for entry, leaf in zip(entries, leaves, strict=True)]
+    changed = [
+        repr(name)
+        for name, digest, kind, entry, like in zip(names, found, kinds, entries, wanted, strict=True)
+        if digest != entry["digest"] or kind != (like.shape, like.dtype)
+    ]
+    if changed:
+        raise CorruptCheckpointError(
+            f"The bytes are damaged. The values of {first_few(changed)} are not those that were saved."
+        )
+    return jax.tree.unflatten(treedef, values)
+
+
+def _damaged(error: Exception) -> CorruptCheckpointError:
+    return CorruptCheckpointError(
+        f"The bytes are damaged. {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    )
+
+
+def _own(value: Any) -> Any:
+    """An array that may be changed; Flax gives views of bytes."""
+    return np.array(value) if isinstance(value, (np.ndarray, np.generic)) else value

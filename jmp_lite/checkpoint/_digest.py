@@ -2,8 +2,9 @@
 
 Every element is hashed together with its position, and the hashes are added up modulo 2**32. Shards can thus be hashed
 where they are, and an array restored onto another mesh has the digest of the array that was saved. The hash of one
-element is a bijection of its bits, so a change of a single element is always noticed; other changes are overlooked with
-probability 2**-64. Formats of arrays on disk do not do this for us: OCDBT leaves the values of a checkpoint unchecked.
+element is a bijection of its bits, so a change of a single element is always noticed; other accidents are overlooked
+with probability 2**-64. Nothing in it is secret: whoever can write a file can also make its digest right. Formats of
+arrays on disk do not do this for us: OCDBT leaves the values of a checkpoint unchecked.
 """
 
 import functools
@@ -19,11 +20,15 @@ from numpy.typing import NDArray
 
 from jmp_lite.checkpoint._processes import gather, without_mesh
 
-#: Blocks up to so many bytes are hashed on the host, where nothing needs to be compiled for them.
+#: Shards of up to so many bytes are hashed by NumPy, for which nothing needs to be compiled.
 _SMALL = 1 << 16
+#: A whole array in the memory of the host is hashed in pieces of so many elements, and the rest by NumPy. A few sizes
+#: mean a few programs, whatever the shapes.
+_PIECES = (1 << 22, 1 << 20, 1 << 18, 1 << 16, 1 << 14)
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
 _NARROW = (jnp.int4, jnp.uint4)
-_OFFSETS = (0x2545F491, 0xB5297A4D)
+#: Odd factors of the position, one for each of the two hashes.
+_STEPS = (0x9E3779B1, 0xB5297A4D)
 
 
 # --- Hashes of one block, with NumPy or JAX -------------------------------------------------------
@@ -42,19 +47,25 @@ def _sums(words: Any, starts: Any, strides: Any, xp: Any) -> Any:
     for axis, size in enumerate(words.shape[:-1]):
         along = (starts[axis] + xp.arange(size, dtype=np.uint32)) * strides[axis]
         position = position + along.reshape([-1 if i == axis else 1 for i in range(words.ndim)])
-    return xp.stack([_mix(words ^ _mix(position + np.uint32(o))).sum(dtype=np.uint32) for o in _OFFSETS])
+    hashes = [_mix(words + position * np.uint32(step)) for step in _STEPS]
+    return np.stack([h.sum(dtype=np.uint32) for h in hashes]) if xp is np else _add_up(*hashes)
 
 
-def _host_words(array: NDArray[Any]) -> NDArray[np.uint32]:
-    """The bits of an array as uint32[*shape, width]."""
+def _add_up(first: jax.Array, second: jax.Array) -> jax.Array:
+    """Both sums in one pass: XLA for CPU makes of this a loop of vectors, ten times as fast as two ``sum``."""
+    zero = np.uint32(0)
+    both = lax.reduce((first, second), (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), tuple(range(first.ndim)))
+    return jnp.stack(both)
+
+
+def _host_words(array: NDArray[Any]) -> NDArray[Any]:
+    """The bits of an array as unsigned[elements], and two uint32 for an element of eight bytes."""
     array = array.astype(np.int8) if array.dtype in _NARROW else array
-    flat = np.ascontiguousarray(array).reshape(-1)
-    words = flat.view(f"u{min(array.dtype.itemsize, 4)}").astype(np.uint32)
-    return words.reshape(*array.shape, _width(array.dtype))
+    return np.ascontiguousarray(array).reshape(-1).view(f"u{min(array.dtype.itemsize, 4)}")
 
 
 def _device_words(array: jax.Array) -> jax.Array:
-    """The same on a device."""
+    """The bits of an array as uint32[*shape, width], on a device."""
     shape, width = array.shape, _width(array.dtype)
     if jnp.issubdtype(array.dtype, jnp.complexfloating):
         array = jnp.stack([array.real, array.imag], axis=-1)
@@ -69,6 +80,30 @@ def _device_words(array: jax.Array) -> jax.Array:
 def _width(dtype: Any) -> int:
     """How many uint32 hold one element."""
     return int(max(1, dtype.itemsize // 4))
+
+
+# --- Hashes of whole arrays -----------------------------------------------------------------------
+
+
+def _line_sums(words: Any, start: Any, xp: Any) -> Any:
+    """Sums over consecutive words of an array."""
+    return _sums(words.astype(np.uint32)[:, None], start[None], np.ones(1, np.uint32), xp)
+
+
+_piece_sums = jax.jit(functools.partial(_line_sums, xp=jnp))
+
+
+def _whole_sums(array: NDArray[Any]) -> NDArray[np.uint32]:
+    """Sums over an array in the memory of the host, uint32[2]."""
+    words, at = _host_words(array), 0
+    pending: list[Any] = []
+    for size in _PIECES:
+        while len(words) - at >= size:
+            pending.append(_piece_sums(words[at : at + size], np.uint32(at % 2**32)))
+            at += size
+    pending.append(_line_sums(words[at:], np.uint32(at % 2**32), np))
+    total: NDArray[np.uint32] = np.sum([np.asarray(pair) for pair in pending], axis=0, dtype=np.uint32)
+    return total
 
 
 # --- Hashes of all that this process has of a leaf ------------------------------------------------
@@ -107,6 +142,12 @@ def _is_shared(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array) and (jax.process_count() == 1 or not leaf.is_fully_addressable)
 
 
+def _is_in_host_memory(leaf: jax.Array) -> bool:
+    """Whether NumPy sees the whole array where it is."""
+    devices: list[Any] = list(leaf.sharding.device_set)
+    return leaf.is_fully_addressable and len(devices) == 1 and devices[0].platform == "cpu"
+
+
 def _strides(shape: Sequence[int], width: int) -> NDArray[np.uint32]:
     """Row-major strides in words, modulo 2**32."""
     return np.array([width * math.prod(shape[axis + 1 :]) % 2**32 for axis in range(len(shape))], np.uint32)
@@ -115,16 +156,17 @@ def _strides(shape: Sequence[int], width: int) -> NDArray[np.uint32]:
 def _local_sums(leaf: Any) -> tuple[list[int], Any]:
     """For every block of a leaf on this process, the number of the copy that it belongs to, and its two sums."""
     if not _is_shared(leaf):
-        array = np.asarray(leaf)
-        strides = _strides(array.shape, _width(array.dtype))
-        return [jax.process_index()], _sums(_host_words(array), np.zeros_like(strides), strides, np)[None]
+        return [jax.process_index()], _whole_sums(np.asarray(leaf))[None]
+    if _is_in_host_memory(leaf):
+        return [0], _whole_sums(np.asarray(leaf))[None]
     shards = leaf.addressable_shards
     strides = _strides(leaf.shape, _width(leaf.dtype))
     starts = np.array([[i.start or 0 for i in shard.index] for shard in shards]).astype(np.uint32)
     copies = [shard.replica_id for shard in shards]
     if shards[0].data.nbytes > _SMALL:
         return copies, _hash_on_devices([shard.data for shard in shards], starts, strides)
-    words = [_host_words(np.asarray(shard.data)) for shard in shards]
+    blocks = [np.asarray(shard.data) for shard in shards]
+    words = [_host_words(b).reshape(*b.shape, _width(b.dtype)).astype(np.uint32) for b in blocks]
     return copies, np.stack([_sums(w, start, strides, np) for w, start in zip(words, starts, strict=True)])
 
 
@@ -138,7 +180,7 @@ def _copies(leaf: Any) -> int:
 
 def local_sums(leaves: Sequence[Any]) -> NDArray[np.uint32]:
     """Hashes what this process has of the leaves: uint32[leaves, (first copy, all copies), 2]; not a collective."""
-    with without_mesh():
+    with without_mesh(), jax.transfer_guard("allow"):
         pending = [_local_sums(leaf) for leaf in leaves]
     table = np.zeros((len(leaves), 2, 2), np.uint32)
     for row, (copies, sums) in zip(table, pending, strict=True):

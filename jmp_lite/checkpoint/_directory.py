@@ -1,5 +1,6 @@
 """A train state as a directory, with Orbax."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,19 +14,16 @@ from jmp_lite.checkpoint._digest import combine, local_sums
 from jmp_lite.checkpoint._processes import first_failure
 from jmp_lite.checkpoint._state import (
     Header,
+    agree,
     check_header,
-    check_loss_scales,
-    check_policy,
-    check_structure,
     describe,
     fill,
     first_few,
     named_leaves,
     target,
     to_store,
-    without_changed_scales,
 )
-from jmp_lite.errors import CheckpointNotFoundError, CorruptCheckpointError
+from jmp_lite.errors import CheckpointNotFoundError, CorruptCheckpointError, ForeignCheckpointError
 
 T = TypeVar("T")
 
@@ -54,6 +52,27 @@ def _together(path: epath.Path, act: Callable[[], T]) -> T:
         raise CorruptCheckpointError(f"The checkpoint in {path} is damaged. {reason.rstrip('.')}.") from cause
     done: T = result
     return done
+
+
+def _check_origin(path: epath.Path) -> None:
+    """Raises unless there is a checkpoint, and one that ``save`` wrote, whole or damaged; a collective."""
+    if first_failure(None if path.exists() else "missing"):
+        raise CheckpointNotFoundError(f"There is no checkpoint in {path}. Check the path, or start from the beginning.")
+    if first_failure("foreign" if _is_plain_orbax(path) else None):
+        raise ForeignCheckpointError(
+            f"{path} is a plain Orbax checkpoint: it has no header of jmp_lite. Read it with orbax.checkpoint, and "
+            "write it again with jmp_lite.checkpoint to have its policy and its values checked."
+        )
+
+
+def _is_plain_orbax(path: epath.Path) -> bool:
+    """Whether Orbax wrote it for another program: it has no header, and does not say that it had one."""
+    if (path / "header").exists():
+        return False
+    try:
+        return "header" not in json.loads((path / "_CHECKPOINT_METADATA").read_text())["item_handlers"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return bool((path / "_METADATA").exists())
 
 
 def _reader() -> ocp.Checkpointer:
@@ -102,6 +121,7 @@ def save(path: str | Path, state: Any, *, policy: PolicyLike) -> None:
 
     Raises:
         CheckpointMismatchError: If copies of a leaf on several devices or processes differ.
+        InvalidCheckpointError: If a leaf is no array, key or number.
         ValueError: From Orbax, if the directory exists.
 
     Example:
@@ -138,6 +158,7 @@ def restore(path: str | Path, template: T, *, policy: PolicyLike, migrate: bool 
         CheckpointMismatchError: If structures, shapes or dtypes differ.
         CheckpointNotFoundError: If there is no such checkpoint.
         CorruptCheckpointError: If it is incomplete, cannot be read, or does not contain what was saved.
+        ForeignCheckpointError: If it is a plain Orbax checkpoint, which this library did not write.
 
     Example:
         >>> from jmp_lite import checkpoint
@@ -146,21 +167,10 @@ def restore(path: str | Path, template: T, *, policy: PolicyLike, migrate: bool 
         jmp_lite.errors.CheckpointNotFoundError: There is no checkpoint in ...no_such_run...
     """
     place = absolute(path)
-    if first_failure(None if place.exists() else "missing"):
-        raise CheckpointNotFoundError(
-            f"There is no checkpoint in {place}. Check the path, or start from the beginning."
-        )
+    _check_origin(place)
     header = _together(place, lambda: _read_header(place))
-    put_back = None
-    stand_in: Any = template
-    if migrate:
-        stand_in, put_back = without_changed_scales(header, template)
-    else:
-        check_policy(header["policy"], policy, or_else=", or pass migrate=True")
-        check_loss_scales(header, template)
-    check_structure(header, stand_in, migrate=migrate)
+    stand_in, put_back = agree(header, template, policy, migrate=migrate)
     state = _together(place, lambda: _read_state(place, header, stand_in))
     _check_values(place, header, list(named_leaves(stand_in)), state)
-    filled = jax.tree.map(fill, stand_in, state)
-    restored: T = put_back(filled) if put_back else filled
+    restored: T = put_back(jax.tree.map(fill, stand_in, state))
     return restored

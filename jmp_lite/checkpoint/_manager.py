@@ -1,5 +1,6 @@
 """Checkpoints of a running job, written while it trains, with Orbax."""
 
+import operator
 import re
 import warnings
 from collections.abc import Iterable
@@ -8,20 +9,26 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from jmp_lite._policy import PolicyLike, get_policy
 from jmp_lite.checkpoint._directory import absolute, items, restore
+from jmp_lite.checkpoint._lock import WriterLock
 from jmp_lite.checkpoint._processes import first_failure, of_first_process
 from jmp_lite.errors import (
+    CheckpointLockedError,
     CheckpointMismatchError,
     CheckpointNotFoundError,
     CorruptCheckpointError,
     CorruptCheckpointWarning,
+    InvalidCheckpointError,
 )
 
 T = TypeVar("T")
 
+#: No step is as large: ``of_first_process`` sends them as 64 bits.
+_END = 2**63
 _UNFINISHED = re.compile(r"(\d+)\.orbax-checkpoint-tmp.*")
 
 
@@ -33,14 +40,20 @@ class CheckpointManager:
     compared with it when it is restored, because values that rot on disk pass Orbax unnoticed.
 
     Several processes of one job use it together: they make the same calls in the same order, in a directory that all
-    of them see, and restore the same step.
+    of them see, and restore the same step. One job writes to a directory at a time: the first ``save`` takes a lock
+    that ends with ``close`` or with the process, however it ends. Others may restore meanwhile.
 
     Args:
-        directory: Where the checkpoints are; created if need be. One job writes to it at a time.
+        directory: Where the checkpoints are; created if need be.
         policy: The policy of the run. It is stored, and checked when restoring.
-        max_to_keep: How many checkpoints are kept, the newest. Two or more, so that one is left if one is damaged.
+        max_to_keep: How many checkpoints are kept, the newest, or ``None`` for all. Two or more, so that one is left if
+            one is damaged.
         save_interval_steps: ``save`` takes multiples of this, and any step when the job is about to be preempted, where
             ``jax.distributed`` tells.
+
+    Raises:
+        InvalidCheckpointError: If ``max_to_keep`` or ``save_interval_steps`` is not an int >= 1.
+        UnknownDtypeError: If the policy string cannot be parsed.
 
     Example:
         >>> import tempfile
@@ -57,24 +70,29 @@ class CheckpointManager:
     """
 
     def __init__(
-        self, directory: str | Path, *, policy: PolicyLike, max_to_keep: int = 3, save_interval_steps: int = 1
+        self, directory: str | Path, *, policy: PolicyLike, max_to_keep: int | None = 3, save_interval_steps: int = 1
     ) -> None:
         self._policy = get_policy(policy)
-        self._interval = save_interval_steps
+        self._interval = _checked("save_interval_steps", save_interval_steps, at_least=1)
+        kept = (
+            None if max_to_keep is None else _checked("max_to_keep", max_to_keep, ", or None to keep all", at_least=1)
+        )
         when = ocp.checkpoint_managers.AnySavePolicy(
             [
-                ocp.checkpoint_managers.FixedIntervalPolicy(save_interval_steps),
+                ocp.checkpoint_managers.FixedIntervalPolicy(self._interval),
                 ocp.checkpoint_managers.PreemptionCheckpointingPolicy(),
             ]
         )
         options = ocp.CheckpointManagerOptions(
             save_decision_policy=when,
-            preservation_policy=ocp.checkpoint_managers.LatestN(max_to_keep),
+            preservation_policy=ocp.checkpoint_managers.LatestN(kept),
             lightweight_initialize=True,  # to list checkpoints, it need not open them
         )
         self._manager = ocp.CheckpointManager(absolute(directory), options=options)
         self._damaged: set[int] = set()
         self._tidy = False
+        self._writes = False
+        self._lock: WriterLock | None = None
 
     def save(self, step: int, state: Any) -> bool:
         """Starts to save a state, and returns when its arrays may be donated, changed or deleted.
@@ -83,7 +101,7 @@ class CheckpointManager:
         error there is raised by the next call of any method.
 
         Args:
-            step: Number of the step. It also names the checkpoint.
+            step: Number of the step, an int >= 0. It also names the checkpoint.
             state: Any pytree of arrays, sharded or not, typed PRNG keys, and Python numbers such as the position in
                 the data. What is not sharded over all processes must be equal in all.
 
@@ -93,6 +111,8 @@ class CheckpointManager:
         Raises:
             CheckpointMismatchError: If the directory has a later step, so that this run did not start from it, or if
                 copies of a leaf on several devices or processes differ.
+            CheckpointLockedError: If another job writes to the directory.
+            InvalidCheckpointError: If the step is not an int >= 0, or a leaf is no array, key or number.
 
         Example:
             >>> import tempfile
@@ -102,7 +122,9 @@ class CheckpointManager:
             ...     [manager.save(step, {"w": jnp.ones(2)}) for step in (1, 2, 3, 4)]
             [False, True, False, True]
         """
+        step = _checked("step", step, at_least=0)
         self._manager.check_for_errors()
+        self._take_lock()
         self._make_room()
         last = self._manager.latest_step()
         if not self._manager.should_save(step):
@@ -136,6 +158,8 @@ class CheckpointManager:
             CheckpointMismatchError: If structures, shapes or dtypes differ.
             CheckpointNotFoundError: If there is no checkpoint, or none of this step.
             CorruptCheckpointError: If there are only damaged ones; the message lists what was tried.
+            ForeignCheckpointError: If it was not written by this library.
+            InvalidCheckpointError: If the step is not an int >= 0.
 
         Example:
             >>> import tempfile
@@ -148,6 +172,7 @@ class CheckpointManager:
             (1, {'w': Array([0.5, 0.5], dtype=float32)})
             >>> manager.close()
         """
+        step = None if step is None else _checked("step", step, at_least=0)
         self.wait()
         if step is not None:
             path = self._manager.directory / str(step)
@@ -204,13 +229,18 @@ class CheckpointManager:
         self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, and stops the threads that write. Leaving the ``with`` block does it, too.
+        """Waits, stops the threads that write, and lets other jobs write. Leaving the ``with`` block does it, too.
 
         Example:
             >>> import tempfile
             >>> jmp.checkpoint.CheckpointManager(tempfile.mkdtemp(), policy="full").close()
         """
-        self._manager.close()
+        try:
+            self._manager.close()
+        finally:
+            if self._lock is not None:
+                self._lock.release()
+            self._writes, self._lock = False, None
 
     def __enter__(self) -> Self:
         return self
@@ -230,6 +260,20 @@ class CheckpointManager:
                 reason = "The job stopped while it wrote it, or another job is writing it now."
                 found[int(match[1])] = f"The checkpoint in {path} is incomplete. {reason}"
         return found
+
+    def _take_lock(self) -> None:
+        """Takes the lock of the directory for the job, in process 0, unless it has it; all processes agree."""
+        if self._writes:
+            return
+        refusal = None
+        if jax.process_index() == 0:
+            try:
+                self._lock = WriterLock(str(self._manager.directory))
+            except CheckpointLockedError as error:
+                refusal = str(error)
+        if refusal := first_failure(refusal):
+            raise CheckpointLockedError(refusal)
+        self._writes = True
 
     def _make_room(self) -> None:
         """Renames damaged checkpoints before the first save, which must not count among those to keep.
@@ -251,6 +295,18 @@ class CheckpointManager:
         if self._damaged:
             self._manager.reload()
         self._damaged, self._tidy = set(), True
+
+
+def _checked(name: str, value: Any, otherwise: str = "", *, at_least: int) -> int:
+    """The value as an int."""
+    try:
+        number = None if isinstance(value, (bool, np.bool_)) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or not at_least <= number < _END:
+        hint = " Give the number of steps taken so far." if name == "step" else ""
+        raise InvalidCheckpointError(f"{name} must be an int >= {at_least}{otherwise}; got {value!r}.{hint}")
+    return number
 
 
 def _free(directory: Any, name: str) -> Any:

@@ -12,13 +12,20 @@ import numpy as np
 from jmp_lite._policy import PolicyLike, get_policy
 from jmp_lite._tree import path_string
 from jmp_lite.checkpoint._digest import digests
-from jmp_lite.errors import CheckpointMismatchError, InvalidLossScaleError, PolicyMismatchError
+from jmp_lite.errors import (
+    CheckpointMismatchError,
+    InvalidCheckpointError,
+    InvalidLossScaleError,
+    PolicyMismatchError,
+)
 from jmp_lite.scaling._in_state import is_loss_scale
 from jmp_lite.scaling._loss_scale import DynamicLossScale, NoOpLossScale
 
 Header = dict[str, Any]
 
 _NUMBERS = (bool, int, float, complex)
+#: Arrays of so many bytes are worth reading without a copy.
+_LARGE = 1 << 20
 #: How many differences a message names.
 _NAMED = 3
 
@@ -130,8 +137,15 @@ def describe(state: Any, policy: PolicyLike) -> Header:
 
     Raises:
         CheckpointMismatchError: If a leaf is replicated, on devices or on processes, and its copies differ.
+        InvalidCheckpointError: If a leaf is no array, key or number.
     """
     leaves = named_leaves(state)
+    for name, leaf in leaves.items():
+        if not (is_number(leaf) or isinstance(leaf, (jax.Array, np.ndarray, np.generic))):
+            raise InvalidCheckpointError(
+                f"Leaf {name!r} is {leaf!r:.80}, and a checkpoint holds arrays, keys and numbers. Leave it out, or "
+                "keep it in the structure of the state."
+            )
     hashed, alike = digests([key_data(leaf) for leaf in leaves.values()])
     drifted = [repr(name) for name, same in zip(leaves, alike, strict=True) if not same]
     if drifted:
@@ -167,13 +181,13 @@ def first_few(items: list[str]) -> str:
     return ", ".join(items[:_NAMED]) + more
 
 
-def check_policy(saved: str, policy: PolicyLike, *, or_else: str = "") -> None:
+def check_policy(saved: str, policy: PolicyLike) -> None:
     """Raises PolicyMismatchError unless a checkpoint was written under this policy."""
     expected = str(get_policy(policy))
     if saved != expected:
         raise PolicyMismatchError(
             f"The checkpoint was written under policy {saved!r}, but is restored under {expected!r}. Restore it "
-            f"with the policy it was written under, and cast afterwards if you mean to change{or_else}."
+            "with the policy it was written under, and cast afterwards if you mean to change, or pass migrate=True."
         )
 
 
@@ -219,6 +233,33 @@ def check_structure(header: Header, template: Any, *, migrate: bool) -> None:
             f"Checkpoint and template differ: {first_few(differing)}. Restore into a state of the same shapes and "
             f"dtypes{'' if migrate else '; migrate=True casts from one floating dtype to another'}."
         )
+
+
+def agree(header: Header, template: Any, policy: PolicyLike, *, migrate: bool) -> tuple[Any, Callable[[Any], Any]]:
+    """Checks that a checkpoint and a template belong together, before any array is read.
+
+    Returns:
+        What to read into, the template or, if a loss scale migrates, something of the structure that was saved; and a
+        function that puts the template's own loss scales into a state of this structure.
+
+    Raises:
+        PolicyMismatchError: If it was saved under another policy, and may not migrate.
+        InvalidLossScaleError: If a loss scale in the template is of another class than the one saved, likewise.
+        CheckpointMismatchError: If structures, shapes or dtypes differ.
+    """
+    stand_in: Any = template
+    put_back: Callable[[Any], Any] = _unchanged
+    if migrate:
+        stand_in, put_back = without_changed_scales(header, template)
+    else:
+        check_policy(header["policy"], policy)
+        check_loss_scales(header, template)
+    check_structure(header, stand_in, migrate=migrate)
+    return stand_in, put_back
+
+
+def _unchanged(state: Any) -> Any:
+    return state
 
 
 def _say_type(entry: dict[str, Any]) -> str:
@@ -278,9 +319,23 @@ def target(entry: dict[str, Any], leaf: Any) -> Any:
     """What Orbax is asked for: the saved dtype, in the template's place."""
     leaf = key_data(leaf)
     dtype = leaf.dtype if _is_key_type(entry["dtype"]) else jnp.dtype(entry["dtype"])
-    if entry["number"] or _sharding(leaf) is None:
+    sharding = _sharding(leaf) or _host(leaf, dtype)
+    if entry["number"] or sharding is None:
         return np.empty(np.shape(leaf), dtype)
-    return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=_sharding(leaf))
+    return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
+
+
+def _host(leaf: Any, dtype: Any) -> Any:
+    """Where Orbax makes an array that NumPy sees without a copy, for a large leaf that will be there, else None.
+
+    Such an array is tied to its device, and ``fill`` makes one of it that is not, in the same memory.
+    """
+    is_array = isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct))
+    if not is_array or jax.process_count() > 1 or leaf.size * dtype.itemsize < _LARGE:
+        return None
+    [device] = jax.device_put(False).devices()
+    fits = jax.dtypes.canonicalize_dtype(dtype) == dtype
+    return jax.sharding.SingleDeviceSharding(device) if device.platform == "cpu" and fits else None
 
 
 def fill(leaf: Any, value: Any) -> Any:
@@ -289,15 +344,17 @@ def fill(leaf: Any, value: Any) -> Any:
         return wrap_key_data(leaf, fill(key_data(leaf), value))
     if is_number(leaf):
         return type(leaf)(np.asarray(value).item())
+    sharding = _sharding(leaf)
+    if sharding is None:
+        value = np.asarray(value)
     if isinstance(value, np.ndarray):
         value = _narrowed(value, leaf.dtype)
     if isinstance(leaf, np.generic):
         return value[()]
     if isinstance(leaf, np.ndarray):
         return value
-    sharding = _sharding(leaf)
     if sharding is None:
-        return jnp.asarray(value)
+        return jax.device_put(value)
     if isinstance(value, np.ndarray):
         return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
     return value.astype(leaf.dtype)
@@ -305,6 +362,8 @@ def fill(leaf: Any, value: Any) -> Any:
 
 def _narrowed(value: np.ndarray[Any, Any], dtype: Any) -> np.ndarray[Any, Any]:
     """Casts; integers keep their value."""
+    if value.dtype == dtype:
+        return value
     cast = value.astype(dtype)
     if jnp.issubdtype(dtype, jnp.integer) and not np.array_equal(cast, value):
         raise CheckpointMismatchError(

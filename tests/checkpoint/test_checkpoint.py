@@ -157,7 +157,7 @@ def test_another_kind_of_loss_scale_is_an_error():
     template = {"opt": make_optimizer(SCALES["static"]).init({"w": jnp.ones(2)})}
     data = checkpoint.to_bytes(saved, policy="full")
     with pytest.raises(
-        jmp.errors.InvalidLossScaleError, match=r"fields \['counter', 'loss_scale'\], but StaticLossScale here has"
+        jmp.errors.InvalidLossScaleError, match=r"'opt/loss_scale' is a DynamicLossScale\(.*, but a StaticLossScale\("
     ):
         checkpoint.from_bytes(template, data, policy="full")
 

@@ -15,7 +15,7 @@ from jmp_lite.checkpoint._digest import digests
 
 @pytest.fixture(params=["on the host", "on devices"])
 def where(request, monkeypatch):
-    """Where arrays are hashed does not depend on their size, for a test."""
+    """Where shards are hashed does not depend on their size, for a test."""
     monkeypatch.setattr(_digest, "_SMALL", {"on the host": 2**40, "on devices": 0}[request.param])
 
 
@@ -46,6 +46,21 @@ def test_digest_of_wide_host_arrays_sees_every_word(dtype, rng):
     changed.view(np.uint32)[rng.integers(changed.view(np.uint32).size)] ^= 1 << int(rng.integers(32))
     first, second, third = digests([x, changed, x.copy()])[0]
     assert first == third != second
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float16, np.float32, np.complex64])
+def test_digest_of_an_array_does_not_depend_on_its_pieces(dtype, rng, monkeypatch):
+    """Compiled in pieces, by NumPy alone, in memory that is not aligned, on eight devices: one digest for all."""
+    x = rng.integers(0, 256, (16, 1 << 13)).astype(dtype)
+    sharded = jax.device_put(x, sharding(8, "data"))
+    changed = x.copy()
+    changed[rng.integers(16), rng.integers(1 << 13)] += 1
+    shifted = np.empty(x.nbytes + 4, np.uint8)[4:].view(dtype).reshape(x.shape)
+    shifted[:] = x
+    whole, alike, other = digests([x, shifted, changed])[0]
+    monkeypatch.setattr(_digest, "_PIECES", ())
+    assert {whole} == {alike, *digests([x, sharded])[0]}
+    assert whole != other
 
 
 def test_replicas_that_drifted_apart_are_not_saved(where, tmp_path):

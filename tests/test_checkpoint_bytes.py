@@ -1,0 +1,150 @@
+"""Bytes are checked as directories are: no damage gives other values, and no other template is filled."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import serialization
+from support import assert_identical
+
+import jmp_lite as jmp
+from jmp_lite import checkpoint
+from jmp_lite.checkpoint import _digest
+
+
+def make_state(scale=None):
+    """Leaves of every kind."""
+    params = {"w": jnp.arange(6.0).reshape(2, 3) + 0.5, "h": jnp.ones(3, jnp.bfloat16), "none": jnp.zeros((0, 2))}
+    tx = jmp.loss_scaled(optax.sgd(0.1, momentum=0.9), jmp.DynamicLossScale(2.0**10) if scale is None else scale)
+    return {
+        "params": params,
+        "opt": tx.init(params),
+        "key": jax.random.key(3),
+        "int": 7,
+        "bool": True,
+        "complex": 1 + 2j,
+        "numpy": np.arange(3),
+        "scalar": np.float32(2),
+    }
+
+
+STATE = make_state()
+DATA = checkpoint.to_bytes(STATE, policy="full")
+
+
+def outcome(data):
+    """``"saved"`` if the bytes give what was saved, otherwise the name of the error."""
+    try:
+        restored = checkpoint.from_bytes(STATE, data, policy="full")
+    except jmp.errors.JmpLiteError as error:
+        return type(error).__name__
+    assert_identical(restored, STATE)
+    return "saved"
+
+
+def test_every_byte_counts(rng):
+    """A bit of any byte is flipped: never other values, never an error of somebody else."""
+    for at in range(len(DATA)):
+        changed = bytearray(DATA)
+        changed[at] ^= 1 << int(rng.integers(8))
+        assert outcome(bytes(changed)) in {"CorruptCheckpointError", "ForeignCheckpointError", "saved"}, at
+
+
+def test_no_byte_can_go_or_come(rng):
+    """Cut at either end, prolonged, doubled, empty."""
+    cuts = rng.integers(1, len(DATA), size=50)
+    bad = [b"", DATA + b"\0", DATA * 2, *(DATA[:at] for at in cuts), *(DATA[at:] for at in cuts)]
+    assert {outcome(data) for data in bad} == {"CorruptCheckpointError"}
+
+
+def test_arrays_of_another_checkpoint_are_refused():
+    """Each half is sound by itself; together they are not what was saved."""
+    other = jax.tree.map(lambda leaf: leaf, STATE) | {"numpy": np.arange(3) + 1}
+    halves = [serialization.msgpack_restore(data) for data in (DATA, checkpoint.to_bytes(other, policy="full"))]
+    mixed = serialization.msgpack_serialize({"header": halves[0]["header"], "state": halves[1]["state"]})
+    with pytest.raises(jmp.errors.CorruptCheckpointError, match="The values of 'numpy' are not those that were saved"):
+        checkpoint.from_bytes(STATE, mixed, policy="full")
+
+
+MISFITS = {
+    r"float32\[2,3\] in the checkpoint and float32\[6\] in the template": lambda s: s["params"] | {"w": jnp.zeros(6)},
+    r"'params/h' is bfloat16\[3\] in the checkpoint and float16\[3\]": lambda s: (
+        s["params"] | {"h": jnp.ones(3, jnp.float16)}
+    ),
+    "only the template has 'params/more'": lambda s: s["params"] | {"more": jnp.zeros(1)},
+    "only the checkpoint has 'params/h', 'params/none', 'params/w'": lambda s: {},
+}
+
+
+@pytest.mark.parametrize("message", MISFITS)
+def test_template_that_does_not_fit_is_refused(message):
+    """Shape, dtype and structure, as in directories."""
+    with pytest.raises(jmp.errors.CheckpointMismatchError, match=message):
+        checkpoint.from_bytes({**STATE, "params": MISFITS[message](STATE)}, DATA, policy="full")
+
+
+def test_policy_and_loss_scale_migrate_on_purpose():
+    """As in directories: arrays are cast, the scale is the template's own."""
+    template = make_state(jmp.NoOpLossScale())
+    template["params"] = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.bfloat16), template["params"])
+    with pytest.raises(jmp.errors.PolicyMismatchError, match="pass migrate=True"):
+        checkpoint.from_bytes(template, DATA, policy="bf16")
+    with pytest.raises(jmp.errors.InvalidLossScaleError, match="pass migrate=True"):
+        checkpoint.from_bytes(template, DATA, policy="full")
+    migrated = checkpoint.from_bytes(template, DATA, policy="bf16", migrate=True)
+    assert_identical(migrated["params"]["w"], STATE["params"]["w"].astype(jnp.bfloat16))
+    assert isinstance(migrated["opt"].loss_scale, jmp.NoOpLossScale)
+
+
+def test_bytes_of_flax_are_called_that():
+    """They are not damaged."""
+    with pytest.raises(jmp.errors.ForeignCheckpointError, match=r"flax\.serialization\.from_bytes"):
+        checkpoint.from_bytes({"w": jnp.zeros(2)}, serialization.to_bytes({"w": jnp.ones(2)}), policy="full")
+
+
+def test_bytes_are_open_and_restored_arrays_are_the_callers():
+    """Flax reads them; NumPy arrays may be changed, JAX arrays donated."""
+    assert serialization.msgpack_restore(DATA)["state"]["params/w"].tolist() == STATE["params"]["w"].tolist()
+    restored = checkpoint.from_bytes(STATE, DATA, policy="full")
+    restored["numpy"][:] = -1
+    doubled = jax.jit(lambda x: 2 * x, donate_argnums=0)(restored["params"]["w"])
+    assert_identical(doubled, 2 * STATE["params"]["w"])
+    assert outcome(DATA) == "saved"
+
+
+@pytest.mark.parametrize(
+    "leaf", ["text", object(), jax.ShapeDtypeStruct((2,), jnp.float32)], ids=lambda x: type(x).__name__
+)
+def test_leaf_that_is_no_array_is_refused(leaf, tmp_path):
+    """In both forms, by name."""
+    for save in (checkpoint.to_bytes, lambda state, policy: checkpoint.save(tmp_path / "a", state, policy=policy)):
+        with pytest.raises(jmp.errors.InvalidCheckpointError, match=r"Leaf 'a/b' is "):
+            save({"a": {"b": leaf}}, policy="full")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("large", [False, True], ids=["read by NumPy", "read in place"])
+@pytest.mark.parametrize("abstract", [False, True], ids=["arrays", "ShapeDtypeStruct"])
+def test_fresh_template_gives_arrays_that_may_go_anywhere(large, abstract, rng, tmp_path, monkeypatch):
+    """Restored arrays are tied to no device, may be donated, and hold what was saved."""
+    monkeypatch.setattr("jmp_lite.checkpoint._state._LARGE", 0 if large else 2**40)
+    state = {"w": jnp.asarray(rng.standard_normal((300, 100), np.float32)), "n": jnp.arange(7)}
+    template = jax.eval_shape(lambda: state) if abstract else jax.tree.map(jnp.zeros_like, state)
+    checkpoint.save(tmp_path / "step", state, policy="full")
+    restored = checkpoint.restore(tmp_path / "step", template, policy="full")
+    assert_identical(restored, state)
+    assert not any(leaf.committed for leaf in jax.tree.leaves(restored))
+    assert_identical(jax.jit(lambda x: x + 1, donate_argnums=0)(restored["w"]), state["w"] + 1)
+    assert restored["w"].is_deleted()
+
+
+def test_fresh_template_is_not_hashed_element_by_element(monkeypatch, tmp_path):
+    """NumPy, ten times as slow as XLA, hashes no more than the last few elements of an array."""
+    hashed = []
+    sums = _digest._line_sums
+    monkeypatch.setattr(_digest, "_line_sums", lambda words, *rest: hashed.append(len(words)) or sums(words, *rest))
+    state = {"w": jnp.ones((1 << 20) + 3), "numpy": np.ones((1 << 18) + 5)}
+    checkpoint.save(tmp_path / "step", state, policy="full")
+    checkpoint.restore(tmp_path / "step", jax.tree.map(lambda x: 0 * x, state), policy="full")
+    assert max(hashed) < min(_digest._PIECES)

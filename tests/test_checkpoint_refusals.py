@@ -1,0 +1,186 @@
+"""What a checkpoint cannot be: arguments that lose states, directories of others, and a second writer."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import textwrap
+
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from checkpoints import manage
+
+import jmp_lite as jmp
+from jmp_lite import checkpoint
+from jmp_lite.checkpoint._lock import WriterLock
+
+STATE = {"w": jnp.ones(2)}
+NO_COUNTS = [0, -1, 1.5, True, False, "3", float("nan"), np.float32(2), np.bool_(True), 2**63]
+
+
+# --- Arguments ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", NO_COUNTS, ids=repr)
+@pytest.mark.parametrize("name", ["max_to_keep", "save_interval_steps"])
+def test_counts_are_checked_at_construction(name, value, tmp_path):
+    """With ``max_to_keep=0`` every state would be deleted."""
+    with pytest.raises(jmp.errors.InvalidCheckpointError, match=rf"{name} must be an int >= 1.*; got ") as error:
+        manage(tmp_path / "run", **{name: value})
+    assert repr(value) in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("step", [*NO_COUNTS[1:], None, jnp.ones(()), jnp.bool_(True)], ids=repr)
+def test_steps_are_checked(step, tmp_path):
+    """What ``restore`` would not find is not saved."""
+    with manage(tmp_path) as manager:
+        with pytest.raises(jmp.errors.InvalidCheckpointError, match=r"step must be an int >= 0; got "):
+            manager.save(step, STATE)
+        if step is not None:
+            with pytest.raises(jmp.errors.InvalidCheckpointError, match=r"step must be an int >= 0; got "):
+                manager.restore(STATE, step=step)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("step", [0, np.int64(3), np.uint8(200), jnp.int32(4), 2**40])
+def test_steps_may_be_integers_of_any_kind(step, tmp_path):
+    """They name the directory as a Python int does."""
+    with manage(tmp_path, max_to_keep=None, save_interval_steps=1) as manager:
+        assert manager.save(step, STATE)
+        assert manager.restore(STATE)[0] == int(step)
+        assert manager.restore(STATE, step=step)[0] == int(step)
+
+
+def test_all_are_kept_without_a_limit(tmp_path):
+    """``max_to_keep=None``."""
+    with manage(tmp_path, max_to_keep=None) as manager:
+        assert all(manager.save(step, STATE) for step in range(6))
+    assert {path.name for path in tmp_path.iterdir()} == set("012345")
+
+
+# --- Directories of others ------------------------------------------------------------------------
+
+
+def save_standard(path):
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        checkpointer.save(path, args=ocp.args.StandardSave(STATE))
+
+
+def save_pytree(path):
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        checkpointer.save(path, args=ocp.args.PyTreeSave(STATE))
+
+
+def save_composite(path):
+    items = ocp.args.Composite(state=ocp.args.StandardSave(STATE), meta=ocp.args.JsonSave({"a": 1}))
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        checkpointer.save(path, args=items)
+
+
+def save_managed(path):
+    with ocp.CheckpointManager(path.parent) as manager:
+        manager.save(int(path.name), args=ocp.args.StandardSave(STATE))
+
+
+def save_without_metadata(path):
+    save_standard(path)
+    (path / "_CHECKPOINT_METADATA").unlink()
+
+
+@pytest.mark.parametrize(
+    "save", [save_standard, save_pytree, save_composite, save_managed, save_without_metadata], ids=lambda f: f.__name__
+)
+def test_plain_orbax_checkpoint_is_called_that(save, tmp_path):
+    """It is not damaged, so no step is passed over for it."""
+    with manage(tmp_path) as manager:
+        manager.save(1, STATE)
+    save(tmp_path / "7")
+    with pytest.raises(jmp.errors.ForeignCheckpointError, match=r"/7 is a plain Orbax checkpoint"):
+        checkpoint.restore(tmp_path / "7", STATE, policy="mixed_float16")
+    with manage(tmp_path) as manager:
+        with pytest.raises(jmp.errors.ForeignCheckpointError, match=r"/7 is a plain Orbax checkpoint"):
+            manager.restore(STATE)
+        assert manager.restore(STATE, step=1)[0] == 1
+
+
+# --- A second writer ------------------------------------------------------------------------------
+
+
+def test_second_writer_is_refused_until_the_first_closes(tmp_path):
+    """Readers are not: an evaluation may follow a training run."""
+    with manage(tmp_path) as first, manage(tmp_path) as second:
+        first.save(1, STATE)
+        first.wait()
+        with pytest.raises(
+            jmp.errors.CheckpointLockedError, match=rf"Process {os.getpid()} on .* writes checkpoints to"
+        ):
+            second.save(2, STATE)
+        assert second.restore(STATE)[0] == 1
+        first.save(2, STATE)
+        first.close()
+        assert second.save(3, STATE)
+        with pytest.raises(jmp.errors.CheckpointLockedError):
+            first.save(4, STATE)
+
+
+HOLDER = """
+    import os, sys, time
+    from jmp_lite.checkpoint._lock import WriterLock
+
+    lock = WriterLock(sys.argv[1])
+    child = os.fork()
+    if child:
+        print(child, flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:RuntimeWarning")
+def test_dead_job_holds_no_lock(tmp_path):
+    """Killed without warning, and though a process that it forked lives on."""
+    script = tmp_path / "holder.py"
+    script.write_text(textwrap.dedent(HOLDER))
+    with subprocess.Popen([sys.executable, script, tmp_path], stdout=subprocess.PIPE, text=True) as holder:
+        child = int(holder.stdout.readline())
+        try:
+            with pytest.raises(jmp.errors.CheckpointLockedError, match=rf"Process {holder.pid} on "):
+                WriterLock(str(tmp_path))
+            holder.kill()
+            holder.wait()
+            assert pathlib.Path(f"/proc/{child}").exists() or not pathlib.Path("/proc").exists()
+            WriterLock(str(tmp_path)).release()
+        finally:
+            holder.kill()
+            os.kill(child, signal.SIGKILL)
+
+
+def test_lock_of_a_file_that_was_removed_is_none(tmp_path):
+    """The last holder removes the file; whoever opened it before must not think that it has the lock."""
+    first = WriterLock(str(tmp_path))
+    (tmp_path / ".writer").unlink()
+    second = WriterLock(str(tmp_path))
+    with pytest.raises(jmp.errors.CheckpointLockedError):
+        WriterLock(str(tmp_path))
+    first.release()
+    with pytest.raises(jmp.errors.CheckpointLockedError):
+        WriterLock(str(tmp_path))
+    second.release()
+    assert not list(tmp_path.iterdir())
+
+
+def test_places_without_locks_are_written_to(tmp_path, monkeypatch):
+    """Object stores, and file systems that do not know ``flock``."""
+    WriterLock("gs://bucket/run").release()
+
+    def refuse(*args):
+        raise OSError("function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with manage(tmp_path) as first, manage(tmp_path) as second:
+        assert first.save(1, STATE)
+        first.wait()
+        assert second.save(2, STATE)
