@@ -1,4 +1,4 @@
-"""Layers as plain functions, the precision of each spelt out as it is by hand.
+"""Layers as plain functions, the precision of each spelled out as it is by hand.
 
 A layer casts its weights to the dtype of what it is given, and returns that dtype; statistics, softmax, rotations and
 losses are float32. What is given float32 stays in it throughout: that is the model which autocast is handed.

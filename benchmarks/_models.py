@@ -1,7 +1,7 @@
 """A GPT and a ResNet in Flax Linen, each as one loss that every precision design differentiates.
 
 With `dtype` they are mixed precision written by hand, without it they are the float32 models that the others are given.
-The softmax is spelt in float32: written by hand, with jmp and with mpx it has to be; the float32 models do not notice.
+The softmax is spelled in float32: by hand, with jmp and with mpx it has to be; the float32 models do not notice.
 """
 
 from __future__ import annotations

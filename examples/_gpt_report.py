@@ -8,7 +8,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from _history import History
 from _report import (
-    SKIP_COLOUR,
+    SKIP_COLOR,
     SMOOTHING,
     STYLE,
     draw_loss,
@@ -94,7 +94,7 @@ def draw(results: list[Result], uniform: float, title: str, file: Path) -> None:
         labels = [f"{result.name}: {result.final_loss:.3f} nats" for result in results]
         handles = list(itertools.starmap(_handle, zip(labels, lines, strict=True)))
         if any((result.history.curve("last_finite") == 0).any() for result in results):
-            skip = {"color": SKIP_COLOUR, "marker": "x", "linestyle": "", "markeredgewidth": 1.6}
+            skip = {"color": SKIP_COLOR, "marker": "x", "linestyle": "", "markeredgewidth": 1.6}
             handles.append(Line2D([], [], label="step skipped: gradients not finite", **skip))
         figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
         figure.suptitle(title, x=0.012, ha="left", fontsize=13)

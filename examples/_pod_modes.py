@@ -134,8 +134,8 @@ def pmap_mode(make_network: Callable[..., Network], tx: Any, policy: jmp.Policy,
 
     def train_step(state: State, batch: Any) -> Any:
         params, statistics, opt_state = state
-        value_and_grad = jmp.scaled_value_and_grad(loss_fn, has_aux=True)
-        (loss, seen), grads = value_and_grad(params, statistics, *batch, state=opt_state)
+        value_and_grad = jmp.scaled_value_and_grad(loss_fn, has_aux=True, loss_scale=opt_state)
+        (loss, seen), grads = value_and_grad(params, statistics, *batch)
         grads = jmp.distributed.reduce_gradients(grads, AXIS, policy)
         return update(tx, grads, state, seen, jax.lax.pmean(loss, AXIS))
 
@@ -162,8 +162,8 @@ def shard_map_mode(make_network: Callable[..., Network], tx: Any, policy: jmp.Po
         params, statistics, opt_state = state
         # Gradients of parameters that are the same everywhere would arrive summed, in 16 bits.
         params = jax.lax.pcast(params, AXIS, to="varying")
-        value_and_grad = jmp.scaled_value_and_grad(loss_fn, has_aux=True)
-        (loss, seen), grads = value_and_grad(params, statistics, *batch, state=opt_state)
+        value_and_grad = jmp.scaled_value_and_grad(loss_fn, has_aux=True, loss_scale=opt_state)
+        (loss, seen), grads = value_and_grad(params, statistics, *batch)
         grads = jmp.distributed.reduce_gradients(grads, AXIS, policy)
         return update(tx, grads, state, seen, jax.lax.pmean(loss, AXIS))
 
@@ -200,8 +200,8 @@ def jit_mode(make_network: Callable[..., Network], tx: Any, policy: jmp.Policy, 
         def gathered_loss(params: Any, *arguments: Any) -> Any:
             return loss_fn(jmp.distributed.gather_params(params, shardings[0], policy), *arguments)
 
-        value_and_grad = jmp.scaled_value_and_grad(gathered_loss, has_aux=True)
-        (loss, seen), grads = value_and_grad(params, statistics, *batch, state=opt_state)
+        value_and_grad = jmp.scaled_value_and_grad(gathered_loss, has_aux=True, loss_scale=opt_state)
+        (loss, seen), grads = value_and_grad(params, statistics, *batch)
         state, metrics = update(tx, grads, state, seen, loss)
         # Without this, XLA chooses where the new state lies.
         return jax.lax.with_sharding_constraint((state, metrics), (shardings, replicated(metrics)))

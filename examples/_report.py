@@ -17,8 +17,8 @@ from rich import box
 from rich.table import Table
 
 # Okabe and Ito's palette, which readers of every color vision tell apart.
-COLOURS = ("#56B4E9", "#E69F00", "#004D80", "#CC79A7", "#009E73", "#D55E00")
-SKIP_COLOUR = "#B00020"
+COLORS = ("#56B4E9", "#E69F00", "#004D80", "#CC79A7", "#009E73", "#D55E00")
+SKIP_COLOR = "#B00020"
 SMOOTHING = 15
 
 STYLE = {
@@ -139,7 +139,7 @@ def line_styles(count: int) -> list[dict[str, Any]]:
     first = max(0, 3 - count)  # a run alone gets a strong color
     return [
         {
-            "color": COLOURS[(first + i) % len(COLOURS)],
+            "color": COLORS[(first + i) % len(COLORS)],
             "linewidth": 1.4 + 1.7 * min(2, count - 1 - i),
             "solid_joinstyle": "round",
             "zorder": 2 + i,
@@ -184,7 +184,7 @@ def draw_loss_scale(panel: plt.Axes, history: History, line: dict[str, Any]) -> 
     panel.plot(np.arange(1, len(scale) + 1), scale, drawstyle="steps-post", **line)
     skipped = np.flatnonzero(history.curve("last_finite") == 0)
     too_high = scale[np.maximum(skipped - 1, 0)]
-    panel.plot(skipped + 1, too_high, "x", color=SKIP_COLOUR, markeredgewidth=1.6, zorder=20)
+    panel.plot(skipped + 1, too_high, "x", color=SKIP_COLOR, markeredgewidth=1.6, zorder=20)
 
 
 def _finish_loss(panel: plt.Axes) -> None:
@@ -232,6 +232,6 @@ def _add_legend(figure: plt.Figure, results: list[Result], lines: list[dict[str,
         for line, label in zip(lines, (f"{r.name}: {100 * r.accuracy:.2f} % correct" for r in results), strict=True)
     ]
     if any(result.skipped for result in results):
-        skip = {"color": SKIP_COLOUR, "marker": "x", "linestyle": "", "markeredgewidth": 1.6}
+        skip = {"color": SKIP_COLOR, "marker": "x", "linestyle": "", "markeredgewidth": 1.6}
         handles.append(Line2D([], [], label="step skipped: gradients not finite", **skip))
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)

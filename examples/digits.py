@@ -72,8 +72,8 @@ def make_train_step(
         return losses.mean() * loss_multiplier, statistics
 
     def train_step(params: Any, statistics: Any, opt_state: Any, images: Any, labels: Any) -> Any:
-        value_and_grad = jmp.scaled_value_and_grad(loss_fn, has_aux=True)
-        (loss, seen), grads = value_and_grad(params, statistics, images, labels, state=opt_state)
+        value_and_grad = jmp.scaled_value_and_grad(loss_fn, has_aux=True, loss_scale=opt_state)
+        (loss, seen), grads = value_and_grad(params, statistics, images, labels)
         if axis_name is not None:
             loss, grads = jax.lax.pmean((loss, grads), axis_name)
         gradient_norm = optax.tree.norm(opt_state.loss_scale.unscale(grads)) / loss_multiplier

@@ -106,7 +106,7 @@ def chunks(steps: int) -> Iterator[range]:
 
 
 def train(name: str, options: argparse.Namespace, text: _gpt_data.Text, progress: Progress) -> _gpt_report.Result:
-    """Trains one policy and samples from what it learnt."""
+    """Trains one policy and samples from what it learned."""
     policy = jmp.get_policy(name)
     loss = jmp.autocast(_gpt_model.loss, policy)
     tx = make_optimizer(options.steps, policy)

@@ -15,7 +15,10 @@ from sphinx.errors import ExtensionError
 
 MODULES = [
     "jmp_lite",
-    *(f"jmp_lite.{name}" for name in ("linen", "nnx", "optim", "distributed", "quant", "checkpoint", "export")),
+    *(
+        f"jmp_lite.{name}"
+        for name in ("linen", "nnx", "optim", "distributed", "quant", "checkpoint", "export", "errors")
+    ),
 ]
 
 

@@ -194,8 +194,8 @@ def accumulate_gradients(
 
     One ``lax.scan`` runs over the microbatches, all with the same loss scale, and sums their gradients in float32. What
     is left between them is that sum, as large as the parameters in float32. ``fun`` is traced once; call it under
-    ``jit``, because each eager call compiles the scan anew. If it returns a
-    mean over its rows, the result is the gradient of the mean over the whole batch.
+    ``jit``, because each eager call compiles the scan anew. If it returns a mean over its rows, the result is the
+    gradient of the mean over the whole batch.
 
     Microbatch ``i`` holds the rows ``i, i + n, i + 2 * n, ...`` for ``n`` microbatches. So where ``jit`` has split the
     batch over devices, each device takes its own rows in every step and none travel, as long as ``n`` divides the

@@ -164,7 +164,7 @@ class DynamicLossScale(Opaque):
         hysteresis: Non-finite steps tolerated per growth period, the last of which backs off (Megatron, DeepSpeed).
         consecutive_hysteresis: Whether one finite step restores the tolerance, rather than only the next growth.
         grace_steps: Finite steps after a non-finite one (and at the start, through ``counter``) that do not count
-            towards growth. DeepSpeed has one.
+            toward growth. DeepSpeed has one.
         hysteresis_left: Non-finite steps left before backing off, ``int32[]``; filled in when ``hysteresis > 1``.
 
     Raises:

@@ -200,7 +200,7 @@ THROUGH = {
         "dot_general",
         [LOW],
     ),
-    "what chooses between steps towards a test": (
+    "what chooses between steps toward a test": (
         until(is_large, lambda r, h, w: (lax.cond((r @ w)[0, 0] > 0, lambda r: r / 2, lambda r: r / 3, r), h)),
         "dot_general",
         [HIGH],

@@ -259,7 +259,7 @@ def test_parameter_without_update_stays():
 MISTAKES = {
     "nothing": ({}, "either a sparsity or nm"),
     "both": ({"sparsity": 0.5, "nm": (2, 4)}, r"got sparsity=0\.5 and nm=\(2, 4\)"),
-    "per cent": ({"sparsity": 80}, r"in \[0, 1\) or a schedule, got 80"),
+    "percent": ({"sparsity": 80}, r"in \[0, 1\) or a schedule, got 80"),
     "everything": ({"sparsity": 1.0}, r"got 1\.0"),
     "negative": ({"sparsity": -0.1}, r"got -0\.1"),
     "not a number": ({"sparsity": float("nan")}, "got nan"),

@@ -141,7 +141,7 @@ def test_init_under_a_loss_scale(wrap, data):
     """Cotangents are those of the scaled loss, so the first step clips none."""
     scale = jmp.DynamicLossScale(2.0**12)
     delayed = quant.delayed(loss)
-    plain, scaled = delayed.init(*data), delayed.init(*data, state=wrap(scale))
+    plain, scaled = delayed.init(*data), delayed.init(*data, loss_scale=wrap(scale))
     np.testing.assert_array_equal(scaled["dot"][:2], plain["dot"][:2])
     np.testing.assert_allclose(scaled["dot"][2, 0], 2.0**12 * plain["dot"][2, 0], rtol=1e-6)
 
@@ -158,7 +158,7 @@ def test_training_under_a_dynamic_loss_scale(data):
     delayed = quant.delayed(counted)
     tx = jmp.loss_scaled(optax.sgd(0.05), jmp.DynamicLossScale(2.0**12))
     state = tx.init(w)
-    histories = delayed.init(*data, state=state)
+    histories = delayed.init(*data, loss_scale=state)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
     def step(w, state, histories, x):

@@ -54,8 +54,9 @@ def test_mean_is_that_of_the_whole_batch(steps, policy, rng):
     """Loss and gradients are those of the whole batch, to the error of sums of so many float32 numbers."""
     n, d = 24, 5
     x, y, w = (rng.standard_normal(shape).astype(np.float32) for shape in ((n, d), n, d))
-    grad_fn = jmp.accumulate_gradients(squares, steps, on_nonfinite=policy)
-    loss, grads, *skipped = jax.jit(grad_fn)({"w": jnp.asarray(w)}, x, y, state=jmp.StaticLossScale(SCALE))
+    state = jmp.StaticLossScale(SCALE)
+    grad_fn = jmp.accumulate_gradients(squares, steps, on_nonfinite=policy, loss_scale=state)
+    loss, grads, *skipped = jax.jit(grad_fn)({"w": jnp.asarray(w)}, x, y)
     assert [int(s) for s in skipped] == ([0] if policy == "skip_microbatch" else [])
     x, y, w = (a.astype(np.float64) for a in (x, y, w))
     # Each product and sum rounds by at most 2**-24 of its magnitude: d to form the residual, n to sum, some to scale.
@@ -79,8 +80,9 @@ def test_sum_is_that_by_hand_to_the_bit(dtype, policy, rng):
     with jax.enable_x64(dtype == "float64"):
         x = jnp.asarray(rng.standard_normal((steps, 3)) * 2.0 ** rng.integers(-4, 4, (steps, 3)), complex_or_real)
         params, state = {"w": jnp.ones(3).astype(dtype)}, jmp.StaticLossScale(SCALE)
+        grad_fn = jmp.accumulate_gradients(loss_fn, steps, on_nonfinite=policy, loss_scale=state)
         for run in (jax.jit, lambda f: f):
-            _, grads, *_ = run(jmp.accumulate_gradients(loss_fn, steps, on_nonfinite=policy))(params, x, state=state)
+            _, grads, *_ = run(grad_fn)(params, x)
             _, expected = mean_by_hand(loss_fn, params, x, state, [True] * steps)
             assert raw(grads["w"]) == raw(expected["w"])
 
@@ -96,11 +98,16 @@ def test_one_step_is_scaled_value_and_grad(has_aux, policy, rng):
 
     params = {"w": jnp.asarray(rng.standard_normal((3, 2)), jnp.bfloat16), "unused": jnp.zeros(2), "n": jnp.int32(3)}
     x, state = jnp.asarray(rng.standard_normal((8, 3)), jnp.float32), jmp.DynamicLossScale(SCALE)
+
+    def plain(state, *args):
+        return jmp.scaled_value_and_grad(loss_fn, has_aux=has_aux, loss_scale=state)(*args)
+
+    def accumulated(state, *args):
+        return jmp.accumulate_gradients(loss_fn, 1, has_aux=has_aux, on_nonfinite=policy, loss_scale=state)(*args)
+
     for run in (jax.jit, lambda f: f):
-        expected, true = run(jmp.scaled_value_and_grad(loss_fn, has_aux=has_aux))(params, x, state=state)
-        value, grads, *_ = run(jmp.accumulate_gradients(loss_fn, 1, has_aux=has_aux, on_nonfinite=policy))(
-            params, x, state=state
-        )
+        expected, true = run(plain)(state, params, x)
+        value, grads, *_ = run(accumulated)(state, params, x)
         wide = {name: g if name == "n" else g.astype(jnp.float32) for name, g in true.items()}
         assert_identical(jax.tree.map(np.asarray, grads), jax.tree.map(np.asarray, wide))
         if has_aux:
@@ -142,10 +149,11 @@ def test_skip_window(rng):
     """One bad microbatch, wherever it stands and whatever it holds, makes the gradients so: the optimizer skips."""
     steps, tx = 5, jmp.loss_scaled(optax.sgd(1.0), jmp.DynamicLossScale(SCALE))
     params = {"w": jnp.ones(3)}
-    state, grad_fn = tx.init(params), jax.jit(jmp.accumulate_gradients(linear, steps))
+    state = tx.init(params)
+    grad_fn = jax.jit(lambda state, *args: jmp.accumulate_gradients(linear, steps, loss_scale=state)(*args))
     for good in random_faults(rng, steps):
         x = with_faults(rng, rng.standard_normal((10, 3)).astype(np.float32), good, steps)
-        loss, grads = grad_fn(params, x, state=state)
+        loss, grads = grad_fn(state, params, x)
         assert bool(jmp.all_finite(grads)) == bool(jnp.isfinite(loss)) == all(good)
         after, stepped = fused(tx)(params, state, grads)
         assert bool(stepped.last_finite) == all(good)
@@ -157,10 +165,14 @@ def test_skip_microbatch(rng):
     steps, tx = 5, jmp.loss_scaled(optax.sgd(1.0), jmp.DynamicLossScale(SCALE))
     params = {"w": jnp.ones(3)}
     state = tx.init(params)
-    grad_fn = jax.jit(jmp.accumulate_gradients(linear, steps, on_nonfinite="skip_microbatch"))
+
+    @jax.jit
+    def grad_fn(state, *args):
+        return jmp.accumulate_gradients(linear, steps, on_nonfinite="skip_microbatch", loss_scale=state)(*args)
+
     for good in random_faults(rng, steps):
         x = with_faults(rng, rng.standard_normal((steps, 3)).astype(np.float32), good, steps)
-        loss, grads, skipped = grad_fn(params, x, state=state)
+        loss, grads, skipped = grad_fn(state, params, x)
         assert skipped.dtype == jnp.int32
         assert int(skipped) == steps - sum(good)
         if any(good):
@@ -194,8 +206,9 @@ def test_microbatch_that_overflows_at_this_scale(scale):
 def test_unscaling_that_overflows_counts_as_bad():
     """With a scale below one a gradient may be finite while scaled and infinite once unscaled."""
     state = jmp.DynamicLossScale(2.0**-10, min_loss_scale=0)
-    grad_fn = jmp.accumulate_gradients(lambda w, x: jnp.sum(w * x[:, 0] * x[:, 1]), 2, on_nonfinite="skip_microbatch")
-    loss, grad, skipped = grad_fn(jnp.float32(2.0**-100), jnp.array([[2.0**12, 2.0**120], [1.0, 3.0]]), state=state)
+    loss, grad, skipped = jmp.accumulate_gradients(
+        lambda w, x: jnp.sum(w * x[:, 0] * x[:, 1]), 2, on_nonfinite="skip_microbatch", loss_scale=state
+    )(jnp.float32(2.0**-100), jnp.array([[2.0**12, 2.0**120], [1.0, 3.0]]))
     assert (float(loss), float(grad) * 2.0**10, int(skipped)) == (3 * 2.0**-100, 3, 1)
 
 
@@ -224,10 +237,11 @@ def expected_mean(x, good, steps):
 def test_replicas_of_pmap_leave_out_the_same(axis_name, shards):
     """With axis_name the microbatch that is bad on one replica is left out on all; without it on that one only."""
     steps, x, good = shards
-    grad_fn = jmp.accumulate_gradients(linear, steps, on_nonfinite="skip_microbatch", axis_name=axis_name)
+    settings = {"on_nonfinite": "skip_microbatch", "axis_name": axis_name}
+    grad_fn = jmp.accumulate_gradients(linear, steps, loss_scale=jmp.StaticLossScale(SCALE), **settings)
 
     def replica(x):
-        _, grads, skipped = grad_fn({"w": jnp.zeros(3)}, x, state=jmp.StaticLossScale(SCALE))
+        _, grads, skipped = grad_fn({"w": jnp.zeros(3)}, x)
         return grads, skipped
 
     grads, skipped = jax.pmap(replica, "batch")(x)
@@ -242,11 +256,11 @@ def test_replicas_of_shard_map(check_vma, policy, shards):
     """Parameters and state stay provably the same on all devices; the window is skipped, or its bad part, by all."""
     steps, x, good = shards
     tx = jmp.loss_scaled(optax.sgd(1.0), jmp.DynamicLossScale(SCALE), axis_name="batch")
-    grad_fn = jmp.accumulate_gradients(linear, steps, on_nonfinite=policy, axis_name="batch")
 
     def step(params, state, x):
+        grad_fn = jmp.accumulate_gradients(linear, steps, on_nonfinite=policy, axis_name="batch", loss_scale=state)
         local = jax.lax.pcast(params, "batch", to="varying") if check_vma else params
-        _, grads, *skipped = grad_fn(local, x[0], state=state)
+        _, grads, *skipped = grad_fn(local, x[0])
         return *fused(tx)(params, state, jax.lax.pmean(grads, "batch")), skipped
 
     run = jax.jit(jax.shard_map(step, mesh=mesh(), in_specs=(P(), P(), P("batch")), out_specs=P(), check_vma=check_vma))
@@ -271,11 +285,12 @@ def test_sharded_parameters_beside_replicated_ones(rng):
         steps,
         on_nonfinite="skip_microbatch",
         axis_name=("data", "model"),
+        loss_scale=jmp.NoOpLossScale(),
     )
 
     def step(params, x):
         local = jax.lax.pcast(params, "data", to="varying")
-        _, grads, skipped = grad_fn(local, x, state=jmp.NoOpLossScale())
+        _, grads, skipped = grad_fn(local, x)
         return jax.lax.pmean(grads, "data"), skipped
 
     run = jax.jit(jax.shard_map(step, mesh=grid, in_specs=(specs, P("data", "model")), out_specs=(specs, P())))
@@ -293,13 +308,13 @@ def test_sharded_rows_stay_on_their_device(kind, policy, rng):
     """Under jit with the batch split over devices the only exchange is the sum of the gradients, and the verdict."""
     grid = jax.sharding.Mesh(np.array(jax.devices()[:DEVICES]), ("batch",), (getattr(jax.sharding.AxisType, kind),))
     steps, x = 4, rng.integers(-8, 8, (DEVICES * 8, 3)).astype(np.float32)
-    grad_fn = jax.jit(jmp.accumulate_gradients(linear, steps, on_nonfinite=policy))
     state = jmp.StaticLossScale(SCALE)
+    grad_fn = jax.jit(jmp.accumulate_gradients(linear, steps, on_nonfinite=policy, loss_scale=state))
     with jax.set_mesh(grid):
         params = jax.device_put({"w": jnp.zeros(3)}, NamedSharding(grid, P()))
         sharded = jax.device_put(x, NamedSharding(grid, P("batch")))
-        loss, grads, *_ = grad_fn(params, sharded, state=state)
-        compiled = grad_fn.lower(params, sharded, state=state).compile().as_text()
+        loss, grads, *_ = grad_fn(params, sharded)
+        compiled = grad_fn.lower(params, sharded).compile().as_text()
     np.testing.assert_array_equal(grads["w"] / SCALE, x.mean(axis=0))
     assert float(loss) == 0
     assert "all-reduce(" in compiled
@@ -344,8 +359,10 @@ def test_what_is_kept_between_microbatches(policy):
     def loss_fn(params, x):
         return (x @ params["w"].astype(jnp.float32)).mean() + params["v"].sum(), x[0, 0]
 
-    grad_fn = jmp.accumulate_gradients(loss_fn, 4, has_aux=True, on_nonfinite=policy)
-    [loop] = equations("scan", lambda p, x: grad_fn(p, x, state=jmp.StaticLossScale(2.0)), params, jnp.ones((8, 3)))
+    def grad_fn(params, x, state):
+        return jmp.accumulate_gradients(loss_fn, 4, has_aux=True, on_nonfinite=policy, loss_scale=state)(params, x)
+
+    [loop] = equations("scan", grad_fn, params, jnp.ones((8, 3)), jmp.StaticLossScale(2.0))
     _, carried = _compat.scan_counts(loop.params)
     kept = [str(v.aval.str_short()) for v in loop.outvars[:carried]]
     assert sorted(kept) == ["float32[3,2]", "float32[5]"]
@@ -359,7 +376,7 @@ def test_memory_is_that_of_one_microbatch():
         return jnp.mean(jnp.sin(jnp.sin(x @ params)) ** 2)
 
     params, x, state = jnp.ones((4, 512)), jnp.ones((512, 4)), jmp.StaticLossScale(2.0)
-    whole = jax.jit(jmp.scaled_value_and_grad(loss_fn)).lower(params, x, state=state).compile()
-    parts = jax.jit(jmp.accumulate_gradients(loss_fn, 16)).lower(params, x, state=state).compile()
+    whole = jax.jit(jmp.scaled_value_and_grad(loss_fn, loss_scale=state)).lower(params, x).compile()
+    parts = jax.jit(jmp.accumulate_gradients(loss_fn, 16, loss_scale=state)).lower(params, x).compile()
     sizes = [compiled.memory_analysis().temp_size_in_bytes for compiled in (parts, whole)]
     assert sizes[0] < sizes[1] / 4

@@ -26,14 +26,14 @@ def test_argnums(argnums, batch_argnums, rng):
     """Gradients come in the order asked for; the batch is what is not differentiated, or what is named."""
     x, y = (jnp.asarray(rng.integers(-8, 8, 8), jnp.float32) for _ in range(2))
     args, state = (jnp.float32(2), x, jnp.float32(3), y), jmp.StaticLossScale(4.0)
-    grad_fn = jmp.accumulate_gradients(loss_of_many, 4, argnums, batch_argnums=batch_argnums)
-    loss, grads = jax.jit(grad_fn)(*args, state=state, factor=jnp.float32(2))
+    grad_fn = jmp.accumulate_gradients(loss_of_many, 4, argnums, batch_argnums=batch_argnums, loss_scale=state)
+    loss, grads = jax.jit(grad_fn)(*args, factor=jnp.float32(2))
     expected = jmp.scaled_value_and_grad(loss_of_many, argnums, loss_scale=state)(*args, factor=jnp.float32(2))
     assert_identical((loss, jax.tree.map(np.asarray, grads)), (expected[0], jax.tree.map(np.asarray, expected[1])))
 
 
 def test_microbatches_are_strided_and_aux_is_stacked(rng):
-    """Microbatch i holds rows i, i + steps, ... of every array of the batch, of any dtype, with its weak type."""
+    """Microbatch i holds rows i, i + n, ... of every array of the batch, of any dtype, with its weak type."""
     weak = jax.lax.full((12,), 2.0)
     batch = {
         "weak": weak,
@@ -47,8 +47,8 @@ def test_microbatches_are_strided_and_aux_is_stacked(rng):
         seen.append(jax.tree.map(lambda a: a.weak_type, batch))
         return w * fixed, batch
 
-    grad_fn = jmp.accumulate_gradients(loss_fn, 3, has_aux=True, batch_argnums=1)
-    (loss, aux), grad = grad_fn(2.0, batch, 5.0, state=jmp.NoOpLossScale())
+    grad_fn = jmp.accumulate_gradients(loss_fn, 3, has_aux=True, batch_argnums=1, loss_scale=jmp.NoOpLossScale())
+    (loss, aux), grad = grad_fn(2.0, batch, 5.0)
     assert (float(loss), float(grad)) == (10, 5)
     for i in range(3):
         part = jax.tree.map(lambda a, i=i: np.asarray(a[i]), aux)
@@ -100,11 +100,11 @@ def test_transformations_agree(rng):
     """jit, vmap over models, remat inside and autocast outside give what the plain call gives."""
     params, state = {"w": jnp.asarray(rng.integers(-8, 8, (2, 3)), jnp.float32)}, jmp.StaticLossScale(4.0)
     x = jnp.asarray(rng.integers(-8, 8, (8, 3)), jnp.float32)
-    grad_fn = lambda fun: jmp.accumulate_gradients(fun, 4)  # noqa: E731
-    one = [grad_fn(linear)(jax.tree.map(lambda p, i=i: p[i], params), x, state=state) for i in range(2)]
+    grad_fn = lambda fun: jmp.accumulate_gradients(fun, 4, loss_scale=state)  # noqa: E731
+    one = [grad_fn(linear)(jax.tree.map(lambda p, i=i: p[i], params), x) for i in range(2)]
     expected = jax.tree.map(lambda *models: jnp.stack(models), *one)
     for fun in (linear, jax.checkpoint(linear)):
-        call = jax.vmap(lambda p, fun=fun: grad_fn(fun)(p, x, state=state))
+        call = jax.vmap(lambda p, fun=fun: grad_fn(fun)(p, x))
         assert_identical(call(params), expected)
         assert_identical(jax.jit(call)(params), expected)
     hessian = jax.grad(
@@ -123,19 +123,20 @@ def test_with_autocast(policy, rng):
 
     state = jmp.DynamicLossScale(SCALE)
     autocast = jmp.autocast(loss_fn, "mixed_bfloat16")
-    grad_fn = jmp.accumulate_gradients(autocast, 4, on_nonfinite=policy)
-    products = equations("dot_general", lambda p, x: grad_fn(p, x, state=state), params, x)
+    grad_fn = lambda p, x, s: jmp.accumulate_gradients(autocast, 4, on_nonfinite=policy, loss_scale=s)(p, x)  # noqa: E731
+    products = equations("dot_general", grad_fn, params, x, state)
     assert {str(v.aval.dtype) for eqn in products for v in eqn.invars} == {"bfloat16"}
-    _, grads, *_ = jax.jit(grad_fn)(params, x, state=state)
+    _, grads, *_ = jax.jit(grad_fn)(params, x, state)
     assert grads["w"].dtype == jnp.float32
 
 
 def test_double_precision():
     """Under x64 float64 stays float64, and float32 stays float32."""
-    grad_fn = jmp.accumulate_gradients(lambda w, x: jnp.mean(w * x), 3, on_nonfinite="skip_microbatch")
     with jax.enable_x64(True):
         for dtype in (jnp.float64, jnp.float32):
-            loss, grad, skipped = grad_fn(dtype(1), jnp.full(3, 0.1, dtype), state=jmp.DynamicLossScale(4.0))
+            loss, grad, skipped = jmp.accumulate_gradients(
+                lambda w, x: jnp.mean(w * x), 3, on_nonfinite="skip_microbatch", loss_scale=jmp.DynamicLossScale(4.0)
+            )(dtype(1), jnp.full(3, 0.1, dtype))
             assert loss.dtype == grad.dtype == dtype
             assert skipped.dtype == jnp.int32
 
@@ -144,21 +145,21 @@ def test_double_precision():
 
 X = jnp.ones((8, 2))
 ERRORS = {
-    "no step": (
-        lambda: jmp.accumulate_gradients(linear, 0),
-        "steps must be a whole number, at least 1, got 0. ",
+    "no microbatch": (
+        lambda: jmp.accumulate_gradients(linear, 0, loss_scale=jmp.NoOpLossScale()),
+        "num_microbatches must be a whole number, at least 1, got 0. ",
     ),
-    "half a step": (
-        lambda: jmp.accumulate_gradients(linear, 2.0),
-        "steps must be a whole number, at least 1, got 2.0. ",
+    "not a whole number": (
+        lambda: jmp.accumulate_gradients(linear, 2.0, loss_scale=jmp.NoOpLossScale()),
+        "num_microbatches must be a whole number, at least 1, got 2.0. ",
     ),
     "unknown policy": (
-        lambda: jmp.accumulate_gradients(linear, 2, on_nonfinite="skip"),
+        lambda: jmp.accumulate_gradients(linear, 2, on_nonfinite="skip", loss_scale=jmp.NoOpLossScale()),
         "on_nonfinite must be 'skip_window' or 'skip_microbatch', got 'skip'. ",
     ),
     "not divisible": (
         lambda: call(3, {"x": X}),
-        "Argument 1, leaf 'x' is float32[8, 2]: 8 rows do not divide into steps=3 microbatches. Drop 2 of them, or ",
+        "Argument 1, leaf 'x' is float32[8, 2]: 8 rows do not divide into num_microbatches=3. Drop 2 of them, or ",
     ),
     "scalar": (lambda: call(2, X, jnp.float32(1)), "Argument 2 is float32[], which has no leading axis to split. "),
     "number": (lambda: call(2, {"a": [X, 3]}), "Argument 1, leaf 'a/1' is 3, which has no leading axis to split. "),
@@ -166,9 +167,12 @@ ERRORS = {
         lambda: call(2, {"x": X, "y": X[:4]}),
         "Argument 1, leaf 'y' is float32[4, 2], but Argument 1, leaf 'x' has 8 rows. ",
     ),
-    "as many labels as steps": (lambda: call(4, X, X[:4]), "Argument 2 is float32[4, 2], but Argument 1 has 8 rows. "),
-    "no batch": (lambda: call(2), "No array to split into steps=2 microbatches: "),
-    "only keywords": (lambda: call(2, x=X), "No array to split into steps=2 microbatches: "),
+    "a label per microbatch": (
+        lambda: call(4, X, X[:4]),
+        "Argument 2 is float32[4, 2], but Argument 1 has 8 rows. ",
+    ),
+    "no batch": (lambda: call(2), "No array to split into num_microbatches=2: "),
+    "only keywords": (lambda: call(2, x=X), "No array to split into num_microbatches=2: "),
     "both": (
         lambda: jmp.accumulate_gradients(linear, 2, batch_argnums=(0, 1), loss_scale=jmp.NoOpLossScale())({}, X),
         "batch_argnums=(0, 1) names argument 0, which argnums differentiates. ",
@@ -196,7 +200,7 @@ def test_rows_of_one_device_that_do_not_divide():
         jax.set_mesh(grid),
         pytest.raises(
             jmp.errors.InvalidMicrobatchError,
-            match=r": 3 rows on each device do not divide into steps=2 .* from 1, 3\.",
+            match=r": 3 rows on each device do not divide into num_microbatches=2\. .* from 1, 3\.",
         ),
     ):
         call(2, jax.device_put(jnp.ones((3 * DEVICES, 2)), NamedSharding(grid, P("batch"))))
@@ -213,7 +217,7 @@ def test_other_errors_are_those_of_one_step():
     with pytest.raises(jmp.errors.LossDtypeError, match=r"got int32\[\]"):
         jmp.accumulate_gradients(lambda w, x: jnp.int32(3), 2, loss_scale=jmp.NoOpLossScale())(1.0, X)
     with pytest.raises(jmp.errors.LossScaleNotFoundError):
-        jmp.accumulate_gradients(linear, 2)({"w": jnp.ones(2)}, X)
+        jmp.accumulate_gradients(linear, 2, loss_scale={"w": jnp.ones(2)})({"w": jnp.ones(2)}, X)
     with pytest.raises(TypeError, match=r"^argnums=5 does not fit"):
         jmp.accumulate_gradients(linear, 2, 5, loss_scale=jmp.NoOpLossScale())({"w": jnp.ones(2)}, X)
     with pytest.raises(TypeError, match=r"^batch_argnums=\(1, 1\) names an argument twice"):

@@ -52,7 +52,8 @@ def test_loss_is_true_and_gradients_are_scaled(make, problem):
     scale, (params, x) = make(), problem
     expected, true_grads = jax.value_and_grad(quadratic)(params, x)
     for transform in (lambda f: f, jax.jit):
-        loss, grads = transform(jmp.scaled_value_and_grad(quadratic))(params, x, state=scale)
+        grad_fn = transform(lambda scale, *args: jmp.scaled_value_and_grad(quadratic, loss_scale=scale)(*args))
+        loss, grads = grad_fn(scale, params, x)
         assert_identical(loss, expected)
         assert_identical(unscaled(grads, scale), true_grads)
 
@@ -106,18 +107,17 @@ def test_transformations_agree(problem, rng):
     """vmap over examples, remat inside, scan over steps, pmap and shard_map give what the plain call gives."""
     params, _ = problem
     scale, xs = jmp.DynamicLossScale(2.0**10), integers(rng, DEVICES, 3)
-    grad_fn = jmp.scaled_value_and_grad(quadratic)
-    call = lambda x: grad_fn(params, x, state=scale)  # noqa: E731
+    call = functools.partial(jmp.scaled_value_and_grad(quadratic, loss_scale=scale), params)
     expected = jax.tree.map(lambda *rows: jnp.stack(rows), *[call(x) for x in xs])
     assert_identical(jax.vmap(call)(xs), expected)
     assert_identical(jax.lax.scan(lambda _, x: (None, call(x)), None, xs)[1], expected)
     assert_identical(jax.pmap(call)(xs), expected)
-    remat = jmp.scaled_value_and_grad(jax.checkpoint(quadratic))
-    assert_identical(jax.jit(jax.vmap(lambda x: remat(params, x, state=scale)))(xs), expected)
+    remat = jmp.scaled_value_and_grad(jax.checkpoint(quadratic), loss_scale=scale)
+    assert_identical(jax.jit(jax.vmap(functools.partial(remat, params)))(xs), expected)
 
     def per_device(params, x, scale):
         params = jax.lax.pcast(params, "batch", to="varying")  # else the gradient is summed over devices
-        return jax.tree.map(lambda v: v[None], grad_fn(params, x[0], state=scale))
+        return jax.tree.map(lambda v: v[None], jmp.scaled_value_and_grad(quadratic, loss_scale=scale)(params, x[0]))
 
     mapped = jax.shard_map(per_device, mesh=mesh(), in_specs=(P(), P("batch"), P()), out_specs=P("batch"))
     assert_identical(jax.jit(mapped)(params, xs, scale), expected)
@@ -150,9 +150,13 @@ def test_retries_agree_with_halving_by_hand(size, max_retries):
     """Loss, gradients and the lowered scale are those of a loop of so many retries that halves by hand."""
     params, x = {"w": jnp.full(2, 0.5)}, jnp.array([size, 1.0])
     scale = jmp.DynamicLossScale(2.0**15)
-    grad_fn = jmp.scaled_value_and_grad(half_loss, max_retries=max_retries)
+
+    @jax.jit
+    def retried(scale, *args):
+        return jmp.scaled_value_and_grad(half_loss, loss_scale=scale, max_retries=max_retries)(*args)
+
     expected = manual_retry(half_loss, params, x, jax.tree.map(jnp.asarray, scale), max_retries)
-    assert_identical(jax.jit(grad_fn)(params, x, state=scale), expected)
+    assert_identical(retried(scale, params, x), expected)
 
 
 def test_retry_is_one_compiled_step():
@@ -163,8 +167,9 @@ def test_retry_is_one_compiled_step():
     @jax.jit
     def step(params, state, x):
         traces.append(x)
-        grad_fn = jmp.scaled_value_and_grad(lambda *a: (half_loss(*a), x), has_aux=True, max_retries=8)
-        (loss, aux), grads, state = grad_fn(params, x, state=state)
+        with_aux = lambda *a: (half_loss(*a), x)  # noqa: E731
+        grad_fn = jmp.scaled_value_and_grad(with_aux, has_aux=True, loss_scale=state, max_retries=8)
+        (loss, aux), grads, state = grad_fn(params, x)
         params, state = jmp.apply_gradients(tx, grads, state, params)
         return params, state, loss, aux
 
@@ -187,15 +192,15 @@ def test_replicas_retry_together(mapped):
     """With `axis_name` one replica that overflows makes all of them retry, so that their scales stay equal."""
     params, scale = {"w": jnp.full(2, 0.5)}, jmp.DynamicLossScale(2.0**15)
     xs = jnp.ones((DEVICES, 2)).at[3].set(100.0)
-    grad_fn = jmp.scaled_value_and_grad(half_loss, max_retries=9, axis_name="batch")
+    grad_fn = jmp.scaled_value_and_grad(half_loss, loss_scale=scale, max_retries=9, axis_name="batch")
     if mapped == "pmap":
-        _, grads, state = jax.pmap(functools.partial(grad_fn, state=scale), "batch", in_axes=(None, 0))(params, xs)
+        _, grads, state = jax.pmap(grad_fn, "batch", in_axes=(None, 0))(params, xs)
         np.testing.assert_array_equal(state.loss_scale, np.full(DEVICES, 2.0**9))
     else:
 
         def per_device(params, xs):
             params = jax.lax.pcast(params, "batch", to="varying")
-            loss, grads, state = grad_fn(params, xs[0], state=scale)
+            loss, grads, state = grad_fn(params, xs[0])
             return loss[None], jax.tree.map(lambda g: g[None], grads), state
 
         specs = (P("batch"), P("batch"), P())
@@ -209,14 +214,14 @@ def test_replicas_retry_together(mapped):
 def test_retry_needs_a_scale_that_moves(make):
     """Only a dynamic scale can be lowered; others are refused by name."""
     scale = make()
-    grad_fn = jmp.scaled_value_and_grad(lambda p: p, max_retries=2)
+    grad_fn = jmp.scaled_value_and_grad(lambda p: p, loss_scale=scale, max_retries=2)
     if isinstance(scale, jmp.DynamicLossScale):
-        assert_identical(grad_fn(1.0, state=scale)[2], jax.tree.map(jnp.asarray, scale))
+        assert_identical(grad_fn(1.0)[2], jax.tree.map(jnp.asarray, scale))
         return
     with pytest.raises(
         jmp.errors.InvalidLossScaleError, match=r"^max_retries=2 needs a DynamicLossScale, .*(NoOp|Static)LossScale"
     ):
-        grad_fn(1.0, state=scale)
+        grad_fn(1.0)
 
 
 def test_retry_stops_at_the_floor():

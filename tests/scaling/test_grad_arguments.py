@@ -1,5 +1,6 @@
 """Gradients of a scaled loss: every kind of argument and output, a scale found in any state, what is refused."""
 
+import inspect
 from typing import NamedTuple
 
 import flax.linen
@@ -25,12 +26,12 @@ def loss_of_many(a, b, c, *, factor=1.0):
 def test_argnums(argnums):
     """Gradients are those of the arguments named, in that order, alone or as a tuple, as in JAX."""
     args, scale = (jnp.ones(2), jnp.ones(3), jnp.ones(4)), jmp.DynamicLossScale(8.0)
-    grad_fn = jmp.scaled_value_and_grad(loss_of_many, argnums)
+    grad_fn = jmp.scaled_value_and_grad(loss_of_many, argnums, loss_scale=scale)
     if argnums == ():
-        assert grad_fn(*args, state=scale) == (jnp.float32(20), ())
+        assert grad_fn(*args) == (jnp.float32(20), ())
         return
     expected = jax.value_and_grad(loss_of_many, argnums)(*args)
-    loss, grads = grad_fn(*args, state=scale)
+    loss, grads = grad_fn(*args)
     assert_identical((loss, unscaled(grads, scale)), expected)
 
 
@@ -44,10 +45,50 @@ def test_argnums_that_do_not_fit(argnums):
 def test_keywords_reach_the_function():
     """Keyword arguments are passed on, are not differentiated, and may be traced."""
     args = (jnp.ones(2), jnp.ones(3), jnp.ones(4))
-    grad_fn = jax.jit(jmp.scaled_value_and_grad(loss_of_many))
-    loss, grads = grad_fn(*args, factor=jnp.float32(2), state=jmp.StaticLossScale(4.0))
+    grad_fn = jax.jit(jmp.scaled_value_and_grad(loss_of_many, loss_scale=jmp.StaticLossScale(4.0)))
+    loss, grads = grad_fn(*args, factor=jnp.float32(2))
     assert float(loss) == 40
     np.testing.assert_array_equal(grads, [8, 8])
+
+
+MAKERS = {
+    "scaled_value_and_grad": jmp.scaled_value_and_grad,
+    "accumulate_gradients": lambda fun, **settings: jmp.accumulate_gradients(fun, 2, **settings),
+}
+both_makers = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+
+
+@both_makers
+def test_signature_is_that_of_the_function(make):
+    """Nothing is added to the parameters of the function, its name or its docstring."""
+
+    def loss_fn(params: dict, /, x, *rest, factor: float = 1.0, **options) -> float:
+        """A loss."""
+
+    grad_fn = make(loss_fn, loss_scale=jmp.NoOpLossScale())
+    assert inspect.signature(grad_fn) == inspect.signature(loss_fn)
+    assert (grad_fn.__name__, grad_fn.__doc__) == ("loss_fn", "A loss.")
+
+
+@both_makers
+def test_keywords_named_like_ours_reach_the_function(make):
+    """A function may have keywords `state`, `loss_scale` and `name`: ours are given when the gradient is made."""
+    seen = {}
+
+    def loss_fn(w, x, *, state, loss_scale, name):
+        seen.update(name=name)
+        return state * loss_scale * jnp.mean(w * x)
+
+    grad_fn = make(loss_fn, loss_scale=jmp.StaticLossScale(4.0))
+    loss, grad = grad_fn(jnp.float32(1), jnp.ones(2), state=jnp.float32(3), loss_scale=jnp.float32(5), name="theirs")
+    assert (float(loss), float(grad), seen) == (15, 60, {"name": "theirs"})
+
+
+@both_makers
+def test_forgotten_loss_scale(make):
+    """It is a required keyword: Python itself says which argument is missing, before anything is computed."""
+    with pytest.raises(TypeError, match=r"missing 1 required keyword-only argument: 'loss_scale'$"):
+        make(lambda w, x: w * x.mean())
 
 
 @pytest.mark.parametrize("aux", [{"logits": 1.5, "count": 3}, None, "text", [jnp.float16(2)]], ids=str)
@@ -166,12 +207,11 @@ def states_with_one_scale():
 def test_scale_is_found_anywhere(kind):
     """The scale is found in any state, whatever is nested around it, under jit too."""
     state = states_with_one_scale()[kind]
-    grad_fn = jmp.scaled_value_and_grad(lambda p: jnp.sum(p["w"]))
-    _, grads = (
-        jax.jit(lambda p, s: grad_fn(p, state=s))({"w": jnp.ones(2)}, state)
-        if kind != "nested"
-        else grad_fn({"w": jnp.ones(2)}, state=state)
-    )
+
+    def grad_fn(p, s):
+        return jmp.scaled_value_and_grad(lambda p: jnp.sum(p["w"]), loss_scale=s)(p)
+
+    _, grads = (grad_fn if kind == "nested" else jax.jit(grad_fn))({"w": jnp.ones(2)}, state)
     np.testing.assert_array_equal(grads["w"], [8, 8])
 
 
@@ -202,7 +242,9 @@ def test_no_scale_in_the_state():
         jmp.scaled_value_and_grad(lambda p: p, loss_scale={"w": jnp.ones(2)})(1.0)
 
 
-def test_forgotten_state_is_named():
-    """Without state there is no loss scale, and the message says where one comes from."""
+@both_makers
+@pytest.mark.parametrize("nothing", [None, {}, 1024.0], ids=str)
+def test_what_holds_no_scale_is_refused_when_the_gradient_is_made(make, nothing):
+    """The message says where one comes from; a bare number is none."""
     with pytest.raises(jmp.errors.LossScaleNotFoundError, match="Pass a loss scale, or the state of an optimizer"):
-        jmp.scaled_value_and_grad(lambda w: w * w)(1.0)
+        make(lambda w: w * w, loss_scale=nothing)

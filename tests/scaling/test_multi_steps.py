@@ -167,12 +167,14 @@ def test_scan_and_multi_steps_agree(k, make, rng):
     params = jnp.asarray(rng.standard_normal(4), jnp.float32)
     multi, whole = make(k), jmp.loss_scaled(optax.sgd(RATE), scale())
     state, stepped = multi.init(params), params
-    one, sizes = jax.jit(jmp.scaled_value_and_grad(loss_fn)), []
+    one = jax.jit(lambda state, *args: jmp.scaled_value_and_grad(loss_fn, loss_scale=state)(*args))
+    all_at_once = jax.jit(lambda state, *args: jmp.accumulate_gradients(loss_fn, k, loss_scale=state)(*args))
+    sizes = []
     for i in range(k):
-        _, grads = one(params, x[i::k], y[i::k], state=state)
+        _, grads = one(state, params, x[i::k], y[i::k])
         sizes.append(np.abs(np.asarray(grads)) / START)
         stepped, state = fused(multi)(stepped, state, grads)
-    loss, grads = jax.jit(jmp.accumulate_gradients(loss_fn, k))(params, x, y, state=whole.init(params))
+    loss, grads = all_at_once(whole.init(params), params, x, y)
     scanned, _ = fused(whole)(params, whole.init(params), grads)
     # Each microbatch may round its dot products differently (8 terms of up to 5 roundings); the sum rounds k times, the
     # running mean three times per microbatch; the last subtraction once.

@@ -85,10 +85,10 @@ def left_in_float32(found: list[Product], allowed: dict[str, str]) -> list[Produ
 
 def gradients(model: Model) -> dict[str, Callable[..., Any]]:
     """(params, batch) -> the gradient: in float32, with autocast, and with the model's own means."""
-    scaled = jmp.scaled_value_and_grad(jmp.autocast(model.loss, FP16), max_retries=15)
+    scaled = jmp.scaled_value_and_grad(jmp.autocast(model.loss, FP16), max_retries=15, loss_scale=SCALE)
 
     def unscaled(params: Any, batch: Any) -> Any:
-        _, grads, scale = scaled(params, batch, state=SCALE)
+        _, grads, scale = scaled(params, batch)
         return scale.unscale(grads)
 
     return {
