@@ -1,49 +1,50 @@
 """One safetensors file: named arrays and a header, and a digest over every byte of it."""
 
 import hashlib
+import io
 import json
 import os
 import pathlib
+import threading
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, deserialize
+from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import save
 
 from jmp_lite.errors import CorruptArtifactError, InvalidExportError
+from jmp_lite.export._header import FORMAT, PROGRAM, Header, Slot, parse
 
-Arrays = dict[str, np.ndarray[Any, Any]]
+Arrays = dict[str, NDArray[Any]]
 PathLike = str | os.PathLike[str]
 
-FORMAT = 1
 #: What stands before the digest in the file. It is the only entry of the metadata, whose order would be random.
 _MARK = b'"jmp_lite":"sha256:'
 _LENGTH = 64
 _UNKNOWN = b"0" * _LENGTH
-
-
-def _digest(data: memoryview, at: int) -> str:
-    """SHA-256 of a file, with zeros where the digest itself stands."""
-    hashed = hashlib.sha256(data[:at])
-    hashed.update(_UNKNOWN)
-    hashed.update(data[at + _LENGTH :])
-    return hashed.hexdigest()
+#: The longest header that safetensors reads.
+_LONGEST = 100_000_000
+#: Bytes that are read and hashed at a time.
+_CHUNK = 1 << 20
+#: Where arrays begin in memory, so that JAX takes them over without a copy.
+_ALIGNMENT = 64
 
 
 def write(path: PathLike, arrays: Arrays, header: dict[str, Any]) -> str:
     """Writes arrays and a header, and returns the digest; what stood there before is replaced at once or not at all."""
     dtypes = {name: array.dtype.name for name, array in arrays.items()}
-    text = json.dumps({"format": FORMAT, "dtypes": dtypes, **header}, sort_keys=True)
+    ours = {"format": FORMAT, "dtypes": dtypes, "program": hashlib.sha256(arrays[PROGRAM].data).hexdigest()}
+    text = json.dumps({**ours, **header}, sort_keys=True)
     try:
         data = bytearray(save(arrays, {"jmp_lite": f"sha256:{_UNKNOWN.decode()} {text}"}))
     except SafetensorError as error:
         raise InvalidExportError(f"The weights cannot be stored: {error}. Cast or leave out what is named.") from None
     at = data.index(_MARK + _UNKNOWN) + len(_MARK)
-    digest = _digest(memoryview(data), at)
+    digest = hashlib.sha256(data).hexdigest()
     data[at : at + _LENGTH] = digest.encode()
     target = pathlib.Path(path)
-    part = target.with_name(f".{target.name}.{os.getpid()}")
+    part = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}")
     try:
         with part.open("wb") as file:
             file.write(data)
@@ -55,21 +56,58 @@ def write(path: PathLike, arrays: Arrays, header: dict[str, Any]) -> str:
     return digest
 
 
-def read(path: PathLike, pinned: str | None) -> tuple[Arrays, dict[str, Any], str]:
-    """Reads what ``write`` wrote, and returns its digest too.
+def read(path: PathLike, pinned: str | None) -> tuple[Arrays, Header, str]:
+    """Reads what ``write`` wrote, every byte once and into its place, and returns the digest too.
 
     Raises:
         CorruptArtifactError: If the file is anything else, or its digest is not the pinned one.
     """
-    data = pathlib.Path(path).read_bytes()
     name = repr(os.fspath(path))
-    start = data.find(_MARK, 0, 8 + int.from_bytes(data[:8], "little"))
-    if start < 0:
-        raise CorruptArtifactError(
-            f"{name} is no artifact of jmp_lite.export, or its header is damaged. Make one with jmp_lite.export.freeze."
-        )
-    at = start + len(_MARK)
-    stored, found = data[at : at + _LENGTH].decode(errors="replace"), _digest(memoryview(data), at)
+    with pathlib.Path(path).open("rb") as file:
+        length, text = _read_header(file)
+        at = text.find(_MARK) + len(_MARK)
+        if at < len(_MARK):
+            raise CorruptArtifactError(
+                f"{name} is no artifact of jmp_lite.export, or its header is damaged. Make one with "
+                "jmp_lite.export.freeze."
+            )
+        hashed = hashlib.sha256(length + text[:at] + _UNKNOWN + text[at + _LENGTH :])
+        wrong: ValueError | None = None
+        slots: list[Slot] = []
+        header: Header = {}
+        try:
+            slots, header = parse(text, os.fstat(file.fileno()).st_size - len(length) - len(text))
+        except ValueError as error:
+            wrong = error
+        blocks = [_read_block(file, slot.size, hashed) for slot in slots]
+        while rest := file.read(_CHUNK):
+            hashed.update(rest)
+    found = hashed.hexdigest()
+    _check_digest(name, text[at : at + _LENGTH].decode(errors="replace"), found, pinned)
+    if wrong is not None:
+        raise CorruptArtifactError(f"{name} is not written as artifacts are: {wrong}. Freeze the model anew.")
+    arrays = {slot.name: block.view(slot.dtype).reshape(slot.shape) for slot, block in zip(slots, blocks, strict=True)}
+    return arrays, header, found
+
+
+def _read_header(file: io.BufferedReader) -> tuple[bytes, bytes]:
+    """The length of the header, as it stands in the file, and the header, which may be cut."""
+    length = file.read(8)
+    return length, file.read(min(int.from_bytes(length, "little"), _LONGEST))
+
+
+def _read_block(file: io.BufferedReader, size: int, hashed: Any) -> NDArray[np.uint8]:
+    """The next bytes of a file, hashed while they are at hand; zeros where it ends before."""
+    memory = np.zeros(size + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    block = memory[start : start + size]
+    for at in range(0, size, _CHUNK):
+        part = block.data[at : at + _CHUNK]
+        hashed.update(part[: file.readinto(part)])
+    return block
+
+
+def _check_digest(name: str, stored: str, found: str, pinned: str | None) -> None:
     if stored != found:
         raise CorruptArtifactError(
             f"{name} was changed after it was written: its digest is {found}, but it says {stored}. Copy it again, or "
@@ -80,27 +118,3 @@ def read(path: PathLike, pinned: str | None) -> tuple[Arrays, dict[str, Any], st
             f"{name} is another artifact: digest={pinned!r} was asked for, it has {found!r}. Load the file that freeze "
             "returned this digest for, or pin the new one."
         )
-    arrays, header = _parse(data, name)
-    return arrays, header, found
-
-
-def _parse(data: bytes, name: str) -> tuple[Arrays, dict[str, Any]]:
-    """Takes a file apart whose digest is right."""
-    try:
-        length = int.from_bytes(data[:8], "little")
-        text = json.loads(data[8 : 8 + length])["__metadata__"]["jmp_lite"]
-        header = json.loads(text[len("sha256:") + _LENGTH :])
-        found = header["format"]
-        arrays = {
-            key: np.frombuffer(view["data"], jnp.dtype(header["dtypes"][key])).reshape(view["shape"])
-            for key, view in deserialize(data)  # type: ignore[no-untyped-call]
-            if found == FORMAT
-        }
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise CorruptArtifactError(f"{name} is not written as artifacts are: {error}. Freeze the model anew.") from None
-    if found != FORMAT:
-        raise CorruptArtifactError(
-            f"{name} has format {found!r}, this version of jmp_lite reads {FORMAT}. Freeze the model anew, or use the "
-            "version that wrote it."
-        )
-    return arrays, header

@@ -1,8 +1,7 @@
 """``freeze``: a function and its parameters as one file."""
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,11 +13,12 @@ from jmp_lite._policy import Policy, PolicyLike, PolicyMap, get_policy
 from jmp_lite._tree import describe, is_array, path_string
 from jmp_lite.autocast import autocast
 from jmp_lite.errors import InvalidExportError
+from jmp_lite.export._compat import without_source_lines
 from jmp_lite.export._file import PathLike, write
+from jmp_lite.export._header import PROGRAM
 from jmp_lite.quant import DotRecipe, QuantSpec, delayed, get_recipe
 from jmp_lite.quant._array import dequantize_tree, is_quantized, quantize_tree
 
-PROGRAM = "__program__"
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
@@ -93,10 +93,9 @@ def freeze(
         return run(dequantize_tree(rebuild(weights)), *args)
 
     specs, weight_specs = jax.tree.map(_spec, (args, weights))
-    with _without_source_lines():
-        exported = export(jax.jit(frozen), platforms=targets)(*specs, weights=weight_specs)
+    exported = export(jax.jit(frozen), platforms=targets)(*specs, weights=weight_specs)
     try:
-        serialized = exported.serialize()
+        serialized = without_source_lines(exported).serialize()
     except ValueError as error:
         raise InvalidExportError(
             f"Arguments or results stand in containers that only this program knows: {error}. Take and return dicts, "
@@ -123,17 +122,6 @@ def _checked_platforms(platforms: Sequence[str] | None) -> tuple[str, ...] | Non
             f"{', '.join(PLATFORMS)}."
         )
     return listed
-
-
-@contextlib.contextmanager
-def _without_source_lines() -> Iterator[None]:
-    """Keeps the files and lines of the traced code out of the program, which would otherwise carry them along."""
-    limit = jax.config.values["jax_traceback_in_locations_limit"]
-    jax.config.update("jax_traceback_in_locations_limit", 0)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_traceback_in_locations_limit", limit)
 
 
 # --- Precision ------------------------------------------------------------------------------------

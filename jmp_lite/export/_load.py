@@ -1,17 +1,21 @@
 """``load``: a frozen model as a function."""
 
 import dataclasses
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.export import default_export_platform, deserialize
+from jax.interpreters import mlir
 
 from jmp_lite._policy import PolicyLike, get_policy
-from jmp_lite.errors import PlatformMismatchError, PolicyMismatchError
-from jmp_lite.export._file import PathLike, read
-from jmp_lite.export._freeze import PROGRAM
+from jmp_lite.errors import CorruptArtifactError, PlatformMismatchError, PolicyMismatchError
+from jmp_lite.export._compat import parse_program
+from jmp_lite.export._file import Arrays, PathLike, read
+from jmp_lite.export._header import PROGRAM, Header
 from jmp_lite.quant import DotRecipe, get_recipe
 from jmp_lite.quant._array import QuantizedArray
 
@@ -129,19 +133,8 @@ def load(
             f"{str(path)!r} was frozen for {', '.join(header['platforms'])}, but this process runs on {here}. Freeze "
             f"it with platforms={[*header['platforms'], here]}."
         )
-    try:
-        exported = deserialize(bytearray(arrays.pop(PROGRAM)))
-    except ValueError as error:
-        raise PlatformMismatchError(
-            f"{str(path)!r} was frozen with JAX {header['jax']}, and JAX {jax.__version__} cannot read its program: "
-            f"{error} Freeze the model anew."
-        ) from None
-    weights = {name: jnp.asarray(array) for name, array in arrays.items()}
-    for name, array in arrays.items():
-        if weights[name].dtype != array.dtype:
-            raise PlatformMismatchError(
-                f"{str(path)!r} needs {array.dtype} for {name!r}. Set jax.config.update('jax_enable_x64', True) before."
-            )
+    exported = _take_program(repr(str(path)), arrays, header)
+    weights = {name: _on_device(repr(str(path)), name, arrays.pop(name)) for name in list(arrays)}
     in_avals, _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
     return Served(
         header["policy"],
@@ -155,6 +148,46 @@ def load(
         weights,
         jax.jit(exported.call),
     )
+
+
+def _take_program(path: str, arrays: Arrays, header: Header) -> Any:
+    """Takes the program out of the arrays, reads it to its last operation, and compares it with the others."""
+    data: Any = arrays.pop(PROGRAM).data
+    try:
+        if hashlib.sha256(data).hexdigest() != header["program"]:
+            raise TypeError("it is not the one that the header describes")
+        exported = deserialize(data)
+        del data  # the program may be most of the file
+        with mlir.make_ir_context():
+            parse_program(exported)
+        _, taken = jax.tree.unflatten(exported.in_tree, exported.in_avals)
+        jax.tree.unflatten(exported.out_tree, exported.out_avals)
+        if _types(taken["weights"]) != _types(arrays) or list(exported.platforms) != header["platforms"]:
+            raise TypeError("it takes other weights than the file has, or runs elsewhere than the header says")
+    except Exception as error:
+        if isinstance(error, ValueError) and header["jax"] != jax.__version__:
+            raise PlatformMismatchError(
+                f"{path} was frozen with JAX {header['jax']}, and JAX {jax.__version__} cannot read its program: "
+                f"{error} Freeze the model anew."
+            ) from None
+        raise CorruptArtifactError(
+            f"{path} has a program that cannot be read: {type(error).__name__}: {error!s:.300}. Freeze the model anew."
+        ) from error
+    return exported
+
+
+def _types(arrays: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    return {name: (tuple(array.shape), array.dtype) for name, array in arrays.items()}
+
+
+def _on_device(path: str, name: str, array: np.ndarray[Any, Any]) -> jax.Array:
+    """The array where it is needed, without a copy where this memory will do."""
+    weight: jax.Array = jax.device_put(array, may_alias=True)
+    if weight.dtype != array.dtype:
+        raise PlatformMismatchError(
+            f"{path} needs {array.dtype} for {name!r}. Set jax.config.update('jax_enable_x64', True) before."
+        )
+    return weight
 
 
 def _check(what: str, frozen: str | None, expected: str | None) -> None:

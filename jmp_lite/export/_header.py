@@ -1,0 +1,99 @@
+"""What the file of a model says about itself: where its arrays lie, and how the program was frozen."""
+
+import json
+import math
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+FORMAT = 1
+#: The name under which the program stands among the weights.
+PROGRAM = "__program__"
+#: What stands before our own text in the metadata: the kind of the digest, and its digits.
+_DIGEST = "sha256:" + "0" * 64
+
+Header = dict[str, Any]
+
+
+class Slot(NamedTuple):
+    """An array of the file; they follow one another without gaps."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def size(self) -> int:
+        """Its bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def parse(text: bytes, size: int) -> tuple[list[Slot], Header]:
+    """Takes apart the JSON at the beginning of a file, before ``size`` bytes of arrays.
+
+    Returns:
+        The arrays in the order of the file, and our header, in which all entries are there and of their type.
+
+    Raises:
+        ValueError: If anything is not as ``freeze`` writes it; the message says what.
+    """
+    try:
+        described = json.loads(text)
+        header = json.loads(described.pop("__metadata__")["jmp_lite"][len(_DIGEST) :])
+        _check_header(header)
+        slots = _slots(described, header["dtypes"], size)
+        _check_arrays({slot.name: slot for slot in slots}, header)
+    except KeyError as error:
+        raise ValueError(f"there is no {error}") from None
+    except (TypeError, AttributeError, RecursionError, OverflowError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from None
+    return slots, header
+
+
+def _check_header(header: Any) -> None:
+    if type(header["format"]) is not int or header["format"] != FORMAT:
+        raise ValueError(f"it has format {header['format']!r}, this version of jmp_lite reads {FORMAT}")
+    texts = [header["jax"], header["program"], *(header[name] or "" for name in ("policy", "recipe"))]
+    platforms, quantized = header["platforms"], header["quantized"]
+    if not isinstance(platforms, list) or not platforms:
+        raise ValueError(f"platforms are {platforms!r:.80}")
+    texts += [*platforms, *header["dtypes"].values(), *quantized.values()]
+    wrong = [value for value in texts if not isinstance(value, str)]
+    if wrong:
+        raise ValueError(f"{wrong[0]!r:.80} stands where text should be")
+
+
+def _slots(described: dict[str, Any], dtypes: dict[str, str], size: int) -> list[Slot]:
+    """Arrays by their place in the file, which they fill."""
+    slots, end = [], 0
+    for name, entry in sorted(described.items(), key=lambda item: item[1]["data_offsets"]):
+        if not all(type(length) is int and length >= 0 for length in entry["shape"]):
+            raise ValueError(f"{name!r} has shape {entry['shape']!r:.80}")
+        slot = Slot(name, tuple(entry["shape"]), _dtype(dtypes[name]))
+        if entry["data_offsets"] != [end, end + slot.size]:
+            raise ValueError(f"{name!r} does not lie where the array before it ends")
+        slots.append(slot)
+        end += slot.size
+    if end != size:
+        raise ValueError(f"its arrays have {end} bytes, but there are {size}")
+    return slots
+
+
+def _dtype(name: str) -> np.dtype[Any]:
+    dtype = jnp.dtype(name)
+    if dtype.name != name or not (dtype == jnp.bool_ or jnp.issubdtype(dtype, jnp.number)):
+        raise ValueError(f"{name!r} is no dtype of an array")
+    return dtype
+
+
+def _check_arrays(slots: dict[str, Slot], header: Header) -> None:
+    """The program is there, and what is said of arrays is said of some that are there."""
+    if slots[PROGRAM].dtype != np.uint8 or len(slots[PROGRAM].shape) != 1:
+        raise ValueError("its program is no sequence of bytes")
+    for name in header["dtypes"]:
+        slots[name]
+    for path, dtype in header["quantized"].items():
+        _dtype(dtype)
+        for part in ("values", "scale"):
+            slots[f"{path}/{part}".removeprefix("/")]
