@@ -1,5 +1,7 @@
 """What a loop logs and checks about its loss scale: metrics and check_loss_scale."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,8 @@ import pytest
 
 import jmp_lite as jmp
 
-NAMES = ["loss_scale", "last_finite", "notfinite_count", "total_notfinite"]
+OF_UPDATES = ["nonfinite_updates", "total_nonfinite_updates"]
+NAMES = ["loss_scale", "last_finite", "notfinite_count", "total_notfinite", *OF_UPDATES]
 PARAMS = {"decoder": {"kernel": jnp.ones(2), "bias": jnp.ones(2)}}
 BAD = {"decoder": {"kernel": jnp.array([1.0, np.nan]), "bias": jnp.full(2, np.inf)}}
 
@@ -28,7 +31,7 @@ def after_skips(tx, skips):
 )
 @pytest.mark.parametrize("run", [lambda f: f, jax.jit], ids=["eager", "jit"])
 def test_metrics_are_scalars_of_fixed_types(scale, value, run):
-    """Every kind of scale gives the same four scalars of the same dtypes, inside and outside jit."""
+    """Every kind of scale gives the same scalars of the same dtypes, inside and outside jit."""
     found = run(jmp.metrics)(jmp.loss_scaled(optax.sgd(0.1), scale).init(PARAMS))
     assert sorted(found) == sorted(NAMES)
     assert {name: (v.shape, v.dtype.name) for name, v in found.items()} == {
@@ -36,7 +39,10 @@ def test_metrics_are_scalars_of_fixed_types(scale, value, run):
         "last_finite": ((), "bool"),
         "notfinite_count": ((), "int32"),
         "total_notfinite": ((), "int32"),
+        **dict.fromkeys(OF_UPDATES, ((), "int32")),
     }
+    if run is not jax.jit:
+        assert json.loads(json.dumps(jax.tree.map(lambda x: x.tolist(), found)))["loss_scale"] == value
     assert float(found["loss_scale"]) == value
 
 
@@ -44,9 +50,9 @@ def test_metrics_follow_the_steps():
     """After two skips and a step the numbers say so."""
     tx = jmp.loss_scaled(optax.sgd(0.1), jmp.DynamicLossScale(8.0))
     state = after_skips(tx, 2)
-    assert [float(jmp.metrics(state)[name]) for name in NAMES] == [2, 0, 2, 2]
+    assert [float(jmp.metrics(state)[name]) for name in NAMES] == [2, 0, 2, 2, 0, 0]
     _, state = tx.update(PARAMS, state, PARAMS)
-    assert [float(jmp.metrics(state)[name]) for name in NAMES] == [2, 1, 0, 2]
+    assert [float(jmp.metrics(state)[name]) for name in NAMES] == [2, 1, 0, 2, 0, 0]
 
 
 def test_metrics_of_several_scales_carry_their_paths():
