@@ -28,7 +28,7 @@ def main() -> None:
     """Compiles the design, tree and gradient dtype named on the command line."""
     design, tree, grad_dtype = sys.argv[1:]
     build = _designs.ALL[design]
-    _designs.compiled(build(), *_designs.abstract_trees(tree, grad_dtype))
+    _designs.built(build(), *_designs.abstract_trees(tree, grad_dtype))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ state are donated in the order in which they are returned.
   that over the least a checked step can move: p, m, v in and out and the gradient twice, 24 + 2g. Bare Optax, which
   checks nothing, reads the gradient once.
 - **kernels**: launches; **copies**: launches that only copy an array of 1024 elements or more; **alias**: share of the
-  output bytes written in place; **temp**: scratch bytes per parameter.
+  output bytes written in place; **temp**: scratch bytes per parameter; **trace**, **compile**: processor seconds.
 - **difference**: largest distance of a parameter from bare Optax after one step; **skips**: whether a NaN gradient
   leaves parameters and moments bit-identical.
 """

@@ -19,7 +19,7 @@ MODULE = "benchmarks.step"
 MANY_LEAVES = 100
 HEADER = (
     "design", "time / bare", "ms", "skipped / bare", "B/param", "/ ideal",
-    "kernels", "copies", "alias", "temp", "difference", "skips",
+    "kernels", "copies", "alias", "temp", "difference", "skips", "trace / bare", "compile / bare",
 )  # fmt: skip
 
 
@@ -31,6 +31,8 @@ class Row(NamedTuple):
     timing: _measure.Timing
     program: _measure.Program
     verdict: _measure.Verdict
+    trace_over_bare: float
+    compilation_over_bare: float
 
     def cells(self) -> list[str]:
         """The row as text, in the order of `HEADER`."""
@@ -48,6 +50,8 @@ class Row(NamedTuple):
             number(program.temp_bytes_per_parameter),
             f"{self.verdict.difference:.0e}" if self.claims else "-",
             ("yes" if self.verdict.skips else "NO") if self.claims else "-",
+            number(self.trace_over_bare, 1),
+            number(self.compilation_over_bare, 1),
         ]
 
 
@@ -64,7 +68,8 @@ def measure(
         if probed and not _probe.compiles_within(name, tree, grad_dtype, limit):
             notes.append(f"{name}: not compiled within {limit:g} s.")
             del designs[name]
-    programs = {name: _designs.compiled(design, params, grads) for name, design in designs.items()}
+    built = {name: _designs.built(design, params, grads) for name, design in designs.items()}
+    programs, bare = {name: step.compiled for name, step in built.items()}, built[_designs.BARE]
     timings = _measure.time_interleaved(designs, programs, params, grads, repeats=options.repeats, steps=options.steps)
     rows = [
         Row(
@@ -73,6 +78,8 @@ def measure(
             timings[name],
             _measure.program(programs[name], params, grad_dtype),
             _measure.verify(design, grad_dtype),
+            built[name].trace / bare.trace,
+            built[name].compilation / bare.compilation,
         )
         for name, design in designs.items()
     ]

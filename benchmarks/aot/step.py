@@ -4,7 +4,7 @@
     python -m benchmarks.aot.step            # replaces its sections of RESULTS.md
     python -m benchmarks.aot.step --quick    # a tiny tree, in a minute
 
-Bytes, kernels, copies and aliasing of the optimized program are exact; nothing is timed.
+Bytes, kernels, copies and aliasing of the optimized program are exact; only tracing and compiling are timed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ import jax  # noqa: E402
 from benchmarks import _cli, _designs, _measure, _report  # noqa: E402
 
 MODULE = "benchmarks.aot.step"
-HEADER = ("design", "B/param", "/ ideal", "kernels", "kernels / bare", "copies", "alias", "temp")
+HEADER = (
+    "design", "B/param", "/ ideal", "kernels", "kernels / bare", "copies", "alias", "temp",
+    "trace / bare", "compile / bare",
+)  # fmt: skip
 COMPILERS = {
     "h100": ("jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12"),
     "tpu": ("libtpu",),
@@ -38,6 +41,8 @@ class Row(NamedTuple):
     leaves: int
     program: _measure.Program
     kernels_over_bare: float
+    trace_over_bare: float
+    compilation_over_bare: float
 
     def cells(self) -> list[str]:
         """The row as text, in the order of `HEADER`."""
@@ -51,6 +56,8 @@ class Row(NamedTuple):
             str(program.copies),
             f"{program.aliased:.2%}",
             _report.number(program.temp_bytes_per_parameter),
+            _report.number(self.trace_over_bare, 1),
+            _report.number(self.compilation_over_bare, 1),
         ]
 
 
@@ -60,23 +67,35 @@ def measure(
     """Compiles all designs for `device` and reads their figures."""
     params, grads = _designs.abstract_trees(tree, grad_dtype)
     sharding = jax.sharding.SingleDeviceSharding(device)
-    programs = {
-        name: _measure.program(_designs.compiled(design, params, grads, sharding), params, grad_dtype)
-        for name, design in designs.items()
-    }
-    bare = programs[_designs.BARE].kernels
-    return [Row(name, len(params), program, program.kernels / bare) for name, program in programs.items()], []
+    built = {name: _designs.built(design, params, grads, sharding) for name, design in designs.items()}
+    programs = {name: _measure.program(step.compiled, params, grad_dtype) for name, step in built.items()}
+    bare, bare_program = built[_designs.BARE], programs[_designs.BARE]
+    rows = [
+        Row(
+            name,
+            len(params),
+            programs[name],
+            programs[name].kernels / bare_program.kernels,
+            step.trace / bare.trace,
+            step.compilation / bare.compilation,
+        )
+        for name, step in built.items()
+    ]
+    return rows, []
 
 
 def targets(rows: list[Row]) -> list[_report.Target]:
-    """The limits set for the fused form on accelerators; that on kernels is for many leaves."""
+    """The limits set for the fused form on accelerators; those on kernels and traces are for many leaves."""
     fused = [row for row in rows if row.design == _cli.FUSED]
-    many = [row.kernels_over_bare for row in fused if row.leaves >= 300]
     limits = [
         _report.Target("bytes / ideal", 1.02, [row.program.ideal_ratio for row in fused]),
         _report.Target("copies", 0, [row.program.copies for row in fused]),
         _report.Target("output not aliased", 0, [1 - row.program.aliased for row in fused]),
+        _report.Target("compile / bare", 1.6, [row.compilation_over_bare for row in fused]),
     ]
+    traces = [row.trace_over_bare for row in fused if row.leaves >= 60]
+    many = [row.kernels_over_bare for row in fused if row.leaves >= 300]
+    limits += [_report.Target("trace / bare", 2.5, traces)] if traces else []
     return [*limits, _report.Target("kernels / bare", 1.05, many)] if many else limits
 
 

@@ -87,8 +87,8 @@ def apply_gradients(
 
     No number that is not finite reaches a parameter, also if an optimizer makes one of finite gradients: an element
     whose update would make it infinite or NaN stays as it is, and ``metrics`` counts the step among
-    ``nonfinite_updates``. (Seen in all parameters of 16 bits and in the smallest of float32: looking at all would cost
-    a pass over memory.)
+    ``nonfinite_updates``. (Seen in all parameters of 16 bits and in one element of the smallest of float32: looking at
+    all would cost a pass over memory.)
 
     Args:
         tx: The optimizer.

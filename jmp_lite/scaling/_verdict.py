@@ -5,8 +5,8 @@ overflow. So the verdict is False for a NaN or an infinity, for an overflow in t
 global norm may overflow, because a clip by that norm would silently turn the step into zeros. With 10**8 float32
 parameters the limit is about 10**15. It is also False for a scale out of range, which only an outside edit can produce.
 
-The test is element by element, and what is reduced is a byte that says whether it holds: never a sum, which would
-round, and never a maximum of floats, of which XLA on CPU loses NaN. XLA fuses it with the read of the gradients.
+The test is element by element, never a sum, which would round, and never a maximum of floats, of which XLA on CPU loses
+NaN. XLA fuses it with the read of the gradients.
 """
 
 import functools
@@ -27,7 +27,7 @@ from jmp_lite.scaling._loss_scale import LARGEST_SCALE, SMALLEST_SCALE, LossScal
 
 T = TypeVar("T")
 
-#: Leaves up to this many elements are checked together on a GPU: one kernel instead of one each.
+#: Leaves up to this many elements are checked together on accelerators: one kernel instead of one each.
 SMALL_LEAF = 1 << 16
 #: Parts into which small leaves that were concatenated are folded, so that they are not written out.
 PARTS = 32
@@ -46,13 +46,13 @@ def _is_below(leaf: jax.Array, scale: jax.Array, elements: int) -> jax.Array:
     return jnp.abs(wide * (1 / scale).astype(wide.dtype)) < limit
 
 
-def holds(elementwise: jax.Array) -> jax.Array:
-    """Reduces booleans as bytes: XLA on CPU reduces these many at a time."""
+def _all_as_bytes(elementwise: jax.Array) -> jax.Array:
+    """``jnp.all``, in a form that XLA on CPU reduces many elements at a time."""
     return elementwise.astype(jnp.int8).min(initial=1) > 0
 
 
-@functools.partial(jax.jit, static_argnames="elements")
-def _are_below(leaf: jax.Array, scale: jax.Array, elements: int) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("elements", "holds"))
+def _are_below(leaf: jax.Array, scale: jax.Array, elements: int, holds: Callable[..., jax.Array]) -> jax.Array:
     """Checks a leaf; traced once per shape, however many leaves have it."""
     return holds(_is_below(leaf, scale, elements))
 
@@ -63,7 +63,7 @@ def _are_small_below(leaves: list[jax.Array], scale: jax.Array, elements: int) -
     parts = PARTS if flat.size >= PARTS else 1
     whole, rest = jnp.split(flat, [flat.size // parts * parts])
     below = [_is_below(part, scale, elements) for part in jnp.split(whole, parts)]
-    return all_of([holds(functools.reduce(operator.and_, below)), _are_below(rest, scale, elements)])
+    return functools.reduce(operator.and_, below).all() & _is_below(rest, scale, elements).all()
 
 
 def judge(grads: Any, loss_scale: LossScale, axis_name: Any) -> jax.Array:
@@ -73,21 +73,21 @@ def judge(grads: Any, loss_scale: LossScale, axis_name: Any) -> jax.Array:
     replicas = 1 if axis_name is None else jax.lax.axis_size(axis_name)
     elements = max(1, replicas * sum(x.size for x in leaves))
 
-    def each(leaves: list[jax.Array]) -> list[jax.Array]:
-        return [_are_below(x, scale, elements=elements) for x in leaves]
+    def each(leaves: list[jax.Array], holds: Callable[..., jax.Array] = jnp.all) -> list[jax.Array]:
+        return [_are_below(x, scale, elements=elements, holds=holds) for x in leaves]
 
-    def on_gpu() -> jax.Array:
+    def on_cpu() -> jax.Array:
+        return all_of(each(leaves, _all_as_bytes))
+
+    def in_few_kernels() -> jax.Array:
         small = [x for x in leaves if x.size <= SMALL_LEAF]
         dtypes = dict.fromkeys(x.dtype for x in small)
         together = [_are_small_below([x for x in small if x.dtype == dtype], scale, elements) for dtype in dtypes]
         return all_of([*each([x for x in leaves if x.size > SMALL_LEAF]), *together])
 
-    def one_by_one() -> jax.Array:
-        return all_of(each(leaves))
-
     # Parts of sharded leaves would have to move, and eager calls would compile the choice each time.
     choose = leaves_are_local() and any(isinstance(x, jax.core.Tracer) for x in leaves)
-    below = jax.lax.platform_dependent(cuda=on_gpu, rocm=on_gpu, default=one_by_one) if choose else one_by_one()
+    below = jax.lax.platform_dependent(cpu=on_cpu, default=in_few_kernels) if choose else all_of(each(leaves))
     usable = (scale >= np.float32(SMALLEST_SCALE)) & (scale <= np.float32(LARGEST_SCALE))
     verdict = agree(below & usable, axis_name)
     forgotten = varying_axes(verdict) - varying_axes(scale)
@@ -104,14 +104,16 @@ def watched(updates: list[tuple[Any, jax.Array]]) -> jax.Array:
     """Returns ``bool[]``: whether updates are finite, as far as that is seen without reading memory once more.
 
     Where 16 bits take part, an optimizer may make infinities of finite gradients leaf by leaf, and all elements are
-    looked at. Leaves of float32 become so together, when a hyperparameter does, and the smallest stands for them.
+    looked at. Leaves of float32 become so together, when a hyperparameter does, and one element of the smallest, if
+    that has at most ``SMALL_LEAF``, stands for them.
 
     Args:
         updates: The dtype of each leaf, and of each element whether it is finite.
     """
-    wide = [is_finite for dtype, is_finite in updates if dtype.itemsize >= FLOAT32.itemsize]
     narrow = [is_finite for dtype, is_finite in updates if dtype.itemsize < FLOAT32.itemsize]
-    return all_of(list(map(holds, narrow + sorted(wide, key=lambda x: x.size)[:1])))
+    wide = [is_finite for dtype, is_finite in updates if dtype.itemsize >= FLOAT32.itemsize]
+    small = sorted((leaf for leaf in wide if 0 < leaf.size <= SMALL_LEAF), key=lambda leaf: leaf.size)
+    return all_of([*map(jnp.all, narrow), *(leaf[(0,) * leaf.ndim] for leaf in small[:1])])
 
 
 def all_of(verdicts: list[jax.Array]) -> jax.Array:
