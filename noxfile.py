@@ -51,6 +51,20 @@ def coverage(session):
 
 
 @nox.session(python=PYTHONS)
+def nightly(session):
+    """The suite, slow tests included, with a fresh seed, which it prints; `JMP_LITE_SEED=... pytest` repeats it."""
+    session.install("-e", ".[test]")
+    session.run("pytest", "-m", "not soak and not zoo", *session.posargs, env={"JMP_LITE_SEED": "random"})
+
+
+@nox.session(python=OLDEST)
+def mutation(session):
+    """Small changes to the library, drawn at random: what its tests do not notice is printed. See `.ci/mutate.py`."""
+    session.install("-e", ".[mutation]")
+    session.run("python", ".ci/mutate.py", *session.posargs)
+
+
+@nox.session(python=PYTHONS)
 def soak(session):
     """What is repeated many times: jobs killed at random steps and while they save, whole trainings in every mode."""
     session.install("-e", ".[test]")

@@ -85,8 +85,8 @@ def test_variance_of_data_with_a_mean(inner, rng):
 
     def fun(x, w):
         h = x @ w + 30.0
-        centerd = h - h.mean(-1, keepdims=True)
-        return square(centerd).mean(-1), jnp.var(h, axis=-1)
+        centered = h - h.mean(-1, keepdims=True)
+        return square(centered).mean(-1), jnp.var(h, axis=-1)
 
     x, w = normal(rng, 64, 128), normal(rng, 128, 128, scale=128**-0.5)
     for actual, expected in zip(jax.jit(low(fun))(x, w), fun(x, w), strict=True):
