@@ -57,7 +57,10 @@ def _locked(path: Path) -> IO[str] | None:
     if sys.platform == "win32":
         return None
     while True:
-        file = path.open("a+")
+        try:
+            file = path.open("a+")
+        except OSError:
+            return None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -88,9 +88,10 @@ def load(
 ) -> Served:
     """Reads what ``freeze`` wrote; neither the model's code nor its framework is needed.
 
-    A file in which anything was changed is refused. This protects from damage; whoever can write the file can also
-    write a whole new one, so give the ``digest`` for files from places that you do not control: JAX runs the program
-    without further checks.
+    A file in which anything was changed is refused, and so is one whose header or program is malformed. This protects
+    from damage; whoever can write the file can also write a whole new one, so give the ``digest`` for files from places
+    that you do not control: JAX runs the program without further checks, and bytes made up to look like a program may
+    crash its parser. Weights are read once, into the memory where they are used on a CPU.
 
     Args:
         path: The file.
@@ -102,7 +103,7 @@ def load(
         A function of the arguments that were given to ``freeze``, with a description of itself in its attributes.
 
     Raises:
-        CorruptArtifactError: If the file is no artifact, was changed, or has another digest.
+        CorruptArtifactError: If the file is no artifact, was changed, is malformed, or has another digest.
         FileNotFoundError: If there is no file.
         PlatformMismatchError: If it was frozen for other platforms, by a JAX that this one does not understand, or with
             float64 that is not enabled here.
