@@ -88,7 +88,7 @@ def _like_old(new: Any, old: Any) -> Any:
 
 def _nothing(shape: jax.ShapeDtypeStruct) -> jax.Array:
     """An update that changes no bit, varying over the mesh axes that ``shape`` varies over: 0 would make 0 of -0."""
-    return -jnp.zeros_like(shape)
+    return jnp.full_like(shape, -0.0)
 
 
 def _finite_or_nothing(update: Any) -> tuple[Any, jax.Array]:
