@@ -15,10 +15,10 @@ _INITS = ("init", "init_with_output", "lazy_init")
 def with_policy(apply: Callable[..., Any], policy: str | Policy | PolicyMap) -> Callable[..., Any]:
     """Wraps ``model.apply`` or ``model.init``: ``linen.autocast`` inside, results in the output dtype.
 
-    Under ``apply`` the model runs as ``linen.autocast(apply, policy)`` runs it, and its floating results are cast to the
-    output dtype of the policy, that of the default for a map. Updated collections (``batch_stats``, ``cache``, ...)
-    are those of the model, in the dtypes that it gives them. Gradients have the dtype of the parameters. A compute
-    dtype of float32 or more leaves the model as it is written.
+    Under ``apply`` the model runs as under ``linen.autocast``, and its floating results are cast to the output dtype of
+    the policy, that of the default for a map. Updated collections (``batch_stats``, ``cache``, ...) are those of the
+    model, in the dtypes that it gives them. Gradients have the dtype of the parameters. A compute dtype of float32 or
+    more leaves the model as it is written.
 
     Under ``init`` the model runs as it is written, and parameters are cast to the parameter dtype, by path for a map.
 

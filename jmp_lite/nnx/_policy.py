@@ -14,10 +14,10 @@ from jmp_lite.nnx._modules import is_leaf, is_node, unbound
 def with_policy(fn: Callable[..., Any], policy: str | Policy | PolicyMap) -> Callable[..., Any]:
     """Wraps a function of NNX modules: ``nnx.autocast`` inside, results in the output dtype.
 
-    The function runs as ``nnx.autocast(fn, policy)`` runs it, and its floating results are cast to the output dtype of
-    the policy, that of the default for a map. Whatever it does to its modules stays, in the dtypes that it gives:
-    running statistics, random counts, caches. Modules and variables among the results are not cast. Gradients have the
-    dtype of the parameters. A compute dtype of float32 or more leaves the function as it is written.
+    The function runs as under ``nnx.autocast``, and its floating results are cast to the output dtype of the policy,
+    that of the default for a map. Whatever it does to its modules stays, in the dtypes that it gives: running
+    statistics, random counts, caches. Modules and variables among the results are not cast. Gradients have the dtype of
+    the parameters. A compute dtype of float32 or more leaves the function as it is written.
 
     Args:
         fn: A function of modules and any other arguments, usually ``fn(model, *args)``; a module, a bound method of one
