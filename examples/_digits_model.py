@@ -140,9 +140,6 @@ def init_nnx(key: jax.Array) -> tuple[Any, Any]:
 def nnx_network(policy: Any, axis_name: str | None = None) -> Network:
     """The NNX model under a precision policy; its state travels as plain dictionaries."""
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: NnxResNet(axis_name, rngs=nnx.Rngs(0))))
-    # NNX's BatchNorm hands on float32, the dtype of its statistics. A map casts at every module, a policy at the model
-    # alone, and then all layers behind the first norm would compute in float32.
-    per_module = jmp.PolicyMap({}, default=policy)
 
     def init(key: jax.Array) -> tuple[Any, Any]:
         params, statistics = init_nnx(key)
@@ -150,7 +147,7 @@ def nnx_network(policy: Any, axis_name: str | None = None) -> Network:
 
     def apply(params: Any, statistics: Any, images: jax.Array, *, train: bool) -> tuple[jax.Array, Any]:
         model = nnx.merge(graphdef, params, statistics)
-        forward = jmp.nnx.with_policy(lambda model, images: model(images, train=train), per_module)
+        forward = jmp.nnx.with_policy(lambda model, images: model(images, train=train), policy)
         logits = forward(model, images)
         return logits, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
 

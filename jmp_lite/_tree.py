@@ -130,55 +130,6 @@ def cast_floating(tree: T, dtype: DType, named: Iterable[DType] = ()) -> T:
     return map_leaves(lambda _, leaf: cast_leaf(leaf, dtype, named), tree)
 
 
-def _same_structure(first: Any, second: Any) -> bool:
-    structure: Any = jax.tree.structure(first)
-    return bool(structure == jax.tree.structure(second))
-
-
-def keep_dtypes(tree: T, before: Any) -> T:
-    """Gives each floating array back the dtype of the array of the same shape at the same place of another tree.
-
-    Trees of different structure have nothing in common: the first is returned as it is.
-    """
-
-    def leaf_like(leaf: Any, old: Any) -> Any:
-        floating = all(is_array(x) and jnp.issubdtype(x.dtype, jnp.floating) for x in (leaf, old))
-        changed = floating and leaf.shape == old.shape and leaf.dtype != old.dtype
-        return leaf.astype(canonical(old.dtype)) if changed else leaf
-
-    if not _same_structure(tree, before):
-        return tree
-    kept: T = jax.tree.map(leaf_like, tree, before)
-    return kept
-
-
-def keep_carry(result: Any, carry: Any) -> Any:
-    """Gives the new carry that the body of a loop returns the dtypes of the carry that it was given.
-
-    The new carry is the result, or else the first element of a tuple, that has the structure of the old one.
-    """
-    if type(result) is not tuple or _same_structure(result, carry):
-        return keep_dtypes(result, carry)
-    parts = list(result)
-    position = next((i for i, part in enumerate(parts) if _same_structure(part, carry)), None)
-    if position is not None:
-        parts[position] = keep_dtypes(parts[position], carry)
-    return tuple(parts)
-
-
-def undo_cast(leaf: Any, given: Any, stored: Any) -> Any:
-    """Returns the stored value of a leaf that was handed out cast; what was changed meanwhile gets the stored dtype.
-
-    A lifted transformation returns a copy of what it leaves alone, so that is decided element by element: nothing
-    loses the digits that its half-precision copy lacks.
-    """
-    if leaf is given:
-        return stored
-    changed = keep_dtypes(leaf, stored)
-    comparable = is_array(leaf) and is_array(given) and (leaf.shape, leaf.dtype) == (given.shape, given.dtype)
-    return jnp.where(leaf == given, stored, changed) if comparable and given is not stored else changed
-
-
 def cast_to_full(tree: T) -> T:
     """Casts the float16 and bfloat16 arrays of a tree to float32.
 

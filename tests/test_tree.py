@@ -168,13 +168,3 @@ def test_loss_scales_are_leaves_to_no_function():
     tree = {"w": 1.0, "scales": [jmp.DynamicLossScale(), jmp.StaticLossScale(2.0), jmp.NoOpLossScale()]}
     mapped = _tree.map_leaves(lambda path, leaf: (_tree.path_string(path), leaf), tree)
     assert {"w": ("w", 1.0), "scales": tree["scales"]} == mapped
-
-
-def test_keep_dtypes_gives_back_what_was_there():
-    """Floating arrays of the same place and shape take their old dtype; all else is handed through."""
-    before = {"a": jnp.ones(2, jnp.bfloat16), "b": np.ones(2, np.float32), "n": jnp.int32(1), "s": jnp.ones(3)}
-    after = {"a": jnp.ones(2), "b": np.ones(2, np.float32), "n": jnp.float32(1), "s": jnp.ones(2, jnp.float16)}
-    kept = _tree.keep_dtypes(after, before)
-    assert np.dtype(jnp.bfloat16) == kept["a"].dtype
-    assert all(after[name] is kept[name] for name in ("b", "n", "s"))
-    assert after is _tree.keep_dtypes(after, {"a": before["a"]})

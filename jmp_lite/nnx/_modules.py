@@ -1,4 +1,4 @@
-"""What policies and autocast ask of NNX: which values have an identity, and classes whose methods do something more."""
+"""What autocast asks of NNX: which values have an identity, and classes whose methods do something more."""
 
 import functools
 import inspect
@@ -10,9 +10,6 @@ import jax
 from flax import nnx
 
 from jmp_lite._tree import Opaque
-
-#: Where a derived class keeps the class that it was made from.
-_ORIGINAL = "_jmp_lite_original_class"
 
 
 def is_node(value: Any) -> bool:
@@ -45,11 +42,6 @@ def _call_module(module: Any, *args: Any, **kwargs: Any) -> Any:
     return module(*args, **kwargs)
 
 
-def original_class(module: Any) -> Any:
-    """Returns the class that a module was given by its author."""
-    return vars(type(module)).get(_ORIGINAL, type(module))
-
-
 def change_class(module: Any, derive: Callable[[tuple[str, ...], bool], type]) -> None:
     """Gives a module, if it has methods that others call, a class derived from its own.
 
@@ -57,7 +49,7 @@ def change_class(module: Any, derive: Callable[[tuple[str, ...], bool], type]) -
         module: Any object of a graph.
         derive: Makes the class, from the names of those methods and from whether the class is a pytree.
     """
-    names = _public_methods(original_class(module))
+    names = _public_methods(type(module))
     if isinstance(module, nnx.Module) and not isinstance(module, (nnx.List, nnx.Dict)) and names:
         is_pytree = not jax.tree_util.all_leaves([module])
         object.__setattr__(module, "__class__", derive(names, is_pytree))
@@ -77,6 +69,6 @@ def _is_public_method(cls: type, name: str) -> bool:
 
 def derived_class(cls: type, methods: dict[str, Any], *, is_pytree: bool) -> type:
     """Derives a class that looks like the original, with other methods."""
-    namespace = {**methods, _ORIGINAL: cls, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    namespace = {**methods, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
     namespace["__doc__"] = cls.__doc__
     return types.new_class(cls.__name__, (cls,), {"pytree": is_pytree}, lambda body: body.update(namespace))

@@ -100,7 +100,7 @@ def in_shard_map(f):
 
 def in_pmap(f):
     run = jax.pmap(lambda _, args: f(*args))
-    return lambda *args: first(run(jnp.arange(DEVICES), repeated(DEVICES, args)))
+    return lambda *args: first(jax.device_get(run(jnp.arange(DEVICES), repeated(DEVICES, args))))  # indexing adds 0
 
 
 TRANSFORMS = {

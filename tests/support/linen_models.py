@@ -204,43 +204,6 @@ class Typed(nn.Module):
         return args, kwargs
 
 
-class Denoiser(nn.Module):
-    """Returns something of the shape of its input, computed in float32 at the end."""
-
-    lift: object = nn.Dense
-
-    @nn.compact
-    def __call__(self, x):
-        return self.lift(x.shape[-1], name="head")(nn.Dense(16, name="body")(x))
-
-
-class Replacing(nn.RNNCellBase):
-    """Carries its last output, and tells the dtypes that it is given."""
-
-    tell: object
-    num_feature_axes: int = 1
-
-    @nn.compact
-    def __call__(self, carry, x):
-        self.tell((str(carry.dtype), str(x.dtype)))
-        y = nn.Dense(16, name="body")(x)
-        return y, y
-
-    @nn.nowrap
-    def initialize_carry(self, rng, input_shape):
-        return jnp.zeros(input_shape, jnp.float32)
-
-
-class Unrolled(nn.Module):
-    cell: nn.Module
-
-    def __call__(self, x):
-        carry = jnp.zeros(x[:, 0].shape)
-        for step in range(x.shape[1]):
-            carry, y = self.cell(carry, x[:, step])
-        return carry, y
-
-
 class Remembering(nn.Module):
     """A step that replaces its state: a variable, carried by the scan."""
 
@@ -249,15 +212,6 @@ class Remembering(nn.Module):
         state = self.variable("state", "h", jnp.zeros, x.shape)
         state.value = nn.Dense(x.shape[-1], name="body")(x)
         return carry, state.value
-
-
-class Border(nn.Module):
-    """Tells which dtype comes back from a submodule, and multiplies by what would promote the next one."""
-
-    @nn.compact
-    def __call__(self, x):
-        y = nn.Dense(16, name="body")(x)
-        return nn.Dense(16, name="head")(y * np.float32(0.5)), {"seen": y}
 
 
 # --- The table ---
