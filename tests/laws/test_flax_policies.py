@@ -72,17 +72,19 @@ def nnx_forwards(name, policy, x):
     return jmp.get_policy(policy).cast_to_param(params), forward(jmp.nnx.with_policy), forward(jmp.nnx.autocast)
 
 
-MODELS = {"linen": (linen_forwards, linen_models.EVERY_MODEL), "nnx": (nnx_forwards, nnx_models.EVERY_MODEL)}
+def cases(library, forwards, names):
+    """Parameters of a test, with the marks that the table gives them."""
+    marked = [pytest.param(name) if isinstance(name, str) else name for name in names]
+    return [pytest.param(forwards, *p.values, marks=p.marks, id=f"{library}-{p.values[0]}") for p in marked]
+
+
 every_model = pytest.mark.parametrize(
     ("forwards", "name"),
-    [
-        pytest.param(
-            forwards, *getattr(name, "values", (name,)), marks=getattr(name, "marks", ()), id=f"{library}-{name}"
-        )
-        for library, (forwards, names) in MODELS.items()
-        for name in names
-    ],
+    cases("linen", linen_forwards, linen_models.EVERY_MODEL) + cases("nnx", nnx_forwards, nnx_models.EVERY_MODEL),
 )
+#: Models of which the forward products alone are looked at: one that has no reverse mode, and one whose second product
+#: has two terms and so, in the backward pass, the dtype in which its operands are stored.
+FORWARD_ONLY = ("while", "lora")
 
 
 def program(fun, *args):
@@ -107,7 +109,7 @@ def test_with_policy_is_autocast_and_a_cast_of_the_results(forwards, name, polic
     if name != "while":
         grad = jax.grad(lambda params: with_policy(params)[0].astype(jnp.float32).sum())
         assert shape_of(grad, params) == jax.tree.map(jnp.result_type, params)
-    found = contractions(with_policy if name == "while" else grad, params)
+    found = contractions(with_policy if name in FORWARD_ONLY else grad, params)
     for part, dtype in zip(("body", "head"), products, strict=True):
         kinds = [kinds for scope, kinds in found if part in scope]
         assert kinds
