@@ -113,7 +113,12 @@ def watched(updates: list[tuple[Any, jax.Array]]) -> jax.Array:
     narrow = [is_finite for dtype, is_finite in updates if dtype.itemsize < FLOAT32.itemsize]
     wide = [is_finite for dtype, is_finite in updates if dtype.itemsize >= FLOAT32.itemsize]
     small = sorted((leaf for leaf in wide if 0 < leaf.size <= SMALL_LEAF), key=lambda leaf: leaf.size)
-    return all_of([*map(jnp.all, narrow), *(leaf[(0,) * leaf.ndim] for leaf in small[:1])])
+    return all_of([*map(jnp.all, narrow), *map(_one_element, small[:1])])
+
+
+def _one_element(leaf: jax.Array) -> jax.Array:
+    """One element, or all where that one may be on another device."""
+    return leaf[(0,) * leaf.ndim] if leaves_are_local() else leaf.all()
 
 
 def all_of(verdicts: list[jax.Array]) -> jax.Array:

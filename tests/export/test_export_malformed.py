@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import assert_identical
+from support.comparisons import assert_identical
 
 import jmp_lite as jmp
 from jmp_lite import export

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 from flax import serialization
-from support import assert_identical
+from support.comparisons import assert_identical
 
 import jmp_lite as jmp
 from jmp_lite import checkpoint

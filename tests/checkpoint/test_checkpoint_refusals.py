@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from checkpoints import manage
+from support.checkpoints import manage
 
 import jmp_lite as jmp
 from jmp_lite import checkpoint
