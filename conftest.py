@@ -55,8 +55,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
     return report
 
 
-#: Bytes above which a worker lets go of what JAX has compiled: programs of shapes that no later test has. Tests take
-#: less than 100 MB each, so it stays below 2 GB; half of this would cost a fifth more time.
+#: Bytes above which a worker lets go of what JAX has compiled, for shapes that no later test has. One test takes
+#: less than 100 MB, so it stays below 2 GB; to stop at 1.25 GB would cost a fifth more time.
 ENOUGH_MEMORY = 1.7 * 2**30
 _finished = itertools.count(1)
 

@@ -1,6 +1,6 @@
 """Changes the library a little, one change at a time, and asks its tests whether they notice.
 
-python .ci/mutate.py                                  20 changes in each chapter, drawn at random
+python .ci/mutate.py                                  10 changes in each chapter, drawn at random
 python .ci/mutate.py --mutants 60 scaling/_verdict.py  60 changes in one module, by the tests of its chapter
 
 A chapter's tests are its folder in tests/ and its doctests. Changes that none of them notices are printed: each is
@@ -80,7 +80,7 @@ def main() -> None:
     """Reads the command line and prints how many changes were noticed."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("modules", nargs="*", help="such as scaling/_verdict.py; all modules by default")
-    parser.add_argument("--mutants", type=int, default=20, help="how many changes to try in each chapter")
+    parser.add_argument("--mutants", type=int, default=10, help="how many changes to try in each chapter")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().getrandbits(32))
     arguments = parser.parse_args()
     modules = arguments.modules or [f"{c}/{f.name}" for c in CHAPTERS for f in (ROOT / "jmp_lite" / c).glob("_*.py")]
