@@ -132,9 +132,8 @@ HOLDER = """
     from jmp_lite.checkpoint._lock import WriterLock
 
     lock = WriterLock(sys.argv[1])
-    child = os.fork()
-    if child:
-        print(child, flush=True)
+    if not os.fork():
+        print(os.getpid(), flush=True)  # by now it has let go of the lock
     time.sleep(600)
 """
 
