@@ -91,7 +91,9 @@ class Facts:
 
     def known(self, tag: Tag) -> tuple[Known, ...]:
         """What is known of each result, those that were float32 with a tag."""
-        return tuple(Known(tag if is_eligible(v.aval) else Tag.NEUTRAL, self.origin, self.number) for v in self.eqn.outvars)
+        return tuple(
+            Known(tag if is_eligible(v.aval) else Tag.NEUTRAL, self.origin, self.number) for v in self.eqn.outvars
+        )
 
 
 def _is_float_array(atom: Atom) -> bool:
