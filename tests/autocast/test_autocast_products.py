@@ -107,7 +107,6 @@ SHAPES = {
     "attention logits": ("bqhd,bkhd->bhqk", (2, 8, 4, 64), (2, 8, 4, 64)),
     "attention values": ("bhqk,bkhd->bqhd", (2, 4, 8, 64), (2, 64, 4, 8)),
     "contraction before a free axis": ("abij,bjad->baid", (4, 4, 8, 64), (4, 64, 4, 8)),
-    "vectors": ("i,i->", (64,), (64,)),
 }
 
 
