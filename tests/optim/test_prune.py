@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from support.comparisons import assert_identical, gradients_like, standard, structure_and_dtypes
-from support.pruning import everywhere, forms, groups_of, masks_after, pruned_sgd, smallest, weights
+from support.pruning import everywhere, forms, fused, groups_of, masks_after, pruned_sgd, smallest, weights
 
 import jmp_lite as jmp
 from jmp_lite.optim import prune
@@ -249,7 +249,7 @@ def test_parameter_without_update_stays():
     params = {"frozen": jnp.ones((4, 4)), "float0": jnp.ones((4, 4)), "free": jnp.ones((4, 4))}
     updates = {"frozen": None, "float0": np.zeros((4, 4), jax.dtypes.float0), "free": jnp.zeros((4, 4))}
     tx = prune(0.5, where=everywhere)
-    params_after, state = jmp.apply_gradients(tx, updates, tx.init(params), params)
+    params_after, state = fused(tx)(params, tx.init(params), updates)
     for name, zeros in (("frozen", 0), ("float0", 0), ("free", 8)):
         assert int((params_after[name] == 0).sum()) == int((~state.masks[name]).sum()) == zeros
 

@@ -11,14 +11,13 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from support.comparisons import (
     assert_identical,
-    fused,
     gradients_like,
     slow_but_for,
     standard,
     structure_and_dtypes,
     two_calls,
 )
-from support.pruning import everywhere, forms, groups_of, pruned_sgd, weights
+from support.pruning import everywhere, forms, fused, groups_of, pruned_sgd, weights
 
 import jmp_lite as jmp
 from jmp_lite.optim import PruneState, prune
@@ -223,7 +222,7 @@ def test_shard_map_prunes_each_shard(rng):
     params = {"w": jnp.asarray(rng.standard_normal((64, 16)), jnp.float32)}
 
     def step(params, grads):
-        return fused(tx)(params, tx.init(params), grads)[0]
+        return two_calls(tx)(params, tx.init(params), grads)[0]
 
     spec = P("rows", "columns")
     new = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(spec, spec), out_specs=spec))(params, params)
@@ -301,7 +300,7 @@ def test_linen_model_in_groups_of_four(key):
     @jax.jit
     def step(params, state):
         grads = jax.grad(lambda params: jnp.sum(model.apply(params, x) ** 2))(params)
-        return jmp.apply_gradients(tx, grads, state, params)
+        return fused(tx)(params, state, grads)
 
     for _ in range(3):
         params, state = step(params, state)

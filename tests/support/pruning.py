@@ -6,8 +6,22 @@ import numpy as np
 import optax
 import pytest
 
+import jmp_lite as jmp
 from jmp_lite.optim import prune
-from support.comparisons import fused, two_calls
+from support.comparisons import two_calls
+
+
+def fused(tx):
+    """A step of ``apply_gradients``, on the state of the transformation without a loss scale around it."""
+    scaled = jmp.loss_scaled(tx, jmp.NoOpLossScale())
+
+    def step(params, state, grads):
+        around = scaled.init(params)._replace(inner_state=state)
+        params, around = jmp.apply_gradients(scaled, grads, around, params)
+        return params, around.inner_state
+
+    return step
+
 
 forms = pytest.mark.parametrize("form", [fused, two_calls])
 
