@@ -59,7 +59,6 @@ __version__ = "0.1.0"
 
 # Loaded on first use (PEP 562), so that ``import jmp_lite`` needs neither Optax nor Flax nor Orbax.
 _CHAPTERS = frozenset({"checkpoint", "distributed", "export", "linen", "nnx", "optim", "quant"})
-_EXTRAS = {"checkpoint": "checkpoint", "export": "export", "linen": "flax", "nnx": "flax"}
 _HOMES = {
     "LossScaledState": "jmp_lite.scaling._loss_scaled",
     "apply_gradients": "jmp_lite.scaling._apply",
@@ -114,17 +113,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _CHAPTERS:
-        try:
-            return importlib.import_module(f"jmp_lite.{name}")
-        except ModuleNotFoundError as error:
-            if name not in _EXTRAS or (error.name or "").startswith("jmp_lite"):
-                raise
-            package = (error.name or "a package").partition(".")[0]
-            raise ModuleNotFoundError(
-                f"jmp_lite.{name} needs {package}, which is not installed. "
-                f"Run pip install 'jmp-lite[{_EXTRAS[name]}]'.",
-                name=error.name,
-            ) from error
+        return importlib.import_module(f"jmp_lite.{name}")
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'jmp_lite' has no attribute {name!r}")

@@ -1,7 +1,8 @@
 """What a user wrote, as messages quote it, and the name that comes nearest to it."""
 
+import contextlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 
@@ -9,6 +10,20 @@ def quote(value: Any, limit: int = 200) -> str:
     """Returns what a user gave on one line, cut where it is long."""
     text = re.sub(r"\n\s*", " ", repr(value))
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+@contextlib.contextmanager
+def naming_extra(chapter: str, extra: str) -> Iterator[None]:
+    """Around the imports of a chapter: where a package is missing, the error names the extra that brings it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("jmp_lite"):
+            raise
+        package = (error.name or "a package").partition(".")[0]
+        raise ModuleNotFoundError(
+            f"{chapter} needs {package}, which is not installed. Run pip install 'jmp-lite[{extra}]'.", name=error.name
+        ) from error
 
 
 def nearest(name: str, names: Iterable[str], limit: int) -> list[str]:

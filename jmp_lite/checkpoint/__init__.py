@@ -6,10 +6,13 @@ stopped. The policy travels with the state, because weights restored under anoth
 else.
 """
 
-from jmp_lite.checkpoint._bytes import from_bytes as from_bytes
-from jmp_lite.checkpoint._bytes import to_bytes as to_bytes
-from jmp_lite.checkpoint._directory import restore as restore
-from jmp_lite.checkpoint._directory import save as save
-from jmp_lite.checkpoint._manager import CheckpointManager as CheckpointManager
+from jmp_lite._messages import naming_extra
+
+with naming_extra(__name__, "checkpoint"):
+    from jmp_lite.checkpoint._bytes import from_bytes as from_bytes
+    from jmp_lite.checkpoint._bytes import to_bytes as to_bytes
+    from jmp_lite.checkpoint._directory import restore as restore
+    from jmp_lite.checkpoint._directory import save as save
+    from jmp_lite.checkpoint._manager import CheckpointManager as CheckpointManager
 
 __all__ = ["CheckpointManager", "from_bytes", "restore", "save", "to_bytes"]

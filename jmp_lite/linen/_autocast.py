@@ -6,6 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 
+from jmp_lite._functions import check_function
 from jmp_lite._policy import Policy, PolicyMap
 from jmp_lite.autocast._api import settings_from, wrap
 from jmp_lite.autocast._explain import Explanation, explained
@@ -66,6 +67,7 @@ def autocast(
     References:
         ``torch.autocast``.
     """
+    check_function(apply, "linen.autocast")
     settings = _settings(apply, policy, rules=rules, ops=ops, dot=dot, accumulation_dtype=accumulation_dtype)
     return wrap(apply, settings, residuals)
 
@@ -107,6 +109,7 @@ def explain(
     References:
         ``jmp_lite.explain``.
     """
+    check_function(apply, "linen.explain")
     settings = _settings(apply, policy, rules=rules, ops=ops, dot=dot, accumulation_dtype=accumulation_dtype)
     return lambda *args, **kwargs: explained(apply, settings, args, kwargs)[0]
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import flax.core
 
+from jmp_lite._functions import check_function
 from jmp_lite._policy import Policy, PolicyMap, get_policy
 from jmp_lite.linen._autocast import autocast
 
@@ -32,6 +33,7 @@ def with_policy(apply: Callable[..., Any], policy: str | Policy | PolicyMap) -> 
         A function with the signature of ``apply``.
 
     Raises:
+        InvalidFunctionError: If ``apply`` is no function, such as the model itself.
         InvalidPolicyError: If the compute dtype has fewer than 16 bits.
         UnknownDtypeError: If the policy string cannot be parsed.
         AmbiguousPolicyError: When called, if two patterns of a map contradict each other.
@@ -53,6 +55,7 @@ def with_policy(apply: Callable[..., Any], policy: str | Policy | PolicyMap) -> 
     References:
         ``jmp_lite.linen.autocast``; policies of jmp (github.com/google-deepmind/jmp).
     """
+    check_function(apply, "linen.with_policy")
     resolved = get_policy(policy)
     partial = apply if isinstance(apply, functools.partial) else functools.partial(apply)
     name = getattr(partial.func, "__name__", "")

@@ -76,7 +76,7 @@ def autocast(
     References:
         ``torch.autocast``. State crosses as in ``nnx.jit``: flax.readthedocs.io, "NNX graph".
     """
-    function, first = unbound(fn)
+    function, first = unbound(fn, "nnx.autocast")
     settings = settings_from(policy, rules=rules, ops=ops, dot=dot, accumulation_dtype=accumulation_dtype)
 
     @functools.wraps(function)
@@ -124,7 +124,7 @@ def explain(
     References:
         ``jmp_lite.explain``.
     """
-    function, first = unbound(fn)
+    function, first = unbound(fn, "nnx.explain")
     settings = settings_from(policy, rules=rules, ops=ops, dot=dot, accumulation_dtype=accumulation_dtype)
 
     def explanation_of(*args: Any, **kwargs: Any) -> Explanation:

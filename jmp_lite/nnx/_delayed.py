@@ -40,7 +40,7 @@ def delayed(fn: Callable[..., Any]) -> "Delayed":
         >>> grads["kernel"][...].shape, [history.shape for history in histories.values()]
         ((8, 3), [(3, 1024)])
     """
-    return Delayed(*unbound(fn))
+    return Delayed(*unbound(fn, "nnx.delayed"))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from jmp_lite._functions import check_function
 from jmp_lite._tree import Opaque
 
 
@@ -27,10 +28,14 @@ def objects(nodes: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
     return ((path, node) for path, node in nnx.iter_graph(nodes, graph=True) if isinstance(node, nnx.Pytree))
 
 
-def unbound(fn: Callable[..., Any]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """Splits a module, a bound method of one, or a partial function, into a function and its first arguments."""
+def unbound(fn: Callable[..., Any], caller: str) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Splits a module, a bound method of one, or a partial function, into a function and its first arguments.
+
+    Raises, in the name of the caller, for what is no function.
+    """
+    check_function(fn, caller)
     if isinstance(fn, functools.partial):
-        function, first = unbound(fn.func)
+        function, first = unbound(fn.func, caller)
         return functools.partial(function, **fn.keywords) if fn.keywords else function, (*first, *fn.args)
     if isinstance(fn, nnx.Module):
         return _call_module, (fn,)

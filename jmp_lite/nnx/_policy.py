@@ -29,6 +29,7 @@ def with_policy(fn: Callable[..., Any], policy: str | Policy | PolicyMap) -> Cal
         A function with the signature of ``fn``. It can be given to ``nnx.jit``, ``nnx.value_and_grad`` and the like.
 
     Raises:
+        InvalidFunctionError: If ``fn`` cannot be called.
         InvalidPolicyError: If the compute dtype has fewer than 16 bits.
         UnknownDtypeError: If the policy string cannot be parsed.
         AmbiguousPolicyError: When called, if two patterns of a map contradict each other.
@@ -50,7 +51,7 @@ def with_policy(fn: Callable[..., Any], policy: str | Policy | PolicyMap) -> Cal
     References:
         ``jmp_lite.nnx.autocast``; policies of jmp (github.com/google-deepmind/jmp).
     """
-    function, first = unbound(fn)
+    function, first = unbound(fn, "nnx.with_policy")
     resolved = get_policy(policy)
     run = autocast(function, resolved)
 
