@@ -37,7 +37,6 @@ from jmp_lite._patterns import (
 )
 from jmp_lite._tree import Path, cast_floating, cast_leaf, is_array, map_leaves, path_string
 from jmp_lite.errors import (
-    AmbiguousPolicyError,
     InvalidPolicyError,
     UnknownDtypeError,
     UnmatchedRuleWarning,
@@ -301,9 +300,9 @@ class PolicyMap:
             outputs.
 
     Raises:
-        AmbiguousPolicyError: On look-up, if patterns contradict each other.
+        InvalidPolicyError: If something is not a policy, or a policy is itself a ``PolicyMap``; on look-up, if patterns
+            contradict each other.
         InvalidPatternError: If a pattern is no regular expression; on look-up, if a path is too long for it.
-        InvalidPolicyError: If something is not a policy, or a policy is itself a ``PolicyMap``.
         UnknownDtypeError: If a policy string cannot be parsed.
 
     Example:
@@ -360,7 +359,7 @@ class PolicyMap:
         if len(keys) > 1 and len({self._exact[key] for key in keys}) > 1:
             listed = " and ".join(f"{quote(key)} ({self._exact[key]})" for key in keys[:5])
             more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
-            raise AmbiguousPolicyError(
+            raise InvalidPolicyError(
                 f"Path {quote(path)} matches {listed}{more}. Make the patterns exclusive, or name the path itself."
             )
         return self._exact[keys[0]] if keys else self.default

@@ -22,7 +22,7 @@ from jmp_lite._dtypes import (
     canonical,
     half_dtype,
 )
-from jmp_lite.errors import NonScalarPredicateError, UnselectableLeafError
+from jmp_lite.errors import InvalidSelectionError
 
 T = TypeVar("T")
 Path = tuple[Any, ...]
@@ -175,11 +175,11 @@ def scalar_predicate(value: Any) -> jax.Array:
     """Returns a boolean scalar array, or says what else it was given.
 
     Raises:
-        NonScalarPredicateError: If the value is not one boolean.
+        InvalidSelectionError: If the value is not one boolean.
     """
     is_boolean = isinstance(value, bool) or (is_array(value) and value.shape == () and value.dtype == np.bool_)
     if not is_boolean:
-        raise NonScalarPredicateError(
+        raise InvalidSelectionError(
             f"expected boolean scalar, got {describe(value)}. Reduce it first, for example with jmp_lite.all_finite."
         )
     return jnp.asarray(value)
@@ -256,7 +256,7 @@ def _select_leaf(pred: jax.Array, path: Path, on_true: Any, on_false: Any) -> An
     numeric = _is_numeric(on_true) or _is_numeric(on_false)
     if not numeric and (on_true is on_false or np.array_equal(on_true, on_false)):
         return on_true
-    raise UnselectableLeafError(
+    raise InvalidSelectionError(
         f"Leaf {path_string(path)!r} is {describe(on_true)} in one tree and {describe(on_false)} in the other: only "
         "arrays of one shape and compatible dtypes can be selected. Make the two alike, or keep them out of the tree."
     )
@@ -275,8 +275,8 @@ def select_tree(pred: Any, on_true: T, on_false: T) -> T:
         A tree of the same structure.
 
     Raises:
-        NonScalarPredicateError: If ``pred`` is not one boolean.
-        UnselectableLeafError: If a leaf that is not an array differs, or two arrays have no common shape and dtype.
+        InvalidSelectionError: If ``pred`` is not one boolean, a leaf that is not an array differs, or two arrays have
+            no common shape and dtype.
 
     Example:
         >>> jmp.select_tree(False, {"step": jnp.int32(1)}, {"step": jnp.int32(0)})

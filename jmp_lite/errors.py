@@ -4,21 +4,16 @@
 
     JmpLiteError
     ├── UnknownDtypeError         ValueError      a dtype or policy string nobody can parse
-    ├── InvalidPolicyError        TypeError       a policy built from something that is no floating dtype
-    ├── AmbiguousPolicyError      ValueError      two patterns of a PolicyMap claim the same path
+    ├── InvalidPolicyError        TypeError       a policy of what is no floating dtype, or two for the same path
     ├── InvalidPatternError       ValueError      a pattern that no path can be searched for
-    ├── InvalidLossScaleError     ValueError      a loss scale or one of its settings is out of range
-    ├── TracedStaticScaleError    TypeError       a traced value where a Python number is needed
-    ├── NonScalarPredicateError   ValueError      a verdict that is not one boolean
-    ├── UnselectableLeafError     TypeError       two unlike leaves that are not arrays
-    ├── LossDtypeError            TypeError       a loss function that does not return a real number
-    ├── InvalidFunctionError      TypeError       something that is no pure function of arrays
+    ├── InvalidLossScaleError     ValueError      a loss scale or one of its settings is out of range, or traced
+    ├── InvalidSelectionError     TypeError       a verdict that is not one boolean, or trees that are not alike
+    ├── InvalidFunctionError      TypeError       no pure function of arrays, or one that returns no loss
     ├── InvalidMicrobatchError    ValueError      a batch that cannot be split as asked
     ├── InvalidStepError          TypeError       no optimizer, or gradients of other parameters
     ├── MissingAxisError          ValueError      devices that could decide differently whether to skip a step
     ├── ReplicasDisagreeError     RuntimeError    replicas of pmap that took different decisions
-    ├── LossScaleNotFoundError    ValueError      no loss scale in the state
-    ├── AmbiguousLossScaleError   ValueError      more than one, and no name to tell them apart
+    ├── LossScaleNotFoundError    ValueError      no loss scale in the state, or several and no name
     ├── LossScaleStalledError     RuntimeError    nothing but skipped steps at the lowest scale
     ├── PolicyMismatchError       ValueError      a checkpoint written under another policy
     ├── CheckpointMismatchError   ValueError      a state and a checkpoint that do not belong together
@@ -51,7 +46,7 @@ class JmpLiteError(Exception):
     """Base of every exception raised by jmp_lite.
 
     Example:
-        >>> issubclass(jmp.errors.AmbiguousPolicyError, jmp.errors.JmpLiteError)
+        >>> issubclass(jmp.errors.InvalidPolicyError, jmp.errors.JmpLiteError)
         True
     """
 
@@ -68,8 +63,8 @@ class UnknownDtypeError(JmpLiteError, ValueError):
     """
 
 
-class InvalidPolicyError(JmpLiteError, TypeError):
-    """A policy built from something that is not a floating-point dtype.
+class InvalidPolicyError(JmpLiteError, TypeError, ValueError):
+    """A policy built from something that is not a floating-point dtype, or a map with two policies for one path.
 
     Example:
         >>> jmp.Policy(jnp.int32, jnp.float16, jnp.float32)
@@ -77,17 +72,9 @@ class InvalidPolicyError(JmpLiteError, TypeError):
         jmp_lite.errors.InvalidPolicyError: param_dtype must be a floating-point dtype, got int32...
         >>> str(jmp.Policy(jnp.float32, jnp.float16, jnp.float32))
         'p=full,c=f16,o=full'
-    """
-
-
-class AmbiguousPolicyError(JmpLiteError, ValueError):
-    """Two patterns of a ``PolicyMap`` match one path and ask for different policies.
-
-    Example:
-        >>> policies = jmp.PolicyMap({"layer_.*": "bf16", ".*_norm": "f32"}, default="mixed_bfloat16")
-        >>> policies.policy_for("layer_norm")
+        >>> jmp.PolicyMap({"layer_.*": "bf16", ".*_norm": "f32"}, "mixed_bfloat16").policy_for("layer_norm")
         Traceback (most recent call last):
-        jmp_lite.errors.AmbiguousPolicyError: Path 'layer_norm' matches '.*_norm' (p=full,c=full,o=full) and ...
+        jmp_lite.errors.InvalidPolicyError: Path 'layer_norm' matches '.*_norm' (p=full,c=full,o=full) and ...
     """
 
 
@@ -103,58 +90,34 @@ class InvalidPatternError(JmpLiteError, ValueError):
     """
 
 
-class InvalidLossScaleError(JmpLiteError, ValueError):
-    """A loss scale, or one of its settings, is out of range.
+class InvalidLossScaleError(JmpLiteError, ValueError, TypeError):
+    """A loss scale, or one of its settings, is out of range, or is known only at run time.
 
     Example:
         >>> jmp.DynamicLossScale(0.0)
         Traceback (most recent call last):
         jmp_lite.errors.InvalidLossScaleError: loss_scale must be positive and finite, got 0.0...
-    """
-
-
-class TracedStaticScaleError(JmpLiteError, TypeError):
-    """A value known only at run time was given where a Python number is needed.
-
-    Example:
         >>> jax.jit(lambda scale: jmp.StaticLossScale(scale).scale(1.0))(8.0)
         Traceback (most recent call last):
-        jmp_lite.errors.TracedStaticScaleError: StaticLossScale needs a Python number, got a traced value...
+        jmp_lite.errors.InvalidLossScaleError: StaticLossScale needs a Python number, got a traced value...
     """
 
 
-class NonScalarPredicateError(JmpLiteError, ValueError, AssertionError):
-    """A verdict such as ``grads_finite`` is not a single boolean.
+class InvalidSelectionError(JmpLiteError, TypeError, ValueError, AssertionError):
+    """A verdict is not a single boolean, or two trees differ in a leaf that no array operation can choose between.
 
     Example:
         >>> jmp.select_tree(jnp.array([True, False]), 1.0, 2.0)
         Traceback (most recent call last):
-        jmp_lite.errors.NonScalarPredicateError: expected boolean scalar, got bool[2]...
-    """
-
-
-class UnselectableLeafError(JmpLiteError, TypeError):
-    """Two trees differ in a leaf that is not an array, so no array operation can choose between them.
-
-    Example:
+        jmp_lite.errors.InvalidSelectionError: expected boolean scalar, got bool[2]...
         >>> jmp.select_tree(True, {"name": "a"}, {"name": "b"})
         Traceback (most recent call last):
-        jmp_lite.errors.UnselectableLeafError: Leaf 'name' is 'a' in one tree and 'b' in the other...
-    """
-
-
-class LossDtypeError(JmpLiteError, TypeError):
-    """A loss function returned something other than one real floating-point number.
-
-    Example:
-        >>> jmp.scaled_value_and_grad(lambda w: 3, loss_scale=jmp.NoOpLossScale())(1.0)
-        Traceback (most recent call last):
-        jmp_lite.errors.LossDtypeError: The loss must be a real floating-point scalar, got int32[]...
+        jmp_lite.errors.InvalidSelectionError: Leaf 'name' is 'a' in one tree and 'b' in the other...
     """
 
 
 class InvalidFunctionError(JmpLiteError, TypeError):
-    """Something that is no pure function of arrays, or arguments that no such function takes.
+    """Something that is no pure function of arrays, arguments that none takes, or a loss that is no real scalar.
 
     Fails and works::
 
@@ -162,6 +125,9 @@ class InvalidFunctionError(JmpLiteError, TypeError):
         Traceback (most recent call last):
         jmp_lite.errors.InvalidFunctionError: autocast takes a function, got Array([1., 1.], dtype=float32).
         >>> double = jmp.autocast(lambda x: 2 * x, "mixed_bfloat16")
+        >>> jmp.scaled_value_and_grad(lambda w: 3, loss_scale=jmp.NoOpLossScale())(1.0)
+        Traceback (most recent call last):
+        jmp_lite.errors.InvalidFunctionError: The loss must be a real floating-point scalar, got int32[]...
     """
 
 
@@ -215,23 +181,16 @@ class ReplicasDisagreeError(JmpLiteError, RuntimeError):
 
 
 class LossScaleNotFoundError(JmpLiteError, ValueError):
-    """A state that should hold a loss scale holds none.
+    """A state that should hold a loss scale holds none, or several and none was asked for by name.
 
     Example:
         >>> jmp.metrics(optax.adam(1e-3).init({"w": jnp.ones(2)}))
         Traceback (most recent call last):
         jmp_lite.errors.LossScaleNotFoundError: No loss scale in the state...
-    """
-
-
-class AmbiguousLossScaleError(JmpLiteError, ValueError):
-    """A state holds several loss scales and none was asked for by name.
-
-    Example:
         >>> state = {"a": jmp.DynamicLossScale(), "b": jmp.DynamicLossScale()}
         >>> jmp.scaled_value_and_grad(jnp.sum, loss_scale=state)(jnp.ones(2))
         Traceback (most recent call last):
-        jmp_lite.errors.AmbiguousLossScaleError: 2 loss scales in the state: 'a', 'b'...
+        jmp_lite.errors.LossScaleNotFoundError: 2 loss scales in the state: 'a', 'b'...
         >>> loss, grads = jmp.scaled_value_and_grad(jnp.sum, loss_scale=state, name="a")(jnp.ones(2))
         >>> print(loss)
         2.0

@@ -16,20 +16,15 @@ from jmp_lite import errors
 BASES = {
     "UnknownDtypeError": ValueError,
     "InvalidPolicyError": TypeError,
-    "AmbiguousPolicyError": ValueError,
     "InvalidPatternError": ValueError,
     "InvalidLossScaleError": ValueError,
-    "TracedStaticScaleError": TypeError,
-    "NonScalarPredicateError": ValueError,
-    "UnselectableLeafError": TypeError,
-    "LossDtypeError": TypeError,
+    "InvalidSelectionError": TypeError,
     "InvalidFunctionError": TypeError,
     "InvalidMicrobatchError": ValueError,
     "InvalidStepError": TypeError,
     "MissingAxisError": ValueError,
     "ReplicasDisagreeError": RuntimeError,
     "LossScaleNotFoundError": ValueError,
-    "AmbiguousLossScaleError": ValueError,
     "LossScaleStalledError": RuntimeError,
     "PolicyMismatchError": ValueError,
     "CheckpointMismatchError": ValueError,
@@ -76,7 +71,7 @@ def test_error_is_caught_as_ours_and_as_a_builtin(name):
 def test_only_the_predicate_error_is_an_assertion():
     """``AssertionError`` is kept for the one place where tests of jmp ask for it."""
     assertions = [name for name, error in defined().items() if issubclass(error, AssertionError)]
-    assert ["NonScalarPredicateError"] == assertions
+    assert ["InvalidSelectionError"] == assertions
 
 
 @pytest.mark.parametrize("name", WARNINGS)

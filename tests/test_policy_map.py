@@ -122,7 +122,7 @@ def test_contradicting_patterns_are_an_error_that_names_them(policies, path, lis
     text = f"Path {path!r} matches {listed}. Make the patterns exclusive, or name the path itself."
     for ordered in (policies, dict(reversed(policies.items()))):
         policy_map = jmp.PolicyMap(ordered, DEFAULT)
-        for error in (jmp.errors.AmbiguousPolicyError, ValueError):
+        for error in (jmp.errors.InvalidPolicyError, ValueError):
             with pytest.raises(error, match=exactly(text)):
                 policy_map.policy_for(path)
         assert jmp.get_policy(DEFAULT) == policy_map.policy_for("other")
@@ -137,7 +137,7 @@ def test_naming_the_path_resolves_a_contradiction():
 def test_casts_report_a_contradiction():
     """A cast meets the contradiction at the path of the leaf."""
     policies = jmp.PolicyMap({"norm": "f32", "layers_.*": "f16"}, DEFAULT)
-    with pytest.raises(jmp.errors.AmbiguousPolicyError, match=r"^Path 'layers_1/norm/scale' matches "):
+    with pytest.raises(jmp.errors.InvalidPolicyError, match=r"^Path 'layers_1/norm/scale' matches "):
         policies.cast_to_compute({"layers_1": {"norm": {"scale": jnp.ones(1)}}})
 
 
@@ -249,7 +249,7 @@ def test_names_are_found_as_if_they_were_searched_for(keys, path):
     policies = {key: ("f32", "f16")[i % 2] for i, key in enumerate(keys)}
     expected = lookups_by_search(policies, path)
     found = strategies.result_or_error(jmp.PolicyMap(policies, DEFAULT).policy_for, path)
-    assert isinstance(found, jmp.errors.AmbiguousPolicyError) if len(set(expected)) > 1 else found == expected[0]
+    assert isinstance(found, jmp.errors.InvalidPolicyError) if len(set(expected)) > 1 else found == expected[0]
 
 
 SIZES = {

@@ -223,16 +223,16 @@ SPEC = jax.ShapeDtypeStruct((), jnp.bool_)
 def test_predicate_that_is_not_one_boolean(predicate, described):
     """Anything but one boolean is refused, described, and is an ``AssertionError`` as in jmp."""
     text = f"expected boolean scalar, got {described}. Reduce it first, for example with jmp_lite.all_finite."
-    for error in (jmp.errors.NonScalarPredicateError, AssertionError, ValueError):
+    for error in (jmp.errors.InvalidSelectionError, AssertionError, ValueError):
         with pytest.raises(error, match=f"^{re.escape(text)}$"):
             jmp.select_tree(predicate, 1.0, 2.0)
-    with pytest.raises(jmp.errors.NonScalarPredicateError, match=f"^{re.escape(text)}$"):
+    with pytest.raises(jmp.errors.InvalidSelectionError, match=f"^{re.escape(text)}$"):
         jmp.DynamicLossScale().adjust(predicate)
 
 
 def test_traced_predicate_is_described():
     """A predicate with a shape is refused while tracing."""
-    with pytest.raises(jmp.errors.NonScalarPredicateError, match=r"^expected boolean scalar, got bool\[2\]\. "):
+    with pytest.raises(jmp.errors.InvalidSelectionError, match=r"^expected boolean scalar, got bool\[2\]\. "):
         jax.jit(jmp.select_tree)(jnp.ones(2, bool), jnp.ones(2), jnp.ones(2))
 
 
@@ -260,7 +260,7 @@ def test_leaves_that_cannot_be_selected(on_true, on_false, first, second):
         f"Leaf 'block/0' is {first} in one tree and {second} in the other: only arrays of one shape and compatible "
         "dtypes can be selected. Make the two alike, or keep them out of the tree."
     )
-    for error in (jmp.errors.UnselectableLeafError, TypeError):
+    for error in (jmp.errors.InvalidSelectionError, TypeError):
         with pytest.raises(error, match=f"^{re.escape(text)}$"):
             jmp.select_tree(True, {"block": [on_true]}, {"block": [on_false]})
 

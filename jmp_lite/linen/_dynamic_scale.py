@@ -99,7 +99,7 @@ class DynamicScale(struct.PyTreeNode):  # type: ignore[no-untyped-call]
             A function with the arguments of ``fun`` that returns a ``DynamicScaleResult``.
 
         Raises:
-            LossDtypeError: When called, if ``fun`` does not return what it should.
+            InvalidFunctionError: When called, if ``fun`` does not return what it should.
         """
 
         @functools.wraps(fun)

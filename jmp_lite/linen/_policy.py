@@ -34,9 +34,9 @@ def with_policy(apply: Callable[..., Any], policy: str | Policy | PolicyMap) -> 
 
     Raises:
         InvalidFunctionError: If ``apply`` is no function, such as the model itself.
-        InvalidPolicyError: If the compute dtype has fewer than 16 bits.
+        InvalidPolicyError: If the compute dtype has fewer than 16 bits; when called, if two patterns of a map
+            contradict each other.
         UnknownDtypeError: If the policy string cannot be parsed.
-        AmbiguousPolicyError: When called, if two patterns of a map contradict each other.
 
     Example:
         >>> import flax.linen as nn

@@ -46,10 +46,8 @@ def scaled_value_and_grad(
         A function with the signature of ``fn``. It returns ``(loss, grads)`` or ``((loss, aux), grads)``.
 
     Raises:
-        InvalidFunctionError: If ``fn`` is no function.
-        LossDtypeError: If ``fn`` does not return what it should.
-        LossScaleNotFoundError: If ``loss_scale`` holds none.
-        AmbiguousLossScaleError: If it holds several and no name is given.
+        InvalidFunctionError: If ``fn`` is no function, or does not return what it should.
+        LossScaleNotFoundError: If ``loss_scale`` holds none, or several and no name is given.
 
     Example:
         >>> from flax import nnx
@@ -118,8 +116,8 @@ def accumulate_gradients(
 
     Raises:
         InvalidMicrobatchError: If a setting means nothing, or the batch cannot be split so.
-        InvalidFunctionError: If ``fn`` adds variables to a module, or takes some away, which a loop cannot carry.
-        LossDtypeError: If ``fn`` does not return what it should.
+        InvalidFunctionError: If ``fn`` does not return what it should, adds variables to a module, or takes some away,
+            which a loop cannot carry.
 
     Example:
         >>> from flax import nnx

@@ -30,9 +30,9 @@ def with_policy(fn: Callable[..., Any], policy: str | Policy | PolicyMap) -> Cal
 
     Raises:
         InvalidFunctionError: If ``fn`` cannot be called.
-        InvalidPolicyError: If the compute dtype has fewer than 16 bits.
+        InvalidPolicyError: If the compute dtype has fewer than 16 bits; when called, if two patterns of a map
+            contradict each other.
         UnknownDtypeError: If the policy string cannot be parsed.
-        AmbiguousPolicyError: When called, if two patterns of a map contradict each other.
 
     Example:
         >>> from flax import nnx

@@ -227,10 +227,9 @@ def accumulate_gradients(
 
     Raises:
         InvalidMicrobatchError: If a setting means nothing, or the batch cannot be split so.
-        LossDtypeError: If ``fun`` does not return what it should.
-        InvalidFunctionError: If ``fun`` is no function, or an argument is an NNX module.
-        LossScaleNotFoundError: If ``loss_scale`` holds none.
-        AmbiguousLossScaleError: If it holds several and no name is given.
+        InvalidFunctionError: If ``fun`` is no function or does not return what it should, or an argument is an NNX
+            module.
+        LossScaleNotFoundError: If ``loss_scale`` holds none, or several and no name is given.
 
     Example:
         >>> def loss_fn(params, x):

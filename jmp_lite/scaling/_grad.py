@@ -10,7 +10,7 @@ import numpy as np
 
 from jmp_lite._functions import check_function, refuse_modules
 from jmp_lite._tree import all_finite, cast_to_at_least_float32, is_array, is_inexact
-from jmp_lite.errors import InvalidLossScaleError, LossDtypeError
+from jmp_lite.errors import InvalidFunctionError, InvalidLossScaleError
 from jmp_lite.scaling._in_state import find_loss_scale, replace_loss_scale
 from jmp_lite.scaling._loss_scale import DynamicLossScale, LossScale
 
@@ -32,19 +32,19 @@ def positions_among(args: tuple[Any, ...], argnums: int | Sequence[int], name: s
 def checked_loss(output: Any, has_aux: bool) -> tuple[jax.Array, Any]:
     """Splits what the loss function returned into a float32 loss and the auxiliary output."""
     if has_aux and not (isinstance(output, (tuple, list)) and len(output) == 2):
-        raise LossDtypeError(
+        raise InvalidFunctionError(
             f"With has_aux=True the function must return (loss, aux), got {type(output).__name__}. "
             "Return a pair, or drop has_aux."
         )
     loss, aux = output if has_aux else (output, None)
     if not is_array(loss) and not isinstance(loss, (bool, int, float, complex)):
-        raise LossDtypeError(
+        raise InvalidFunctionError(
             f"The loss must be a real floating-point scalar, got {type(loss).__name__}. Return a number, or "
             "(loss, aux) with has_aux=True."
         )
     dtype, shape = jnp.result_type(loss), np.shape(loss)
     if shape != () or not jnp.issubdtype(dtype, jnp.floating):
-        raise LossDtypeError(
+        raise InvalidFunctionError(
             f"The loss must be a real floating-point scalar, got {dtype}{list(shape)}. Reduce it, for example with "
             "jnp.mean, or return further values with has_aux=True."
         )
@@ -160,10 +160,9 @@ def scaled_value_and_grad(
         ``float32[]`` (``float64[]`` if ``fun`` returns that).
 
     Raises:
-        LossDtypeError: If ``fun`` does not return what it should.
-        InvalidFunctionError: If ``fun`` is no function, or an argument is an NNX module.
-        LossScaleNotFoundError: If ``loss_scale`` holds none.
-        AmbiguousLossScaleError: If it holds several and no name is given.
+        InvalidFunctionError: If ``fun`` is no function or does not return what it should, or an argument is an NNX
+            module.
+        LossScaleNotFoundError: If ``loss_scale`` holds none, or several and no name is given.
         InvalidLossScaleError: If ``max_retries`` is asked of a scale that cannot be lowered.
 
     Example:

@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 import jax
 
 from jmp_lite._tree import path_string
-from jmp_lite.errors import AmbiguousLossScaleError, LossScaleNotFoundError
+from jmp_lite.errors import LossScaleNotFoundError
 from jmp_lite.scaling._loss_scale import DynamicLossScale, LossScale, NoOpLossScale, StaticLossScale
 
 T = TypeVar("T")
@@ -27,8 +27,7 @@ def find_loss_scale(state: Any, name: str | None = None) -> tuple[str, LossScale
         Its path (``inner_states/a/loss_scale``; empty if ``state`` is the scale itself) and the scale.
 
     Raises:
-        LossScaleNotFoundError: If there is none (of that name).
-        AmbiguousLossScaleError: If there are several; the message gives their paths.
+        LossScaleNotFoundError: If there is none (of that name), or several; the message gives their paths.
     """
     nodes = jax.tree_util.tree_leaves_with_path(state, is_leaf=is_loss_scale)
     scales = [(path_string(path), node) for path, node in nodes if is_loss_scale(node)]
@@ -37,7 +36,7 @@ def find_loss_scale(state: Any, name: str | None = None) -> tuple[str, LossScale
         return found[0]
     paths = ", ".join(repr(path) for path, _ in found or scales)
     if found:
-        raise AmbiguousLossScaleError(
+        raise LossScaleNotFoundError(
             f"{len(found)} loss scales in the state: {paths}. Pass name= with a segment that only one path has."
         )
     named = f" named {name!r} (there are: {paths})" if scales else ""

@@ -23,7 +23,7 @@ from jmp_lite._tree import (
     map_leaves,
     scalar_predicate,
 )
-from jmp_lite.errors import InvalidLossScaleError, TracedStaticScaleError
+from jmp_lite.errors import InvalidLossScaleError
 
 T = TypeVar("T")
 
@@ -86,7 +86,7 @@ class StaticLossScale(Opaque):
         loss_scale: A Python number, or a concrete scalar array. Powers of two scale exactly.
 
     Raises:
-        TracedStaticScaleError: If the value is traced.
+        InvalidLossScaleError: If the value is traced.
 
     Example:
         >>> scale = jmp.StaticLossScale(2.0**10)
@@ -123,7 +123,7 @@ class StaticLossScale(Opaque):
 
 def _python_number(owner: str, value: Any) -> Any:
     if isinstance(value, jax.core.Tracer):
-        raise TracedStaticScaleError(
+        raise InvalidLossScaleError(
             f"{owner} needs a Python number, got a traced value {value}. Build it outside jit, or use "
             "DynamicLossScale(value, factor=1), whose value is data."
         )
@@ -256,7 +256,7 @@ class DynamicLossScale(Opaque):
             grads_finite: ``bool[]``, the verdict of this step. It must be the same on every replica.
 
         Raises:
-            NonScalarPredicateError: If the verdict is not one boolean.
+            InvalidSelectionError: If the verdict is not one boolean.
         """
         finite = scalar_predicate(grads_finite)
         grow = finite & (self.counter >= self.period - 1)

@@ -185,7 +185,7 @@ def test_mistakes_are_reported_by_flax(variables, error, policy, x):
 def test_a_contradictory_map_is_reported(variables, x):
     """Two patterns that both match a module with different policies are an error that names both."""
     policies = jmp.PolicyMap({"bo.*": "full", ".*dy": "half"}, HALF)
-    with pytest.raises(jmp.errors.AmbiguousPolicyError, match=r"'\.\*dy' .* 'bo\.\*'"):
+    with pytest.raises(jmp.errors.InvalidPolicyError, match=r"'\.\*dy' .* 'bo\.\*'"):
         with_policy(MODEL.apply, policies)(variables, x)
 
 

@@ -300,7 +300,7 @@ def test_a_step_is_traced_once(everything, x):
 
 def test_a_contradictory_map_is_reported(everything, x):
     """Two patterns that both match a module with different policies are an error that names both."""
-    with pytest.raises(jmp.errors.AmbiguousPolicyError, match=r"'fir.\*' .* 'first.\*'"):
+    with pytest.raises(jmp.errors.InvalidPolicyError, match=r"'fir.\*' .* 'first.\*'"):
         with_policy(forward, jmp.PolicyMap({"fir.*": "full", "first.*": "half"}, HALF))(everything, x)
 
 

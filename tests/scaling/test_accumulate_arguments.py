@@ -214,7 +214,7 @@ def test_scalar_key_is_told_how(key):
 
 def test_other_errors_are_those_of_one_step():
     """Bad losses, positions and states are refused as without accumulation."""
-    with pytest.raises(jmp.errors.LossDtypeError, match=r"got int32\[\]"):
+    with pytest.raises(jmp.errors.InvalidFunctionError, match=r"got int32\[\]"):
         jmp.accumulate_gradients(lambda w, x: jnp.int32(3), 2, loss_scale=jmp.NoOpLossScale())(1.0, X)
     with pytest.raises(jmp.errors.LossScaleNotFoundError):
         jmp.accumulate_gradients(linear, 2, loss_scale={"w": jnp.ones(2)})({"w": jnp.ones(2)}, X)

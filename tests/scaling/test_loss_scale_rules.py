@@ -178,7 +178,7 @@ def test_static_scale_is_structure():
 def test_traced_static_value_is_refused(make):
     """A traced value where structure is needed raises at once instead of leaking a tracer out of jit."""
     with pytest.raises(
-        jmp.errors.TracedStaticScaleError, match=r"needs a Python number, got a traced value .*DynamicLossScale"
+        jmp.errors.InvalidLossScaleError, match=r"needs a Python number, got a traced value .*DynamicLossScale"
     ):
         jax.jit(make)(8.0)
 
@@ -255,5 +255,5 @@ def test_unknown_system():
 @pytest.mark.parametrize("verdict", [jnp.array([True, False]), jnp.float32(1), 1.0, None], ids=str)
 def test_verdict_must_be_one_boolean(verdict):
     """A verdict per leaf or a number is refused rather than broadcast."""
-    with pytest.raises(jmp.errors.NonScalarPredicateError, match=r"^expected boolean scalar, got "):
+    with pytest.raises(jmp.errors.InvalidSelectionError, match=r"^expected boolean scalar, got "):
         jmp.DynamicLossScale().adjust(verdict)

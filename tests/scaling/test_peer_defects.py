@@ -78,7 +78,7 @@ def test_jmp_has_no_maximum():
 
 def test_jmp_static_scale_leaks_a_tracer():
     """Built from a traced value and returned from jit, jmp's static scale fails later, far from the cause."""
-    with pytest.raises(jmp.errors.TracedStaticScaleError):
+    with pytest.raises(jmp.errors.InvalidLossScaleError):
         jax.jit(jmp.StaticLossScale)(jnp.float32(8))
     moving = jax.jit(lambda x: Dynamic(x, factor=1))(jnp.float32(8))
     assert float(moving.scale(1.0)) == 8
