@@ -93,6 +93,7 @@ PROBES: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "cholesky": lambda w: jnp.linalg.cholesky(w @ w.T + 1e-2 * EYE),
     "inverse": lambda w: X @ jnp.linalg.inv(w @ w.T + 1e-2 * EYE),
     "expm": jax.scipy.linalg.expm,
+    "covariance": lambda w: jnp.cov(w, rowvar=False),
     "scores": lambda w: jnp.exp(X @ w),
     "rotation": lambda w: jnp.sin(100 * X[:, :3] @ w[:3, :3]),
     "highest": lambda w: jnp.matmul(X, w, precision="highest"),
