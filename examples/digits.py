@@ -32,6 +32,7 @@ LEARNING_RATE = 4e-3
 DECAY_PER_EPOCH = 0.8
 WEIGHT_DECAY = 1e-4
 GROWTH_PERIOD = 25  # 2000 is usual; a short run shows more of the automaton with less
+MANY_ZEROS = 0.9  # as a share of all gradients; ReLU and padding make some
 
 State = tuple[Any, Any, Any]  # parameters, BatchNorm statistics, optimizer state
 
@@ -76,12 +77,12 @@ def make_train_step(
         (loss, seen), grads = value_and_grad(params, statistics, images, labels)
         if axis_name is not None:
             loss, grads = jax.lax.pmean((loss, grads), axis_name)
-        gradient_norm = optax.tree.norm(opt_state.loss_scale.unscale(grads)) / loss_multiplier
+        zeros = optax.tree.sum(jax.tree.map(lambda grad: jnp.count_nonzero(grad == 0), grads))
         params, opt_state = jmp.apply_gradients(tx, grads, opt_state, params)
         metrics = jmp.metrics(opt_state)
         # A step whose gradients overflow may have seen infinite activations too.
         statistics = jmp.select_tree(metrics["last_finite"], seen, statistics)
-        metrics |= {"loss": loss / loss_multiplier, "gradient_norm": gradient_norm}
+        metrics |= {"loss": loss / loss_multiplier, "zero_gradients": zeros / optax.tree.size(grads)}
         return params, statistics, opt_state, metrics
 
     return train_step
@@ -238,9 +239,10 @@ def main(arguments: list[str] | None = None) -> int:
     picture = options.output / "digits.png"
     _report.draw(results, title, picture)
     for result in results:
-        if not result.history.curve("gradient_norm").any():
+        zeros = result.history.curve("zero_gradients").mean()
+        if zeros > MANY_ZEROS:
             console.print(
-                f"{result.name}: every gradient of every step was zero. They are too small for "
+                f"{result.name}: {zeros:.1%} of the gradients were zero. They are too small for "
                 "the compute dtype; scale the loss (--loss-scale dynamic)."
             )
     console.print(f"Curves: {picture}", soft_wrap=True)

@@ -191,7 +191,7 @@ def test_half_precision_is_as_accurate_as_float32(run, tmp_path):
 
 @pytest.mark.slow
 def test_float16_needs_a_loss_scale_for_a_small_loss(run, tmp_path):
-    """The loss times 2**-20: no scale, no gradient; a static and a dynamic one train."""
+    """The loss times 2**-20: no scale, no gradient but for a bias; a static and a dynamic one train."""
     small_loss = (*ONE_POLICY, "--loss-multiplier", "2**-20", "--steps", 105)
     printed = {
         kind: run("digits.py", *small_loss, "--loss-scale", kind, "--output", kind)
@@ -200,13 +200,13 @@ def test_float16_needs_a_loss_scale_for_a_small_loss(run, tmp_path):
     steps = {kind: history(tmp_path / kind / "mixed_float16")["steps"] for kind in printed}
     accuracy = {kind: final_accuracy(tmp_path / kind / "mixed_float16") for kind in printed}
 
-    assert {step["gradient_norm"] for step in steps["none"]} == {0.0}
+    assert min(step["zero_gradients"] for step in steps["none"]) > 0.99
     assert accuracy["none"] < 0.3
-    assert "every gradient of every step was zero" in printed["none"]
+    assert "of the gradients were zero" in printed["none"]
     for kind in ("static", "dynamic"):
-        assert min(step["gradient_norm"] for step in steps[kind]) > 0
+        assert max(step["zero_gradients"] for step in steps[kind]) < 0.5
         assert accuracy[kind] > 0.95
-        assert "was zero" not in printed[kind]
+        assert "were zero" not in printed[kind]
     assert {step["loss_scale"] for step in steps["static"]} == {2.0**15}
     assert steps["dynamic"][-1]["loss_scale"] > 2.0**15
 
