@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax import lax
 from support import jaxprs
-from support.comparisons import assert_identical
+from support.comparisons import assert_identical, slow_but_for
 from support.library_calls import ARRAYS, CALLS, LEFT_OUT
 from support.library_calls_common import spread
 
@@ -207,7 +207,7 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", slow_but_for({"jit"}, PLACES))
 @pytest.mark.parametrize("name", OF_PRODUCTS)
 def test_what_products_return_is_all_that_is_rounded(name, place, rng):
     """In what follows a product, nothing else is lost."""

@@ -27,3 +27,28 @@ def test_full_precision_covers_the_program(primitive, fun, wrap):
     for rules, is_low in (([], True), ([jmp.Rule(None, primitive, "full")], False)):
         jaxpr = jax.make_jaxpr(wrap(jmp.autocast(fun, "mixed_bfloat16", rules=rules)))(X, W)
         assert ("bf16" in str(jaxpr)) is is_low
+
+
+# What runs in float32 in one part of a program, and whose results a product takes.
+IN_PART = {
+    "scan, carry": ("scan", lambda x, w: lax.scan(lambda h, _: (jnp.exp(h), None), x @ w, None, length=2)[0]),
+    "scan, second round": (
+        "scan",
+        lambda x, w: lax.scan(lambda c, _: ((c[1], jnp.exp(c[0])), None), (x @ w, x @ w), None, length=2)[0][0],
+    ),
+    "while": (
+        "while",
+        lambda x, w: lax.while_loop(lambda c: c[0] < 2, lambda c: (c[0] + 1, jnp.exp(c[1])), (0, x @ w))[1],
+    ),
+    "cond, one branch": ("cond", lambda x, w: lax.cond(x[0, 0] > 0, jnp.exp, lambda h: h * 2, x @ w)),
+    "cond, the other": ("cond", lambda x, w: lax.cond(x[0, 0] > 0, lambda h: h * 2, jnp.exp, x @ w)),
+    "switch": ("cond", lambda x, w: lax.switch(0, [jnp.negative, jnp.exp, jnp.tanh], x @ w)),
+}
+
+
+@pytest.mark.parametrize(("primitive", "fun"), IN_PART.values(), ids=IN_PART)
+def test_float32_in_one_part_of_a_program_decides_for_its_results(primitive, fun):
+    """A carry is not rounded in each iteration, nor a branch because of the others."""
+    equations = jax.make_jaxpr(jmp.autocast(lambda x, w: fun(x, w) @ w.T, "mixed_bfloat16"))(X, W).eqns
+    [found] = [eqn for eqn in equations if eqn.primitive.name == primitive]
+    assert {v.aval.dtype.name for v in found.outvars if v.aval.ndim} == {"float32"}

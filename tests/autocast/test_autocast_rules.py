@@ -68,6 +68,18 @@ def test_rules(rules, product, exponential):
     assert dtypes(in_scopes, rules=rules) == (product, exponential)
 
 
+@pytest.mark.parametrize(("scope", "expected"), [("a", "rule"), (None, "rule"), ("z", "general")])
+@pytest.mark.filterwarnings("ignore::jmp_lite.errors.UnmatchedRuleWarning")
+def test_the_product_of_a_rule_goes_before_the_general_one(scope, expected):
+    asked = []
+
+    def dot(name):
+        return lambda *args, **kwargs: asked.append(name) or jax.lax.dot_general(*args, **kwargs)
+
+    jax.eval_shape(jmp.autocast(in_scopes, LOW, rules=Rule(scope, dot=dot("rule")), dot=dot("general")), X, W)
+    assert set(asked) == {expected}
+
+
 UNMATCHED = {
     "another path": (LOW, [Rule("b/a", precision="full")], "nearest name scopes are 'a' and 'a/b'"),
     "whole segments": (LOW, [Rule("aa", precision="full")], "'a'"),

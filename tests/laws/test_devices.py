@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from support.comparisons import assert_close
+from support.comparisons import assert_close, slow_but_for
 from support.spread import MODES, ROWS, Training, batch, parameters, scaled
 
 modes = pytest.mark.parametrize("mode", MODES, ids=str)
@@ -44,7 +44,7 @@ def test_eight_devices_are_one_device_in_float32(mode, seed):
     assert verdicts == other_verdicts
 
 
-@modes
+@pytest.mark.parametrize("mode", slow_but_for(tuple(MODES)[::4], MODES), ids=str)
 def test_every_mode_skips_the_same_steps_in_float16(mode, seed):
     """An infinity in the rows of one device skips the step on all: the sequence of one device, and of plain jit."""
     rng = np.random.default_rng(seed)

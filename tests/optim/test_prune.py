@@ -185,6 +185,17 @@ def test_pruned_weights_go_before_all_others(alive):
     np.testing.assert_array_equal(state.masks["w"], [False, True, False, False])
 
 
+@pytest.mark.parametrize("rule", [{"sparsity": lambda step: jnp.where(step == 0, 0.75, 0.25)}, {"nm": (1, 4)}], ids=str)
+def test_what_is_pruned_stays_so(rule):
+    """A schedule that falls revives nothing, nor does an update that makes other weights the smallest."""
+    tx = prune(**rule, where=everywhere)
+    params = {"w": jnp.arange(1.0, 9.0).reshape(8, 1)}
+    _, state = tx.update({"w": jnp.zeros((8, 1))}, tx.init(params), params)
+    pruned = ~np.asarray(state.masks["w"])
+    _, state = tx.update({"w": jnp.where(pruned, 99.0, 0.0)}, state, params)
+    assert not np.asarray(state.masks["w"])[pruned].any()
+
+
 @pytest.mark.slow
 @forms
 def test_update_narrower_than_the_parameter_is_widened(form, rng):

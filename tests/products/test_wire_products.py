@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax import lax
-from support.comparisons import assert_identical
+from support.comparisons import assert_identical, slow_but_for
 from support.jaxprs import equations
 
 import jmp_lite as jmp
@@ -227,7 +227,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("accumulate", [None, jnp.float32])
+@pytest.mark.parametrize("accumulate", slow_but_for([None], [None, jnp.float32]))
 @pytest.mark.parametrize("way", WAYS)
 def test_weights_that_were_moved_are_weights(way, accumulate, rng):
     """Transposed, cut, joined, carried through loops: every product that makes a part of the gradient is float32."""

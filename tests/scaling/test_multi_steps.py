@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support.comparisons import compilations, fused, standard, two_calls
+from support.comparisons import compilations, fused, slow_but_for, standard, two_calls
 
 import jmp_lite as jmp
 
@@ -112,7 +112,7 @@ def seen(params, state):
 
 @forms
 @pytest.mark.parametrize(("make", "advance"), WAYS.values(), ids=WAYS)
-@pytest.mark.parametrize("k", [1, 2, 3, 5])
+@pytest.mark.parametrize("k", slow_but_for({1, 3}, [1, 2, 3, 5]))
 def test_against_the_model(k, make, advance, form, rng):
     """After each micro-step, some at random not finite, parameters, accumulator, counters and scale are the model's."""
     tx, n, largest = make(k), 3, 2**10
@@ -156,7 +156,7 @@ def test_what_each_way_does_with_one_fault():
 
 
 @pytest.mark.parametrize("make", [inside, around], ids=["inside", "around"])
-@pytest.mark.parametrize("k", [2, 3, 8])
+@pytest.mark.parametrize("k", slow_but_for({3}, [2, 3, 8]))
 def test_scan_and_multi_steps_agree(k, make, rng):
     """One scan over the microbatches gives the step that MultiSteps gives over as many calls."""
 

@@ -99,7 +99,7 @@ def check_steps(step, grid, specs, rng):
 
 @meshes
 @layouts
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("check_vma", slow_but_for({True}, [True, False]))
 def test_shard_map(name, layout, check_vma, rng):
     """In shard_map each device sees its own shard, yet all take or skip; counters and scale stay provably the same."""
     axes = MESHES[name]
@@ -126,7 +126,7 @@ def test_shard_map(name, layout, check_vma, rng):
 
 @meshes
 @layouts
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("kind", slow_but_for({"Explicit"}, ["Auto", "Explicit"]))
 def test_jit(name, layout, kind, rng):
     """Under jit the verdict is global without any axis name, whether the compiler or the types carry the shardings."""
     axes = MESHES[name]
