@@ -185,7 +185,9 @@ def test_pruned_weights_go_before_all_others(alive):
     np.testing.assert_array_equal(state.masks["w"], [False, True, False, False])
 
 
-@pytest.mark.parametrize("rule", [{"sparsity": lambda step: jnp.where(step == 0, 0.75, 0.25)}, {"nm": (1, 4)}], ids=str)
+@pytest.mark.parametrize(
+    "rule", [{"sparsity": lambda step: jnp.where(step == 0, 0.75, 0.25)}, {"nm": (1, 4)}], ids=["schedule", "groups"]
+)
 def test_what_is_pruned_stays_so(rule):
     """A schedule that falls revives nothing, nor does an update that makes other weights the smallest."""
     tx = prune(**rule, where=everywhere)
