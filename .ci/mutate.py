@@ -31,7 +31,7 @@ CHAPTERS = SETTINGS.pop("chapters")
 def copy_tracked_files(folder: pathlib.Path) -> None:
     """Copies what Git tracks, as it stands in the working tree."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for name in filter(None, listed.split("\0")):
+    for name in filter(lambda name: name and (ROOT / name).exists(), listed.split("\0")):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
 
@@ -83,6 +83,9 @@ def main() -> None:
     parser.add_argument("--mutants", type=int, default=10, help="how many changes to try in each chapter")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().getrandbits(32))
     arguments = parser.parse_args()
+    strangers = [module for module in arguments.modules if module.split("/")[0] not in CHAPTERS]
+    if strangers:
+        parser.error(f"{strangers[0]} is in none of the chapters {', '.join(CHAPTERS)}")
     modules = arguments.modules or [f"{c}/{f.name}" for c in CHAPTERS for f in (ROOT / "jmp_lite" / c).glob("_*.py")]
     rng = random.Random(arguments.seed)
     print(f"--seed {arguments.seed} repeats this draw")

@@ -5,11 +5,21 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from jmp_lite.errors import JmpLiteError
+
 
 def quote(value: Any, limit: int = 200) -> str:
     """Returns what a user gave on one line, cut where it is long."""
     text = re.sub(r"\n\s*", " ", repr(value))
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def described(error: BaseException) -> str:
+    """Returns what an exception says, as one sentence on one line."""
+    said = " ".join(str(error).split()).rstrip(".")
+    if isinstance(error, JmpLiteError):
+        return f"{said}."
+    return f"{': '.join(filter(None, [type(error).__name__, said[:300]]))}."
 
 
 @contextlib.contextmanager

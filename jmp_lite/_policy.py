@@ -291,8 +291,8 @@ class PolicyMap:
     hold for the whole pattern.
 
     Names are looked up, however many there are. Regular expressions are searched for in paths of up to 1000 characters;
-    one that would backtrack for ever is cut off by an error. A key that matched nothing, and differs by a typing error
-    from a module that no key names, is told when a tree is cast.
+    one that would backtrack for ever is cut off by an error. A key that matched nothing, but differs only by a typing
+    error from a module that no other key names, is reported when a tree is cast.
 
     Args:
         policies: Maps patterns to policies or policy strings.
@@ -411,16 +411,17 @@ class PolicyMap:
 
     def _misspelt_keys(self, paths: list[str]) -> dict[str, str]:
         """Returns the keys that are meant for this tree, as far as one can tell, and the modules that they may mean."""
+        unmatched = sorted(self._unmatched)  # of this moment: another thread may cast too
         segments = {segment for path in paths for segment in path.split("/")}
         unlike = list({without_numbers(path): path for path in reversed(paths)}.values())[::-1]
         meant: dict[str, str] = {}
-        for key in set(map(without_numbers, self._unmatched)):
+        for key in dict.fromkeys(map(without_numbers, unmatched)):
             near = nearest_modules(key, unlike, len(key) // 3)[:1]
             if near and is_misspelt(key, near[0]) and not self._keys_of(near[0]):
                 meant[key] = near[0]
-        scattered = [key for key in self._unmatched if is_scattered(key, segments)]
+        scattered = [key for key in unmatched if is_scattered(key, segments)]
         found = {key: nearest_modules(key.replace(".", "/").rpartition("/")[2], unlike)[0] for key in scattered}
-        found |= {key: meant[without_numbers(key)] for key in self._unmatched if without_numbers(key) in meant}
+        found |= {key: meant[without_numbers(key)] for key in unmatched if without_numbers(key) in meant}
         return dict(sorted(found.items()))
 
     def cast_to_param(self, tree: T) -> T:

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -12,6 +13,7 @@ import numpy as np
 
 from jmp_lite._dtypes import dtype_name, dtype_to_names, faster_dtype
 from jmp_lite._functions import check_function
+from jmp_lite._messages import described
 from jmp_lite._policy import get_policy
 from jmp_lite.autocast import explain as explain_autocast
 from jmp_lite.errors import JmpLiteError
@@ -88,19 +90,11 @@ def explain(target: str, spec: str, *, grad: bool) -> str:
         return str(explain_autocast(jax.grad(fun) if grad else fun, resolved)(*args))
     except (Exception, SystemExit) as error:
         raise JmpLiteError(
-            f"Cannot explain {target!r}: {_described(error)} Write 'module:function', a function without parameters "
+            f"Cannot explain {target!r}: {described(error)} Write 'module:function', a function without parameters "
             "that returns (fun, *args)."
         ) from error
     finally:
         sys.path[:] = path
-
-
-def _described(error: BaseException) -> str:
-    """Returns what an exception says, as one sentence on one line."""
-    said = " ".join(str(error).split()).rstrip(".")
-    if isinstance(error, JmpLiteError):
-        return f"{said}."
-    return f"{': '.join(filter(None, [type(error).__name__, said[:300]]))}."
 
 
 class _Parser(argparse.ArgumentParser):
@@ -150,8 +144,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         "explain": lambda: explain(arguments.target, arguments.spec, grad=arguments.grad),
     }
     try:
-        text = texts[arguments.command]()
+        print(texts[arguments.command](), flush=True)
+    except BrokenPipeError:  # of a reader such as head, which has seen enough
+        _write_nowhere()
     except Exception as error:  # noqa: BLE001  # no device, a policy with a typing error: people need no traceback
-        parser.exit(2, f"jmp-lite: {_described(error)}\n")
-    print(text)
+        if isinstance(error, OSError):
+            _write_nowhere()
+        parser.exit(2, f"jmp-lite: {described(error)}\n")
     return 0
+
+
+def _write_nowhere() -> None:
+    """Python would try to write what it has not written, and fail again, when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -15,7 +15,7 @@
     ├── ReplicasDisagreeError     RuntimeError    replicas of pmap that took different decisions
     ├── LossScaleNotFoundError    ValueError      no loss scale in the state, or several and no name
     ├── LossScaleStalledError     RuntimeError    nothing but skipped steps at the lowest scale
-    ├── PolicyMismatchError       ValueError      a checkpoint written under another policy
+    ├── PolicyMismatchError       ValueError      a checkpoint or artifact made under another policy or recipe
     ├── CheckpointMismatchError   ValueError      a state and a checkpoint that do not belong together
     ├── CheckpointNotFoundError   FileNotFoundError  no checkpoint where one was asked for
     ├── CorruptCheckpointError    RuntimeError    a checkpoint that is damaged, and no good one before it
@@ -117,7 +117,7 @@ class InvalidSelectionError(JmpLiteError, TypeError, ValueError, AssertionError)
 
 
 class InvalidFunctionError(JmpLiteError, TypeError):
-    """Something that is no pure function of arrays, arguments that none takes, or a loss that is no real scalar.
+    """What was given is no pure function of arrays, or was called with what none can take, or returned no real scalar.
 
     Fails and works::
 
@@ -175,7 +175,7 @@ class ReplicasDisagreeError(JmpLiteError, RuntimeError):
     Fails and works::
 
         jax.pmap(step_with(jmp.loss_scaled(optax.sgd(0.1))), "data")
-        # jmp_lite.errors.ReplicasDisagreeError: The replicas of a pmap disagree: notfinite_count is [0, 1]...
+        # jmp_lite.errors.ReplicasDisagreeError: The replicas disagree: notfinite_count is [0, 1]...
         jax.pmap(step_with(jmp.loss_scaled(optax.sgd(0.1), axis_name="data")), "data")
     """
 

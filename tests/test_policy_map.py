@@ -202,6 +202,9 @@ BACKTRACKING = {
     "overlapping choice": ("(a|b|ab)*c", "ab" * 40),
     "anything, again and again": ("(.*)*x", "decoder/" + "y" * 80),
     "many repetitions": (".*.*.*.*.*x", "abc" * 300),
+    "blanks that stand for nothing": ("(?x)(a+) +b", "a" * 60),
+    "blanks within": ("(?x:(a+) +)b", "a" * 60),
+    "a comment": ("(?x)(a+)# letters\n+b", "a" * 60),
 }
 
 
@@ -220,6 +223,26 @@ REPEATED = [(r"(?:block_\d+/)+norm", "block_1/block_2/norm"), ("(a+)+b", f"{'a' 
 def test_repeated_groups_that_end_are_patterns_like_others(pattern, path):
     """What costs little is found, however it is written."""
     assert jmp.get_policy("f32") == jmp.PolicyMap({pattern: "f32"}, DEFAULT).policy_for(f"model/{path}/scale")
+
+
+def test_a_pause_is_not_taken_for_backtracking(monkeypatch):
+    """Such as a collection of garbage."""
+    pauses = iter([0.0, 9.0] + [0.0] * 1000)
+    now = 0.0
+
+    def thread_time():
+        nonlocal now
+        now += next(pauses)
+        return now
+
+    monkeypatch.setattr("time.thread_time", thread_time)
+    assert jmp.get_policy("f32") == jmp.PolicyMap({"(a+)+b": "f32"}, DEFAULT).policy_for(f"{'a' * 15}b")
+
+
+@pytest.mark.parametrize("key", ["/", "//", "a/", "/a"])
+def test_keys_of_nothing_match_nothing(key):
+    tree = {"a": {"b": jnp.ones(2)}}
+    assert jmp.PolicyMap({key: "f16"}, "full").cast_to_param(tree)["a"]["b"].dtype == jnp.float32
 
 
 def test_patterns_are_searched_for_in_paths_of_up_to_1000_characters():

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 from flax import serialization
 
+from jmp_lite._messages import described
 from jmp_lite._policy import PolicyLike
 from jmp_lite.checkpoint._digest import digests
 from jmp_lite.checkpoint._state import (
@@ -99,7 +100,7 @@ def _read(data: bytes) -> tuple[Header, Any]:
     """Takes the bytes apart into the header and what stands beside it."""
     try:
         parts = serialization.msgpack_restore(data)
-        if "header" in parts:
+        if isinstance(parts, dict) and set(parts) == {"header", "state"} and isinstance(parts["header"], dict):
             return check_header(parts["header"]), parts["state"]
     except Exception as error:  # whatever a parser of damaged bytes comes up with
         raise _damaged(error) from error
@@ -133,9 +134,7 @@ def _checked_values(header: Header, stored: Any, template: Any) -> Any:
 
 
 def _damaged(error: Exception) -> CorruptCheckpointError:
-    return CorruptCheckpointError(
-        f"The bytes are damaged. {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    )
+    return CorruptCheckpointError(f"The bytes are damaged. {described(error)}")
 
 
 def _own(value: Any) -> Any:

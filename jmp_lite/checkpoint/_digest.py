@@ -2,7 +2,7 @@
 
 Every element is hashed together with its position, and the hashes are added up modulo 2**32. Shards can thus be hashed
 where they are, and an array restored onto another mesh has the digest of the array that was saved. The hash of one
-element is a bijection of its bits, so a change of a single element is always noticed; other accidents are overlooked
+element of up to 32 bits is a bijection of these, so a change of one is always noticed; other accidents are overlooked
 with probability 2**-64. Nothing in it is secret: whoever can write a file can also make its digest right. Formats of
 arrays on disk do not do this for us: OCDBT leaves the values of a checkpoint unchecked.
 """
@@ -137,7 +137,7 @@ def _hash_on_devices(blocks: Sequence[jax.Array], starts: NDArray[np.uint32], st
     return _program(mesh)(stacked, starts, strides)
 
 
-def _is_shared(leaf: Any) -> bool:
+def is_shared(leaf: Any) -> bool:
     """Whether the processes hold parts of one array, rather than each an array of its own."""
     return isinstance(leaf, jax.Array) and (jax.process_count() == 1 or not leaf.is_fully_addressable)
 
@@ -155,7 +155,7 @@ def _strides(shape: Sequence[int], width: int) -> NDArray[np.uint32]:
 
 def _local_sums(leaf: Any) -> tuple[list[int], Any]:
     """For every block of a leaf on this process, the number of the copy that it belongs to, and its two sums."""
-    if not _is_shared(leaf):
+    if not is_shared(leaf):
         return [jax.process_index()], _whole_sums(np.asarray(leaf))[None]
     if _is_in_host_memory(leaf):
         return [0], _whole_sums(np.asarray(leaf))[None]
@@ -172,7 +172,7 @@ def _local_sums(leaf: Any) -> tuple[list[int], Any]:
 
 def _copies(leaf: Any) -> int:
     """How often the whole leaf exists."""
-    if not _is_shared(leaf):
+    if not is_shared(leaf):
         return int(jax.process_count())
     blocks: list[str] = [str(index) for index in leaf.sharding.devices_indices_map(leaf.shape).values()]
     return len(blocks) // len(set(blocks))

@@ -1,5 +1,6 @@
 """A train state as a directory, with Orbax."""
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from jmp_lite._messages import described
 from jmp_lite._policy import PolicyLike
 from jmp_lite.checkpoint._digest import combine, local_sums
 from jmp_lite.checkpoint._processes import first_failure
@@ -40,16 +42,33 @@ def items(state: Any, policy: PolicyLike) -> ocp.args.Composite:
     )
 
 
+#: What the operating system says of files that are not there, or not what they should be.
+_DAMAGE = {None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO}
+#: What storage says of a failure that says nothing about the files.
+_OBSTACLES = ("PERMISSION_DENIED", "UNAUTHENTICATED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether an error comes from what was read, rather than from a lack of memory, permission or network."""
+    if isinstance(error, OSError):
+        return error.errno in _DAMAGE
+    is_device = isinstance(error, (MemoryError, jax.errors.JaxRuntimeError))
+    return not is_device and not any(word in str(error) for word in _OBSTACLES)
+
+
 def _together(path: epath.Path, act: Callable[[], T]) -> T:
     """Runs something that may fail on a damaged checkpoint; if it fails in one process, all raise. A collective."""
     result: Any = None
-    reason = cause = None
+    cause: Exception | None = None
     try:
         result = act()
     except Exception as error:  # noqa: BLE001 - whatever a parser of damaged files comes up with
-        reason, cause = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", error
-    if reason := first_failure(reason):
-        raise CorruptCheckpointError(f"The checkpoint in {path} is damaged. {reason.rstrip('.')}.") from cause
+        cause = error
+    said = None if cause is None else described(cause)
+    if obstacle := first_failure(None if cause is None or _is_damage(cause) else said):
+        raise cause or OSError(f"The checkpoint in {path} cannot be read now. {obstacle}")
+    if reason := first_failure(said):
+        raise CorruptCheckpointError(f"The checkpoint in {path} is damaged. {reason}") from cause
     done: T = result
     return done
 
@@ -58,6 +77,11 @@ def _check_origin(path: epath.Path) -> None:
     """Raises unless there is a checkpoint, and one that ``save`` wrote, whole or damaged; a collective."""
     if first_failure(None if path.exists() else "missing"):
         raise CheckpointNotFoundError(f"There is no checkpoint in {path}. Check the path, or start from the beginning.")
+    if first_failure("file" if path.is_file() else None):
+        raise ForeignCheckpointError(
+            f"{path} is a file, and save makes directories. What to_bytes returned goes to from_bytes, and what Flax "
+            "wrote by itself to flax.serialization.from_bytes."
+        )
     if first_failure("foreign" if _is_plain_orbax(path) else None):
         raise ForeignCheckpointError(
             f"{path} is a plain Orbax checkpoint: it has no header of jmp_lite. Read it with orbax.checkpoint, and "
@@ -71,8 +95,9 @@ def _is_plain_orbax(path: epath.Path) -> bool:
         return False
     try:
         return "header" not in json.loads((path / "_CHECKPOINT_METADATA").read_text())["item_handlers"]
-    except (OSError, ValueError, TypeError, KeyError):
-        return bool((path / "_METADATA").exists())
+    except (OSError, ValueError, TypeError, KeyError):  # as old versions of Orbax wrote it, whole or in parts
+        old = (path / "_METADATA", path / "checkpoint", *path.glob("*/_METADATA"), *path.glob("*/checkpoint"))
+        return any(file.exists() for file in old if file.parent.name != "state")
 
 
 def _reader() -> ocp.Checkpointer:

@@ -1,5 +1,7 @@
 """A lock on a directory for the one job that writes to it; the kernel takes it from a job that died."""
 
+import contextlib
+import errno
 import os
 import socket
 import sys
@@ -14,6 +16,10 @@ if sys.platform != "win32":
 
 #: In the directory, while somebody writes; it says who.
 NAME = ".writer"
+#: What file systems that know no such locks answer.
+_NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOLCK}
+#: What they answer for a file that has gone.
+_GONE = {errno.ENOENT, errno.ESTALE}
 
 
 class WriterLock:
@@ -27,6 +33,7 @@ class WriterLock:
 
     Raises:
         CheckpointLockedError: If somebody else has it.
+        OSError: If the directory cannot be written to.
     """
 
     def __init__(self, directory: str) -> None:
@@ -34,15 +41,17 @@ class WriterLock:
         self._file = None if "://" in directory else _locked(self._path)
         if self._file is None:
             return
-        self._file.truncate(0)
-        self._file.write(f"Process {os.getpid()} on {socket.gethostname()}")
-        self._file.flush()
-        _let_go_in_children(self)
+        if self._file.writable():
+            self._file.truncate(0)
+            self._file.write(f"Process {os.getpid()} on {socket.gethostname()}")
+            self._file.flush()
+        _HELD.add(self)
 
     def release(self) -> None:
         """Gives the lock back; nothing happens if it was never there."""
         if self._file is not None and _is_at(self._path, self._file):
-            self._path.unlink(missing_ok=True)
+            with contextlib.suppress(PermissionError):  # another user's, in a directory such as /tmp
+                self._path.unlink(missing_ok=True)
         self.let_go()
 
     def let_go(self) -> None:
@@ -57,13 +66,10 @@ def _locked(path: Path) -> IO[str] | None:
     if sys.platform == "win32":
         return None
     while True:
-        try:
-            file = path.open("a+")
-        except OSError:
-            return None
+        file = _opened(path)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except (BlockingIOError, PermissionError):  # the latter on SMB
             file.seek(0)
             holder = file.read().strip() or "Another process"
             file.close()
@@ -71,29 +77,43 @@ def _locked(path: Path) -> IO[str] | None:
                 f"{holder} writes checkpoints to {path.parent} already. Wait until it ends or close it, or give this "
                 "run a directory of its own; restoring needs no lock."
             ) from None
-        except OSError:
+        except OSError as error:
             file.close()
-            return None
+            if error.errno in _NO_LOCKS:
+                return None
+            raise
         if _is_at(path, file):
             return file
         file.close()
+
+
+def _opened(path: Path) -> IO[str]:
+    try:
+        return path.open("a+")
+    except PermissionError:
+        if not path.exists():
+            raise
+        return path.open()  # another user's: a lock takes no right to write
 
 
 def _is_at(path: Path, file: IO[str]) -> bool:
     """Whether an open file is the one at this path, rather than one that its last holder removed."""
     try:
         return os.path.samestat(path.stat(), os.fstat(file.fileno()))
-    except FileNotFoundError:
-        return False
+    except OSError as error:
+        if error.errno in _GONE:
+            return False
+        raise
 
 
-def _let_go_in_children(lock: WriterLock) -> None:
-    """A forked process would share the lock, and hold it when its parent is dead."""
-    seen = weakref.ref(lock)
+#: A forked process would share these, and hold them when its parent is dead.
+_HELD: weakref.WeakSet[WriterLock] = weakref.WeakSet()
 
-    def let_go() -> None:
-        here = seen()
-        if here is not None:
-            here.let_go()
 
-    os.register_at_fork(after_in_child=let_go)
+def _let_go() -> None:
+    for lock in list(_HELD):
+        lock.let_go()
+
+
+if sys.platform != "win32":
+    os.register_at_fork(after_in_child=_let_go)

@@ -8,14 +8,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
 from jmp_lite._policy import PolicyLike, get_policy
 from jmp_lite.checkpoint._directory import absolute, items, restore
 from jmp_lite.checkpoint._lock import WriterLock
-from jmp_lite.checkpoint._processes import first_failure, of_first_process
+from jmp_lite.checkpoint._processes import in_first_process, of_first_process
 from jmp_lite.errors import (
     CheckpointLockedError,
     CheckpointMismatchError,
@@ -92,13 +91,14 @@ class CheckpointManager:
         self._damaged: set[int] = set()
         self._tidy = False
         self._writes = False
+        self._is_closed = False
         self._lock: WriterLock | None = None
 
     def save(self, step: int, state: Any) -> bool:
         """Starts to save a state, and returns when its arrays may be donated, changed or deleted.
 
         The rest happens in the background: copying to disk, renaming the finished directory, deleting the oldest. An
-        error there is raised by the next call of any method.
+        error there is raised by the next ``save``, ``restore``, ``wait`` or ``close``.
 
         Args:
             step: Number of the step, an int >= 0. It also names the checkpoint.
@@ -112,7 +112,8 @@ class CheckpointManager:
             CheckpointMismatchError: If the directory has a later step, so that this run did not start from it, or if
                 copies of a leaf on several devices or processes differ.
             CheckpointLockedError: If another job writes to the directory.
-            InvalidCheckpointError: If the step is not an int >= 0, or a leaf is no array, key or number.
+            InvalidCheckpointError: If the step is not an int >= 0, a leaf is no array, key or number, or the manager is
+                closed.
 
         Example:
             >>> import tempfile
@@ -123,6 +124,7 @@ class CheckpointManager:
             [False, True, False, True]
         """
         step = _checked("step", step, at_least=0)
+        self._check_open()
         self._manager.check_for_errors()
         self._take_lock()
         self._make_room()
@@ -159,7 +161,7 @@ class CheckpointManager:
             CheckpointNotFoundError: If there is no checkpoint, or none of this step.
             CorruptCheckpointError: If there are only damaged ones; the message lists what was tried.
             ForeignCheckpointError: If it was not written by this library.
-            InvalidCheckpointError: If the step is not an int >= 0.
+            InvalidCheckpointError: If the step is not an int >= 0, or the manager is closed.
 
         Example:
             >>> import tempfile
@@ -173,6 +175,7 @@ class CheckpointManager:
             >>> manager.close()
         """
         step = None if step is None else _checked("step", step, at_least=0)
+        self._check_open()
         self.wait()
         if step is not None:
             path = self._manager.directory / str(step)
@@ -240,7 +243,13 @@ class CheckpointManager:
         finally:
             if self._lock is not None:
                 self._lock.release()
-            self._writes, self._lock = False, None
+            self._writes, self._lock, self._is_closed = False, None, True
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise InvalidCheckpointError(
+                f"This manager of {self._manager.directory} is closed. Make a new one, or close it later."
+            )
 
     def __enter__(self) -> Self:
         return self
@@ -265,14 +274,11 @@ class CheckpointManager:
         """Takes the lock of the directory for the job, in process 0, unless it has it; all processes agree."""
         if self._writes:
             return
-        refusal = None
-        if jax.process_index() == 0:
-            try:
-                self._lock = WriterLock(str(self._manager.directory))
-            except CheckpointLockedError as error:
-                refusal = str(error)
-        if refusal := first_failure(refusal):
-            raise CheckpointLockedError(refusal)
+
+        def lock() -> None:
+            self._lock = WriterLock(str(self._manager.directory))
+
+        in_first_process(lock, otherwise=CheckpointLockedError)
         self._writes = True
 
     def _make_room(self) -> None:
@@ -283,7 +289,8 @@ class CheckpointManager:
         if self._tidy and not self._damaged:
             return
         self._manager.wait_until_finished()
-        if jax.process_index() == 0:
+
+        def tidy() -> None:
             directory = self._manager.directory
             for step in self._damaged:
                 if (directory / str(step)).exists():
@@ -291,7 +298,8 @@ class CheckpointManager:
             for path in [] if self._tidy else list(directory.iterdir()):
                 if _UNFINISHED.fullmatch(path.name):
                     path.rmtree()
-        first_failure(None)  # the others wait
+
+        in_first_process(tidy, otherwise=OSError)
         if self._damaged:
             self._manager.reload()
         self._damaged, self._tidy = set(), True

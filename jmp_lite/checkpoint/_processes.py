@@ -1,12 +1,15 @@
 """What the processes of a job must do alike: they see one list of steps, and one failure is a failure of all."""
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from numpy.typing import NDArray
+
+from jmp_lite._messages import described
 
 #: Bytes of a message that travel to the other processes.
 _LONGEST = 400
@@ -30,6 +33,18 @@ def of_first_process(number: int) -> int:
     halves = np.array([(number + 1) >> 32, (number + 1) & 0xFFFFFFFF], np.uint32)
     high, low = (int(half) for half in gather(halves)[0])
     return (high << 32 | low) - 1
+
+
+def in_first_process(act: Callable[[], None], otherwise: type[Exception]) -> None:
+    """Runs something in process 0; if it fails there, the others raise ``otherwise`` with its reason. A collective."""
+    cause: Exception | None = None
+    if jax.process_index() == 0:
+        try:
+            act()
+        except Exception as error:  # noqa: BLE001 - or the others would wait for ever
+            cause = error
+    if reason := first_failure(None if cause is None else described(cause)):
+        raise cause or otherwise(reason)
 
 
 def first_failure(reason: str | None) -> str | None:

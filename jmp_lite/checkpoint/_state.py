@@ -11,7 +11,7 @@ import numpy as np
 
 from jmp_lite._policy import PolicyLike, get_policy
 from jmp_lite._tree import path_string
-from jmp_lite.checkpoint._digest import digests
+from jmp_lite.checkpoint._digest import digests, is_shared
 from jmp_lite.errors import (
     CheckpointMismatchError,
     InvalidCheckpointError,
@@ -75,8 +75,7 @@ def to_store(state: Any) -> Any:
         leaf = key_data(leaf)
         if is_number(leaf):
             return leaf
-        is_global = isinstance(leaf, jax.Array) and (jax.process_count() == 1 or not leaf.is_fully_addressable)
-        return leaf if is_global else np.array(leaf)
+        return leaf if is_shared(leaf) else np.array(leaf)
 
     return jax.tree.map(stored, state)
 
@@ -132,6 +131,14 @@ def _checksum(header: Header) -> str:
     return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
 
 
+def _is_storable(leaf: Any) -> bool:
+    if not (is_number(leaf) or isinstance(leaf, (jax.Array, np.ndarray, np.generic))):
+        return False
+    data = key_data(leaf)
+    dtype = data.dtype if hasattr(data, "dtype") else np.asarray(data).dtype
+    return bool(dtype == jnp.bool_ or jnp.issubdtype(dtype, jnp.number)) and dtype.isnative
+
+
 def describe(state: Any, policy: PolicyLike) -> Header:
     """Describes a state by policy, loss scales, and shape, dtype and digest of every leaf; a collective.
 
@@ -141,10 +148,12 @@ def describe(state: Any, policy: PolicyLike) -> Header:
     """
     leaves = named_leaves(state)
     for name, leaf in leaves.items():
-        if not (is_number(leaf) or isinstance(leaf, (jax.Array, np.ndarray, np.generic))):
+        if not _is_storable(leaf):
+            of_dtype = f" of dtype {leaf.dtype!r:.80}" if hasattr(leaf, "dtype") else ""
             raise InvalidCheckpointError(
-                f"Leaf {name!r} is {leaf!r:.80}, and a checkpoint holds arrays, keys and numbers. Leave it out, or "
-                "keep it in the structure of the state."
+                f"Leaf {name!r} is {leaf!r:.80}{of_dtype}, and a checkpoint holds arrays, keys and numbers, of dtypes "
+                "that JAX has, in the byte order of this machine. Convert it, leave it out, or keep it in the "
+                "structure of the state."
             )
     hashed, alike = digests([key_data(leaf) for leaf in leaves.values()])
     drifted = [repr(name) for name, same in zip(leaves, alike, strict=True) if not same]

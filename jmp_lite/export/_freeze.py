@@ -51,7 +51,7 @@ def freeze(
             in the program.
         *args: Its other arguments, as arrays or ``jax.ShapeDtypeStruct`` in dicts, lists, tuples and ``None``. Only
             shapes and dtypes matter; a free size comes from ``jax.export.symbolic_shape("batch, 28, 28")``.
-        path: File to write, by custom ``*.safetensors``.
+        path: File to write, by convention ``*.safetensors``.
         policy: Policy to compute under; ``None`` leaves ``apply`` as it is.
         recipe: How to quantize, or its name.
         histories: From ``quant.calibrate``, for recipes with a history (``W8A8_STATIC``): their scales become constants
@@ -184,14 +184,25 @@ def _split(params: Any) -> tuple[dict[str, Any], Callable[[dict[str, Any]], Any]
             raise InvalidExportError(
                 f"Two things would be stored as {name!r}, one of them {describe(leaf)}. Rename one."
             )
-        array = np.asarray(leaf, order="C")  # safetensors writes the buffer, whatever its strides say
-        weights[name] = array.astype(array.dtype.newbyteorder("="), copy=False)
+        weights[name] = _as_jax_would(name, np.asarray(leaf))
         places.append((name, None))
 
     def rebuild(arrays: dict[str, Any]) -> Any:
         return jax.tree.unflatten(treedef, [leaf if name is None else arrays[name] for name, leaf in places])
 
     return weights, rebuild
+
+
+def _as_jax_would(name: str, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The numbers in the dtype that the program gets them in, in the order in which safetensors writes the buffer."""
+    native = np.asarray(array, array.dtype.newbyteorder("="), order="C")
+    narrow = native.astype(jax.dtypes.canonicalize_dtype(native.dtype), copy=False)
+    if jnp.issubdtype(native.dtype, jnp.integer) and (narrow != native).any():
+        raise InvalidExportError(
+            f"Leaf {name!r} is {describe(array)} with numbers that {narrow.dtype} cannot hold. Enable 64-bit types "
+            "with jax_enable_x64, or store smaller numbers."
+        )
+    return narrow
 
 
 def _quantized(params: Any) -> dict[str, str]:

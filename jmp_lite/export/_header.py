@@ -13,6 +13,11 @@ PROGRAM = "__program__"
 #: What stands before our own text in the metadata: the kind of the digest, and its digits.
 _DIGEST = "sha256:" + "0" * 64
 
+#: What arrays may be of. A table, because NumPy evaluates some texts that it is asked for a dtype of.
+_DTYPES: dict[str, np.dtype[Any]] = {
+    kind.dtype.name: np.dtype(kind) for kind in vars(jnp).values() if isinstance(kind, type(jnp.float32))
+}
+
 Header = dict[str, Any]
 
 
@@ -54,7 +59,8 @@ def parse(text: bytes, size: int) -> tuple[list[Slot], Header]:
 def _check_header(header: Any) -> None:
     if type(header["format"]) is not int or header["format"] != FORMAT:
         raise ValueError(f"it has format {header['format']!r}, this version of jmp_lite reads {FORMAT}")
-    texts = [header["jax"], header["program"], *(header[name] or "" for name in ("policy", "recipe"))]
+    optional = [header[name] for name in ("policy", "recipe")]
+    texts = [header["jax"], header["program"], *(value for value in optional if value is not None)]
     platforms, quantized = header["platforms"], header["quantized"]
     if not isinstance(platforms, list) or not platforms:
         raise ValueError(f"platforms are {platforms!r:.80}")
@@ -81,10 +87,9 @@ def _slots(described: dict[str, Any], dtypes: dict[str, str], size: int) -> list
 
 
 def _dtype(name: str) -> np.dtype[Any]:
-    dtype = jnp.dtype(name)
-    if dtype.name != name or not (dtype == jnp.bool_ or jnp.issubdtype(dtype, jnp.number)):
-        raise ValueError(f"{name!r} is no dtype of an array")
-    return dtype
+    if name not in _DTYPES:
+        raise ValueError(f"{name!r:.80} is no dtype of an array")
+    return _DTYPES[name]
 
 
 def _check_arrays(slots: dict[str, Slot], header: Header) -> None:

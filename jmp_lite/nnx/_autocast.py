@@ -16,7 +16,7 @@ from jmp_lite.autocast._api import settings_from, wrap
 from jmp_lite.autocast._explain import Explanation, explained
 from jmp_lite.autocast._ops import Op
 from jmp_lite.autocast._rules import Rule
-from jmp_lite.nnx._modules import change_class, derived_class, is_leaf, is_node, objects, unbound
+from jmp_lite.nnx._modules import change_class, derived_class, is_leaf, is_node, objects, unbound, wraps
 from jmp_lite.nnx._pure import call_pure
 
 #: Path of the module whose method is running.
@@ -79,7 +79,7 @@ def autocast(
     function, first = unbound(fn, "nnx.autocast")
     settings = settings_from(policy, rules=rules, ops=ops, dot=dot, accumulation_dtype=accumulation_dtype)
 
-    @functools.wraps(function)
+    @wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         return call_pure(function, lambda pure: wrap(pure, settings, residuals), args, kwargs, around=_scopes)
 
@@ -170,7 +170,7 @@ def _scoped_class(cls: type, path: tuple[str, ...], names: tuple[str, ...], is_p
 
 
 def _in_scope(function: Any, path: tuple[str, ...]) -> Callable[..., Any]:
-    @functools.wraps(function)
+    @wraps(function)
     def scoped_method(self: Any, *args: Any, **kwargs: Any) -> Any:
         outer = _PATH.get()
         inner = path[len(outer) :] if path[: len(outer)] == outer else path

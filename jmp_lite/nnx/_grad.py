@@ -1,16 +1,17 @@
 """Gradients of a scaled loss for functions of NNX modules, whose state updates survive."""
 
-import functools
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from jmp_lite._functions import check_function
-from jmp_lite._tree import all_finite, combine, is_inexact, partition
+from jmp_lite._tree import combine, partition
 from jmp_lite.errors import InvalidFunctionError
-from jmp_lite.nnx._modules import is_leaf, is_node
+from jmp_lite.nnx._modules import is_leaf, is_node, wraps
 from jmp_lite.scaling import _accumulate
 from jmp_lite.scaling._grad import checked_loss, positions_among
 from jmp_lite.scaling._in_state import find_loss_scale
@@ -31,7 +32,8 @@ def scaled_value_and_grad(
 
     Whatever the function does to its modules stays: running statistics, random counts, caches. The value is the true
     loss, unscaled and in float32; the gradients are still scaled, in the form that ``optimizer.update(model, grads)``
-    takes.
+    takes. Make the gradient inside of the jitted step, from the optimizer that the step is given: the scale of one from
+    outside would be a constant of the program.
 
     Args:
         fn: A function of modules and any other arguments. Returns a real floating-point scalar, or ``(scalar, aux)``
@@ -64,21 +66,42 @@ def scaled_value_and_grad(
         ``nnx.value_and_grad`` (flax.readthedocs.io); ``jmp_lite.scaled_value_and_grad``.
     """
     check_function(fn, "nnx.scaled_value_and_grad")
+    _refuse_bound(fn)
     _, scale = find_loss_scale(loss_scale, name)
 
-    @functools.wraps(fn)
-    def scaled(*args: Any, **kwargs: Any) -> tuple[jax.Array, Any]:
+    def scaled(*args_and_kwargs: Any) -> tuple[jax.Array, Any]:
+        *args, kwargs = args_and_kwargs
         loss, aux = checked_loss(fn(*args, **kwargs), has_aux)
         return scale.scale(loss), (loss, aux)
 
-    value_and_grad = nnx.value_and_grad(scaled, argnums=argnums, has_aux=True)
-
-    @functools.wraps(fn)
+    @wraps(fn)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        (_, (loss, aux)), grads = value_and_grad(*args, **kwargs)
+        value_and_grad = nnx.value_and_grad(scaled, argnums=_from_the_front(args, argnums), has_aux=True)
+        (_, (loss, aux)), grads = value_and_grad(*args, kwargs)
         return (loss, aux) if has_aux else loss, grads
 
     return wrapped
+
+
+def _refuse_bound(fn: Callable[..., Any]) -> None:
+    owner = getattr(fn, "__self__", None)
+    if isinstance(owner, nnx.Module):
+        method = f"{type(owner).__name__}.{getattr(fn, '__name__', '')}"
+        raise InvalidFunctionError(
+            f"nnx.scaled_value_and_grad takes a function of modules, got a method of one, {method}, whose parameters "
+            f"would have no gradient. Give {method} and the module as its first argument."
+        )
+
+
+def _from_the_front(args: tuple[Any, ...], argnums: Argnums) -> Argnums:
+    """The same arguments, counted from the front, with filters as they are."""
+    chosen = argnums if isinstance(argnums, Sequence) else (argnums,)
+    positions = positions_among(args, [_position(argnum) for argnum in chosen])
+    counted = tuple(
+        dataclasses.replace(argnum, argnum=i) if isinstance(argnum, nnx.DiffState) else i
+        for argnum, i in zip(chosen, positions, strict=True)
+    )
+    return counted if isinstance(argnums, Sequence) else counted[0]
 
 
 def accumulate_gradients(
@@ -137,16 +160,17 @@ def accumulate_gradients(
     _, scale = find_loss_scale(loss_scale, name)
     leave_out = on_nonfinite == _accumulate.SKIP_MICROBATCH
 
-    @functools.wraps(fn)
+    @wraps(fn)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        chosen = argnums if isinstance(argnums, Sequence) else (argnums,)
-        differentiated = positions_among(args, [_position(argnum) for argnum in chosen])
-        with_modules = {i for i, arg in enumerate(args) if any(map(is_node, jax.tree.leaves(arg, is_leaf=is_leaf)))}
-        apart = tuple({*differentiated, *with_modules})
+        chosen = _from_the_front(args, argnums)
+        differentiated = map(_position, chosen if isinstance(chosen, Sequence) else (chosen,))
+        with_modules = [i for i, arg in enumerate(args) if any(map(is_node, jax.tree.leaves(arg, is_leaf=is_leaf)))]
+        apart = (*differentiated, *with_modules)
         split = _accumulate.batch_positions(args, apart, batch_argnums)
         microbatch = _accumulate.splitter(args, split, num_microbatches)
         nodes, _, _ = partition((args, kwargs), is_node, is_leaf)
-        graphdef, state = nnx.split(nodes)
+        split_nodes: Any = nnx.split(nodes)
+        graphdef, state = split_nodes
         treedefs: list[Any] = []
 
         def one(state: Any, number: Any) -> tuple[Any, list[jax.Array], Any]:
@@ -159,11 +183,15 @@ def accumulate_gradients(
             treedefs.append(treedef)
             new_graphdef, new_state = nnx.split(copies)
             _check_unchanged(graphdef, new_graphdef, fn)
-            finite = all_finite(scale.unscale(leaves), axis_name=axis_name) if leave_out else None
-            return new_state, leaves, (loss, aux, finite)
+            counts = _accumulate.verdict(leaves, scale, axis_name) if leave_out else None
+            return new_state, leaves, (loss, aux, counts)
 
-        wrt = [_differentiated(args[i], argnum) for i, argnum in zip(differentiated, chosen, strict=True)]
-        like = [leaf for leaf in jax.tree.leaves(wrt) if is_inexact(leaf)]
+        def gradients_of_nothing(state: Any) -> list[jax.Array]:
+            _, others, layout = partition((args, kwargs), is_node, is_leaf)
+            own_args, _ = combine(nnx.merge(graphdef, state, copy=True), others, layout)
+            return jax.tree.leaves(nnx.grad(lambda *_: jnp.zeros(()), argnums=chosen)(*own_args))
+
+        like = jax.eval_shape(gradients_of_nothing, state)
         state, total, loss, aux, skipped = _accumulate.over_microbatches(one, state, like, num_microbatches, leave_out)
         nnx.update(nodes, state)
         value = (loss, aux) if has_aux else loss
@@ -177,17 +205,11 @@ def _position(argnum: int | nnx.DiffState) -> int:
     return argnum.argnum if isinstance(argnum, nnx.DiffState) else argnum
 
 
-def _differentiated(argument: Any, argnum: int | nnx.DiffState) -> Any:
-    """Returns the part of an argument that is differentiated."""
-    if not isinstance(argument, nnx.Pytree):
-        return argument
-    return nnx.state(argument, argnum.filter if isinstance(argnum, nnx.DiffState) else nnx.Param)
-
-
 def _check_unchanged(before: Any, after: Any, fn: Callable[..., Any]) -> None:
     if before != after:
         name = getattr(fn, "__name__", repr(fn))
         raise InvalidFunctionError(
             f"{name} changed the structure of a module, which a loop over microbatches cannot carry. "
-            "Call the model once before, so that all its variables exist."
+            "Call the model once before, so that all its variables exist; what `sow` collects grows with every call: "
+            "return it as auxiliary output instead."
         )

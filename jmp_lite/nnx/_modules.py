@@ -47,6 +47,11 @@ def _call_module(module: Any, *args: Any, **kwargs: Any) -> Any:
     return module(*args, **kwargs)
 
 
+def wraps(function: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """``functools.wraps``, but for partial functions: Flax would take the keywords that these fix for missing ones."""
+    return (lambda wrapped: wrapped) if isinstance(function, functools.partial) else functools.wraps(function)
+
+
 def change_class(module: Any, derive: Callable[[tuple[str, ...], bool], type]) -> None:
     """Gives a module, if it has methods that others call, a class derived from its own.
 

@@ -8,7 +8,7 @@ import jax
 
 from jmp_lite._policy import Policy, PolicyMap, get_policy
 from jmp_lite.nnx._autocast import autocast
-from jmp_lite.nnx._modules import is_leaf, is_node, unbound
+from jmp_lite.nnx._modules import is_leaf, is_node, unbound, wraps
 
 
 def with_policy(fn: Callable[..., Any], policy: str | Policy | PolicyMap) -> Callable[..., Any]:
@@ -55,7 +55,7 @@ def with_policy(fn: Callable[..., Any], policy: str | Policy | PolicyMap) -> Cal
     resolved = get_policy(policy)
     run = autocast(function, resolved)
 
-    @functools.wraps(function)
+    @wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         result = run(*args, **kwargs)
         return jax.tree.map(

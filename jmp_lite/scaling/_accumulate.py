@@ -23,6 +23,8 @@ from jmp_lite.distributed._shardings import axes_of
 from jmp_lite.errors import InvalidMicrobatchError
 from jmp_lite.scaling._grad import differentiate, positions_among
 from jmp_lite.scaling._in_state import find_loss_scale
+from jmp_lite.scaling._loss_scale import LossScale
+from jmp_lite.scaling._verdict import refuse_forgotten_axes
 
 SKIP_WINDOW, SKIP_MICROBATCH = "skip_window", "skip_microbatch"
 
@@ -82,9 +84,10 @@ def _check_leaves(named: list[tuple[str, Any]], parts: int) -> None:
         if rows % parts:
             possible = ", ".join(str(n) for n in range(1, rows + 1) if rows % n == 0)
             whose = "rows" if rows == leaf.shape[0] else "rows on each device"
+            remedy = f"Drop {rows % parts} of them, or take" if rows > parts else "Take"
             raise InvalidMicrobatchError(
-                f"{where} is {describe(leaf)}: {rows} {whose} do not divide into num_microbatches={parts}. Drop "
-                f"{rows % parts} of them, or take num_microbatches from {possible}."
+                f"{where} is {describe(leaf)}: {rows} {whose} do not divide into num_microbatches={parts}. {remedy} "
+                f"num_microbatches from {possible}."
             )
     # Only keys may be one per microbatch: a label that is shared by several rows would broadcast in silence.
     bound = [(where, x) for where, x in named if not (_is_key(x) and x.shape[0] == parts)]
@@ -136,6 +139,13 @@ def _mean(total: jax.Array, count: Any) -> jax.Array:
     weight = jnp.where(number > 0, 1 / jnp.maximum(number, jnp.ones_like(number)), jnp.full_like(number, jnp.nan))
     is_complex = jnp.issubdtype(total.dtype, jnp.complexfloating)
     return jax.lax.complex(total.real * weight, total.imag * weight) if is_complex else total * weight
+
+
+def verdict(grads: list[jax.Array], scale: LossScale, axis_name: Any) -> jax.Array:
+    """Returns ``bool[]``: whether a microbatch counts."""
+    finite = all_finite(scale.unscale(grads), axis_name=axis_name)
+    refuse_forgotten_axes(finite, scale.loss_scale, "leave a microbatch out", "accumulate_gradients(..., axis_name={})")
+    return finite
 
 
 def over_microbatches(
@@ -230,6 +240,8 @@ def accumulate_gradients(
         InvalidFunctionError: If ``fun`` is no function or does not return what it should, or an argument is an NNX
             module.
         LossScaleNotFoundError: If ``loss_scale`` holds none, or several and no name is given.
+        MissingAxisError: If devices of a ``shard_map`` could leave out different microbatches, and ``axis_name`` is
+            missing.
 
     Example:
         >>> def loss_fn(params, x):
@@ -258,13 +270,11 @@ def accumulate_gradients(
         def one(carry: None, number: Any) -> tuple[None, list[jax.Array], Any]:
             gradient, _ = differentiate(bound, has_aux, microbatch(number), positions)
             loss, aux, grads = gradient(scale)
-            finite = all_finite(scale.unscale(grads), axis_name=axis_name) if leave_out else None
-            return carry, grads, (loss, aux, finite)
+            return carry, grads, (loss, aux, verdict(grads, scale, axis_name) if leave_out else None)
 
-        leaves = jax.tree.leaves([args[i] for i in positions])
-        inexact = [leaf for leaf in leaves if is_inexact(leaf)]
-        _, total, loss, aux, skipped = over_microbatches(one, None, inexact, num_microbatches, leave_out)
         _, assemble = differentiate(bound, has_aux, args, positions)
+        inexact = [leaf for leaf in jax.tree.leaves([args[i] for i in positions]) if is_inexact(leaf)]
+        _, total, loss, aux, skipped = over_microbatches(one, None, inexact, num_microbatches, leave_out)
         trees = assemble(total)
         grads = trees[0] if isinstance(argnums, int) else trees
         value = (loss, aux) if has_aux else loss

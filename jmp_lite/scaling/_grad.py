@@ -13,6 +13,7 @@ from jmp_lite._tree import all_finite, cast_to_at_least_float32, is_array, is_in
 from jmp_lite.errors import InvalidFunctionError, InvalidLossScaleError
 from jmp_lite.scaling._in_state import find_loss_scale, replace_loss_scale
 from jmp_lite.scaling._loss_scale import DynamicLossScale, LossScale
+from jmp_lite.scaling._verdict import refuse_forgotten_axes
 
 #: Loss, auxiliary output, and the gradients of the inexact leaves.
 Gradient = tuple[jax.Array, Any, list[Any]]
@@ -106,9 +107,20 @@ def _retry(
             f"max_retries={max_retries} needs a DynamicLossScale, which can be lowered; the state holds {loss_scale!r}."
         )
 
+    held: Any = jax.tree.structure(loss_scale)
+    if held != jax.tree.structure(loss_scale.back_off()):
+        raise InvalidLossScaleError(
+            f"max_retries={max_retries} needs a loss scale made of arrays, and that of an nnx.Optimizer is made of "
+            "variables. Leave max_retries out: loss_scaled skips the step, and the next has a lower scale."
+        )
+
     def attempt(scale: DynamicLossScale) -> tuple[DynamicLossScale, jax.Array, Gradient]:
         result = gradient(scale)
-        return scale, all_finite(scale.unscale(result[2]), axis_name=axis_name), result
+        finite = all_finite(scale.unscale(result[2]), axis_name=axis_name)
+        refuse_forgotten_axes(
+            finite, scale.loss_scale, "try again at a lower scale", "scaled_value_and_grad(..., axis_name={})"
+        )
+        return scale, finite, result
 
     def again(carry: tuple[int, Any]) -> Any:
         tries, (_, finite, _) = carry
@@ -140,8 +152,9 @@ def scaled_value_and_grad(
 
     Leaves that cannot be differentiated need no special care. The gradient of integers, booleans and PRNG keys is
     ``float0``, as in JAX; that of leaves that are no arrays, such as the activation functions of Equinox's modules, is
-    ``None``, as in Equinox. Optimizers wrapped in ``loss_scaled`` leave both alone. Functions of NNX modules have
-    ``jmp.nnx.scaled_value_and_grad``.
+    ``None``, as in Equinox. Optimizers wrapped in ``loss_scaled`` leave both alone. Python floats are parameters, as
+    for ``jax.grad``: where a module holds some, such as the rate of Equinox's Dropout, take its arrays out first, with
+    ``eqx.partition(model, eqx.is_inexact_array)``. Functions of NNX modules have ``jmp.nnx.scaled_value_and_grad``.
 
     Args:
         fun: Returns a real floating-point scalar, or ``(scalar, aux)`` with ``has_aux``.
@@ -164,6 +177,7 @@ def scaled_value_and_grad(
             module.
         LossScaleNotFoundError: If ``loss_scale`` holds none, or several and no name is given.
         InvalidLossScaleError: If ``max_retries`` is asked of a scale that cannot be lowered.
+        MissingAxisError: If devices of a ``shard_map`` could retry differently, and ``axis_name`` is missing.
 
     Example:
         >>> def loss_fn(params, x):

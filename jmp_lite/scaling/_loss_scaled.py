@@ -86,14 +86,14 @@ def _like_old(new: Any, old: Any) -> Any:
     return new if dtype is None or new.dtype == dtype else new.astype(dtype)
 
 
-def _nothing(shape: jax.ShapeDtypeStruct) -> jax.Array:
-    """An update that changes no bit, varying over the mesh axes that ``shape`` varies over: 0 would make 0 of -0."""
-    return jnp.full_like(shape, -0.0)
+def _nothing(like: Any) -> jax.Array:
+    """An update that changes no bit, varying over the mesh axes that ``like`` varies over: 0 would make 0 of -0."""
+    return -jnp.zeros_like(like)
 
 
 def _finite_or_nothing(update: Any) -> tuple[Any, jax.Array]:
     is_finite = jnp.isfinite(cast_to_at_least_float32(update))
-    return jnp.where(is_finite, update, -jnp.zeros_like(update)), is_finite
+    return jnp.where(is_finite, update, _nothing(update)), is_finite
 
 
 @dataclasses.dataclass(frozen=True)

@@ -91,14 +91,14 @@ def check_loss_scale(opt_state: Any, grads: Any = None, *, max_skips: int = 10) 
 
     Call it on the host, outside ``jit``, every now and then; it waits for the state to be computed. A leading axis is
     that of an ensemble (``vmap``), each member of which counts for itself. If each of its rows is on a device of its
-    own, they are replicas (``pmap``), which must agree.
+    own, they are replicas (``pmap``), which must agree, as must the copies of a number without axes.
 
     Args:
         opt_state: Any pytree that holds states of ``loss_scaled``.
         grads: Gradients of the last step, to name the leaves that are not finite; or what
             ``distributed.nonfinite_leaves`` returned for them, to name the replicas too.
-        max_skips: Steps in a row that are tolerated, less one: skipped at the lowest scale, or with updates that are
-            not finite although the gradients are. Fewer of the latter are a ``NonFiniteUpdateWarning``.
+        max_skips: How many steps in a row raise: skipped at the lowest scale, or with updates that are not finite
+            although the gradients are. Fewer of the latter are a ``NonFiniteUpdateWarning``.
 
     Raises:
         LossScaleStalledError: If it was ``max_skips`` or more.
@@ -127,12 +127,12 @@ def _check_replicas(state: LossScaledState, where: str) -> None:
     """Raises if rows that are on devices of their own differ."""
     for name, value in (("loss scale", state.loss_scale.loss_scale), *((n, getattr(state, n)) for n in _COUNTED)):
         shards = getattr(value, "addressable_shards", ())
-        is_replicated = np.ndim(value) == 1 and len(shards) > 1 and all(shard.data.size == 1 for shard in shards)
+        is_replicated = np.ndim(value) <= 1 and len(shards) > 1 and all(shard.data.size == 1 for shard in shards)
         rows = [np.asarray(shard.data).item() for shard in shards] if is_replicated else []
-        if len(set(rows)) > 1:
+        if len(set(map(repr, rows))) > 1:  # NaN is NaN here
             raise ReplicasDisagreeError(
-                f"The replicas of a pmap disagree{where}: {name} is {quote(rows)}. Replicas of one model must skip "
-                "the same steps: write loss_scaled(inner, axis_name=...) with the axis_name of the pmap. Models that "
+                f"The replicas disagree{where}: {name} is {quote(rows)}. Replicas of one model must skip the same "
+                "steps: write loss_scaled(inner, axis_name=...) with the axis of the pmap or shard_map. Models that "
                 "are independent are checked one by one: jax.tree.map(lambda x: x[i], opt_state)."
             )
 
@@ -145,11 +145,15 @@ def _check_skips(state: LossScaledState, grads: Any, max_skips: int, where: str)
     if not stalled.size:
         return
     names = _nonfinite_leaves(grads)
-    culprits = (
-        f"Not finite in the gradients given: {names}. "
-        if names
-        else "Pass the gradients of a skipped step as grads= to see which leaves are not finite. "
-    )
+    if names:
+        culprits = f"Not finite in the gradients given: {names}. "
+    elif grads is None:
+        culprits = "Pass the gradients of a skipped step as grads= to see which leaves are not finite. "
+    else:
+        culprits = (
+            "The gradients given are finite: either so large that their global norm may overflow, or not those of a "
+            "skipped step. "
+        )
     raise LossScaleStalledError(
         f"{skips.flat[stalled[0]]} steps in a row were skipped and the loss scale {scales.flat[stalled[0]]:g} cannot "
         f"go lower{_members(stalled, skips)}{where}. {culprits}"

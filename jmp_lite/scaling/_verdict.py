@@ -90,14 +90,26 @@ def judge(grads: Any, loss_scale: LossScale, axis_name: Any) -> jax.Array:
     below = jax.lax.platform_dependent(cpu=on_cpu, default=in_few_kernels) if choose else all_of(each(leaves))
     usable = (scale >= np.float32(SMALLEST_SCALE)) & (scale <= np.float32(LARGEST_SCALE))
     verdict = agree(below & usable, axis_name)
-    forgotten = varying_axes(verdict) - varying_axes(scale)
+    refuse_forgotten_axes(verdict, scale, "skip a step", "loss_scaled(inner, axis_name={})")
+    return verdict
+
+
+def refuse_forgotten_axes(verdict: jax.Array, scale: Any, decision: str, remedy: str) -> None:
+    """Raises if devices with one loss scale could come to different verdicts.
+
+    Args:
+        verdict: ``bool[]``, which varies over the mesh axes along which devices have different ones.
+        scale: Of the loss; members of an ensemble that have their own decide for themselves.
+        decision: What is decided.
+        remedy: What to write, with a place for the axes.
+    """
+    forgotten = varying_axes(verdict) - varying_axes(jnp.asarray(scale))
     if forgotten:
         names = tuple(sorted(forgotten))
         raise MissingAxisError(
             f"Devices along {' and '.join(map(repr, names))} see different gradients, and could decide differently "
-            f"whether to skip a step. Write loss_scaled(inner, axis_name={names[0] if len(names) == 1 else names!r})."
+            f"whether to {decision}. Write {remedy.format(repr(names[0] if len(names) == 1 else names))}."
         )
-    return verdict
 
 
 def watched(updates: list[tuple[Any, jax.Array]]) -> jax.Array:

@@ -103,6 +103,12 @@ def test_bytes_of_flax_are_called_that():
         checkpoint.from_bytes({"w": jnp.zeros(2)}, serialization.to_bytes({"w": jnp.ones(2)}), policy="full")
 
 
+@pytest.mark.parametrize("state", [{"header": {"a": 1}, "w": 2}, {"header": 1.0, "state": 2.0}, 3, [1, 2]], ids=str)
+def test_bytes_of_flax_may_look_like_ours(state):
+    with pytest.raises(jmp.errors.ForeignCheckpointError, match=r"flax\.serialization\.from_bytes"):
+        checkpoint.from_bytes(state, serialization.to_bytes(state), policy="full")
+
+
 def test_bytes_are_open_and_restored_arrays_are_the_callers():
     """Flax reads them; NumPy arrays may be changed, JAX arrays donated."""
     assert serialization.msgpack_restore(DATA)["state"]["params/w"].tolist() == STATE["params"]["w"].tolist()
@@ -113,9 +119,21 @@ def test_bytes_are_open_and_restored_arrays_are_the_callers():
     assert outcome(DATA) == "saved"
 
 
-@pytest.mark.parametrize(
-    "leaf", ["text", object(), jax.ShapeDtypeStruct((2,), jnp.float32)], ids=lambda x: type(x).__name__
-)
+NO_LEAVES = {
+    "text": "text",
+    "object": object(),
+    "structure": jax.ShapeDtypeStruct((2,), jnp.float32),
+    "byte order": np.ones(2, np.dtype(np.float32).newbyteorder()),
+    "texts": np.array(["ab"]),
+    "bytes": np.array([b"ab"]),
+    "objects": np.array([None]),
+    "records": np.zeros(2, [("a", "f4")]),
+    "dates": np.array(["2026-01-01"], "datetime64[D]"),
+    "integer of 70 bits": 2**70,
+}
+
+
+@pytest.mark.parametrize("leaf", NO_LEAVES.values(), ids=NO_LEAVES)
 def test_leaf_that_is_no_array_is_refused(leaf, tmp_path):
     """In both forms, by name."""
     for save in (checkpoint.to_bytes, lambda state, policy: checkpoint.save(tmp_path / "a", state, policy=policy)):

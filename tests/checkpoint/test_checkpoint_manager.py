@@ -131,8 +131,8 @@ def test_number_and_scalar_array_stand_for_each_other(tmp_path):
 # --- Which steps ----------------------------------------------------------------------------------
 
 
-def test_every_and_max_to_keep_choose_the_steps(tmp_path):
-    """Multiples of ``every`` are saved, the newest are kept, and a step is saved once."""
+def test_interval_and_max_to_keep_choose_the_steps(tmp_path):
+    """Multiples of ``save_interval_steps`` are saved, the newest are kept, and a step is saved once."""
     with manage(tmp_path, save_interval_steps=5, max_to_keep=2) as manager:
         assert manager.latest_step() is None
         assert [5, 10, 15, 20] == [step for step in range(1, 24) if manager.save(step, {"w": jnp.ones(2)})]

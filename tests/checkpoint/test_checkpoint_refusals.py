@@ -1,5 +1,6 @@
 """What a checkpoint cannot be: arguments that lose states, directories of others, and a second writer."""
 
+import errno
 import os
 import pathlib
 import signal
@@ -7,10 +8,12 @@ import subprocess
 import sys
 import textwrap
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from flax import serialization
 from support.checkpoints import manage
 
 import jmp_lite as jmp
@@ -91,8 +94,15 @@ def save_without_metadata(path):
     (path / "_CHECKPOINT_METADATA").unlink()
 
 
+def save_managed_without_metadata(path):
+    save_managed(path)
+    (path / "_CHECKPOINT_METADATA").unlink()
+
+
 @pytest.mark.parametrize(
-    "save", [save_standard, save_pytree, save_composite, save_managed, save_without_metadata], ids=lambda f: f.__name__
+    "save",
+    [save_standard, save_pytree, save_composite, save_managed, save_without_metadata, save_managed_without_metadata],
+    ids=lambda f: f.__name__,
 )
 def test_plain_orbax_checkpoint_is_called_that(save, tmp_path):
     """It is not damaged, so no step is passed over for it."""
@@ -104,6 +114,41 @@ def test_plain_orbax_checkpoint_is_called_that(save, tmp_path):
     with manage(tmp_path) as manager:
         with pytest.raises(jmp.errors.ForeignCheckpointError, match=r"/7 is a plain Orbax checkpoint"):
             manager.restore(STATE)
+        assert manager.restore(STATE, step=1)[0] == 1
+
+
+@pytest.mark.parametrize("data", [checkpoint.to_bytes(STATE, policy="full"), serialization.to_bytes(STATE), b"?"])
+def test_a_file_is_no_directory(data, tmp_path):
+    (tmp_path / "state").write_bytes(data)
+    with pytest.raises(jmp.errors.ForeignCheckpointError, match=r"is a file, .* from_bytes"):
+        checkpoint.restore(tmp_path / "state", STATE, policy="full")
+
+
+OBSTACLES = {
+    "memory": MemoryError(),
+    "device memory": jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"),
+    "permission": PermissionError(errno.EACCES, "Permission denied"),
+    "open files": OSError(errno.EMFILE, "Too many open files"),
+    "network": ValueError("UNAVAILABLE: connection reset"),
+}
+
+
+@pytest.mark.parametrize("error", OBSTACLES.values(), ids=OBSTACLES)
+def test_what_hinders_reading_is_no_damage(error, tmp_path, monkeypatch):
+    """The error is that of the obstacle, and the checkpoint stays the newest."""
+    with manage(tmp_path) as manager:
+        manager.save(1, STATE)
+
+    def fail(leaves):
+        raise error
+
+    with monkeypatch.context() as patch, manage(tmp_path) as manager:
+        patch.setattr("jmp_lite.checkpoint._directory.local_sums", fail)
+        with pytest.raises(type(error)) as caught:
+            manager.restore(STATE)
+        assert caught.value is error
+    with manage(tmp_path) as manager:
+        assert manager.save(2, STATE)
         assert manager.restore(STATE, step=1)[0] == 1
 
 
@@ -123,8 +168,18 @@ def test_second_writer_is_refused_until_the_first_closes(tmp_path):
         first.save(2, STATE)
         first.close()
         assert second.save(3, STATE)
-        with pytest.raises(jmp.errors.CheckpointLockedError):
-            first.save(4, STATE)
+
+
+def test_a_closed_manager_is_closed(tmp_path):
+    """It would take the lock again, and nobody would give it back."""
+    manager = manage(tmp_path)
+    manager.save(1, STATE)
+    manager.close()
+    for act in (lambda: manager.save(2, STATE), lambda: manager.restore(STATE)):
+        with pytest.raises(jmp.errors.InvalidCheckpointError, match="is closed"):
+            act()
+    with manage(tmp_path) as other:
+        assert other.save(2, STATE)
 
 
 HOLDER = """
@@ -171,12 +226,55 @@ def test_lock_of_a_file_that_was_removed_is_none(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("answer", [BlockingIOError(errno.EAGAIN, "try again"), PermissionError(errno.EACCES, "no")])
+def test_a_lock_that_another_has(answer, tmp_path, monkeypatch):
+    """Linux says so in one way, SMB in another."""
+
+    def refuse(*args):
+        raise answer
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(jmp.errors.CheckpointLockedError):
+        WriterLock(str(tmp_path))
+
+
+def test_a_lock_that_fails_is_no_lock(tmp_path, monkeypatch):
+    """Neither has this writer it, nor is there none."""
+
+    def fail(*args):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("fcntl.flock", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        WriterLock(str(tmp_path))
+
+
+def test_the_file_of_another_user_is_a_lock(tmp_path, monkeypatch):
+    """Who may not write to the file may see that it is locked, and lock it afterwards."""
+    mine = WriterLock(str(tmp_path))
+    real = pathlib.Path.open
+
+    def open_of_another_user(path, mode="r", **settings):
+        if path.name == ".writer" and mode != "r":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real(path, mode, **settings)
+
+    monkeypatch.setattr(pathlib.Path, "open", open_of_another_user)
+    with pytest.raises(jmp.errors.CheckpointLockedError, match=f"Process {os.getpid()} "):
+        WriterLock(str(tmp_path))
+    mine.let_go()  # as if it had died
+    theirs = WriterLock(str(tmp_path))
+    with pytest.raises(jmp.errors.CheckpointLockedError):
+        WriterLock(str(tmp_path))
+    theirs.release()
+
+
 def test_places_without_locks_are_written_to(tmp_path, monkeypatch):
     """Object stores, and file systems that do not know ``flock``."""
     WriterLock("gs://bucket/run").release()
 
     def refuse(*args):
-        raise OSError("function not implemented")
+        raise OSError(errno.ENOSYS, "function not implemented")
 
     monkeypatch.setattr("fcntl.flock", refuse)
     with manage(tmp_path) as first, manage(tmp_path) as second:

@@ -174,6 +174,19 @@ def test_weights_may_lie_in_memory_as_they_like(layout, rng, tmp_path):
     np.testing.assert_array_equal(export.load(tmp_path / "m").params["params"], expected)
 
 
+def test_weights_of_numpy_are_those_that_jax_makes_of_them(tmp_path):
+    """NumPy's defaults have 64 bits, which the program does not without ``jax_enable_x64``."""
+    params = {"ids": np.arange(4), "w": np.ones(4), "swapped": np.ones(4, np.dtype(np.float32).newbyteorder())}
+
+    def run(params, x):
+        return x + params["w"][params["ids"]] + params["swapped"]
+
+    export.freeze(run, params, jnp.ones(4), path=tmp_path / "model")
+    np.testing.assert_array_equal(export.load(tmp_path / "model")(jnp.ones(4)), np.full(4, 3.0))
+    with pytest.raises(jmp.errors.InvalidExportError, match=r"Leaf 'ids' is int64\[4\] with numbers that int32 cannot"):
+        export.freeze(run, {**params, "ids": params["ids"] + 2**40}, jnp.ones(4), path=tmp_path / "other")
+
+
 def test_header_is_json(artifact):
     """The header can be read without this library."""
     data = artifact.read_bytes()

@@ -122,6 +122,22 @@ def test_every_entry_is_needed_and_checked(name, parts, tmp_path):
     assert outcome(tmp_path / "q", seal(layout, {**header, name: CHANGES[name]}, body)) == "CorruptArtifactError"
 
 
+@pytest.mark.parametrize("text", ["01f4", "(,)f4", "f4,f4", ">f4", "float32 ", "object", "int32[", ""])
+def test_dtypes_are_looked_up_and_not_parsed(text, parts, tmp_path):
+    """NumPy evaluates some texts that it is asked for a dtype of."""
+    layout, header, body = parts
+    for name in header["dtypes"]:
+        changed = {**header, "dtypes": {**header["dtypes"], name: text}}
+        assert outcome(tmp_path / "q", seal(layout, changed, body)) == "CorruptArtifactError"
+
+
+@pytest.mark.parametrize("value", [[], 0, {}, False])
+@pytest.mark.parametrize("name", ["policy", "recipe"])
+def test_what_is_not_named_is_null(name, value, parts, tmp_path):
+    layout, header, body = parts
+    assert outcome(tmp_path / "q", seal(layout, {**header, name: value}, body)) == "CorruptArtifactError"
+
+
 PROGRAMS = {
     "cut": lambda program: program[:40],
     "cut at the end": lambda program: program[:-40],

@@ -1,5 +1,7 @@
 """Gradients of a scaled loss of NNX modules: those of `nnx.value_and_grad`, with every change of the modules."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -180,6 +182,67 @@ class Growing(nnx.Module):
         if not hasattr(self, "cache"):
             self.cache = nnx.Variable(jnp.zeros(()))
         return jnp.mean(x)
+
+
+def loss_with_keyword(model, x, *, power=2):
+    return jnp.mean(model(x) ** power)
+
+
+CALLS = {
+    "keyword": (loss_with_keyword, {"power": 4}),
+    "partial": (functools.partial(loss_with_keyword, power=4), {}),
+    "with_policy": (jmp.nnx.with_policy(functools.partial(loss_with_keyword, power=4), "full"), {}),
+}
+
+
+@pytest.mark.parametrize("argnum", [0, -2, nnx.DiffState(0, nnx.Param), nnx.DiffState(-2, nnx.Param)], ids=str)
+@pytest.mark.parametrize(("loss_fn", "keywords"), CALLS.values(), ids=CALLS)
+def test_the_signature_is_that_of_the_function(loss_fn, keywords, argnum, rng):
+    """Keywords, partial functions, positions counted from the end."""
+    model, x = nnx.Linear(4, 2, rngs=nnx.Rngs(0)), jnp.asarray(rng.standard_normal((6, 4)), jnp.float32)
+    expected = nnx.grad(lambda model: jnp.mean(model(x) ** 4))(model)
+    scale = jmp.StaticLossScale(SCALE)
+    _, grads = jmp.nnx.scaled_value_and_grad(loss_fn, argnum, loss_scale=scale)(model, x, **keywords)
+    assert_near(unscaled(grads), expected)
+    _, grads = jmp.nnx.accumulate_gradients(loss_fn, 3, argnum, loss_scale=scale)(model, x, **keywords)
+    assert_near(unscaled(grads), expected)
+
+
+def test_nnx_takes_partial_functions_under_a_policy():
+    model, x = nnx.Linear(4, 2, rngs=nnx.Rngs(0)), jnp.ones((6, 4))
+    for wrap in (jmp.nnx.with_policy, jmp.nnx.autocast):
+        loss_fn = wrap(functools.partial(loss_with_keyword, power=4), "mixed_bfloat16")
+        assert jnp.isfinite(nnx.value_and_grad(loss_fn)(model, x)[0])
+
+
+def test_a_method_of_a_module_is_refused():
+    """Its module would be a constant."""
+    model = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
+    for transform in (jmp.nnx.scaled_value_and_grad, lambda f, **k: jmp.nnx.accumulate_gradients(f, 2, **k)):
+        with pytest.raises(errors.InvalidFunctionError, match=r"method of one, Linear\.__call__"):
+            transform(model.__call__, loss_scale=jmp.NoOpLossScale())
+
+
+def test_modules_in_containers_and_modules_that_are_shared(rng):
+    """Gradients of the parameters, and of shared ones once, as `nnx.grad` returns them."""
+    x, scale = jnp.asarray(rng.standard_normal((6, 4)), jnp.float32), jmp.StaticLossScale(SCALE)
+    norms = [nnx.BatchNorm(4, rngs=nnx.Rngs(0)), nnx.Linear(4, 4, rngs=nnx.Rngs(1))]
+    shared = nnx.Linear(4, 4, rngs=nnx.Rngs(2))
+    for fun, args, argnums in (
+        (lambda models, x: jnp.mean(models[1](models[0](x, use_running_average=True)) ** 2), (norms,), 0),
+        (lambda a, b, x: jnp.mean(a(x) * b(x)), (shared, shared), (0, 1)),
+    ):
+        expected = nnx.grad(fun, argnums=argnums)(*args, x)
+        _, grads = jmp.nnx.accumulate_gradients(fun, 3, argnums, loss_scale=scale)(*args, x)
+        assert jax.tree.structure(grads) == jax.tree.structure(expected)
+        assert_near(unscaled(grads), expected)
+
+
+def test_retries_need_a_scale_of_arrays():
+    optimizer = nnx.Optimizer(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), jmp.loss_scaled(optax.sgd(0.1)), wrt=nnx.Param)
+    value_and_grad = jmp.scaled_value_and_grad(lambda w: w * 2.0, loss_scale=optimizer, max_retries=2)
+    with pytest.raises(errors.InvalidLossScaleError, match=r"made of arrays, and that of an nnx\.Optimizer"):
+        value_and_grad(1.0)
 
 
 def test_a_loop_carries_no_new_variables():

@@ -89,6 +89,7 @@ def test_an_optimizer_around_a_scaled_one_is_taken(around):
 def test_a_skipped_step_keeps_every_bit(run, form, rng):
     bits = [0.0, -0.0, 1.0, -1.5e-38, np.inf, -np.inf, np.nan]
     params = {"w": jnp.asarray(rng.permutation(bits), jnp.float32), "h": jnp.asarray([-0.0, 1.0], jnp.float16)}
+    params["c"] = jax.lax.complex(jnp.array([-0.0, 1.0]), jnp.array([-0.0, -0.0]))
     grads = jax.tree.map(lambda p: jnp.full_like(p, jnp.nan), params)
     tx = sgd(momentum=0.9)
     new, state = run(step_of(tx, form))(params, tx.init(params), grads)
@@ -266,6 +267,34 @@ def test_an_axis_that_was_forgotten_is_named(form, axis):
         spread(tx, step_of(tx, form), axis)
 
 
+def accumulated(loss_fn, scale, axis_name):
+    options = {"on_nonfinite": "skip_microbatch", "axis_name": axis_name}
+    return jmp.accumulate_gradients(loss_fn, 2, loss_scale=scale, **options)
+
+
+def retried(loss_fn, scale, axis_name):
+    return jmp.scaled_value_and_grad(loss_fn, loss_scale=scale, max_retries=3, axis_name=axis_name)
+
+
+@pytest.mark.parametrize("gradient", [accumulated, retried])
+@pytest.mark.parametrize("axis", ["data", "expert"])
+def test_an_axis_that_was_forgotten_when_the_gradient_is_made(gradient, axis):
+    """Devices would try again, or leave out microbatches, each by itself."""
+    mesh = jax.make_mesh((DEVICES,), (axis,), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def run(axis_name):
+        def each(w, scale, x):
+            w = jax.lax.pcast(w, axis, to="varying")
+            return gradient(lambda w, x: jnp.mean((w * x) ** 2), scale, axis_name)(w, x)[1]
+
+        mapped = jax.shard_map(each, mesh=mesh, in_specs=(P(), P(), P(axis)), out_specs=P(axis))
+        return jax.jit(mapped)(jnp.ones((1, 1)), jmp.DynamicLossScale(), jnp.ones((2 * DEVICES, 1)))
+
+    with pytest.raises(errors.MissingAxisError, match=rf"{axis}.*\(\.\.\., axis_name='{axis}'\)"):
+        run(None)
+    assert np.isfinite(run(axis)).all()
+
+
 def test_an_axis_that_was_named_is_enough():
     tx = jmp.loss_scaled(optax.sgd(0.5), axis_name="data")
     params, _ = spread(tx, step_of(tx, fused))
@@ -287,6 +316,28 @@ def test_replicas_that_disagree_are_told():
         jmp.check_loss_scale(replicated(None, 3))
     jmp.check_loss_scale(replicated("data", 3))
     jmp.check_loss_scale(replicated(None, slice(0, 0)))
+
+
+def test_copies_of_a_scale_that_disagree_are_told():
+    """As `shard_map` makes them when its checks are off."""
+    tx = jmp.loss_scaled(optax.sgd(0.5))
+    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    grads, params = jnp.ones((DEVICES, 1)).at[3].set(jnp.nan), jnp.ones((DEVICES, 1))
+    step = jax.shard_map(step_of(tx, fused), mesh=mesh, in_specs=(P(), P(), P("data")), out_specs=P(), check_vma=False)
+    _, state = jax.jit(step)(params[:1], tx.init(params[:1]), grads)
+    with pytest.raises(errors.ReplicasDisagreeError, match="loss scale is"):
+        jmp.check_loss_scale(state)
+
+
+def test_finite_gradients_of_skipped_steps_are_called_that():
+    """Their norm may overflow; nobody is asked for what was given."""
+    tx = jmp.loss_scaled(optax.sgd(0.5), jmp.NoOpLossScale())
+    params = {"w": jnp.ones(3)}
+    grads, state = {"w": jnp.full(3, 1e30)}, tx.init(params)
+    for _ in range(3):
+        _, state = tx.update(grads, state, params)
+    with pytest.raises(errors.LossScaleStalledError, match="given are finite: either so large"):
+        jmp.check_loss_scale(state, grads, max_skips=3)
 
 
 def ensemble(rows):
