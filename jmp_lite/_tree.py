@@ -171,6 +171,11 @@ def cast_to_at_least_float32(leaf: Any) -> jax.Array:
     return jnp.asarray(leaf, at_least_float32(dtype))
 
 
+def is_finite(array: Any) -> jax.Array:
+    """Returns which floating or complex numbers of an array are finite, of a dtype that JAX asks about or not."""
+    return jnp.isfinite(cast_to_at_least_float32(array))
+
+
 def scalar_predicate(value: Any) -> jax.Array:
     """Returns a boolean scalar array, or says what else it was given.
 
@@ -215,8 +220,8 @@ def all_finite(tree: Any, *, axis_name: Any = None) -> jax.Array:
         >>> print(jmp.all_finite({"w": jnp.array([1.0, jnp.inf]), "step": 3}))
         False
     """
-    leaves = [cast_to_at_least_float32(x) for x in jax.tree.leaves(tree) if is_inexact(x)]
-    finite = jnp.stack([jnp.isfinite(x).all() for x in leaves]).all() if leaves else jnp.array(True)
+    leaves = [is_finite(x).all() for x in jax.tree.leaves(tree) if is_inexact(x)]
+    finite = jnp.stack(leaves).all() if leaves else jnp.array(True)
     return agree(finite, axis_name)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jmp_lite._tree import cast_to_at_least_float32, is_inexact, path_string, vary_over
+from jmp_lite._tree import is_finite, is_inexact, path_string, vary_over
 from jmp_lite.distributed._shardings import as_tuple
 
 
@@ -39,7 +39,7 @@ def nonfinite_leaves(grads: Any, *, axis_name: Any = None) -> dict[str, jax.Arra
     leaves = [(path_string(path), x) for path, x in jax.tree_util.tree_leaves_with_path(grads) if is_inexact(x)]
     if not leaves:
         return {}
-    bad = jnp.stack([~jnp.isfinite(cast_to_at_least_float32(x)).all() for _, x in leaves])
+    bad = jnp.stack([~is_finite(x).all() for _, x in leaves])
     if axis_name is None:
         return _by_path(leaves, bad)
     axes = as_tuple(axis_name)

@@ -9,7 +9,7 @@ import optax
 
 from jmp_lite._dtypes import at_least_float32
 from jmp_lite._messages import quote
-from jmp_lite._tree import cast_to_at_least_float32, describe, is_array, is_inexact, path_string
+from jmp_lite._tree import describe, is_array, is_finite, is_inexact, path_string
 from jmp_lite.errors import InvalidStepError
 from jmp_lite.scaling._loss_scaled import LossScaledUpdate, check_optimizer, is_hidden, loss_scaled_states
 from jmp_lite.scaling._verdict import step_or_skip, watched
@@ -24,10 +24,6 @@ def _sum(param: jax.Array, update: jax.Array) -> jax.Array:
     return (param.astype(wide) + update.astype(wide)).astype(param.dtype)
 
 
-def _is_finite(array: jax.Array) -> jax.Array:
-    return jnp.isfinite(cast_to_at_least_float32(array))
-
-
 def _apply(params: P, updates: Any) -> tuple[P, jax.Array]:
     """Returns new parameters, and whether their updates are finite.
 
@@ -40,7 +36,7 @@ def _apply(params: P, updates: Any) -> tuple[P, jax.Array]:
             return None
         param = jnp.asarray(leaf)
         new = _sum(param, jnp.asarray(update))
-        is_kept = _is_finite(param) & ~_is_finite(new)
+        is_kept = is_finite(param) & ~is_finite(new)
         seen.append((param.dtype, ~is_kept))
         return jnp.where(is_kept, param, new)
 

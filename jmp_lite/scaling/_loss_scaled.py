@@ -10,7 +10,7 @@ import optax
 
 from jmp_lite._dtypes import FLOAT32
 from jmp_lite._messages import quote
-from jmp_lite._tree import cast_to_at_least_float32, is_array, is_inexact, path_string
+from jmp_lite._tree import is_array, is_finite, is_inexact, path_string
 from jmp_lite.errors import InvalidLossScaleError, InvalidStepError, LossScaleNotFoundError
 from jmp_lite.scaling._in_state import is_loss_scale
 from jmp_lite.scaling._loss_scale import DynamicLossScale, LossScale, register_serialization
@@ -92,8 +92,8 @@ def _nothing(like: Any) -> jax.Array:
 
 
 def _finite_or_nothing(update: Any) -> tuple[Any, jax.Array]:
-    is_finite = jnp.isfinite(cast_to_at_least_float32(update))
-    return jnp.where(is_finite, update, _nothing(update)), is_finite
+    finite = is_finite(update)
+    return jnp.where(finite, update, _nothing(update)), finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +151,7 @@ class LossScaledUpdate:
             new, inner_state = self.inner_update(updates, state, params, extra_args)
             leaves, treedef = jax.tree.flatten(new)
             kept = [_finite_or_nothing(leaf) for leaf in leaves]
-            are_finite = watched([(leaf.dtype, is_finite) for leaf, is_finite in kept])
+            are_finite = watched([(leaf.dtype, finite) for leaf, finite in kept])
             return (jax.tree.unflatten(treedef, [leaf for leaf, _ in kept]), inner_state), are_finite
 
         def skip() -> tuple[Any, Any]:

@@ -32,7 +32,8 @@ LOW, FULL = "mixed_bfloat16", "float32"
 #: Whole models, and cases that are long and much like others; continuous integration runs them too.
 SLOW = {
     *autocast_models.CASES,
-    *("attention, window", "attention, mask of -1e9", "attention, mask added", "conv, dilated", "group norm"),
+    *("attention, causal", "attention, window", "attention, mask of -1e9", "attention, mask added"),
+    *("conv, dilated", "group norm"),
     *("remat saving everything", "remat saving nothing", "remat saving dots", "remat saving all but names"),
     *("scan, reversed and unrolled", "scan with branch and loop", "scan with accumulators", "cumulative sums"),
     *("associative_scan, recurrent", "max and min", "cholesky and svd", "jacobians", "jvp", "log_softmax"),

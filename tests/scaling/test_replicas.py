@@ -60,7 +60,9 @@ def train_step(tx, form, mean):
 VERDICTS = [False, True, False, False, True, True, False]
 
 
-@pytest.mark.parametrize(("form", "axis_name"), [(fused, None), (two_calls, "batch")])
+@pytest.mark.parametrize(
+    ("form", "axis_name"), [(fused, None), pytest.param(two_calls, "batch", marks=pytest.mark.slow)]
+)
 def test_pmap_with_mean_gradients(form, axis_name, rng):
     """After pmean all replicas agree bit for bit, skip together, and only the bad replica's loss is not finite."""
     tx = optimizer(axis_name)
