@@ -1,5 +1,6 @@
 """Loss scales inside of states of optimizers: found and replaced."""
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -16,6 +17,12 @@ def is_loss_scale(node: Any) -> bool:
     return isinstance(node, (NoOpLossScale, StaticLossScale, DynamicLossScale))
 
 
+def nodes(state: Any, is_node: Callable[[Any], bool]) -> list[tuple[str, Any]]:
+    """Returns path and node of everything in a state that is of one kind."""
+    leaves = jax.tree_util.tree_leaves_with_path(state, is_leaf=is_node)
+    return [(path_string(path), node) for path, node in leaves if is_node(node)]
+
+
 def find_loss_scale(state: Any, name: str | None = None) -> tuple[str, LossScale]:
     """Finds the one loss scale in a state, however deeply transforms are nested around it.
 
@@ -29,8 +36,7 @@ def find_loss_scale(state: Any, name: str | None = None) -> tuple[str, LossScale
     Raises:
         LossScaleNotFoundError: If there is none (of that name), or several; the message gives their paths.
     """
-    nodes = jax.tree_util.tree_leaves_with_path(state, is_leaf=is_loss_scale)
-    scales = [(path_string(path), node) for path, node in nodes if is_loss_scale(node)]
+    scales = nodes(state, is_loss_scale)
     found = [(path, scale) for path, scale in scales if name is None or name in path.split("/")]
     if len(found) == 1:
         return found[0]

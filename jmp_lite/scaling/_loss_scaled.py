@@ -10,9 +10,9 @@ import optax
 
 from jmp_lite._dtypes import FLOAT32
 from jmp_lite._messages import quote
-from jmp_lite._tree import is_array, is_finite, is_inexact, path_string
+from jmp_lite._tree import is_array, is_finite, is_inexact
 from jmp_lite.errors import InvalidLossScaleError, InvalidStepError, LossScaleNotFoundError
-from jmp_lite.scaling._in_state import is_loss_scale
+from jmp_lite.scaling._in_state import is_loss_scale, nodes
 from jmp_lite.scaling._loss_scale import DynamicLossScale, LossScale, register_serialization
 from jmp_lite.scaling._verdict import judge, step_or_skip, unscale, watched
 
@@ -57,12 +57,7 @@ def is_hidden(node: Any) -> bool:
 
 def loss_scaled_states(opt_state: Any) -> list[tuple[str, LossScaledState]]:
     """Returns path and node of every ``LossScaledState``, or raises if there is none."""
-
-    def is_state(node: Any) -> bool:
-        return isinstance(node, LossScaledState)
-
-    nodes = jax.tree_util.tree_leaves_with_path(opt_state, is_leaf=is_state)
-    found = [(path_string(path), node) for path, node in nodes if is_state(node)]
+    found = nodes(opt_state, lambda node: isinstance(node, LossScaledState))
     if not found:
         raise LossScaleNotFoundError(
             f"No loss scale in the state, a {type(opt_state).__name__}. Pass the state of an optimizer wrapped in "
