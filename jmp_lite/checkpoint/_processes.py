@@ -54,5 +54,5 @@ def first_failure(reason: str | None) -> str | None:
     text = (reason or "").encode()[:_LONGEST].ljust(_LONGEST, b"\0")
     for process, row in enumerate(gather(np.frombuffer(text, np.uint32))):
         if found := row.tobytes().rstrip(b"\0"):
-            return f"{found.decode(errors='replace')} (seen by process {process})"
+            return f"{found.decode(errors='replace').rstrip('.')} (seen by process {process})."
     return None
