@@ -18,18 +18,16 @@ if os.environ.setdefault("JMP_LITE_SEED", "20260401") == "random":
     os.environ["JMP_LITE_SEED"] = str(random.SystemRandom().getrandbits(32))
 SEED = int(os.environ["JMP_LITE_SEED"])
 
-# Compiles in two thirds of the time; `nox -s coverage` and `nox -s nightly` run all tests as users compile.
-_is_quick = os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true") == "true"
-
 # XLA on CPU in jaxlib 0.11 and 0.12 miscompiles bfloat16: a residual block that ends in a mean gives NaN unless this
 # fusion is off. XLA aborts on flags that it does not know, so each is for the versions that have it.
-_FLAGS = [
-    (("0.10.",), "--xla_cpu_use_fusion_emitters=", "false" if _is_quick else "true"),
-    (("0.11.", "0.12."), "--xla_cpu_experimental_ynn_fusion_type=", ""),
-]
-for _versions, _flag, _value in _FLAGS:
-    if importlib.metadata.version("jaxlib").startswith(_versions) and _flag not in os.environ.get("XLA_FLAGS", ""):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}{_value}".strip()
+_flags = {"0.11.": "--xla_cpu_experimental_ynn_fusion_type=", "0.12.": "--xla_cpu_experimental_ynn_fusion_type="}
+# Compiles in two thirds of the time; `nox -s coverage` and `nox -s nightly` run all tests as users compile.
+if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true") == "true":
+    _flags["0.10."] = "--xla_cpu_use_fusion_emitters=false"
+for _version, _flag in _flags.items():
+    _given = os.environ.get("XLA_FLAGS", "")
+    if importlib.metadata.version("jaxlib").startswith(_version) and _flag.split("=")[0] not in _given:
+        os.environ["XLA_FLAGS"] = f"{_given} {_flag}".strip()
 
 # JAX makes many objects that live long; looking through them every 700 new ones takes a twentieth of the time.
 gc.set_threshold(20_000, 10, 10)

@@ -11,7 +11,6 @@ import numpy as np
 
 from jmp_lite._functions import check_function, refuse_modules
 from jmp_lite._tree import (
-    all_finite,
     cast_to_at_least_float32,
     describe,
     is_array,
@@ -21,10 +20,9 @@ from jmp_lite._tree import (
 )
 from jmp_lite.distributed._shardings import axes_of
 from jmp_lite.errors import InvalidMicrobatchError
-from jmp_lite.scaling._grad import differentiate, positions_among
+from jmp_lite.scaling._grad import are_finite, differentiate, positions_among
 from jmp_lite.scaling._in_state import find_loss_scale
 from jmp_lite.scaling._loss_scale import LossScale
-from jmp_lite.scaling._verdict import refuse_forgotten_axes
 
 SKIP_WINDOW, SKIP_MICROBATCH = "skip_window", "skip_microbatch"
 
@@ -143,9 +141,7 @@ def _mean(total: jax.Array, count: Any) -> jax.Array:
 
 def verdict(grads: list[jax.Array], scale: LossScale, axis_name: Any) -> jax.Array:
     """Returns ``bool[]``: whether a microbatch counts."""
-    finite = all_finite(scale.unscale(grads), axis_name=axis_name)
-    refuse_forgotten_axes(finite, scale.loss_scale, "leave a microbatch out", "accumulate_gradients(..., axis_name={})")
-    return finite
+    return are_finite(grads, scale, axis_name, "leave a microbatch out", "accumulate_gradients")
 
 
 def over_microbatches(

@@ -95,6 +95,13 @@ def differentiate(
     return gradient, assemble
 
 
+def are_finite(grads: list[Any], scale: LossScale, axis_name: Any, decision: str, caller: str) -> jax.Array:
+    """Returns ``bool[]``, whether unscaled gradients are finite on all devices, which decide something by it alike."""
+    finite = all_finite(scale.unscale(grads), axis_name=axis_name)
+    refuse_forgotten_axes(finite, scale.loss_scale, decision, f"{caller}(..., axis_name={{}})")
+    return finite
+
+
 def _retry(
     gradient: Callable[[LossScale], Gradient],
     loss_scale: LossScale,
@@ -116,10 +123,7 @@ def _retry(
 
     def attempt(scale: DynamicLossScale) -> tuple[DynamicLossScale, jax.Array, Gradient]:
         result = gradient(scale)
-        finite = all_finite(scale.unscale(result[2]), axis_name=axis_name)
-        refuse_forgotten_axes(
-            finite, scale.loss_scale, "try again at a lower scale", "scaled_value_and_grad(..., axis_name={})"
-        )
+        finite = are_finite(result[2], scale, axis_name, "try again at a lower scale", "scaled_value_and_grad")
         return scale, finite, result
 
     def again(carry: tuple[int, Any]) -> Any:

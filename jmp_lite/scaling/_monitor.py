@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmp_lite._messages import quote
-from jmp_lite._tree import is_array, is_inexact, path_string
+from jmp_lite._tree import is_array, is_finite, is_inexact, path_string
 from jmp_lite.errors import (
     InvalidStepError,
     LossScaleStalledError,
@@ -77,7 +77,7 @@ def _nonfinite_leaves(grads: Any) -> str:
     names, separator = [], ", "
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
         name = path_string(path)
-        if is_inexact(leaf) and not jnp.isfinite(leaf).all():
+        if is_inexact(leaf) and not is_finite(leaf).all():
             names.append(name)
         elif is_array(leaf) and leaf.dtype == np.bool_ and np.any(leaf):
             replicas = ", ".join(map(str, _replicas(leaf)))
