@@ -231,6 +231,10 @@ def available(skip_peers: bool = False) -> tuple[dict[str, Design], dict[str, st
     return _peers.build({BARE: bare, IDLE: idle, **OURS} if skip_peers else ALL)
 
 
+#: Seconds of compilation from which on one is enough.
+PATIENCE = 30.0
+
+
 class Built(NamedTuple):
     """A compiled step, and the processor seconds that it took to trace it and to compile it."""
 
@@ -248,7 +252,8 @@ def built(design: Design, params: Any, grads: Any, sharding: Any = None) -> Buil
       grads: tree of the same structure and shapes.
       sharding: where the arguments live; None for the default device.
 
-    The trace is the fastest of three, each of a function that JAX has not seen.
+    Both times are the fastest of three, each of a function that JAX has not seen; what takes longer than
+    `PATIENCE` to compile is compiled once.
     """
 
     def abstract(tree: Any) -> Any:
@@ -256,15 +261,17 @@ def built(design: Design, params: Any, grads: Any, sharding: Any = None) -> Buil
 
     state = jax.eval_shape(design.init, params)
     arguments = abstract(params), abstract(state), abstract(grads)
-    seconds = []
+    traces, compilations = [], []
     for _ in range(3):
         step = jax.jit(functools.partial(design.step), donate_argnums=(0, 1))
         start = time.process_time()
         traced = step.trace(*arguments)
-        seconds.append(time.process_time() - start)
-    start = time.process_time()
-    compiled = traced.lower().compile()
-    return Built(compiled, min(seconds), time.process_time() - start)
+        traces.append(time.process_time() - start)
+        if not compilations or min(compilations) < PATIENCE:
+            start = time.process_time()
+            compiled = traced.lower().compile()
+            compilations.append(time.process_time() - start)
+    return Built(compiled, min(traces), min(compilations))
 
 
 TREES = {

@@ -276,9 +276,10 @@ def get_policy(spec: "PolicyLike") -> "Policy | PolicyMap":
 
 def _prefixes(path: str) -> Iterator[str]:
     """Yields a path and its ancestors, deepest first: ``a/b/c``, ``a/b``, ``a``."""
-    segments = path.split("/")
-    for stop in range(len(segments), 0, -1):
-        yield "/".join(segments[:stop])
+    yield path
+    while "/" in path:
+        path = path.rpartition("/")[0]
+        yield path
 
 
 @dataclasses.dataclass(frozen=True, init=False, repr=False)
@@ -380,12 +381,13 @@ class PolicyMap:
         """Returns the default policy and those of all patterns."""
         return [self.default, *(policy for _, policy in self.policies)]
 
-    def _cast(self, tree: T, cast: Callable[[Policy, Any], Any]) -> T:
+    def _cast(self, tree: T, dtype_of: Callable[[Policy], DType]) -> T:
         paths: list[str] = []
+        dtypes = {policy: (dtype_of(policy), policy.named_dtypes) for policy in self.all_policies()}
 
         def by_path(path: Path, leaf: Any) -> Any:
             paths.append(path_string(path))
-            return cast(self.policy_for(paths[-1]), leaf)
+            return cast_leaf(leaf, *dtypes[self.policy_for(paths[-1])])
 
         result = map_leaves(by_path, tree)
         self._warn_of_misspelt_keys(paths)
@@ -430,7 +432,7 @@ class PolicyMap:
         Warns:
             UnmatchedRuleWarning: Once, if a key that has matched nothing so far is nearly the name of a module.
         """
-        return self._cast(tree, lambda policy, leaf: cast_leaf(leaf, policy.param_dtype, policy.named_dtypes))
+        return self._cast(tree, lambda policy: policy.param_dtype)
 
     def cast_to_compute(self, tree: T) -> T:
         """Casts each floating array to the ``compute_dtype`` of the policy at its path.
@@ -442,7 +444,7 @@ class PolicyMap:
         if _holds_jax_arrays(tree):
             for dtype in {policy.compute_dtype for policy in self.all_policies()}:
                 warn_if_slow(dtype)
-        return self._cast(tree, lambda policy, leaf: cast_leaf(leaf, policy.compute_dtype, policy.named_dtypes))
+        return self._cast(tree, lambda policy: policy.compute_dtype)
 
     def cast_to_output(self, tree: T) -> T:
         """Casts the model's outputs, which have no module path, to the ``output_dtype`` of the default policy."""

@@ -108,11 +108,10 @@ def cast_leaf(leaf: Any, dtype: DType, named: Iterable[DType] = ()) -> Any:
         The leaf itself where nothing is to be done, else an array of the same kind (JAX or NumPy) and the new dtype.
         JAX warns where a float64 that it was asked for is not enabled.
     """
-    if not is_array(leaf) or not jnp.issubdtype(leaf.dtype, jnp.floating):
+    if not is_array(leaf) or leaf.dtype == dtype or not jnp.issubdtype(leaf.dtype, jnp.floating):
         return leaf
     source = canonical(leaf.dtype)
-    castable = source in STANDARD_FORMATS or source in named
-    return leaf.astype(dtype) if castable and leaf.dtype != dtype else leaf
+    return leaf.astype(dtype) if source in STANDARD_FORMATS or source in named else leaf
 
 
 def map_leaves(fun: Callable[[Path, Any], Any], tree: T) -> T:

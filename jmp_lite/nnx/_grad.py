@@ -1,6 +1,7 @@
 """Gradients of a scaled loss for functions of NNX modules, whose state updates survive."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -65,8 +66,7 @@ def scaled_value_and_grad(
     References:
         ``nnx.value_and_grad`` (flax.readthedocs.io); ``jmp_lite.scaled_value_and_grad``.
     """
-    check_function(fn, "nnx.scaled_value_and_grad")
-    _refuse_bound(fn)
+    _check(fn, "nnx.scaled_value_and_grad")
     _, scale = find_loss_scale(loss_scale, name)
 
     def scaled(*args_and_kwargs: Any) -> tuple[jax.Array, Any]:
@@ -83,13 +83,18 @@ def scaled_value_and_grad(
     return wrapped
 
 
-def _refuse_bound(fn: Callable[..., Any]) -> None:
-    owner = getattr(fn, "__self__", None)
+def _check(fn: Callable[..., Any], caller: str) -> None:
+    """Raises, in the name of the caller, for what is no function of modules."""
+    check_function(fn, caller)
+    whole = fn
+    while isinstance(whole, functools.partial):
+        whole = whole.func
+    owner = getattr(whole, "__self__", None)
     if isinstance(owner, nnx.Module):
-        method = f"{type(owner).__name__}.{getattr(fn, '__name__', '')}"
+        method = f"{type(owner).__name__}.{whole.__name__}"
         raise InvalidFunctionError(
-            f"nnx.scaled_value_and_grad takes a function of modules, got a method of one, {method}, whose parameters "
-            f"would have no gradient. Give {method} and the module as its first argument."
+            f"{caller} takes a function of modules, got a method of one, {method}, whose parameters would have no "
+            f"gradient. Give {method} and the module as its first argument."
         )
 
 
@@ -155,6 +160,7 @@ def accumulate_gradients(
     References:
         ``jmp_lite.accumulate_gradients``.
     """
+    _check(fn, "nnx.accumulate_gradients")
     _accumulate.check_settings(num_microbatches, on_nonfinite)
     value_and_grad = scaled_value_and_grad(fn, argnums, has_aux, loss_scale=loss_scale, name=name)
     _, scale = find_loss_scale(loss_scale, name)

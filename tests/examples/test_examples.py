@@ -120,7 +120,9 @@ def test_all_policies_report_and_write_their_files(run, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [("--framework", "nnx"), ("--devices", "8")], ids=" ".join)
+@pytest.mark.parametrize(
+    "options", [pytest.param(("--framework", "nnx"), marks=pytest.mark.soak), ("--devices", "8")], ids=" ".join
+)
 def test_resumed_run_is_bit_identical(run, tmp_path, options):
     """Stopped within an epoch, after which the loss scale grows."""
     run("digits.py", *ONE_POLICY, *options, "--steps", 30, "--output", "whole")
@@ -189,7 +191,7 @@ def test_half_precision_is_as_accurate_as_float32(run, tmp_path):
     assert means["mixed_float16"] == pytest.approx(means["float32"], abs=0.01)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_float16_needs_a_loss_scale_for_a_small_loss(run, tmp_path):
     """The loss times 2**-20: no scale, no gradient but for a bias; a static and a dynamic one train."""
     small_loss = (*ONE_POLICY, "--loss-multiplier", "2**-20", "--steps", 105)

@@ -77,7 +77,7 @@ def test_a_few_steps_report_and_write_their_files(program, capsys, tmp_path):
     assert_is_a_picture(tmp_path / "lowbit.png")
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_all_variants_of_both_models_report(tmp_path):
     """A few steps: all variants that are not pruned start from the same weights and stay near one another."""
     command = [sys.executable, str(EXAMPLES / "lowbit.py"), "--steps", "3", "--output", "out"]

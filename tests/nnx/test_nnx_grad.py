@@ -215,12 +215,14 @@ def test_nnx_takes_partial_functions_under_a_policy():
         assert jnp.isfinite(nnx.value_and_grad(loss_fn)(model, x)[0])
 
 
-def test_a_method_of_a_module_is_refused():
+@pytest.mark.parametrize("name", ["scaled_value_and_grad", "accumulate_gradients"])
+def test_a_method_of_a_module_is_refused(name):
     """Its module would be a constant."""
-    model = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
-    for transform in (jmp.nnx.scaled_value_and_grad, lambda f, **k: jmp.nnx.accumulate_gradients(f, 2, **k)):
-        with pytest.raises(errors.InvalidFunctionError, match=r"method of one, Linear\.__call__"):
-            transform(model.__call__, loss_scale=jmp.NoOpLossScale())
+    method = nnx.Linear(4, 2, rngs=nnx.Rngs(0)).__call__
+    settings = {"num_microbatches": 2} if name == "accumulate_gradients" else {}
+    for fn in (method, functools.partial(method, jnp.ones((6, 4)))):
+        with pytest.raises(errors.InvalidFunctionError, match=rf"^nnx\.{name} .* method of one, Linear\.__call__"):
+            getattr(jmp.nnx, name)(fn, loss_scale=jmp.NoOpLossScale(), **settings)
 
 
 def test_modules_in_containers_and_modules_that_are_shared(rng):
