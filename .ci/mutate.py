@@ -89,13 +89,11 @@ def main() -> None:
     modules = arguments.modules or [f"{c}/{f.name}" for c in CHAPTERS for f in (ROOT / "jmp_lite" / c).glob("_*.py")]
     rng = random.Random(arguments.seed)
     print(f"--seed {arguments.seed} repeats this draw")
-    found = {}
     for chapter in dict.fromkeys(module.split("/")[0] for module in modules):
         of_chapter = sorted(f"jmp_lite/{module}" for module in modules if module.startswith(f"{chapter}/"))
-        found |= mutate(chapter, of_chapter, arguments.mutants, rng)
-    for module, results in found.items():
-        print("\n".join(diff for noticed, diff in results if not noticed))
-        print(f"{module}: {sum(noticed for noticed, _ in results)} of {len(results)} noticed\n")
+        for module, results in mutate(chapter, of_chapter, arguments.mutants, rng).items():
+            print("\n".join(diff for noticed, diff in results if not noticed))
+            print(f"{module}: {sum(noticed for noticed, _ in results)} of {len(results)} noticed\n", flush=True)
 
 
 if __name__ == "__main__":

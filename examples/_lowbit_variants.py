@@ -69,8 +69,8 @@ def prune_2_of_4(steps: int) -> list[optax.GradientTransformation]:
         return is_kernel(path, leaf) and not path.endswith(PROJECTIONS)
 
     return [
-        jmp.optim.prune(nm=(2, 4), where=is_projection, axis=-3, begin=steps // 2),
-        jmp.optim.prune(nm=(2, 4), where=is_other, begin=steps // 2),
+        jmp.optim.prune(nm=(2, 4), where=is_projection, axes=-3, begin=steps // 2),
+        jmp.optim.prune(nm=(2, 4), where=is_other, axes=-2, begin=steps // 2),
     ]
 
 

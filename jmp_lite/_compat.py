@@ -207,7 +207,7 @@ def bilinear_primitive(
         batch: The rule of ``vmap``: ``batch(operands, dimensions, **params) -> (result, dimension)``.
         impls_by_platform: What is compiled instead of ``impl`` for some platforms.
     """
-    from jax.interpreters import ad, batching, mlir
+    from jax.interpreters import ad, mlir
 
     def of_lhs(cotangent: Any, lhs: Any, rhs: Any, **params: Any) -> Any:
         return transpose(cotangent, lhs.aval, rhs, **params)
@@ -219,10 +219,9 @@ def bilinear_primitive(
         [platform] = {device.platform for device in lhs.devices()}
         return impls_by_platform.get(platform, impl)(lhs, rhs, **params)
 
-    primitive = composed_primitive(name, impl)
+    primitive = composed_primitive(name, impl, batch=batch)
     primitive.def_impl(evaluate)
     ad.defbilinear(primitive, of_lhs, of_rhs)
-    batching.primitive_batchers[primitive] = batch
     for platform, other in impls_by_platform.items():
         mlir.register_lowering(primitive, mlir.lower_fun(other, multiple_results=False), platform=platform)
     return primitive
@@ -245,7 +244,7 @@ def linear_primitive(
         batch: The rule of ``vmap``.
         linear: Positions of the operands in which it is linear.
     """
-    from jax.interpreters import ad, batching
+    from jax.interpreters import ad
 
     def jvp(primals: Any, tangents: Any, **params: Any) -> Any:
         moved = [
@@ -259,17 +258,22 @@ def linear_primitive(
             return [None] * len(operands)
         return transpose(cotangent, *(x.aval if ad.is_undefined_primal(x) else x for x in operands), **params)
 
-    primitive = composed_primitive(name, impl)
-    ad.primitive_jvps[primitive] = jvp
+    primitive = composed_primitive(name, impl, jvp=jvp, batch=batch)
     ad.primitive_transposes[primitive] = transpose_rule
-    batching.primitive_batchers[primitive] = batch
     return primitive
 
 
-def composed_primitive(name: str, impl: Callable[..., Any], *, multiple_results: bool = False) -> Any:
-    """Makes a primitive that is evaluated and compiled as what it is composed of."""
+def composed_primitive(
+    name: str,
+    impl: Callable[..., Any],
+    *,
+    jvp: Callable[..., Any] | None = None,
+    batch: Callable[..., Any] | None = None,
+    multiple_results: bool = False,
+) -> Any:
+    """Makes a primitive that is evaluated and compiled as what it is composed of; ``jvp``, ``batch``: its rules."""
     from jax.extend.core import Primitive
-    from jax.interpreters import mlir
+    from jax.interpreters import ad, batching, mlir
 
     def abstract_eval(*avals: Any, **params: Any) -> Any:
         results = jax.make_jaxpr(functools.partial(impl, **params))(*avals).out_avals
@@ -280,4 +284,8 @@ def composed_primitive(name: str, impl: Callable[..., Any], *, multiple_results:
     primitive.def_impl(impl)
     primitive.def_abstract_eval(abstract_eval)
     mlir.register_lowering(primitive, mlir.lower_fun(impl, multiple_results=multiple_results))
+    if jvp is not None:
+        ad.primitive_jvps[primitive] = jvp
+    if batch is not None:
+        batching.primitive_batchers[primitive] = batch
     return primitive

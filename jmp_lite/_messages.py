@@ -7,6 +7,9 @@ from typing import Any
 
 from jmp_lite.errors import JmpLiteError
 
+#: How many of several things a message names.
+_NAMED = 3
+
 
 def quote(value: Any, limit: int = 200) -> str:
     """Returns what a user gave on one line, cut where it is long."""
@@ -67,3 +70,9 @@ def edits(first: str, second: str, limit: int) -> int:
             return limit + 1
         before = above
     return min(row[-1], limit + 1)
+
+
+def first_few(items: list[str]) -> str:
+    """Names some, and counts the others."""
+    more = f" and {len(items) - _NAMED} more" if len(items) > _NAMED else ""
+    return ", ".join(items[:_NAMED]) + more

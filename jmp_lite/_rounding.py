@@ -1,5 +1,8 @@
 """Stochastic rounding: up or down with the probabilities that make it right on average."""
 
+import functools
+import math
+import operator
 from typing import Any
 
 import jax
@@ -10,13 +13,43 @@ from jax import lax
 from jmp_lite._dtypes import FLOAT32, DType
 
 
-def stochastic_round(key: jax.Array, x: Any, dtype: DType) -> jax.Array:
+def counted_bits(seed: Any, shape: tuple[int, ...]) -> jax.Array:
+    """Random bits for the elements of an array, made of their places in it: the same however it is sharded.
+
+    Args:
+        seed: ``uint32``; a scalar, or of the rank of ``shape`` with the size 1 along axes whose places count. Along the
+            others every array has a seed of its own, and the bits that it would have alone.
+        shape: Of the array.
+
+    Returns:
+        ``uint32`` of that shape.
+
+    References:
+        The integer hash "lowbias32" of Chris Wellons, "Prospecting for Hash Functions" (nullprogram.com, 2018).
+    """
+    seed = jnp.asarray(seed)
+    sizes = [n if own == 1 else 1 for n, own in zip(shape, seed.shape or (1,) * len(shape), strict=True)]
+    places = [
+        lax.broadcasted_iota(jnp.uint32, sizes, axis) * np.uint32(math.prod(sizes[axis + 1 :]) % 2**32)
+        for axis in range(len(sizes))
+    ]
+    place = functools.reduce(operator.add, places, jnp.zeros(sizes, jnp.uint32))
+    return jnp.broadcast_to(_hash(_hash(place) ^ seed), shape)
+
+
+def _hash(x: Any) -> Any:
+    x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
+    return x ^ (x >> 16)
+
+
+def stochastic_round(bits: jax.Array, x: Any, dtype: DType) -> jax.Array:
     """Rounds to one of the two neighbors in a floating format, so that the expected value is ``x``.
 
     Finite values beyond the largest of the format become the largest; infinities and NaN become NaN.
 
     Args:
-        key: A PRNG key.
+        bits: Random bits, ``uint32`` of the shape of ``x``.
         x: Floating array, computed with in float32.
         dtype: A floating dtype of at most 16 bits.
 
@@ -30,12 +63,13 @@ def stochastic_round(key: jax.Array, x: Any, dtype: DType) -> jax.Array:
     x = jnp.asarray(x).astype(FLOAT32)
     power = lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.uint32) & np.uint32(0x7F800000), FLOAT32)
     power = jnp.maximum(power, float(info.smallest_normal))
-    rounded = stochastic_floor(key, x / power * 2.0**info.nmant) * 2.0**-info.nmant * power
+    rounded = stochastic_floor(bits, x / power * 2.0**info.nmant) * 2.0**-info.nmant * power
     saturated: jax.Array = jnp.clip(rounded, -float(info.max), float(info.max)) + (x - x)
     return saturated.astype(dtype)
 
 
-def stochastic_floor(key: jax.Array, x: jax.Array) -> jax.Array:
+def stochastic_floor(bits: jax.Array, x: jax.Array) -> jax.Array:
     """Rounds to the integer below or above, so that the expected value is ``x``; integers stay what they are."""
     below = jnp.floor(x)
-    return below + (jax.random.uniform(key, x.shape, x.dtype) < x - below).astype(x.dtype)
+    between_0_and_1 = (bits >> 8).astype(FLOAT32) * 2.0**-24
+    return below + (between_0_and_1 < x - below).astype(x.dtype)

@@ -451,6 +451,15 @@ class UnmatchedRuleWarning(UserWarning):
     """
 
 
+class LeftDenseWarning(UserWarning):
+    """A weight is not pruned in groups, because nobody said which of its axes products contract; the message names it.
+
+    Example:
+        >>> issubclass(jmp.errors.LeftDenseWarning, UserWarning)
+        True
+    """
+
+
 class CorruptCheckpointWarning(UserWarning):
     """A checkpoint is damaged or was not written to its end; the run goes on from the last good one before it.
 

@@ -44,7 +44,13 @@ BASES = {
     "InvalidOpError": TypeError,
     "InvalidRuleError": ValueError,
 }
-WARNINGS = ["SlowDtypeWarning", "CorruptCheckpointWarning", "UnmatchedRuleWarning", "NonFiniteUpdateWarning"]
+WARNINGS = [
+    "SlowDtypeWarning",
+    "CorruptCheckpointWarning",
+    "UnmatchedRuleWarning",
+    "NonFiniteUpdateWarning",
+    "LeftDenseWarning",
+]
 
 
 def defined():
@@ -114,7 +120,6 @@ TAKERS = {
     "autocast": lambda fun: jmp.autocast(fun, "mixed_bfloat16"),
     "explain": lambda fun: jmp.explain(fun, "mixed_bfloat16"),
     "with_policy": lambda fun: jmp.with_policy(fun, "mixed_bfloat16"),
-    "delayed": jmp.quant.delayed,
     "scaled_value_and_grad": lambda fun: jmp.scaled_value_and_grad(fun, loss_scale=jmp.NoOpLossScale()),
     "accumulate_gradients": lambda fun: jmp.accumulate_gradients(fun, 2, loss_scale=jmp.NoOpLossScale()),
     "linen.autocast": lambda fun: jmp.linen.autocast(fun, "mixed_bfloat16"),
@@ -123,7 +128,6 @@ TAKERS = {
     "nnx.autocast": lambda fun: jmp.nnx.autocast(fun, "mixed_bfloat16"),
     "nnx.explain": lambda fun: jmp.nnx.explain(fun, "mixed_bfloat16"),
     "nnx.with_policy": lambda fun: jmp.nnx.with_policy(fun, "mixed_bfloat16"),
-    "nnx.delayed": jmp.nnx.delayed,
     "nnx.scaled_value_and_grad": lambda fun: jmp.nnx.scaled_value_and_grad(fun, loss_scale=jmp.NoOpLossScale()),
 }
 

@@ -71,12 +71,15 @@ class _Multiply:
 
 
 def _users_dot(eqn: Equation, arrays: Sequence[Any], precision: Precision, decision: Decision) -> Any:
-    params = _params_at(eqn.params, decision.result_dtype or precision.dtype)
+    dtype = decision.result_dtype or precision.dtype
+    params = _params_at(eqn.params, dtype)
     if params.get("out_sharding") is None:
         params.pop("out_sharding", None)
     dot: Any = precision.dot
     result = dot(*arrays, params.pop("dimension_numbers"), **params)
-    return result if result.dtype == FLOAT32 else cast(result, precision.dtype)
+    if is_eligible(eqn.outvars[0].aval):
+        dtype = FLOAT32 if result.dtype == FLOAT32 else precision.dtype
+    return cast(result, dtype)
 
 
 def _with_slope(jaxpr: Any, x: Any) -> Any:

@@ -1,6 +1,7 @@
 """Decides, for one equation, in which dtype it runs, how, and what is known of its results. Computes nothing."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -92,17 +93,33 @@ def _product(facts: Facts, why: str) -> Decision:
     """A product leaves in float32 if all that use it want that and it is free, or if a rule asks for it."""
     precision = facts.precision
     if not facts.floats or not all(is_eligible(v.aval) for v in facts.eqn.outvars):
-        return _float32(facts, Tag.HIGH, "not a product of float32 arrays")
+        return _product_as_written(facts)
     is_wide, reason = _leaves_in_float32(facts, why)
     how = _how_multiplied(facts, is_wide=is_wide)
     if how is How.DOT:
-        reason = f"replaced by {getattr(precision.dot, '__name__', precision.dot)}"
+        reason = _replaced(precision)
     elif precision.dot is not None:
-        reason += "; dot= replaces dot_general alone"
+        reason += f"; {_why_not_replaced(facts)}"
     takes_weights = isinstance(precision.dot, RoundsOperands) if how is How.DOT else precision.widens_gradients
     known = facts.known(Tag.HIGH if is_wide else Tag.LOW)
     result_dtype = FLOAT32 if is_wide else precision.dtype
     return Decision(precision.dtype, how, known, reason, result_dtype, takes_weights and how in (How.DOT, How.PRODUCT))
+
+
+def _product_as_written(facts: Facts) -> Decision:
+    """A product of 16 bits keeps the dtypes that the model wrote, also if the user's takes its place."""
+    precision, reason = facts.precision, "not a product of float32 arrays"
+    dtypes = [v.aval.dtype for v in (*facts.eqn.invars, *facts.eqn.outvars)]
+    if precision.dot is None or not all(jnp.issubdtype(x, jnp.floating) and 2 <= x.itemsize <= 4 for x in dtypes):
+        return _float32(facts, Tag.HIGH, reason)
+    why_not = _why_not_replaced(facts)
+    if why_not:
+        return _float32(facts, Tag.HIGH, f"{reason}; {why_not}")
+    return Decision(None, How.DOT, facts.known(Tag.HIGH), _replaced(precision), dtypes[-1])
+
+
+def _replaced(precision: Precision) -> str:
+    return f"replaced by {getattr(precision.dot, '__name__', precision.dot)}"
 
 
 def _leaves_in_float32(facts: Facts, why: str) -> tuple[bool, str]:
@@ -118,12 +135,22 @@ def _leaves_in_float32(facts: Facts, why: str) -> tuple[bool, str]:
 
 def _how_multiplied(facts: Facts, *, is_wide: bool) -> How:
     precision, is_dot = facts.precision, facts.name == "dot_general"
-    if is_dot and precision.dot is not None:
+    if precision.dot is not None and _why_not_replaced(facts) is None:
         return How.DOT
     if precision.dtype == FLOAT32:
         return How.BOUND
     is_ours = is_dot and (precision.widens_gradients or precision.accumulates)
     return How.PRODUCT if is_wide or is_ours else How.LOWERED
+
+
+def _why_not_replaced(facts: Facts) -> str | None:
+    """Why the user's product does not take the place of one, if it does not."""
+    dot: Any = facts.precision.dot
+    if facts.name != "dot_general":
+        return "dot= replaces dot_general alone"
+    if isinstance(dot, RoundsOperands) and not dot.takes(has_weight=any(x.is_parameter for x in facts.operands)):
+        return 'dot= replaces products with a weight alone: its products="weights"'
+    return None
 
 
 def _is_free(eqn: Equation) -> bool:

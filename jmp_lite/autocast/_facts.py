@@ -4,6 +4,9 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
+
 from jmp_lite._compat import Atom, Equation, is_literal
 from jmp_lite.autocast import _ops
 from jmp_lite.autocast._demand import Want
@@ -86,8 +89,15 @@ class Facts:
             return Origin.SOLVED
         if self.name in _ops.UPDATES and of_whole <= {Origin.INPUT, Origin.SCALED}:
             return Origin.SCALED
-        moves = self.name in _ops.MOVES_PARTS or _ops.moves_whole_arrays(self.name) or self.precision.mode == "off"
-        return Origin.MOVED if moves and origins and origins <= OF_WEIGHTS else Origin.COMPUTED
+        is_cast = self.name == "convert_element_type"
+        moves = is_cast or self.name in _ops.MOVES_PARTS or _ops.moves_whole_arrays(self.name)
+        of_floats = {
+            value.known.origin
+            for v, value in zip(self.eqn.invars, self.operands, strict=True)
+            if not is_literal(v) and jnp.issubdtype(getattr(v.aval, "dtype", np.void), jnp.floating)
+        }
+        is_moved = (moves or self.precision.mode == "off") and bool(of_floats) and of_floats <= OF_WEIGHTS
+        return Origin.MOVED if is_moved else Origin.COMPUTED
 
     def known(self, tag: Tag) -> tuple[Known, ...]:
         """What is known of each result, those that were float32 with a tag."""

@@ -204,7 +204,7 @@ UPDATES = frozenset({"add", "sub", "mul", "div", "neg", "select_n"})
 GATHERS = frozenset({"all_gather", "all_gather_reduced"})
 
 #: Primitives that move parts of arrays.
-MOVES_PARTS = frozenset({"dynamic_slice", "concatenate", "split"})
+MOVES_PARTS = frozenset({"dynamic_slice", "concatenate", "split", "stack", "unstack"})
 
 #: Results that say where something is or what it is like, which does not hang on digits.
 PLACES = frozenset({"argmax", "argmin", "is_finite"})

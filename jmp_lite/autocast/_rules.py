@@ -17,6 +17,7 @@ from jmp_lite.autocast import _regions
 from jmp_lite.autocast._ops import Op, OpClass, is_kernel
 from jmp_lite.autocast._values import is_in_range
 from jmp_lite.errors import InvalidPolicyError, InvalidRuleError, UnknownDtypeError, UnmatchedRuleWarning
+from jmp_lite.products._matmul import RoundsOperands
 
 #: ``Module.method``, as Linen names the scope of any method but ``__call__``.
 _METHOD = re.compile(r"\.[A-Za-z_]\w*(?=/|\Z)")
@@ -208,7 +209,9 @@ class Settings:
     @property
     def depends_on_scope(self) -> bool:
         """Whether the precision of an equation depends on its name scope, regions apart."""
-        return bool(self.rules) or isinstance(self.policy, PolicyMap)
+        dot: Any = self.dot
+        of_dot = isinstance(dot, RoundsOperands) and dot.depends_on_scope
+        return bool(self.rules) or isinstance(self.policy, PolicyMap) or of_dot
 
     def precision(self, scope: str, primitive: str) -> Precision:
         """Resolves the precision of a primitive in a name scope."""
@@ -226,7 +229,8 @@ class Settings:
                 mode=mode, reason=f"in a {region.removeprefix('jmp.')} region", leaves_whole=mode == "off"
             )
         rule = next((rule for rule in self.rules if rule.matches(scope, primitive)), None)
-        return in_policy if rule is None else rule.applied_to(in_policy)
+        found = in_policy if rule is None else rule.applied_to(in_policy)
+        return found._replace(dot=found.dot.at(scope)) if isinstance(found.dot, RoundsOperands) else found
 
     @functools.cached_property
     def patterns(self) -> Mapping[str, tuple[str, Callable[[str, str], bool]]]:

@@ -78,6 +78,13 @@ class Value(NamedTuple):
         return self.tag is Tag.NEUTRAL and self.known.number is None and self.known.origin in OF_WEIGHTS
 
     @property
+    def is_parameter(self) -> bool:
+        """The same, also of one that is held in 16 bits."""
+        known = self.known
+        is_argument = known.origin is Origin.INPUT and known.tag is Tag.NEUTRAL
+        return known.number is None and (is_argument or known.origin is Origin.MOVED)
+
+    @property
     def is_activation(self) -> bool:
         """Whether it was made of arguments, such as an embedding, and is no argument, number or statistic itself."""
         known = self.known

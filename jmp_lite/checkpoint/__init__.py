@@ -6,9 +6,9 @@ stopped. The policy travels with the state, because weights restored under anoth
 else.
 """
 
-from jmp_lite._messages import naming_extra
+from jmp_lite._messages import naming_extra as _naming_extra
 
-with naming_extra(__name__, "checkpoint"):
+with _naming_extra(__name__, "checkpoint"):
     from jmp_lite.checkpoint._bytes import from_bytes as from_bytes
     from jmp_lite.checkpoint._bytes import to_bytes as to_bytes
     from jmp_lite.checkpoint._directory import restore as restore

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from flax import serialization
 
-from jmp_lite._messages import described
+from jmp_lite._messages import described, first_few
 from jmp_lite._policy import PolicyLike
 from jmp_lite.checkpoint._digest import digests
 from jmp_lite.checkpoint._state import (
@@ -15,7 +15,6 @@ from jmp_lite.checkpoint._state import (
     check_header,
     describe,
     fill,
-    first_few,
     named_leaves,
     target,
     to_store,

@@ -10,7 +10,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from jmp_lite._messages import described
+from jmp_lite._messages import described, first_few
 from jmp_lite._policy import PolicyLike
 from jmp_lite.checkpoint._digest import combine, local_sums
 from jmp_lite.checkpoint._processes import first_failure
@@ -20,7 +20,6 @@ from jmp_lite.checkpoint._state import (
     check_header,
     describe,
     fill,
-    first_few,
     named_leaves,
     target,
     to_store,

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jmp_lite._messages import first_few
 from jmp_lite._policy import PolicyLike, get_policy
 from jmp_lite._tree import path_string
 from jmp_lite.checkpoint._digest import digests, is_shared
@@ -26,8 +27,6 @@ Header = dict[str, Any]
 _NUMBERS = (bool, int, float, complex)
 #: Arrays of so many bytes are worth reading without a copy.
 _LARGE = 1 << 20
-#: How many differences a message names.
-_NAMED = 3
 
 
 # --- Leaves ---------------------------------------------------------------------------------------
@@ -182,12 +181,6 @@ def check_header(header: Any) -> Header:
 
 
 # --- Checks ---------------------------------------------------------------------------------------
-
-
-def first_few(items: list[str]) -> str:
-    """Names some, and counts the others."""
-    more = f" and {len(items) - _NAMED} more" if len(items) > _NAMED else ""
-    return ", ".join(items[:_NAMED]) + more
 
 
 def check_policy(saved: str, policy: PolicyLike) -> None:

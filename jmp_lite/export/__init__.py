@@ -8,9 +8,9 @@ changed is refused; that says nothing about who wrote it, so pin the digest of w
 JAX promises that its releases of the next six months can run a program; weights and header stay readable beyond.
 """
 
-from jmp_lite._messages import naming_extra
+from jmp_lite._messages import naming_extra as _naming_extra
 
-with naming_extra(__name__, "export"):
+with _naming_extra(__name__, "export"):
     from jmp_lite.export._freeze import freeze as freeze
     from jmp_lite.export._load import Served as Served
     from jmp_lite.export._load import load as load

@@ -16,7 +16,7 @@ from jmp_lite.errors import InvalidExportError
 from jmp_lite.export._compat import without_source_lines
 from jmp_lite.export._file import PathLike, write
 from jmp_lite.export._header import PROGRAM
-from jmp_lite.quant import DotRecipe, QuantSpec, delayed, get_recipe
+from jmp_lite.quant import DotRecipe, contracted_axes, get_recipe
 from jmp_lite.quant._array import dequantize_tree, is_quantized, quantize_tree
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -29,7 +29,6 @@ def freeze(
     path: PathLike,
     policy: PolicyLike | None = None,
     recipe: str | DotRecipe | None = None,
-    histories: Any = None,
     platforms: Sequence[str] | None = None,
 ) -> str:
     """Writes ``apply(params, *args)`` as one file: program, weights, and the precision that it computes in.
@@ -37,12 +36,14 @@ def freeze(
     What ``load`` gives back computes bit for bit what ``jax.jit`` of the frozen function computes here: ``apply``, in
     ``autocast(apply, policy, dot=recipe)`` if a policy is given, on what quantized weights stand for.
 
-    A recipe says how weights are held. Kernels (see ``quant.quantize_tree``) are stored in the format of ``recipe.rhs``
-    with its scales, unless some parameters are quantized already: then all are stored as they are, which is the way to
-    choose leaves, axes or formats yourself. If the recipe quantizes activations too (``W8A8``, ``FP8``), products are
-    those of the recipe, which quantizes the kernels again: to the numbers that are stored, if these have the scales
-    that the recipe gives them, one per output channel. All else is float32 unless the policy says otherwise. If the
-    recipe does not (``W8A16``), products are those of the policy.
+    A recipe says how weights are held. Kernels (see ``quant.quantize_tree``) are stored in the format of
+    ``recipe.rhs``, or of ``lhs`` if that is ``None``, with one scale per output channel: shared along the axes that
+    products contract, wherever the framework has these (``quant.contracted_axes``). If some parameters are quantized
+    already, all are stored as they are, which is the way to choose leaves, axes or formats yourself. If the recipe
+    quantizes activations too (``W8A8``, ``FP8``), products are those of the recipe, which quantizes the kernels again:
+    to the numbers that are stored, if these have the scales that the recipe gives them, one per output channel. All
+    else is float32 unless the policy says otherwise. If the recipe does not (``W8A16``), products are those of the
+    policy.
 
     Args:
         apply: Function that ``jax.jit`` takes: ``model.apply`` of Linen and Haiku, ``lambda state, x:
@@ -53,9 +54,7 @@ def freeze(
             shapes and dtypes matter; a free size comes from ``jax.export.symbolic_shape("batch, 28, 28")``.
         path: File to write, by convention ``*.safetensors``.
         policy: Policy to compute under; ``None`` leaves ``apply`` as it is.
-        recipe: How to quantize, or its name.
-        histories: From ``quant.calibrate``, for recipes with a history (``W8A8_STATIC``): their scales become constants
-            of the program.
+        recipe: How to quantize, or its name; from ``quant.calibrate``, scales become constants of the program.
         platforms: Where it is to run: any of ``"cpu"``, ``"cuda"``, ``"rocm"``, ``"tpu"``; this process' own platform
             by default.
 
@@ -64,7 +63,8 @@ def freeze(
 
     Raises:
         InvalidExportError: If a leaf cannot be stored, two have the same path, arguments or results are no trees of
-            arrays in containers that every Python knows, a platform does not exist, or histories are missing.
+            arrays in containers that every Python knows, or a platform does not exist, or the recipe quantizes no
+            weight.
         InvalidRecipeError: If nothing is known by the name of the recipe.
         UnknownDtypeError: If the policy string cannot be parsed.
 
@@ -86,8 +86,8 @@ def freeze(
     resolved = None if policy is None else get_policy(policy)
     chosen = None if recipe is None else get_recipe(recipe)
     targets = _checked_platforms(platforms)
-    run = _with_precision(apply, resolved, chosen, histories)
-    weights, rebuild = _split(_held(params, chosen))
+    run = _with_precision(apply, resolved, chosen)
+    weights, rebuild = _split(_held(apply, params, args, chosen))
 
     def frozen(*args: Any, weights: dict[str, Any]) -> Any:
         return run(dequantize_tree(rebuild(weights)), *args)
@@ -128,40 +128,36 @@ def _checked_platforms(platforms: Sequence[str] | None) -> tuple[str, ...] | Non
 
 
 def _with_precision(
-    apply: Callable[..., Any], policy: Policy | PolicyMap | None, recipe: DotRecipe | None, histories: Any
+    apply: Callable[..., Any], policy: Policy | PolicyMap | None, recipe: DotRecipe | None
 ) -> Callable[..., Any]:
     """The function that is frozen, of parameters that are dequantized."""
-    needs_histories = recipe is not None and recipe.lhs is not None and recipe.history > 0
-    if needs_histories != (histories is not None):
-        raise InvalidExportError(
-            f"Recipe {recipe} has scales from histories, and none were given. Pass histories=quant.calibrate(...)."
-            if needs_histories
-            else f"histories were given, but recipe {recipe} has no use for any. Leave them out."
-        )
-    if recipe is None or recipe.lhs is None:
+    if recipe is None or None in (recipe.lhs, recipe.rhs):
         return apply if policy is None else autocast(apply, policy)
-    run = autocast(apply, "full" if policy is None else policy, dot=recipe)
-    if not needs_histories:
-        return run
-    calibrated = delayed(run)
-    return lambda params, *args: calibrated(histories, params, *args)
+    return autocast(apply, "full" if policy is None else policy, dot=recipe)
 
 
 # --- Weights --------------------------------------------------------------------------------------
 
 
-def _held(params: Any, recipe: DotRecipe | None) -> Any:
+def _held(apply: Callable[..., Any], params: Any, args: tuple[Any, ...], recipe: DotRecipe | None) -> Any:
     """Parameters as they are stored."""
-    spec = None if recipe is None else recipe.rhs
-    nodes = jax.tree.leaves(params, is_leaf=is_quantized)
-    if not isinstance(spec, QuantSpec) or any(map(is_quantized, nodes)):
+    if recipe is None or any(map(is_quantized, jax.tree.leaves(params, is_leaf=is_quantized))):
         return params
+    spec: Any = recipe.rhs or recipe.lhs
     if spec.is_blockwise:
         raise InvalidExportError(
             f"Recipe {recipe} has scales for blocks, which arrays cannot be held with. Quantize the parameters with "
             "quant.quantize_tree, one scale per channel, or take another recipe."
         )
-    return quantize_tree(params, dataclasses.replace(spec, stochastic=False))
+    plain = dataclasses.replace(spec, stochastic=False, amax=None)
+    axes = None if plain.granularity == "tensor" else contracted_axes(apply)(params, *args)
+    held = quantize_tree(params, plain, axes=axes)
+    if not any(map(is_quantized, jax.tree.leaves(held, is_leaf=is_quantized))):
+        raise InvalidExportError(
+            f"Recipe {recipe} quantizes no weight: no product of the function takes a parameter of two or more axes "
+            "that is no embedding. Quantize what you want held in 8 bits with quant.quantize_tree, or leave recipe out."
+        )
+    return held
 
 
 def _split(params: Any) -> tuple[dict[str, Any], Callable[[dict[str, Any]], Any]]:

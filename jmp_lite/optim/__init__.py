@@ -2,5 +2,6 @@
 
 from jmp_lite.optim._prune import PruneState as PruneState
 from jmp_lite.optim._prune import prune as prune
+from jmp_lite.optim._prune import sparsity as sparsity
 
-__all__ = ["PruneState", "prune"]
+__all__ = ["PruneState", "prune", "sparsity"]

@@ -4,8 +4,10 @@ Nothing is sorted. The weights below a sparsity are found by bisecting the bits 
 counts: a sharded leaf stays where it is and devices exchange one number per bit.
 """
 
+import functools
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,8 +16,9 @@ import numpy as np
 import optax
 
 from jmp_lite._dtypes import at_least_float32
+from jmp_lite._messages import first_few
 from jmp_lite._tree import NOT_WEIGHTS, describe, is_array, path_string
-from jmp_lite.errors import InvalidPruningError
+from jmp_lite.errors import InvalidPruningError, LeftDenseWarning
 
 #: Leaves with fewer elements stay dense unless the caller's own ``where`` chooses them.
 SMALLEST_LEAF = 1024
@@ -114,20 +117,54 @@ def _zeros_of(sparsity: Any, size: int) -> jax.Array:
 # --- Choices ---
 
 
-def _is_weight(path: str, leaf: Any, nm: tuple[int, int] | None, axis: int) -> bool:
+def _is_weight(path: str, leaf: Any, nm: tuple[int, int] | None) -> bool:
     """The default ``where``."""
     names = [name for name in path.split("/") if name not in ("value", "raw_value")]  # boxes of Flax
     name = names[-1] if names else ""
-    if leaf.ndim < 2 or leaf.size < SMALLEST_LEAF or name in NOT_WEIGHTS:
-        return False
-    return nm is None or ("embedding" not in name and _divides(leaf, nm, axis))
+    is_weight = leaf.ndim >= 2 and leaf.size >= SMALLEST_LEAF and name not in NOT_WEIGHTS
+    return is_weight and (nm is None or "embedding" not in name)
 
 
-def _divides(leaf: Any, nm: tuple[int, int], axis: int) -> bool:
-    return bool(-leaf.ndim <= axis < leaf.ndim and leaf.shape[axis] % nm[1] == 0)
+def _fitting(leaf: Any, m: int, axes: Sequence[int] | None) -> list[int]:
+    """Returns those of some axes that can be cut into groups of ``m``."""
+    return [axis for axis in axes or () if -leaf.ndim <= axis < leaf.ndim and leaf.shape[axis] % m == 0]
 
 
-def _check(sparsity: Any, nm: Any, axis: Any, begin: Any, every: Any) -> None:
+def _axes_by_path(axes: Any) -> Callable[[str, Any], Sequence[int] | None]:
+    """Returns a function of path and leaf: the axes that products contract, ``None`` where that is not known."""
+    if axes is None:
+        return lambda _, leaf: (0,) if leaf.ndim == 2 else None
+    if _is_integer(axes):
+        return lambda *_: (axes,)
+    found = {path_string(path): own for path, own in jax.tree_util.tree_leaves_with_path(axes, is_leaf=_is_axes)}
+
+    def look_up(path: str, leaf: Any) -> Sequence[int]:
+        if path not in found:
+            raise InvalidPruningError(
+                f"axes has nothing for {path!r}, which is {describe(leaf)}. Give a number, or what "
+                "quant.contracted_axes(fun)(params, *args) returns for these parameters."
+            )
+        return found[path] or ()
+
+    return look_up
+
+
+_UNKNOWN = "which of their axes products contract is not known"
+
+
+def _problem(name: str, leaf: Any, m: int, axes: Sequence[int] | None) -> str:
+    problem = _UNKNOWN if axes is None else f"none of its axes {tuple(axes)} can be cut into groups of {m}"
+    return (
+        f"{name!r} is {describe(leaf)}: {problem}. Leave it out by where, or pass "
+        "axes=quant.contracted_axes(fun)(params, *args)."
+    )
+
+
+def _is_axes(node: Any) -> bool:
+    return node is None or (isinstance(node, tuple) and all(map(_is_integer, node)))
+
+
+def _check(sparsity: Any, nm: Any, axes: Any, begin: Any, every: Any) -> None:
     """Refuses settings that mean nothing."""
     if (sparsity is None) == (nm is None):
         raise InvalidPruningError(
@@ -143,10 +180,11 @@ def _check(sparsity: Any, nm: Any, axis: Any, begin: Any, every: Any) -> None:
         isinstance(nm, (tuple, list)) and len(nm) == 2 and all(map(_is_integer, nm)) and 0 < nm[0] < nm[1]
     ):
         raise InvalidPruningError(f"nm must be two integers with 0 < n < m such as (2, 4), got {nm!r}.")
-    for name, value, least in (("axis", axis, None), ("begin", begin, 0), ("every", every, 1)):
-        if not _is_integer(value) or (least is not None and value < least):
-            bound = "" if least is None else f" of at least {least}"
-            raise InvalidPruningError(f"{name} must be an integer{bound}, got {value!r}.")
+    if axes is not None and nm is None:
+        raise InvalidPruningError(f"axes are those of nm, and a sparsity has no use for any, got axes={axes!r}.")
+    for name, value, least in (("begin", begin, 0), ("every", every, 1)):
+        if not _is_integer(value) or value < least:
+            raise InvalidPruningError(f"{name} must be an integer of at least {least}, got {value!r}.")
 
 
 def _is_integer(value: Any) -> bool:
@@ -165,7 +203,7 @@ def prune(
     *,
     nm: tuple[int, int] | None = None,
     where: Callable[[str, Any], bool] | None = None,
-    axis: int = -2,
+    axes: Any = None,
     begin: int = 0,
     every: int = 1,
 ) -> optax.GradientTransformationExtraArgs:
@@ -189,16 +227,18 @@ def prune(
         sparsity: Fraction in [0, 1) of the weights of each leaf that are zero: a number, or an Optax schedule of the
             steps taken so far. Exactly ``round(sparsity * size)`` weights are zero (computed in float32 for a
             schedule), fewer never again; of equal magnitudes the first in the array go first.
-        nm: ``(n, m)``: of every ``m`` consecutive weights along ``axis`` the ``n`` largest are kept, as ``(2, 4)`` for
-            the sparse tensor cores of NVIDIA.
+        nm: ``(n, m)``: of every ``m`` consecutive weights along an axis that products contract the ``n`` largest are
+            kept, as ``(2, 4)`` for the sparse tensor cores of NVIDIA.
         where: ``where(path, leaf) -> bool`` chooses floating parameters by paths such as ``"dense/kernel"``. The
             default takes leaves of at least two axes and 1024 elements that are not called ``bias``, ``scale``, ``b``
             or ``offset``. So the first convolution of a small network stays dense (3 x 3 x 3 x 32 is 864 elements): it
             holds next to nothing of the bytes, and zeroing 80 % of one with 144 elements cost 3 points of accuracy on
             the digits of scikit-learn. For ``nm`` it also leaves out, as NVIDIA's ASP does, embeddings and leaves that
             ``m`` does not divide.
-        axis: The axis of ``nm``. -2 is what products contract in the kernels of Flax's ``Dense`` and ``Conv``; a
-            second ``prune`` in the chain takes kernels with another, such as -3 for those of attention's query.
+        axes: The axes of ``nm``: what ``quant.contracted_axes(fun)(params, *args)`` finds in the program, a tree like
+            the parameters; of several contracted axes of a leaf the last that ``m`` divides counts, and leaves that no
+            product takes (``None``) stay dense. Or one number for all leaves. By default the first of two axes, as in
+            the kernels of Flax and Haiku; larger leaves then stay dense, with a warning.
         begin: First step that prunes, counted from 0.
         every: Steps from one change of the masks to the next; for schedules.
 
@@ -206,8 +246,11 @@ def prune(
         A transformation whose state is a ``PruneState``. Its ``update`` needs ``params``.
 
     Raises:
-        InvalidPruningError: For settings that mean nothing; in ``init`` for a leaf chosen by ``where`` whose ``axis``
-            cannot be divided by ``m``; in ``update`` without ``params``.
+        InvalidPruningError: For settings that mean nothing; in ``init`` for a leaf chosen by ``where`` whose axes are
+            not known or cannot be divided by ``m``; in ``update`` without ``params``.
+
+    Warns:
+        LeftDenseWarning: In ``init``, if larger leaves stay dense because their axes are not known.
 
     Example:
         >>> tx = optax.chain(optax.sgd(0.1), jmp.optim.prune(0.5, where=lambda path, leaf: leaf.ndim == 2))
@@ -224,34 +267,48 @@ def prune(
         Zhu & Gupta, "To prune, or not to prune", arXiv:1710.01878; Mishra et al., "Accelerating Sparse Deep Neural
         Networks", arXiv:2104.08378; jaxpruner.
     """
-    _check(sparsity, nm, axis, begin, every)
+    _check(sparsity, nm, axes, begin, every)
 
-    def initial_mask(path: Any, param: Any) -> Any:
+    axes_of = _axes_by_path(axes)
+
+    def initial_mask(path: Any, param: Any, dense: list[str]) -> Any:
         name = path_string(path)
-        if not _is_floating(param) or not (where(name, param) if where else _is_weight(name, param, nm, axis)):
+        if not _is_floating(param) or not (where(name, param) if where else _is_weight(name, param, nm)):
             return optax.MaskedNode()
-        if nm is not None and not _divides(param, nm, axis):
-            raise InvalidPruningError(
-                f"{name!r} is {describe(param)}: axis {axis} cannot be divided into groups of {nm[1]}. Leave it out by "
-                "where, or choose another axis."
-            )
+        if nm is not None:
+            own = axes_of(name, param)
+            if not _fitting(param, nm[1], own):
+                if where:
+                    raise InvalidPruningError(_problem(name, param, nm[1], own))
+                dense += [name] if own is None else []
+                return optax.MaskedNode()
         return jnp.ones_like(param, dtype=bool)
 
     def init(params: Any) -> PruneState:
-        return PruneState(jnp.zeros((), jnp.int32), jax.tree_util.tree_map_with_path(initial_mask, params))
+        dense: list[str] = []
+        masks = jax.tree_util.tree_map_with_path(functools.partial(initial_mask, dense=dense), params)
+        if dense:
+            warnings.warn(
+                f"prune leaves {first_few(dense)} dense: {_UNKNOWN}. Pass axes=quant.contracted_axes(fun)(params, "
+                "*args), or choose leaves by where.",
+                LeftDenseWarning,
+                stacklevel=2,
+            )
+        return PruneState(jnp.zeros((), jnp.int32), masks)
 
     def renewed(state: PruneState, updates: Any, params: Any) -> Any:
         target = sparsity(state.step) if callable(sparsity) else sparsity
 
-        def renew(mask: Any, param: Any, update: Any) -> Any:
+        def renew(path: Any, mask: Any, param: Any, update: Any) -> Any:
             if _is_no_mask(mask) or not _is_floating(update):
                 return mask
             keys = _keys(mask, param, update)
             if nm is not None:
+                axis = _fitting(param, nm[1], axes_of(path_string(path), param))[-1]
                 return mask & _largest_of_groups(keys, *nm, axis)
             return mask & _all_but_smallest(keys, _zeros_of(target, keys.size))
 
-        return jax.tree.map(renew, state.masks, params, updates, is_leaf=_is_no_mask)
+        return jax.tree_util.tree_map_with_path(renew, state.masks, params, updates, is_leaf=_is_no_mask)
 
     def due(step: jax.Array) -> jax.Array:
         if nm is not None or _is_number(sparsity):
@@ -278,3 +335,19 @@ def _pruned(update: Any, param: Any, mask: Any) -> Any:
         return update
     dtype = update.dtype if update.dtype == param.dtype else _wide(param, update)
     return jnp.where(mask, jnp.asarray(update).astype(dtype), -jnp.asarray(param).astype(dtype))
+
+
+def sparsity(params: Any) -> Any:
+    """Returns the share of zeros in each parameter.
+
+    Args:
+        params: Parameters of any framework.
+
+    Returns:
+        A tree like ``params``: ``float32[]`` for floating arrays, ``None`` for other leaves.
+
+    Example:
+        >>> print(jmp.optim.sparsity({"w": jnp.array([0.0, 1.0, 0.0, 2.0]), "step": 3})["w"])
+        0.5
+    """
+    return jax.tree.map(lambda leaf: jnp.mean(jnp.asarray(leaf) == 0) if _is_floating(leaf) else None, params)

@@ -30,6 +30,21 @@ class RoundsOperands:
     Weights reach it as they are, so that they are rounded once and their gradients are not.
     """
 
+    @property
+    def depends_on_scope(self) -> bool:
+        """Whether ``at`` gives other products in other name scopes."""
+        return False
+
+    def takes(self, *, has_weight: bool) -> bool:
+        """Whether it takes the place of a product with a weight among its operands, or without."""
+        del has_weight
+        return True
+
+    def at(self, scope: str) -> "RoundsOperands":
+        """Returns what takes the place of products in a name scope."""
+        del scope
+        return self
+
 
 class Matmul(NamedTuple):
     """What kind of a product of two arrays is wanted."""

@@ -4,14 +4,11 @@ from jmp_lite.quant._array import QuantizedArray as QuantizedArray
 from jmp_lite.quant._array import dequantize_tree as dequantize_tree
 from jmp_lite.quant._array import quantize_array as quantize_array
 from jmp_lite.quant._array import quantize_tree as quantize_tree
-from jmp_lite.quant._delayed import Delayed as Delayed
-from jmp_lite.quant._delayed import calibrate as calibrate
-from jmp_lite.quant._delayed import delayed as delayed
-from jmp_lite.quant._delayed import update_histories as update_histories
+from jmp_lite.quant._axes import contracted_axes as contracted_axes
+from jmp_lite.quant._calibrate import calibrate as calibrate
 from jmp_lite.quant._fake_quant import fake_quant as fake_quant
 from jmp_lite.quant._recipes import FP8 as FP8
 from jmp_lite.quant._recipes import FP8_BLOCK128 as FP8_BLOCK128
-from jmp_lite.quant._recipes import FP8_DELAYED as FP8_DELAYED
 from jmp_lite.quant._recipes import FP8_ROWWISE as FP8_ROWWISE
 from jmp_lite.quant._recipes import INT8_QAT as INT8_QAT
 from jmp_lite.quant._recipes import INT8_TRAIN as INT8_TRAIN
@@ -26,3 +23,29 @@ from jmp_lite.quant._scale import absmax_scale as absmax_scale
 from jmp_lite.quant._scale import dequantize as dequantize
 from jmp_lite.quant._scale import quantize as quantize
 from jmp_lite.quant._spec import QuantSpec as QuantSpec
+
+__all__ = [
+    "FP8",
+    "FP8_BLOCK128",
+    "FP8_ROWWISE",
+    "INT8_QAT",
+    "INT8_TRAIN",
+    "W8A8",
+    "W8A8_STATIC",
+    "W8A16",
+    "DotRecipe",
+    "QuantSpec",
+    "QuantizedArray",
+    "absmax_scale",
+    "calibrate",
+    "contracted_axes",
+    "dequantize",
+    "dequantize_tree",
+    "fake_quant",
+    "get_recipe",
+    "quantize",
+    "quantize_array",
+    "quantize_tree",
+    "scaled_conv",
+    "scaled_dot_general",
+]

@@ -17,8 +17,8 @@ from jmp_lite.quant._spec import QuantSpec
 
 T = TypeVar("T")
 
-#: Which axes share a scale: numbers of axes, ``None`` for all of them, or a function of path and leaf.
-Axes = Sequence[int] | Callable[[str, Any], Sequence[int] | None] | None
+#: Which axes share a scale: numbers of axes, ``None`` for all of them, a function of path and leaf, or a tree.
+Axes = Sequence[int] | Callable[[str, Any], Sequence[int] | None] | Any
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -237,14 +237,34 @@ def _is_kernel(path: str, leaf: Any) -> bool:
     return is_floating and leaf.ndim >= 2 and name not in NOT_WEIGHTS and "embed" not in path.lower()
 
 
-def _all_but_last(path: str, leaf: Any) -> tuple[int, ...]:
+def _inner(path: str, leaf: Any) -> tuple[int, ...]:
     """The default of ``axes``."""
     del path
-    return tuple(range(leaf.ndim - 1))
+    return tuple(range(1 if leaf.ndim > 2 else 0, leaf.ndim - 1))
+
+
+#: In the place of axes, of what no product takes.
+_NO_PRODUCT = object()
+
+
+def _listed(axes: Axes, treedef: Any) -> list[Axes]:
+    """What was given for each leaf."""
+    is_for_all = isinstance(axes, Sequence) and all(isinstance(axis, (int, np.integer)) for axis in axes)
+    is_function = callable(axes) and jax.tree_util.all_leaves([axes])  # modules of Equinox are called too
+    if axes is None or is_function or is_for_all:
+        return [axes] * treedef.num_leaves
+    try:
+        listed = treedef.flatten_up_to(axes)
+    except (ValueError, TypeError) as error:
+        raise InvalidRecipeError(
+            f"axes is a tree of another structure than the parameters: {str(error).splitlines()[0]}. Give what "
+            "contracted_axes(fun)(params, *args) returns for these parameters."
+        ) from None
+    return [_NO_PRODUCT if axes is None else axes for axes in listed]
 
 
 def quantize_tree(
-    params: T, dtype: Any = jnp.int8, *, where: Callable[[str, Any], bool] = _is_kernel, axes: Axes = _all_but_last
+    params: T, dtype: Any = jnp.int8, *, where: Callable[[str, Any], bool] = _is_kernel, axes: Axes = _inner
 ) -> T:
     """Quantizes the weights of a trained model: what stands in the tree afterwards needs a quarter of the bytes.
 
@@ -257,12 +277,11 @@ def quantize_tree(
             path has no ``embed`` in it, in any case: kernels, but neither biases, nor scales of norms, nor embedding
             tables. A table is looked up, not multiplied, and with one scale
             per feature its rare rows would be rounded to the grid of the largest; give it ``axes=[1]``, one per row.
-        axes: Axes that share a scale, as for ``quantize_array``, or ``axes(path, leaf)``, which returns them. All but
-            the last by default, which is one scale per output channel of a kernel of Flax or Haiku; all for a spec of
-            granularity ``"tensor"``. Kernels of Equinox and torch have their output channels first
-            (``axes=lambda path, leaf: range(1, leaf.ndim)``); kernels stacked for ``lax.scan`` need a scale per layer
-            too (``axes=lambda path, leaf: range(1, leaf.ndim - 1)``). A kernel with several output axes, such as that
-            of a query (features, heads, head size), has one scale for all heads unless ``axes`` says ``[0]`` for it.
+        axes: Axes that share a scale: what ``contracted_axes(fun)(params, *args)`` finds in the program, a tree like
+            the parameters, in which leaves that no product takes (``None``) are left alone. Or numbers of axes as for
+            ``quantize_array``, or ``axes(path, leaf)``, which returns these. By default the inputs of a kernel of two
+            axes (inputs, outputs), and of larger ones all axes but the first and the last, so that experts and stacked
+            layers have scales of their own; all for a spec of granularity ``"tensor"``.
 
     Returns:
         The tree with a ``QuantizedArray`` in the place of each chosen leaf.
@@ -281,19 +300,18 @@ def quantize_tree(
         ``quantize_``, which leave embedding tables alone too.
     """
     spec = _checked_spec(dtype)
-    if spec.granularity == "tensor" and axes is _all_but_last:
+    if spec.granularity == "tensor" and axes is _inner:
         axes = None
+    with_paths, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)
 
-    def quantized(key_path: Any, leaf: Any) -> Any:
-        path = path_string(key_path)
-        if not where(path, leaf):
+    def quantized(path: str, leaf: Any, axes: Any) -> Any:
+        if axes is _NO_PRODUCT or not where(path, leaf):
             return leaf
-        name = f"Leaf {path!r}"
-        if is_quantized(leaf) or not is_array(leaf):
-            return _quantize(name, leaf, spec, None)  # which says what is wrong
-        return _quantize(name, leaf, spec, axes(path, leaf) if callable(axes) else axes)
+        shared = axes(path, leaf) if callable(axes) and is_array(leaf) else axes
+        return _quantize(f"Leaf {path!r}", leaf, spec, shared)
 
-    tree: T = jax.tree_util.tree_map_with_path(quantized, params, is_leaf=is_quantized)
+    listed = zip(with_paths, _listed(axes, treedef), strict=True)
+    tree: T = jax.tree.unflatten(treedef, [quantized(path_string(path), leaf, own) for (path, leaf), own in listed])
     return tree
 
 

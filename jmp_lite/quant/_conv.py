@@ -73,8 +73,7 @@ def _all_but(axis: int, ndim: int) -> tuple[int, ...]:
 def _operands(lhs: Any, rhs: Any, call: _Call) -> list[Quantized]:
     sides = enumerate(((lhs, call.numbers.lhs_spec), (rhs, call.numbers.rhs_spec)))
     return [
-        prepared(x, call.specs.spec(side), _all_but(axes[0], x.ndim), call.specs.axis_name)[0]
-        for side, (x, axes) in sides
+        prepared(x, call.specs.spec(side), _all_but(axes[0], x.ndim), call.specs.axis_name) for side, (x, axes) in sides
     ]
 
 
@@ -115,7 +114,7 @@ def _identity(tangent: Any, **_: Any) -> Any:
 def _transpose(cotangent: Any, tangent: Any, *, specs: Specs, features: int) -> list[Any]:
     spec: Any = specs.of_gradients
     shared = _all_but(features, cotangent.ndim)
-    return [prepared(cotangent, spec, shared, specs.axis_name)[0].dequantized(tangent.dtype)]
+    return [prepared(cotangent, spec, shared, specs.axis_name).dequantized(tangent.dtype)]
 
 
 def _batch(operands: Any, positions: Any, *, specs: Specs, features: int) -> tuple[Any, int]:

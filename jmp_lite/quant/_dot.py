@@ -13,9 +13,8 @@ from jmp_lite._dtypes import FLOAT32, DType
 from jmp_lite._tree import cast
 from jmp_lite.products._dimensions import Dimensions, dimensions
 from jmp_lite.quant._block import block_product
-from jmp_lite.quant._history import Histories, placeholder
 from jmp_lite.quant._linear import tangent_product
-from jmp_lite.quant._operands import Quantized, Seen, amax_of_all, prepared, result_dtype, unscaled
+from jmp_lite.quant._operands import Quantized, prepared, result_dtype, unscaled
 from jmp_lite.quant._product import scaled_product
 from jmp_lite.quant._spec import Specs
 
@@ -48,8 +47,7 @@ def scaled_dot(
     dtype = result_dtype(lhs, rhs, preferred_element_type)
     operands = [_as_wide(x, spec is None, dtype) for x, spec in zip((lhs, rhs), (specs.lhs, specs.rhs), strict=True)]
     call = Call(dims, specs, dtype, precision, out_sharding)
-    histories = placeholder(specs.history) if specs.history else None
-    return _scaled_dot(*_varying_alike(*operands), histories, call)  # type: ignore[no-any-return]
+    return _scaled_dot(*_varying_alike(*operands), call)  # type: ignore[no-any-return]
 
 
 def _is_quantizable(x: Any) -> bool:
@@ -74,55 +72,41 @@ class _Multiplied(NamedTuple):
     result: Any
     lhs: Quantized
     rhs: Quantized
-    amaxes: list[Any]
-    """Largest magnitudes of both operands, ``float32[]``; zero for one that is not quantized."""
 
 
-def _multiply(lhs: Any, rhs: Any, histories: Histories | None, call: Call) -> _Multiplied:
+def _multiply(lhs: Any, rhs: Any, call: Call) -> _Multiplied:
     specs = (call.specs.spec(0), call.specs.spec(1))
     if call.specs.is_blockwise:
         result = block_product((lhs, specs[0]), (rhs, specs[1]), call.dims, out_sharding=call.out_sharding)
-        return _Multiplied(result.astype(call.dtype), unscaled(lhs), unscaled(rhs), [])
-    operands, amaxes = [], []
-    for side, (x, spec) in enumerate(zip((lhs, rhs), specs, strict=True)):
-        seen = None if histories is None else Seen(histories.values[side], histories.are_known)
-        operand, amax = prepared(x, spec, call.dims.contracted[side], call.specs.axis_name, seen)
-        operands.append(operand)
-        amaxes.append(amax)
+        return _Multiplied(result.astype(call.dtype), unscaled(lhs), unscaled(rhs))
+    left, right = (
+        prepared(x, spec, call.dims.contracted[side], call.specs.axis_name)
+        for side, (x, spec) in enumerate(zip((lhs, rhs), specs, strict=True))
+    )
     result = scaled_product(
-        operands[0],
-        operands[1],
+        left,
+        right,
         call.dims,
         call.dtype,
         precision=call.precision if None in specs else None,
         out_sharding=call.out_sharding,
         has_exact_scales=all(spec is not None and spec.pow2 for spec in specs),
     )
-    return _Multiplied(result, operands[0], operands[1], amaxes)
+    return _Multiplied(result, left, right)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
-def _scaled_dot(lhs: Any, rhs: Any, histories: Histories | None, call: Call) -> Any:
-    return _multiply(lhs, rhs, histories, call).result
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _scaled_dot(lhs: Any, rhs: Any, call: Call) -> Any:
+    return _multiply(lhs, rhs, call).result
 
 
 @functools.partial(_scaled_dot.defjvp, symbolic_zeros=True)
 def _scaled_dot_jvp(call: Call, primals: Any, tangents: Any) -> tuple[Any, Any]:
-    lhs, rhs, histories = primals
-    done = _multiply(lhs, rhs, histories, call)
-    observed: tuple[Any, ...] = ()
-    if histories is not None:
-        tangent = _instantiated(tangents[2].values, histories.values)
-        observed = (tangent, jnp.stack(list(map(amax_of_all, done.amaxes))), histories.values[2], histories.are_known)
-    params = call._asdict()
-    terms: list[Any] = []
-    for side, other in ((0, done.rhs), (1, done.lhs)):
-        is_last = side == 1 and not terms
-        if not isinstance(tangents[side], SymbolicZero) or is_last:
-            tangent = _instantiated(tangents[side], primals[side])
-            terms.append(tangent_product(tangent, other, side, () if terms else observed, **params))
-    return done.result, functools.reduce(lax.add, terms)
-
-
-def _instantiated(tangent: Any, primal: Any) -> Any:
-    return jnp.zeros_like(primal) if isinstance(tangent, SymbolicZero) else tangent
+    lhs, rhs = primals
+    done = _multiply(lhs, rhs, call)
+    terms = [
+        tangent_product(tangent, other, side, **call._asdict())
+        for side, (tangent, other) in enumerate(zip(tangents, (done.rhs, done.lhs), strict=True))
+        if not isinstance(tangent, SymbolicZero)
+    ]
+    return done.result, functools.reduce(lax.add, terms, *[] if terms else [jnp.zeros_like(done.result)])

@@ -7,29 +7,28 @@ batch, however that was mapped. What is kept for the backward pass is the other 
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jmp_lite._compat import linear_primitive, varying_axes
+from jmp_lite._compat import linear_primitive
 from jmp_lite._dtypes import FLOAT32, DType
 from jmp_lite.products._dimensions import Dimensions, Transposed, mapped, transposed
 from jmp_lite.products._matmul import permuted_sharding, product
 from jmp_lite.quant._block import block_product
-from jmp_lite.quant._operands import Quantized, Seen, amax_of_tensor, prepared, unscaled
+from jmp_lite.quant._operands import Quantized, prepared, unscaled
 from jmp_lite.quant._product import folded, scaled_product
+from jmp_lite.quant._scale import as_bits, from_bits
 from jmp_lite.quant._spec import QuantSpec, Specs
 
-#: Positions of the tangent of an operand and, with amax histories, of the tangent of these.
-_LINEAR = frozenset({0, 3})
+#: The position of the tangent.
+_LINEAR = frozenset({0})
 
 
 def tangent_product(
     tangent: Any,
     other: Quantized,
     side: int,
-    histories: tuple[Any, ...],
     *,
     dims: Dimensions,
     specs: Specs,
@@ -43,9 +42,6 @@ def tangent_product(
         tangent: Of the operand on ``side``, which is 0 (left) or 1 (right).
         other: The other operand, as the forward product used it.
         side: Which operand it is the tangent of.
-        histories: Empty, or: the tangent of the histories ``float32[3, steps]``; the largest magnitudes of both
-            operands now, ``float32[2]``; those of earlier cotangents, ``float32[steps]``, and whether they are known.
-            The cotangent of the first has in its first column what is to enter the histories.
         dims: Of the product.
         specs: The recipe.
         dtype: Of the result.
@@ -54,9 +50,8 @@ def tangent_product(
     """
     return _primitive().bind(
         tangent,
-        other.values,
+        as_bits(other.values),
         other.scale,
-        *histories,
         side=side,
         dimension_numbers=dims,
         specs=specs,
@@ -71,8 +66,14 @@ def _primitive() -> Any:
     return linear_primitive("quantized_product_tangent", _evaluate, _transpose, _batch, _LINEAR)
 
 
-def _evaluate(tangent: Any, values: Any, scale: Any, *_: Any, side: int, dtype: DType, **params: Any) -> Any:
-    operands = [tangent, Quantized(values, scale).dequantized(dtype)]
+def _other(bits: Any, scale: Any, specs: Specs, side: int) -> Quantized:
+    """The operand that is not on ``side``."""
+    spec = specs.spec(1 - side)
+    return Quantized(bits if spec is None or spec.is_blockwise else from_bits(bits, spec.dtype), scale)
+
+
+def _evaluate(tangent: Any, bits: Any, scale: Any, *, side: int, specs: Specs, dtype: DType, **params: Any) -> Any:
+    operands = [tangent, _other(bits, scale, specs, side).dequantized(dtype)]
     lhs, rhs = operands if side == 0 else operands[::-1]
     kept = tuple((name, params[name]) for name in ("dimension_numbers", "precision", "out_sharding"))
     return product(lhs, rhs, dtype, kept, dtype)
@@ -81,33 +82,26 @@ def _evaluate(tangent: Any, values: Any, scale: Any, *_: Any, side: int, dtype: 
 def _transpose(
     cotangent: Any,
     tangent: Any,
-    values: Any,
+    bits: Any,
     scale: Any,
-    *histories: Any,
+    *,
     side: int,
     dimension_numbers: Dimensions,
     specs: Specs,
     precision: Any,
     **_: Any,
 ) -> list[Any]:
-    """Cotangents of the operand and of the histories, where they are wanted, and ``None`` for the others."""
-    ndims = (tangent.ndim, values.ndim) if side == 0 else (values.ndim, tangent.ndim)
-    found, other = transposed(dimension_numbers, ndims, side), Quantized(values, scale)
-    results: list[Any] = [None] * (3 + len(histories))
-    if isinstance(tangent, jax.core.ShapedArray):
-        params = {"dtype": tangent.dtype, "out_sharding": permuted_sharding(tangent, found.axes)}
-        if specs.is_blockwise:
-            of_operand = _blockwise(cotangent, values, found, specs.spec(1 - side), specs.of_gradients, **params)
-        elif specs.of_gradients is None:
-            of_operand = _straight_through(cotangent, other, found, precision=precision, **params)
-        else:
-            seen = Seen(*histories[2:]) if histories else None
-            of_operand = _quantized(cotangent, other, found, specs, seen, **params)
-        results[0] = lax.transpose(of_operand, found.permutation)
-    if histories and isinstance(histories[0], jax.core.ShapedArray):
-        amax = amax_of_tensor(cotangent, specs.axis_name)
-        results[3] = _in_first_column(jnp.append(histories[1], amax), histories[0])
-    return results
+    """The cotangent of the operand, and ``None`` for the others."""
+    ndims = (tangent.ndim, bits.ndim) if side == 0 else (bits.ndim, tangent.ndim)
+    found, other = transposed(dimension_numbers, ndims, side), _other(bits, scale, specs, side)
+    params = {"dtype": tangent.dtype, "out_sharding": permuted_sharding(tangent, found.axes)}
+    if specs.is_blockwise:
+        of_operand = _blockwise(cotangent, other.values, found, specs.spec(1 - side), specs.of_gradients, **params)
+    elif specs.of_gradients is None:
+        of_operand = _straight_through(cotangent, other, found, precision=precision, **params)
+    else:
+        of_operand = _quantized(cotangent, other, found, specs, **params)
+    return [lax.transpose(of_operand, found.permutation), None, None]
 
 
 def _blockwise(
@@ -137,7 +131,6 @@ def _quantized(
     other: Quantized,
     found: Transposed,
     specs: Specs,
-    seen: Seen | None,
     *,
     dtype: DType,
     out_sharding: Any,
@@ -145,8 +138,8 @@ def _quantized(
     spec: Any = specs.of_gradients
     if other.scale.ndim:
         cotangent = folded(cotangent.astype(FLOAT32), other.scale, found)
-        other, seen = unscaled(other.values), None
-    operand, _ = prepared(cotangent, spec, found.dims.contracted[found.position], specs.axis_name, seen)
+        other = unscaled(other.values)
+    operand = prepared(cotangent, spec, found.dims.contracted[found.position], specs.axis_name)
     return scaled_product(
         *found.ordered(operand, other),
         found.dims,
@@ -157,24 +150,13 @@ def _quantized(
     )
 
 
-def _in_first_column(observed: Any, histories: Any) -> Any:
-    """Puts largest magnitudes where the gradient of the histories has them; one answer for all devices."""
-    axes = tuple(sorted(varying_axes(observed) - histories.manual_axis_type.varying))
-    if axes:
-        observed = lax.pmax(observed, axes)
-    return jnp.zeros(histories.shape, FLOAT32).at[:, 0].set(observed)
-
-
 def _batch(
     operands: Any, positions: Any, *, side: int, dimension_numbers: Dimensions, **params: Any
 ) -> tuple[Any, int]:
-    if any(position is not None for position in positions[3:]):
-        raise NotImplementedError("amax histories cannot be mapped: give each model of an ensemble its own call.")
     tangent, values, scale = (
-        x if position is None else jnp.moveaxis(x, position, 0)
-        for x, position in zip(operands[:3], positions[:3], strict=True)
+        x if position is None else jnp.moveaxis(x, position, 0) for x, position in zip(operands, positions, strict=True)
     )
-    tangent_mapped, values_mapped, scale_mapped = (position is not None for position in positions[:3])
+    tangent_mapped, values_mapped, scale_mapped = (position is not None for position in positions)
     if scale_mapped and not values_mapped:
         values, values_mapped = jnp.broadcast_to(values, (scale.shape[0], *values.shape)), True
     if scale_mapped and scale.ndim == 1:
@@ -187,7 +169,7 @@ def _batch(
         ndims, is_mapped = ndims[::-1], is_mapped[::-1]
     dims, axis = mapped(dimension_numbers, ndims, is_mapped)
     params = {**params, "out_sharding": _with_axis(params["out_sharding"], axis)}
-    result = _primitive().bind(tangent, values, scale, *operands[3:], side=side, dimension_numbers=dims, **params)
+    result = _primitive().bind(tangent, values, scale, side=side, dimension_numbers=dims, **params)
     return result, axis
 
 

@@ -6,12 +6,18 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_batching import custom_vmap
+from jax.ad_checkpoint import checkpoint_name
 
+from jmp_lite._compat import composed_primitive
 from jmp_lite._dtypes import FLOAT32, DType
+from jmp_lite._rounding import counted_bits
+from jmp_lite._tree import is_finite
 from jmp_lite.errors import SecondDerivativeError
-from jmp_lite.quant._scale import absmax_scale, dequantize, is_integer, quantize
+from jmp_lite.quant._scale import absmax_scale, as_bits, dequantize, from_bits, is_integer, rounded
 from jmp_lite.quant._spec import QuantSpec
+
+#: Under which ``jax.checkpoint_policies.save_only_these_names`` finds operands of 8 bits.
+NAME = "quantized"
 
 
 class Quantized(NamedTuple):
@@ -25,20 +31,9 @@ class Quantized(NamedTuple):
         return dequantize(self.values, self.scale, dtype)
 
 
-@custom_vmap
-def amax_of_all(x: Any) -> jax.Array:
-    """Largest magnitude, ``float32[]``, also over axes that ``vmap`` hides: a batch has one scale all the same."""
-    return jnp.max(jnp.abs(x), initial=0).astype(FLOAT32)
-
-
-@amax_of_all.def_vmap
-def _amax_of_all_mapped(_axis_size: int, _in_batched: list[bool], x: Any) -> tuple[jax.Array, bool]:
-    return amax_of_all(x), False
-
-
 def amax_of_tensor(x: Any, axis_name: Any) -> jax.Array:
     """Returns the largest magnitude of an array, over the named axes too."""
-    amax: jax.Array = amax_of_all(lax.stop_gradient(x))
+    amax: jax.Array = jnp.max(jnp.abs(lax.stop_gradient(x)), initial=0).astype(FLOAT32)
     return amax if axis_name is None else lax.pmax(amax, axis_name)
 
 
@@ -50,45 +45,54 @@ def amax_of(x: Any, spec: QuantSpec, contracted: tuple[int, ...], axis_name: Any
     return amax_of_tensor(x, axis_name)
 
 
-def _key(x: Any) -> jax.Array:
-    """A PRNG key made of the bits of an array; a sum of integers, the same in any order."""
-    bits = lax.bitcast_convert_type(jnp.asarray(x).astype(FLOAT32), jnp.uint32)
-    return jax.random.key(jnp.sum(bits, dtype=jnp.uint32))
+@functools.cache
+def _primitive() -> Any:
+    """One equation, so that no policy of ``jax.checkpoint`` can save float8 numbers on the way to their bits."""
+    return composed_primitive("quantize_to_bits", _quantize_to_bits, jvp=_jvp, batch=_batch)
 
 
-class Seen(NamedTuple):
-    """Largest magnitudes of earlier steps."""
-
-    history: Any
-    """``float32[steps]``."""
-    is_known: Any
-    """``bool[]``, a constant: whether there is a history at all, or the array itself is asked."""
+def _quantize_to_bits(x: Any, scale: Any, *, spec: QuantSpec, mapped: int = 0) -> Any:
+    """Quantizes an array, or along the first ``mapped`` axes several, each as if it were alone."""
+    bits = counted_bits(_seed(x, mapped), x.shape) if spec.stochastic else None
+    return as_bits(rounded(x, spec.dtype, scale, bits, saturates=spec.amax is None))
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
-def quantized(x: Any, amax: Any, seen: Seen | None, spec: QuantSpec) -> Quantized:
-    """Quantizes an operand of a product.
+def _seed(x: Any, mapped: int) -> Any:
+    """Made of the bits of an array; a sum of integers, the same in any order."""
+    bits = lax.bitcast_convert_type(x.astype(FLOAT32), jnp.uint32)
+    return jnp.sum(bits, axis=tuple(range(mapped, x.ndim)), keepdims=True, dtype=jnp.uint32)
+
+
+def _batch(operands: Any, positions: Any, *, spec: QuantSpec, mapped: int) -> tuple[Any, int]:
+    size = next(x.shape[at] for x, at in zip(operands, positions, strict=True) if at is not None)
+    x, scale = (
+        jnp.broadcast_to(operand[None], (size, *operand.shape)) if at is None else jnp.moveaxis(operand, at, 0)
+        for operand, at in zip(operands, positions, strict=True)
+    )
+    scale = scale.reshape(*scale.shape[: mapped + 1], *[1] * (x.ndim - scale.ndim), *scale.shape[mapped + 1 :])
+    return _primitive().bind(x, scale, spec=spec, mapped=mapped + 1), 0
+
+
+def _jvp(_primals: Any, _tangents: Any, *, spec: QuantSpec, **_: Any) -> NoReturn:
+    refuse_second_derivative(spec)
+
+
+def quantized(x: Any, spec: QuantSpec, contracted: tuple[int, ...], axis_name: Any) -> Quantized:
+    """Quantizes an operand of a product; policies of ``jax.checkpoint`` find bits and scale under the name ``NAME``.
 
     Args:
         x: Floating array.
-        amax: Its largest magnitudes, from ``amax_of``.
-        seen: Those of earlier steps, which the scale of a whole tensor is then made of.
         spec: How.
+        contracted: The axes that are added up over.
+        axis_name: Mapped axes whose devices agree on the scale of a whole tensor.
     """
-    made_of = amax
-    if seen is not None and amax.ndim == 0:
-        earlier, is_used = jnp.max(seen.history), seen.is_known
-        if is_integer(spec.dtype):  # int8 could neither show what is not finite, nor bear a scale out of the air
-            is_used = is_used & (earlier > 0) & jnp.isfinite(amax)
-        made_of = jnp.where(is_used, earlier, amax)
-    scale = absmax_scale(made_of, spec.dtype, margin=spec.margin, pow2=spec.pow2)
-    key = _key(x) if spec.stochastic else None
-    return Quantized(quantize(x, spec.dtype, scale, key=key), scale)
-
-
-@quantized.defjvp
-def _no_derivative(spec: QuantSpec, _primals: Any, _tangents: Any) -> Any:
-    refuse_second_derivative(spec)
+    spec.observe(x)
+    amax = amax_of(x, spec, contracted, axis_name) if spec.amax is None else jnp.asarray(spec.amax, FLOAT32)
+    if spec.amax is not None and is_integer(spec.dtype):  # integers cannot show what is not finite
+        amax = jnp.where(is_finite(x).all(), amax, jnp.nan)
+    scale = absmax_scale(amax, spec.dtype, margin=spec.margin, pow2=spec.pow2)
+    bits = _primitive().bind(jnp.asarray(x), scale, spec=spec, mapped=0)
+    return Quantized(from_bits(checkpoint_name(bits, NAME), spec.dtype), checkpoint_name(scale, NAME))
 
 
 def refuse_second_derivative(spec: QuantSpec) -> NoReturn:
@@ -104,14 +108,9 @@ def unscaled(x: Any) -> Quantized:
     return Quantized(x, jnp.ones((), FLOAT32))
 
 
-def prepared(
-    x: Any, spec: QuantSpec | None, contracted: tuple[int, ...], axis_name: Any, seen: Seen | None = None
-) -> tuple[Quantized, jax.Array]:
-    """Quantizes an operand if it has a spec; returns its largest magnitudes too, zero if it has none."""
-    if spec is None:
-        return unscaled(x), jnp.zeros((), FLOAT32)
-    amax = amax_of(x, spec, contracted, axis_name)
-    return quantized(x, amax, seen, spec), amax
+def prepared(x: Any, spec: QuantSpec | None, contracted: tuple[int, ...], axis_name: Any) -> Quantized:
+    """Quantizes an operand if it has a spec."""
+    return unscaled(x) if spec is None else quantized(x, spec, contracted, axis_name)
 
 
 def result_dtype(lhs: Any, rhs: Any, preferred_element_type: Any) -> DType:

@@ -25,10 +25,11 @@ class DotRecipe(Specs, RoundsOperands):
         rhs: The same for the right operand, which in Flax is the kernel.
         grad: The same for the cotangent in the backward products. ``None``: these products are not quantized, and
             treat the rounding of the operands as if it were none (straight-through).
-        history: Of how many steps the largest magnitudes are remembered, to make scales of whole tensors from
-            (delayed scaling); 0: every array is looked at. Functions with such products go through ``delayed``.
         axis_name: Mapped axes (``pmap``, ``shard_map``) whose devices agree on scales of whole tensors. Under ``jit``
             they agree in any case.
+        products: Which products ``autocast`` gives it: ``"weights"``, those of an argument or constant of the function,
+            cast, moved or cut perhaps; or ``"all"``, those of two activations too, such as attention scores.
+        sites: Recipes for single name scopes under ``autocast``, from ``calibrate``.
 
     Raises:
         InvalidRecipeError: If no device multiplies the formats, or the fields contradict each other.
@@ -43,6 +44,63 @@ class DotRecipe(Specs, RoundsOperands):
     References:
         Micikevicius et al., "FP8 Formats for Deep Learning", arXiv:2209.05433; NVIDIA TransformerEngine; Google qwix.
     """
+
+    products: str = dataclasses.field(default="weights", kw_only=True)
+    sites: tuple[tuple[str, "DotRecipe"], ...] = dataclasses.field(default=(), kw_only=True, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.products not in ("weights", "all"):
+            raise InvalidRecipeError(f"products must be 'weights' or 'all', got {self.products!r}.")
+
+    def __str__(self) -> str:
+        return super().__str__() + f",products={self.products}" * (self.products != "weights")
+
+    @property
+    def depends_on_scope(self) -> bool:
+        """Whether it has been calibrated."""
+        return bool(self.sites)
+
+    def takes(self, *, has_weight: bool) -> bool:
+        """Whether it takes the place of a product with a weight among its operands, or without."""
+        return has_weight or self.products == "all"
+
+    def replace(self, **changes: Any) -> "DotRecipe":
+        """Returns the recipe with other fields, such as ``FP8.replace(products="all")``."""
+        return dataclasses.replace(self, **changes)
+
+    def at(self, scope: str) -> "DotRecipe":
+        """Returns the recipe of a name scope, and itself where none was calibrated."""
+        return dict(self.sites).get(scope, self)
+
+    def static(self, *, lhs: float | None = None, rhs: float | None = None, grad: float | None = None) -> "DotRecipe":
+        """Fixes scales, so that operands are quantized without being looked at first.
+
+        Args:
+            lhs: The largest magnitude that the left operand will have; ``None``: as before.
+            rhs: The same for the right operand.
+            grad: The same for the cotangent.
+
+        Returns:
+            Another recipe. Numbers that the scale has no room for become NaN in float8, so that a loss scale sees them,
+            and the largest number in int8.
+
+        Raises:
+            InvalidRecipeError: If such an operand is not quantized, or with a scale per channel or block.
+
+        Example:
+            >>> recipe = jmp.quant.FP8.static(lhs=8.0, rhs=2.0)
+            >>> print(recipe)
+            lhs=e4m3:pow2:amax8.0,rhs=e4m3:pow2:amax2.0,grad=e5m2:pow2
+            >>> print(recipe(jnp.array([1.0, 20.0]), jnp.ones(2), (((0,), (0,)), ((), ()))))
+            nan
+        """
+        given = {side: amax for side, amax in (("lhs", lhs), ("rhs", rhs), ("grad", grad)) if amax is not None}
+        missing = next((side for side in given if getattr(self, side) is None), None)
+        if missing:
+            raise InvalidRecipeError(f"{missing}={given[missing]!r} was given, and recipe {self} does not quantize it.")
+        specs = {side: dataclasses.replace(getattr(self, side), amax=amax) for side, amax in given.items()}
+        return dataclasses.replace(self, **specs, sites=())
 
     def __call__(
         self,
@@ -59,7 +117,7 @@ class DotRecipe(Specs, RoundsOperands):
             lhs,
             rhs,
             dimension_numbers,
-            self,
+            self.at(""),
             precision=precision,
             preferred_element_type=preferred_element_type,
             out_sharding=out_sharding,
@@ -67,15 +125,13 @@ class DotRecipe(Specs, RoundsOperands):
 
     def conv(self, lhs: Any, rhs: Any, window_strides: Any, padding: Any, **params: Any) -> jax.Array:
         """Convolves two arrays, with the parameters of ``lax.conv_general_dilated``; see ``scaled_conv``."""
-        return quantized_conv(lhs, rhs, self, window_strides=window_strides, padding=padding, **params)
+        return quantized_conv(lhs, rhs, self.at(""), window_strides=window_strides, padding=padding, **params)
 
 
 #: e4m3 forward, e5m2 for gradients, one scale per tensor, which is a power of two.
 FP8 = DotRecipe(QuantSpec("e4m3", pow2=True), QuantSpec("e4m3", pow2=True), QuantSpec("e5m2", pow2=True))
 #: e4m3 throughout, one scale per row of activations, per output channel of kernels.
 FP8_ROWWISE = DotRecipe(*[QuantSpec("e4m3", "channel", pow2=True)] * 3)
-#: ``FP8`` with scales from the largest magnitudes of the last 1024 steps.
-FP8_DELAYED = dataclasses.replace(FP8, history=1024)
 #: e4m3 in tiles of 1 x 128 for activations and gradients and blocks of 128 x 128 for kernels: a reference, not fast.
 FP8_BLOCK128 = DotRecipe(QuantSpec("e4m3", 128), QuantSpec("e4m3", (128, 128)), QuantSpec("e4m3", 128))
 #: int8 forward, as in the deployed model; gradients of the compute dtype.
@@ -88,13 +144,12 @@ INT8_TRAIN = DotRecipe(
 W8A16 = DotRecipe(None, QuantSpec("int8", "channel"))
 #: int8 kernels and activations: ``INT8_QAT`` under the name that deployments use.
 W8A8 = INT8_QAT
-#: The same with one scale for all activations of a product, from calibration.
-W8A8_STATIC = DotRecipe(QuantSpec("int8"), QuantSpec("int8", "channel"), history=1)
+#: The same with one scale for all activations of a product, which ``calibrate`` fixes.
+W8A8_STATIC = DotRecipe(QuantSpec("int8"), QuantSpec("int8", "channel"))
 
 _NAMED = {
     "fp8": FP8,
     "fp8_rowwise": FP8_ROWWISE,
-    "fp8_delayed": FP8_DELAYED,
     "fp8_block128": FP8_BLOCK128,
     "int8_qat": INT8_QAT,
     "int8_train": INT8_TRAIN,
@@ -108,8 +163,8 @@ def get_recipe(spec: str | DotRecipe) -> DotRecipe:
     """Returns the recipe of a name, or of the text that ``str(recipe)`` gives.
 
     Args:
-        spec: ``"fp8"``, ``"fp8_rowwise"``, ``"fp8_delayed"``, ``"fp8_block128"``, ``"int8_qat"``, ``"int8_train"``,
-            ``"w8a16"``, ``"w8a8"`` or ``"w8a8_static"``, case aside; or a text; or a recipe, which is returned.
+        spec: ``"fp8"``, ``"fp8_rowwise"``, ``"fp8_block128"``, ``"int8_qat"``, ``"int8_train"``, ``"w8a16"``,
+            ``"w8a8"`` or ``"w8a8_static"``, case aside; or a text; or a recipe, which is returned.
 
     Raises:
         InvalidRecipeError: If it is none of these.
@@ -138,14 +193,14 @@ def _parse(text: str) -> DotRecipe | None:
     """Reads what ``str(recipe)`` wrote."""
     parts = [part.partition("=") for part in text.split(",")]
     fields = {name.strip(): value.strip() for name, _, value in parts}
-    history = fields.get("history", "0")
-    is_known = {"lhs", "rhs"} <= set(fields) <= {"lhs", "rhs", "grad", "history", "axis_name"}
-    if not is_known or len(fields) < len(parts) or not history.isdigit() or "" in fields.values():
+    is_known = {"lhs", "rhs"} <= set(fields) <= {"lhs", "rhs", "grad", "axis_name", "products"}
+    if not is_known or len(fields) < len(parts) or "" in fields.values():
         return None
     axes = tuple(fields["axis_name"].split("+")) if "axis_name" in fields else ()
     axis_name = axes[0] if len(axes) == 1 else axes or None
     grad = fields.get("grad", "none")
-    return DotRecipe(fields["lhs"], fields["rhs"], grad, history=int(history), axis_name=axis_name)
+    products = fields.get("products", "weights")
+    return DotRecipe(fields["lhs"], fields["rhs"], grad, axis_name=axis_name, products=products)
 
 
 def scaled_dot_general(
@@ -170,7 +225,8 @@ def scaled_dot_general(
 
     Infinities and NaN in an operand make results infinite or NaN, so that a loss scale sees them.
 
-    Under ``vmap`` a batch shares the scale of a tensor, just as if it were one larger product.
+    Under ``vmap`` each member has scales of its own, as if it were alone. Only cotangents of a product that was mapped
+    before it was differentiated share one.
 
     Args:
         lhs: Array. Operands that are not real floating arrays of 16 or 32 bits are multiplied as they are.
@@ -212,7 +268,7 @@ def scaled_conv(
     The operands are quantized, dequantized and convolved in their own dtype, and so are cotangents in the backward
     pass: the result has the accuracy of the recipe and keeps 8 bits per number for the backward pass, but runs as fast
     as without it. Scales per channel are those of one sample of ``lhs``, of one output feature of ``rhs`` and of
-    cotangents. Histories are not used.
+    cotangents.
 
     Args:
         lhs: Input, floating array.

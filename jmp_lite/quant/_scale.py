@@ -110,16 +110,41 @@ def quantize(x: Any, dtype: Any, scale: Any, *, key: jax.Array | None = None) ->
         >>> print(jmp.quant.quantize(x, "e4m3", jnp.float32(1.0)))
         [0.101562 -0.25 448]
     """
-    dtype = checked_format(dtype)
-    scaled = jnp.asarray(x).astype(FLOAT32) / scale
-    if not is_integer(dtype):
-        if key is not None:
-            return stochastic_round(key, scaled, dtype)
-        # What is not finite stays so through the difference; a select would be a second array for XLA to transpose.
-        saturated: jax.Array = jnp.clip(scaled, -largest(dtype), largest(dtype)) + (scaled - scaled)
-        return saturated.astype(dtype)
-    rounded = jnp.round(scaled) if key is None else stochastic_floor(key, scaled)
-    return jnp.clip(rounded, -largest(dtype), largest(dtype)).astype(dtype)
+    x = jnp.asarray(x)
+    return rounded(x, checked_format(dtype), scale, None if key is None else jax.random.bits(key, x.shape))
+
+
+def rounded(x: jax.Array, dtype: DType, scale: Any, bits: jax.Array | None, *, saturates: bool = True) -> jax.Array:
+    """``quantize`` with random bits, ``uint32`` of the shape of ``x``, in the place of a key.
+
+    Without ``saturates`` floats beyond the largest of the format become NaN.
+    """
+    scaled = x.astype(FLOAT32) / scale
+    if is_integer(dtype):
+        whole = jnp.round(scaled) if bits is None else stochastic_floor(bits, scaled)
+        return jnp.clip(whole, -largest(dtype), largest(dtype)).astype(dtype)
+    if not saturates:
+        scaled = jnp.where(jnp.abs(scaled) <= largest(dtype), scaled, jnp.nan)
+    if bits is not None:
+        return stochastic_round(bits, scaled, dtype)
+    # What is not finite stays so through the difference; a select would be a second array for XLA to transpose.
+    saturated: jax.Array = jnp.clip(scaled, -largest(dtype), largest(dtype)) + (scaled - scaled)
+    return saturated.astype(dtype)
+
+
+def as_bits(values: Any) -> Any:
+    """Float8 numbers as the bytes that hold them; others as they are.
+
+    JAX rounds the floats that ``jax.checkpoint`` saves, by rules that make NaN of e4m3 numbers beyond 240. It leaves
+    integers alone.
+    """
+    is_float8 = values.dtype.itemsize == 1 and not is_integer(values.dtype)
+    return lax.bitcast_convert_type(values, jnp.int8) if is_float8 else values
+
+
+def from_bits(bits: Any, dtype: DType) -> Any:
+    """The numbers that ``as_bits`` was given."""
+    return bits if bits.dtype == dtype else lax.bitcast_convert_type(bits, dtype)
 
 
 def dequantize(q: Any, scale: Any, dtype: Any = jnp.float32) -> jax.Array:

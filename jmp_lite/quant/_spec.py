@@ -1,7 +1,11 @@
 """What is quantized how: one operand, and the three products that a product and its gradient are."""
 
 import dataclasses
+import math
 from typing import Any
+
+import jax
+import numpy as np
 
 from jmp_lite.errors import InvalidRecipeError
 from jmp_lite.quant._scale import FORMATS, checked_format, is_integer
@@ -20,8 +24,10 @@ class QuantSpec:
             pair (n, n): blocks of n by n.
         margin: Leaves room for values ``2**margin`` times as large as those seen.
         pow2: Rounds scales up to powers of two.
-        stochastic: Rounds up or down at random, right on average; the key is made of the array's own bits, so that the
+        stochastic: Rounds up or down at random, right on average; the bits are made of the array's own, so that the
             same array gives the same result.
+        amax: A fixed largest magnitude to make the scale of, from ``calibrate`` or known, instead of looking at the
+            array first. Larger numbers become NaN in float8, and the largest in int8.
 
     Raises:
         InvalidRecipeError: If one of these means nothing.
@@ -36,6 +42,7 @@ class QuantSpec:
     margin: int = dataclasses.field(default=0, kw_only=True)
     pow2: bool = dataclasses.field(default=False, kw_only=True)
     stochastic: bool = dataclasses.field(default=False, kw_only=True)
+    amax: float | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", checked_format(self.dtype))
@@ -48,6 +55,22 @@ class QuantSpec:
             )
         if type(self.margin) is not int:
             raise InvalidRecipeError(f"margin must be a whole number of powers of two, got {self.margin!r}.")
+        if self.amax is not None:
+            object.__setattr__(self, "amax", self._checked(self.amax))
+
+    def _checked(self, amax: Any) -> float:
+        is_number = isinstance(amax, (int, float, np.number, np.ndarray, jax.Array)) and np.ndim(amax) == 0
+        if not is_number or not 0 < float(amax) < math.inf:
+            raise InvalidRecipeError(f"amax must be a positive number, got {amax!r}.")
+        if self.granularity != "tensor":
+            raise InvalidRecipeError(
+                f"amax={amax!r} is one number, and granularity={self.granularity!r} asks for several scales: leave out "
+                "one of the two."
+            )
+        return float(amax)
+
+    def observe(self, x: Any) -> None:
+        """Is given every array that is quantized by this spec; ``calibrate`` listens."""
 
     @property
     def is_blockwise(self) -> bool:
@@ -61,6 +84,7 @@ class QuantSpec:
             parts.append("x".join(map(str, block)))
         parts += [f"margin{self.margin}"] * bool(self.margin)
         parts += ["pow2"] * self.pow2 + ["stochastic"] * self.stochastic
+        parts += [] if self.amax is None else [f"amax{self.amax!r}"]
         return ":".join(parts)
 
 
@@ -81,6 +105,8 @@ def parse_spec(text: str) -> QuantSpec | None:
             settings[option] = True
         elif option.startswith("margin") and option[6:].removeprefix("-").isdigit():
             settings["margin"] = int(option[6:])
+        elif option.startswith("amax") and (amax := _number(option[4:])) is not None:
+            settings["amax"] = amax
         elif all(map(str.isdigit, sizes)):
             granularity = int(option) if len(sizes) == 1 else tuple(map(int, sizes))
         elif option in ("tensor", "channel"):
@@ -92,6 +118,13 @@ def parse_spec(text: str) -> QuantSpec | None:
     return QuantSpec(name, granularity, **settings)
 
 
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
 @dataclasses.dataclass(frozen=True)
 class Specs:
     """The fields of a recipe, checked; ``DotRecipe`` describes them."""
@@ -99,7 +132,6 @@ class Specs:
     lhs: QuantSpec | str | None
     rhs: QuantSpec | str | None
     grad: QuantSpec | str | None = None
-    history: int = dataclasses.field(default=0, kw_only=True)
     axis_name: Any = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -146,16 +178,10 @@ class Specs:
                 self.is_blockwise and not (len(operands) == 2 and all(spec.is_blockwise for spec in specs)),
                 "Blocks must be used for lhs, rhs and grad alike",
             ),
-            (type(self.history) is not int or self.history < 0, "history must be a number of steps"),
-            (
-                bool(self.history) and all(spec.granularity != "tensor" for spec in specs),
-                "history serves scales of whole tensors, and no granularity is 'tensor'",
-            ),
         ]
 
     def __str__(self) -> str:
         parts = [f"{side}={getattr(self, side) or 'none'}" for side in ("lhs", "rhs", "grad")]
-        parts += [f"history={self.history}"] * bool(self.history)
         axes = self.axis_name if isinstance(self.axis_name, tuple) else (self.axis_name,)
         parts += [] if self.axis_name is None else [f"axis_name={'+'.join(map(str, axes))}"]
         return ",".join(parts)

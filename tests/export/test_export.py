@@ -1,7 +1,6 @@
 """Frozen models: the same bits in another process, in the precision that was asked for."""
 
 import dataclasses
-import functools
 import pathlib
 import subprocess
 import sys
@@ -35,21 +34,17 @@ PRECISIONS = {
 }
 
 
-def histories_of(policy, recipe, params, x):
-    """Calibration with the very data, for recipes that need it."""
-    if recipe is None or not quant.get_recipe(recipe).history:
-        return None
-    return quant.calibrate(
-        quant.delayed(jmp.autocast(MLP().apply, policy, dot=quant.get_recipe(recipe))), [(params, x)]
-    )
+def calibrated(policy, recipe, params, x):
+    """The recipe, calibrated with the very data where it is static."""
+    if recipe != "w8a8_static":
+        return None if recipe is None else quant.get_recipe(recipe)
+    return quant.calibrate(lambda dot: jmp.autocast(MLP().apply, policy, dot=dot), recipe, [(params, x)])
 
 
-def training_function(policy, recipe, histories):
+def training_function(policy, recipe):
     """What the training program would call for inference: a jitted function of (quantized) parameters."""
-    recipe = None if recipe is None else quant.get_recipe(recipe)
     dot = recipe if recipe is not None and recipe.lhs is not None else None
     fun = MLP().apply if policy is None and dot is None else jmp.autocast(MLP().apply, policy or "full", dot=dot)
-    fun = fun if histories is None else functools.partial(quant.delayed(fun), histories)
     return jax.jit(lambda params, x: fun(dequantize_tree(params), x))
 
 
@@ -97,13 +92,13 @@ def test_another_process_computes_the_same_bits(mlp, names, tmp_path):
     """Every precision, with a fixed and a free batch: what the jitted function of the training process computes."""
     params, x = mlp
     expected = {}
-    for number, (policy, recipe) in enumerate(PRECISIONS[name] for name in names):
-        histories = histories_of(policy, recipe, params, x)
-        held = params if recipe is None else quantize_tree(params, quant.get_recipe(recipe).rhs)
-        fun = training_function(policy, recipe, histories)
+    for number, (policy, spec) in enumerate(PRECISIONS[name] for name in names):
+        recipe = calibrated(policy, spec, params, x)
+        held = params if recipe is None else quantize_tree(params, recipe.rhs)
+        fun = training_function(policy, recipe)
         for kind, example in (("fixed", x), ("free", jax.ShapeDtypeStruct(FREE, jnp.float32))):
             path = str(tmp_path / f"{number}.{kind}.safetensors")
-            export.freeze(MLP().apply, params, example, path=path, policy=policy, recipe=recipe, histories=histories)
+            export.freeze(MLP().apply, params, example, path=path, policy=policy, recipe=recipe)
             expected[path] = fun(held, x)
             assert_identical(export.load(path)(x), expected[path])
             if kind == "free":
@@ -175,7 +170,7 @@ def test_own_choice_of_leaves_is_kept(mlp, tmp_path):
     served = export.load(tmp_path / "m")
     assert [name for name, leaf in served.params.items() if is_quantized(leaf)] == ["params/Dense_1/kernel"]
     assert_identical(served.params["params/Dense_1/kernel"], held["params"]["Dense_1"]["kernel"])
-    assert_identical(served(x), training_function("mixed_bfloat16", "w8a16", None)(held, x))
+    assert_identical(served(x), training_function("mixed_bfloat16", quant.W8A16)(held, x))
 
 
 def test_error_of_a_quantized_artifact(mlp, tmp_path):
@@ -197,7 +192,7 @@ def test_platforms(mlp, tmp_path):
         served = export.load(tmp_path / "m")
         assert served.platforms == everywhere
         held = params if recipe is None else quantize_tree(params, quant.get_recipe(recipe).rhs)
-        assert_identical(served(x), training_function(policy, recipe, None)(held, x))
+        assert_identical(served(x), training_function(policy, recipe and quant.get_recipe(recipe))(held, x))
     export.freeze(MLP().apply, params, x, path=tmp_path / "m", platforms="tpu")
     with pytest.raises(
         jmp.errors.PlatformMismatchError, match=r"frozen for tpu, but .* platforms=\['tpu', '(cpu|cuda)'\]"

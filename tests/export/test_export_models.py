@@ -93,8 +93,6 @@ W = jnp.eye(2)
         (lambda f: f(lambda w, own: own.x, W, Own(W)), "containers that only this program knows.*Own"),
         (lambda f: f(jnp.dot, W, W, platforms=["gpu"]), r"platforms=\['gpu'\]: 'gpu' is no platform. Accepted: cpu"),
         (lambda f: f(jnp.dot, W, W, platforms=[]), "nothing is no platform"),
-        (lambda f: f(jnp.dot, W, W, recipe="w8a8_static", policy="bf16"), r"Pass histories=quant.calibrate"),
-        (lambda f: f(jnp.dot, W, W, recipe="w8a8", policy="bf16", histories={}), "Leave them out"),
         (lambda f: f(jnp.dot, W, W, recipe="fp8_block128", policy="bf16"), "has scales for blocks"),
     ],
 )

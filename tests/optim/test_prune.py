@@ -72,7 +72,7 @@ def test_sparsity_may_be_known_at_run_time_only(sparsity, rng):
 def test_n_of_m(nm, shape, axis, rng):
     """The n largest of every m consecutive weights along the axis, exactly n, and of equal ones the last."""
     n, m = nm
-    find = jax.jit(functools.partial(masks_after, prune(nm=nm, axis=axis, where=everywhere)))
+    find = jax.jit(functools.partial(masks_after, prune(nm=nm, axes=axis, where=everywhere)))
     for values in VALUES.values():
         params = {"w": jnp.asarray(values(rng, shape), jnp.float32)}
         kept = groups_of(find(params)["w"], axis, m)
@@ -113,9 +113,44 @@ def test_default_takes_large_kernels(path):
     """Neither biases nor scales nor what is small, and for groups of four nothing that cannot be divided."""
     shape, pruned, grouped = LEAVES[path]
     params = nested({path: jnp.ones(shape)})
-    for tx, expected in ((prune(0.5), pruned), (prune(nm=(2, 4)), grouped)):
+    for tx, expected in ((prune(0.5), pruned), (prune(nm=(2, 4), axes=-2), grouped)):
         masks = tx.init(params).masks
         assert [mask.shape for mask in jax.tree.leaves(masks)] == ([shape] if expected else [])
+
+
+def test_what_is_not_known_to_be_contracted_stays_dense_and_is_named():
+    """Kernels of convolutions, attention, experts and stacked layers."""
+    params = {"dense": jnp.ones((64, 32)), "conv": jnp.ones((3, 3, 32, 32)), "query": jnp.ones((64, 8, 8))}
+    with pytest.warns(jmp.errors.LeftDenseWarning, match=r"leaves conv, query dense.*axes=quant\.contracted_axes"):
+        state = prune(nm=(2, 4)).init(params)
+    assert {name for name, mask in state.masks.items() if isinstance(mask, jax.Array)} == {"dense"}
+    with pytest.raises(jmp.errors.InvalidPruningError, match=r"'conv' is float32\[3, 3, 32, 32\]: which of"):
+        prune(nm=(2, 4), where=everywhere).init(params)
+
+
+def test_groups_lie_along_the_last_contracted_axis_that_fits(rng):
+    shapes = {"conv": (3, 3, 8, 5), "out": (4, 3, 16), "stack": (2, 8, 8), "table": (8, 8), "odd": (6, 8)}
+    axes = {"conv": (0, 1, 2), "out": (0, 1), "stack": (1,), "table": None, "odd": (0,)}
+    params = {name: jnp.asarray(rng.standard_normal(shape), jnp.float32) for name, shape in shapes.items()}
+    where = lambda path, leaf: path != "odd" and axes[path] is not None  # noqa: E731
+    masks = masks_after(prune(nm=(2, 4), axes=axes, where=where), params)
+    for name, axis in {"conv": 2, "out": 0, "stack": 1}.items():
+        assert (groups_of(masks[name], axis, 4).sum(1) == 2).all()
+    assert isinstance(masks["table"], optax.MaskedNode)
+    with pytest.raises(jmp.errors.InvalidPruningError, match=r"'odd' .* none of its axes \(0,\) can be cut"):
+        prune(nm=(2, 4), axes=axes, where=lambda path, _: path == "odd").init(params)
+    with pytest.raises(jmp.errors.InvalidPruningError, match="axes has nothing for 'conv'"):
+        prune(nm=(2, 4), axes={"out": (0,)}, where=everywhere).init(params)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_axes_are_found_by_path_where_a_mask_leaves_some_out(rng):
+    params = {"a": jnp.asarray(rng.standard_normal((32, 32)), jnp.float32), "b": jnp.ones((32, 32))}
+    tx = optax.masked(prune(nm=(2, 4), axes={"a": (1,), "b": (0,)}), {"a": True, "b": False})
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    pruned = optax.apply_updates(params, updates)
+    assert (groups_of(pruned["a"] == 0, 1, 4).sum(1) == 2).all()
+    assert (pruned["b"] == 1).all()
 
 
 def test_where_sees_paths_and_leaves():
@@ -288,7 +323,7 @@ MISTAKES = {
     "every 0": ({"sparsity": 0.5, "every": 0}, "every must be an integer of at least 1, got 0"),
     "begin -1": ({"sparsity": 0.5, "begin": -1}, "begin must be an integer of at least 0, got -1"),
     "begin 1.5": ({"sparsity": 0.5, "begin": 1.5}, r"begin .*got 1\.5"),
-    "axis": ({"nm": (2, 4), "axis": None}, "axis must be an integer, got None"),
+    "axes of a sparsity": ({"sparsity": 0.5, "axes": 0}, "axes are those of nm.*got axes=0"),
 }
 
 
@@ -305,9 +340,9 @@ def test_chosen_leaf_that_cannot_be_grouped_is_named(shape, axis):
     """What the caller chose is never left out silently."""
     params = {"layer": {"kernel": jnp.ones(shape)}}
     with pytest.raises(
-        jmp.errors.InvalidPruningError, match=r"'layer/kernel' is float32\[.*axis .* groups of 4\. Leave it out"
+        jmp.errors.InvalidPruningError, match=r"'layer/kernel' is float32\[.*axes .* groups of 4\. Leave it out"
     ):
-        prune(nm=(2, 4), axis=axis, where=everywhere).init(params)
+        prune(nm=(2, 4), axes=axis, where=everywhere).init(params)
 
 
 def test_update_without_parameters_is_refused():

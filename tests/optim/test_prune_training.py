@@ -292,9 +292,10 @@ class Net(nn.Module):
 @pytest.mark.slow
 def test_linen_model_in_groups_of_four(key):
     """2:4 along the input channels of a convolution and the inputs of a Dense; the first convolution stays dense."""
-    model, tx = Net(), optax.chain(optax.adamw(1e-3), prune(nm=(2, 4), begin=1))
-    x = jax.random.normal(key, (4, 8, 8, 1))
+    model, x = Net(), jax.random.normal(key, (4, 8, 8, 1))
     params = model.init(key, x)
+    axes = jmp.quant.contracted_axes(model.apply)(params, x)
+    tx = optax.chain(optax.adamw(1e-3), prune(nm=(2, 4), axes=axes, begin=1))
     state = tx.init(params)
 
     @jax.jit

@@ -217,7 +217,7 @@ def test_default_choice_is_kernels(rng):
     }
     assert {path: node.scale.shape for path, node in chosen.items()} == {
         "Dense_0/kernel": (1, 3),
-        "Conv_0/kernel": (1, 1, 1, 5),
+        "Conv_0/kernel": (3, 1, 1, 5),
     }
     assert quantized["Embed_0"]["embedding"] is params["Embed_0"]["embedding"]
     assert quantized["name"] == "model"

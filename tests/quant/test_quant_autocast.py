@@ -28,6 +28,8 @@ E4M3, E5M2 = "f8E4M3FN", "f8E5M2"
 #: Products of a quantized product and its gradient: dtypes of the operands, and precision.
 OF_FP8 = {(E4M3, E4M3, "DEFAULT"): 1, (E5M2, E4M3, "HIGHEST"): 2}
 
+EVERYWHERE = quant.FP8.replace(products="all")
+
 policies = pytest.mark.parametrize("policy", POLICIES)
 
 
@@ -128,7 +130,7 @@ def test_every_product_of_a_model_is_one_of_float8(model, policy, rng):
     """Forward with e4m3, backward with e5m2 by e4m3 and more precision; never e5m2 by e5m2."""
     make, count = MODELS[model]
     fun, params, x = make(rng)
-    text = stablehlo(gradients(jmp.autocast(total(fun), policy, dot=quant.FP8)), params, x)
+    text = stablehlo(gradients(jmp.autocast(total(fun), policy, dot=EVERYWHERE)), params, x)
     assert counted(products(text)) == {key: n * count for key, n in OF_FP8.items()}
     assert len(products_of_8_bits(text)) == 3 * count
 
@@ -205,6 +207,65 @@ def test_names_will_do_where_functions_are_wanted(rng):
     assert by_name(params, x) == jmp.autocast(total(fun), "mixed_bfloat16", dot=quant.FP8)(params, x)
     with pytest.raises(jmp.errors.InvalidRuleError, match="'fp8'"):
         jmp.autocast(total(fun), "mixed_bfloat16", dot="fp8")
+
+
+# --- Weights --------------------------------------------------------------------------------------
+
+
+def of_a_stack(w, x):
+    return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, jnp.stack([w, w]))[0]
+
+
+def in_a_loop(w, x):
+    return lax.fori_loop(0, 2, lambda _, x: jnp.tanh(x @ w), x)
+
+
+def of_tied_embeddings(w, x):
+    return jnp.tanh(w[jnp.arange(8)] + x) @ w.T
+
+
+def scores(w, x):
+    return jnp.tanh(x @ w) @ jnp.tanh(2 * x @ w).T
+
+
+#: Functions of a weight and an input, the number of their products, and how many of these have a weight.
+OF_WEIGHTS = {
+    "as it is": (lambda w, x: jnp.tanh(x) @ w, 1, 1),
+    "on the left": (lambda w, x: w @ jnp.tanh(x).T, 1, 1),
+    "transposed": (lambda w, x: jnp.tanh(x) @ w.T, 1, 1),
+    "cast by the model": (lambda w, x: jnp.tanh(x).astype(jnp.bfloat16) @ w.astype(jnp.bfloat16), 1, 1),
+    "reshaped": (lambda w, x: jnp.einsum("bd,hdk->bhk", jnp.tanh(x), w.reshape(4, 16, 4)), 1, 1),
+    "cut": (lambda w, x: jnp.tanh(x) @ w[:, 4:12], 1, 1),
+    "slice of a stack": (of_a_stack, 1, 1),
+    "closed over by a loop": (in_a_loop, 1, 1),
+    "in a branch": (lambda w, x: lax.cond(x[0, 0] < 9, lambda: jnp.tanh(x) @ w, lambda: x), 1, 1),
+    "in a checkpoint": (jax.checkpoint(lambda w, x: jnp.tanh(x) @ w), 1, 1),
+    "tied embeddings": (of_tied_embeddings, 1, 1),
+    "two layers and their scores": (scores, 3, 2),
+    "activations alone": (lambda w, x: jnp.tanh(x) @ jnp.tanh(w), 1, 0),
+}
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", OF_WEIGHTS)
+@policies
+def test_a_recipe_is_for_products_with_a_weight(case, policy, stored, rng):
+    """Unless it says otherwise; ``explain`` tells which, and why not."""
+    fun, count, with_weight = OF_WEIGHTS[case]
+    w, x = normal(rng, 16, 16, dtype=stored), normal(rng, 8, 16, dtype=stored)
+    for recipe, expected in ((quant.FP8, with_weight), (EVERYWHERE, count)):
+        records = jmp.explain(total(fun), policy, dot=recipe)(w, x)
+        reasons = [record.reason for record in records if record.primitive == "dot_general"]
+        assert ["replaced" in reason for reason in reasons].count(True) == expected, reasons
+        assert all("replaced by" in reason or 'products="weights"' in reason for reason in reasons)
+        text = stablehlo(jmp.autocast(total(fun), policy, dot=recipe), w, x)
+        assert len(products_of_8_bits(text)) == expected
+
+
+@pytest.mark.parametrize("products", ["weight", "", None])
+def test_products_are_all_or_those_of_weights(products):
+    with pytest.raises(jmp.errors.InvalidRecipeError, match="products must be 'weights' or 'all', got"):
+        quant.FP8.replace(products=products)
 
 
 # --- Scopes ---------------------------------------------------------------------------------------

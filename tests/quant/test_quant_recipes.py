@@ -13,7 +13,7 @@ import jmp_lite as jmp
 from jmp_lite import quant
 from jmp_lite.quant import DotRecipe, QuantSpec, get_recipe
 
-NAMES = ("fp8", "fp8_rowwise", "fp8_delayed", "fp8_block128", "int8_qat", "int8_train", "w8a16", "w8a8", "w8a8_static")
+NAMES = ("fp8", "fp8_rowwise", "fp8_block128", "int8_qat", "int8_train", "w8a16", "w8a8", "w8a8_static")
 
 
 def random_spec(rng, formats, granularities):
@@ -40,9 +40,10 @@ def random_recipe(rng):
         grad = None
         if rng.integers(2) and not blockwise:
             lhs, rhs = (None, rhs) if rng.integers(2) else (lhs, None)
-    per_tensor = any(spec is not None and spec.granularity == "tensor" for spec in (lhs, rhs, grad))
     axes = (None, "data", ("data", "model"))[rng.integers(3)]
-    return DotRecipe(lhs, rhs, grad, history=int(rng.integers(0, 50)) if per_tensor else 0, axis_name=axes)
+    recipe = DotRecipe(lhs, rhs, grad, axis_name=axes)
+    sides = [s for s in ("lhs", "rhs", "grad") if getattr(recipe, s) and getattr(recipe, s).granularity == "tensor"]
+    return recipe.static(**{side: float(rng.lognormal(0, 20)) for side in sides if rng.integers(2)})
 
 
 def test_every_name_is_a_recipe_and_every_text_reads_back():
@@ -73,7 +74,7 @@ def test_texts_of_random_recipes_read_back(rng):
     ("recipe", "text"),
     [
         (quant.FP8, "lhs=e4m3:pow2,rhs=e4m3:pow2,grad=e5m2:pow2"),
-        (quant.FP8_DELAYED, "lhs=e4m3:pow2,rhs=e4m3:pow2,grad=e5m2:pow2,history=1024"),
+        (quant.FP8.static(lhs=3, grad=1e-20), "lhs=e4m3:pow2:amax3.0,rhs=e4m3:pow2,grad=e5m2:pow2:amax1e-20"),
         (quant.FP8_BLOCK128, "lhs=e4m3:128,rhs=e4m3:128x128,grad=e4m3:128"),
         (quant.W8A16, "lhs=none,rhs=int8:channel,grad=none"),
         (
@@ -152,9 +153,11 @@ WRONG_RECIPES = {
     "half blocks": (("e4m3:128", "e4m3"), {}, "Blocks.*lhs=e4m3:128,rhs=e4m3"),
     "blocks of weights": ((None, "int8:128"), {}, "Blocks.*rhs=int8:128"),
     "gradients without blocks": (("e4m3:128", "e4m3:128", "e5m2"), {}, "Blocks"),
-    "negative history": (("e4m3", "e4m3"), {"history": -1}, "history=-1"),
-    "history of half a step": (("e4m3", "e4m3"), {"history": 2.5}, "history=2.5"),
-    "history of channels": (("e4m3:channel", "e4m3:channel"), {"history": 4}, "history=4"),
+    "no magnitude": (("e4m3:amax", "e4m3"), {}, "'amax'"),
+    "negative magnitude": (("e4m3:amax-1", "e4m3"), {}, "positive number, got -1"),
+    "infinite magnitude": (("e4m3:amaxinf", "e4m3"), {}, "positive number, got inf"),
+    "magnitude of no number": (("e4m3:amaxnan", "e4m3"), {}, "positive number, got nan"),
+    "one magnitude for channels": (("e4m3:channel:amax2", "e4m3"), {}, "amax=2.0 is one number.*'channel'"),
     "no spec": ((3, "e4m3"), {}, "3"),
     "unknown option": (("e4m3:fast", "e4m3"), {}, "'fast'"),
     "unknown format": (("e3m4", "e4m3"), {}, "'e3m4'"),
@@ -178,7 +181,7 @@ def test_recipes_that_mean_nothing(case):
         "",
         "lhs=e4m3",
         "lhs=e4m3,rhs=e4m3,weight=e4m3",
-        "lhs=e4m3,rhs=e4m3,history=many",
+        "lhs=e4m3,rhs=e4m3,history=4",
         "lhs=e4m3,rhs=e4m3,fast",
         "lhs=e4m3,lhs=e4m3,rhs=e4m3",
         None,

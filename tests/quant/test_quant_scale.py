@@ -8,7 +8,7 @@ import pytest
 from support.lowbit import FORMATS, grid, normal, relative
 
 from jmp_lite import quant
-from jmp_lite._rounding import stochastic_round
+from jmp_lite._rounding import counted_bits, stochastic_round
 
 formats = pytest.mark.parametrize("name", FORMATS)
 #: Rounding error of float32.
@@ -187,7 +187,9 @@ def test_stochastic_rounding_gives_one_of_two_neighbors_and_is_right_on_average(
     dtype, exponents = ROUNDED_TO[name]
     x = np.float32(rng.choice([-1, 1], 48) * 2.0 ** rng.uniform(*exponents, 48))
     draws = 4000
-    found = np.float64(stochastic_round(key, jnp.broadcast_to(x, (draws, 48)), np.dtype(dtype)))
+    found = np.float64(
+        stochastic_round(jax.random.bits(key, (draws, 48)), jnp.broadcast_to(x, (draws, 48)), np.dtype(dtype))
+    )
     below, above = neighbors(x, dtype)
     assert np.all((found == below) | (found == above))
     error = np.abs(found.mean(0) - x)
@@ -200,12 +202,36 @@ def test_stochastic_rounding_of_what_needs_none(name, key):
     dtype = np.dtype(ROUNDED_TO[name][0])
     largest = float(ml_dtypes.finfo(dtype).max)
     x = jnp.array([0.0, -0.0, 1.0, -1.5, largest, -largest, np.inf, -np.inf, np.nan], jnp.float32)
-    found = stochastic_round(key, jnp.broadcast_to(x, (200_000, 9)), dtype)
+    found = stochastic_round(jax.random.bits(key, (200_000, 9)), jnp.broadcast_to(x, (200_000, 9)), dtype)
     assert found.dtype == dtype
     expected = np.broadcast_to(np.where(np.isinf(x), np.nan, x), found.shape)
     np.testing.assert_array_equal(np.float32(found), expected)
     if name != "bfloat16":
-        assert float(stochastic_round(key, -3e38, dtype)) == -largest
+        assert float(stochastic_round(jax.random.bits(key), -3e38, dtype)) == -largest
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (64, 48), (3, 1, 5)], ids=str)
+def test_counted_bits_are_those_of_each_member(shape, rng):
+    """Members with seeds of their own have the bits that each would have alone, sharded or not."""
+    seeds = jnp.asarray(rng.integers(0, 2**32, 4, np.uint32))
+    together = counted_bits(seeds.reshape(4, *[1] * len(shape)), (4, *shape))
+    for seed, bits in zip(seeds, together, strict=True):
+        np.testing.assert_array_equal(bits, counted_bits(seed, shape))
+    assert together.dtype == np.uint32
+
+
+def test_counted_bits_are_random(rng):
+    """Each bit is set half the time; neighbors, and arrays whose seeds are neighbors, have nothing in common."""
+    n = 1 << 16
+    first = np.asarray(counted_bits(jnp.uint32(rng.integers(2**31)), (n,)))
+    bits = np.unpackbits(first.view(np.uint8)).reshape(n, 32)
+    six_sigma = 3 / np.sqrt(n)
+    assert np.all(np.abs(bits.mean(0) - 0.5) < six_sigma)
+    assert np.all(np.abs((bits[1:] == bits[:-1]).mean(0) - 0.5) < six_sigma)
+    for seed in range(8):
+        one, other = (np.asarray(counted_bits(jnp.uint32(seed + i), (n,))) for i in (0, 1))
+        differ = np.unpackbits((one ^ other).view(np.uint8)).reshape(n, 32).mean(0)
+        assert np.all(np.abs(differ - 0.5) < six_sigma)
 
 
 @formats

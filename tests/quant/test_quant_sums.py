@@ -1,4 +1,4 @@
-"""What products of 8-bit operands are added up in, what each setting of a spec does, and histories that say nothing."""
+"""What products of 8-bit operands are added up in, and what each setting of a spec does."""
 
 import re
 
@@ -6,8 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec as P
-from support.comparisons import DEVICES, assert_identical, mesh
 from support.lowbit import EXACT, FORMATS, MATMUL, normal, relative
 
 from jmp_lite import quant
@@ -101,36 +99,3 @@ def test_a_stochastic_operand_is_rounded_to_either_neighbor(rng):
     step = float(quant.absmax_scale(jnp.max(jnp.abs(x)), "int8"))
     assert np.max(np.abs(found - x)) < step * (1 + EXACT)
     assert 0.05 < np.mean(np.abs(found - nearest) > step / 2) < 0.5
-
-
-# --- Histories ------------------------------------------------------------------------------------
-
-
-def loss(recipe):
-    """A curved loss of a product, so that its cotangent is not constant."""
-    return lambda lhs, rhs: jnp.sum(jnp.sin(product(recipe)(lhs, rhs)))
-
-
-@pytest.mark.parametrize(
-    "recipe", ["lhs=int8,rhs=int8,grad=int8", "lhs=e4m3:channel,rhs=e4m3:channel,grad=e5m2"], ids=["empty", "folded"]
-)
-def test_where_histories_say_nothing_current_magnitudes_do(recipe, rng):
-    """Integers with empty histories, and a cotangent that scales of channels were folded into."""
-    lhs, rhs = normal(rng, 4, 16) * 100, normal(rng, 16, 3) * 100
-    delayed = quant.delayed(loss(f"{recipe},history=4"))
-    histories = delayed.init(lhs, rhs)
-    if "int8" in recipe:
-        histories = jax.tree.map(jnp.zeros_like, histories)
-    found = jax.value_and_grad(delayed, (1, 2))(histories, lhs, rhs)
-    assert_identical(found, jax.value_and_grad(loss(recipe), (0, 1))(lhs, rhs))
-
-
-def test_histories_that_devices_share_get_the_maximum_also_without_an_axis_name():
-    """Each device has its own scale then, but there is one history for all of them."""
-    delayed = quant.delayed(loss("lhs=e4m3,rhs=e4m3,grad=e5m2,history=4"))
-    lhs, rhs = jnp.arange(1.0, DEVICES + 1)[:, None] * jnp.ones((DEVICES, 4)), jnp.ones((4, 2))
-    specs = (P(), P("batch"), P())
-    observed = jax.shard_map(jax.grad(delayed), mesh=mesh(), in_specs=specs, out_specs=P())(
-        delayed.init(lhs, rhs), lhs, rhs
-    )
-    assert [float(seen[0, 0]) for seen in observed.values()] == [DEVICES]

@@ -172,9 +172,7 @@ def test_an_ensemble_is_many_products(name, axes, rng):
     assert_same(found, expected, 2 * BOUNDS[name])
 
 
-@pytest.mark.parametrize(
-    "name", slow_but_for(("fp8",), ["fp8", "fp8_rowwise", "int8_qat", "int8_train", "fp8_delayed"])
-)
+@pytest.mark.parametrize("name", slow_but_for(("fp8",), ["fp8", "fp8_rowwise", "int8_qat", "int8_train"]))
 def test_policies_of_checkpoint_find_the_product(name, data):
     """With ``dots_saveable`` the forward product is not computed again; with ``nothing_saveable`` it is."""
 
@@ -242,7 +240,7 @@ def test_pmap_agrees_on_scales(name, data):
     assert_own_scales(name, (value[0], (of_w[0], of_x.reshape(ROWS, IN))), compiled(name)(*data))
 
 
-@pytest.mark.parametrize("name", ["fp8", "fp8_delayed"])
+@pytest.mark.parametrize("name", ["fp8"])
 def test_without_an_axis_name_every_device_has_its_own_scale(name, data):
     def step(w, x, target):
         value, (of_w, of_x) = value_and_gradients(functools.partial(loss, RECIPES[name]))(w, x, target)

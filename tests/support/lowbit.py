@@ -26,7 +26,6 @@ MATMUL = PRODUCTS["matrices"][2]
 BOUNDS = {
     "fp8": 0.08,
     "fp8_rowwise": 0.07,
-    "fp8_delayed": 0.08,
     "fp8_block128": 0.07,
     "int8_qat": 0.015,
     "int8_train": 0.015,
