@@ -39,10 +39,7 @@ class Variant:
 
     def cast(self, fun: Callable[..., Any]) -> Callable[..., Any]:
         """The function, computed in the precision of this variant."""
-        if self.recipe is None:
-            return jmp.autocast(fun, self.policy)
-        convolutions = {"conv_general_dilated": self.recipe.conv}
-        return jmp.autocast(fun, self.policy, dot=self.recipe, ops=convolutions)
+        return jmp.autocast(fun, self.policy, dot=self.recipe)
 
 
 # --- Kernels to prune -------------------------------------------------------------------------------------------------

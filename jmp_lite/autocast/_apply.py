@@ -15,7 +15,7 @@ from jmp_lite.autocast._rules import Precision
 from jmp_lite.autocast._values import is_eligible
 from jmp_lite.distributed._gather import travel
 from jmp_lite.errors import InvalidOpError
-from jmp_lite.products._matmul import Matmul, float32_result, matmul, repeat, rounded_scale
+from jmp_lite.products._matmul import Matmul, float32_result, matmul, product_of, repeat, rounded_scale
 
 
 def apply(eqn: Equation, arrays: Sequence[Any], op: Op, precision: Precision, decision: Decision) -> list[Any]:
@@ -75,8 +75,9 @@ def _users_dot(eqn: Equation, arrays: Sequence[Any], precision: Precision, decis
     params = _params_at(eqn.params, dtype)
     if params.get("out_sharding") is None:
         params.pop("out_sharding", None)
-    dot: Any = precision.dot
-    result = dot(*arrays, params.pop("dimension_numbers"), **params)
+    dot: Any = product_of(precision.dot, eqn.primitive.name)
+    numbers = [params.pop("dimension_numbers")] if eqn.primitive.name == "dot_general" else []
+    result = dot(*arrays, *numbers, **params)
     if is_eligible(eqn.outvars[0].aval):
         dtype = FLOAT32 if result.dtype == FLOAT32 else precision.dtype
     return cast(result, dtype)

@@ -15,7 +15,7 @@ from jmp_lite.autocast._follow import FOLLOWS
 from jmp_lite.autocast._ops import Op, OpClass
 from jmp_lite.autocast._rules import Precision
 from jmp_lite.autocast._values import Known, Tag, Value, is_as_large, is_eligible, size
-from jmp_lite.products._matmul import RoundsOperands
+from jmp_lite.products._matmul import RoundsOperands, product_of
 
 
 def decide(
@@ -97,7 +97,7 @@ def _product(facts: Facts, why: str) -> Decision:
     is_wide, reason = _leaves_in_float32(facts, why)
     how = _how_multiplied(facts, is_wide=is_wide)
     if how is How.DOT:
-        reason = _replaced(precision)
+        reason = _replaced(facts)
     elif precision.dot is not None:
         reason += f"; {_why_not_replaced(facts)}"
     takes_weights = isinstance(precision.dot, RoundsOperands) if how is How.DOT else precision.widens_gradients
@@ -109,24 +109,26 @@ def _product(facts: Facts, why: str) -> Decision:
 def _product_as_written(facts: Facts) -> Decision:
     """A product of 16 bits keeps the dtypes that the model wrote, also if the user's takes its place."""
     precision, reason = facts.precision, "not a product of float32 arrays"
-    dtypes = [v.aval.dtype for v in (*facts.eqn.invars, *facts.eqn.outvars)]
+    dtypes = [v.aval.dtype for v in (*facts.eqn.invars[:2], *facts.eqn.outvars)]
     if precision.dot is None or not all(jnp.issubdtype(x, jnp.floating) and 2 <= x.itemsize <= 4 for x in dtypes):
         return _float32(facts, Tag.HIGH, reason)
     why_not = _why_not_replaced(facts)
     if why_not:
         return _float32(facts, Tag.HIGH, f"{reason}; {why_not}")
-    return Decision(None, How.DOT, facts.known(Tag.HIGH), _replaced(precision), dtypes[-1])
+    return Decision(None, How.DOT, facts.known(Tag.HIGH), _replaced(facts), dtypes[-1])
 
 
-def _replaced(precision: Precision) -> str:
-    return f"replaced by {getattr(precision.dot, '__name__', precision.dot)}"
+def _replaced(facts: Facts) -> str:
+    dot = facts.precision.dot
+    speed = "" if facts.name == "dot_general" else ", at the speed of the compute dtype"
+    return f"replaced by {getattr(dot, '__name__', dot)}{speed}"
 
 
 def _leaves_in_float32(facts: Facts, why: str) -> tuple[bool, str]:
     precision = facts.precision
     if precision.result == FLOAT32:
         return True, f"result of float32 asked for by {precision.reason}"
-    is_ours = precision.dot is None or isinstance(precision.dot, RoundsOperands)
+    is_ours = precision.dot is None or (facts.name == "dot_general" and isinstance(precision.dot, RoundsOperands))
     is_wanted = is_float32(facts.want) and bool(facts.want & (_demand.FLOAT32 | _demand.PLACE))
     if is_wanted and is_ours and facts.name != "conv_general_dilated" and _is_free(facts.eqn):
         return True, "all that use it want float32, which costs nothing more here"
@@ -146,7 +148,7 @@ def _how_multiplied(facts: Facts, *, is_wide: bool) -> How:
 def _why_not_replaced(facts: Facts) -> str | None:
     """Why the user's product does not take the place of one, if it does not."""
     dot: Any = facts.precision.dot
-    if facts.name != "dot_general":
+    if product_of(dot, facts.name) is None:
         return "dot= replaces dot_general alone"
     if isinstance(dot, RoundsOperands) and not dot.takes(has_weight=any(x.is_parameter for x in facts.operands)):
         return 'dot= replaces products with a weight alone: its products="weights"'

@@ -35,6 +35,11 @@ class RoundsOperands:
         """Whether ``at`` gives other products in other name scopes."""
         return False
 
+    def instead_of(self, primitive: str) -> Callable[..., Any] | None:
+        """Returns what takes the place of a primitive, with its parameters; ``None`` if nothing does."""
+        product: Any = self
+        return product if primitive == "dot_general" else None
+
     def takes(self, *, has_weight: bool) -> bool:
         """Whether it takes the place of a product with a weight among its operands, or without."""
         del has_weight
@@ -44,6 +49,13 @@ class RoundsOperands:
         """Returns what takes the place of products in a name scope."""
         del scope
         return self
+
+
+def product_of(dot: Any, primitive: str) -> Callable[..., Any] | None:
+    """Returns what takes the place of a primitive where ``dot`` takes that of products, ``None`` if nothing does."""
+    if isinstance(dot, RoundsOperands):
+        return dot.instead_of(primitive)
+    return dot if primitive == "dot_general" else None
 
 
 class Matmul(NamedTuple):

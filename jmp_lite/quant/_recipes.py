@@ -1,14 +1,15 @@
 """Recipes: which operands of a product and of its gradient are quantized how. Each stands in for ``dot_general``."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from jmp_lite.errors import InvalidRecipeError
 from jmp_lite.products._matmul import RoundsOperands
-from jmp_lite.quant._conv import quantized_conv
 from jmp_lite.quant._dot import scaled_dot
+from jmp_lite.quant._emulated import quantized_conv, quantized_ragged_dot
 from jmp_lite.quant._spec import QuantSpec, Specs
 
 
@@ -126,6 +127,28 @@ class DotRecipe(Specs, RoundsOperands):
     def conv(self, lhs: Any, rhs: Any, window_strides: Any, padding: Any, **params: Any) -> jax.Array:
         """Convolves two arrays, with the parameters of ``lax.conv_general_dilated``; see ``scaled_conv``."""
         return quantized_conv(lhs, rhs, self.at(""), window_strides=window_strides, padding=padding, **params)
+
+    def ragged_dot(
+        self, lhs: Any, rhs: Any, group_sizes: Any, ragged_dot_dimension_numbers: Any, **params: Any
+    ) -> jax.Array:
+        """Multiplies ragged groups, with the parameters of ``lax.ragged_dot_general``.
+
+        As for ``scaled_conv``, the result has the accuracy of the recipe, at the speed of its dtype. Of the right
+        operand each group, which is the weight of an expert, has scales of its own. Scales per channel are those of a
+        row of ``lhs``, of an output channel of an expert, and of one of cotangents.
+        """
+        return quantized_ragged_dot(
+            lhs, rhs, group_sizes, self.at(""), ragged_dot_dimension_numbers=ragged_dot_dimension_numbers, **params
+        )
+
+    def instead_of(self, primitive: str) -> Callable[..., Any] | None:
+        """Returns what takes the place of a primitive, with its parameters."""
+        products: dict[str, Callable[..., Any]] = {
+            "dot_general": self,
+            "conv_general_dilated": self.conv,
+            "ragged_dot_general": self.ragged_dot,
+        }
+        return products.get(primitive)
 
 
 #: e4m3 forward, e5m2 for gradients, one scale per tensor, which is a power of two.

@@ -421,15 +421,15 @@ def test_layers_that_take_a_product(layer, name, rng):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", pytest.param("full", marks=pytest.mark.slow)])
-def test_convolutions_through_ops(policy, rng):
-    """``recipe.conv`` for the convolutions, the recipe for the rest."""
+def test_convolutions_of_models(policy, rng):
+    """By the recipe, and by its ``conv`` in a layer."""
     model = nn.Sequential([nn.Conv(8, (3, 3)), jnp.tanh, lambda x: x.mean((1, 2)), nn.Dense(5)])
     x = normal(rng, 4, 8, 8, 3)
     variables = model.init(jax.random.key(0), x)
     loss = total(model.apply)
     for name, bound in (("fp8", 0.25), ("int8_qat", 0.06)):
         recipe = RECIPES[name]
-        autocast = jmp.autocast(loss, policy, dot=recipe, ops={"conv_general_dilated": recipe.conv})
+        autocast = jmp.autocast(loss, policy, dot=recipe)
         assert "i8" in (text := stablehlo(gradients(autocast), variables, x)) or "f8E4M3FN" in text
         found, expected = (jax.jit(gradients(fun))(variables, x) for fun in (autocast, loss))
         assert relative(length(found), length(expected)) < bound

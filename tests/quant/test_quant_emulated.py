@@ -1,6 +1,7 @@
-"""Convolutions of quantized operands, and products of quantized blocks."""
+"""Convolutions and ragged products of quantized operands, and products of quantized blocks."""
 
 import dataclasses
+import itertools
 import math
 
 import jax
@@ -24,6 +25,7 @@ from support.lowbit import (
     whole,
 )
 
+import jmp_lite as jmp
 from jmp_lite import quant
 
 # --- Convolutions ---------------------------------------------------------------------------------
@@ -92,7 +94,7 @@ def test_a_convolution_keeps_8_bits(name, rng):
     "spread", slow_but_for(("vmap", "shard_map"), ["vmap", "scan", "checkpoint", "GSPMD", "shard_map", "pmap"])
 )
 def test_convolutions_under_transformations(name, spread, rng):
-    """``vmap`` over images, too, shares the scale of a tensor."""
+    """The largest number is in every image, so that they share a scale."""
     if spread == "pmap" and name not in ("fp8", "int8_qat"):
         pytest.skip("takes long to compile; shard_map has the same rules")
     (x, largest), (w, _) = whole(rng, name, 8, 6, 6, 4), whole(rng, name, 3, 3, 4, 8)
@@ -132,6 +134,87 @@ def test_convolutions_under_transformations(name, spread, rng):
     splits_cotangents = name in ("fp8_rowwise", "int8_train") and spread in ("vmap", "scan", "shard_map", "pmap")
     is_close = splits_cotangents or spread == "scan"
     assert_same(found, expected, 2 * BOUNDS[name] if is_close else EXACT)
+
+
+# --- Ragged groups --------------------------------------------------------------------------------
+
+SIZES = (16, 10, 0, 30, 8)
+#: Weights of experts that are far apart.
+EXPERTS = np.array([0.01, 0.1, 1, 10, 100]).reshape(-1, 1, 1)
+
+
+def ragged(x, w):
+    return lax.ragged_dot(x, w, jnp.array(SIZES, jnp.int32))
+
+
+@pytest.fixture
+def experts(rng):
+    """Rows, weights of experts and a cotangent."""
+    return normal(rng, 64, 32), normal(rng, len(SIZES), 32, 16) * jnp.asarray(EXPERTS, jnp.float32), normal(rng, 64, 16)
+
+
+def rounded_experts(x, w, by, recipe):
+    """The operands as they are quantized: experts one by one."""
+    rows = rounded(x, recipe.lhs, 0)
+    weights = [rounded(expert, recipe.rhs, 1) for expert in w]
+    return rows, jnp.stack(weights), rounded(by, recipe.grad, 1)
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name != "fp8_block128"])
+@pytest.mark.parametrize("policy", ["full", "mixed_bfloat16"])
+def test_every_expert_is_quantized_for_itself(name, policy, experts):
+    """Under autocast, in both gradients too; a small expert is as accurate as a large one."""
+    x, w, by = experts
+    fun = jmp.autocast(ragged, policy, dot=RECIPES[name])
+    out, pull = jax.vjp(jax.jit(fun), x, w)
+    ends = np.cumsum([0, *SIZES])
+    bound = BOUNDS[name] + (2**-8 if policy == "mixed_bfloat16" else 0)
+    for start, stop in itertools.pairwise(ends):
+        assert stop == start or relative(out[start:stop], ragged(x, w)[start:stop]) < bound
+    of_x, of_w = pull(by.astype(out.dtype))
+    assert (of_x.dtype, of_w.dtype) == (x.dtype, w.dtype)
+    for found, true in zip((of_x, of_w), jax.vjp(ragged, x, w)[1](by), strict=True):
+        assert relative(found, true) < bound
+    if policy == "full" and name != "int8_train":  # rounds at random
+        rows, weights, cotangent = rounded_experts(x, w, by, RECIPES[name])
+        expected, pull0 = jax.vjp(ragged, rows, weights)
+        assert_same((out, of_x, of_w), (expected, *pull0(cotangent)))
+
+
+def test_recipes_stand_in_for_ragged_dot_general(experts):
+    x, w, _ = experts
+    numbers = lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), [0], [0])
+    found = quant.FP8.ragged_dot(x, w, jnp.array(SIZES, jnp.int32), numbers)
+    np.testing.assert_array_equal(found, jmp.autocast(ragged, "full", dot=quant.FP8)(x, w))
+    with pytest.raises(jmp.errors.InvalidRecipeError, match="not per block"):
+        quant.FP8_BLOCK128.ragged_dot(x, w, jnp.array(SIZES, jnp.int32), numbers)
+
+
+@pytest.mark.parametrize("transform", ["checkpoint", "scan"])
+def test_ragged_groups_under_transformations(transform, experts):
+    x, w, by = experts
+
+    def loss(x, w, by):
+        return jnp.sum(jmp.autocast(ragged, "full", dot=quant.FP8)(x, w) * by)
+
+    def scanned(x, w, by):
+        return lax.scan(lambda total, xs: (total + loss(*xs), None), jnp.float32(0), (x[None], w[None], by[None]))[0]
+
+    keeping = jax.checkpoint(loss, policy=jax.checkpoint_policies.everything_saveable)
+    fun = {"checkpoint": keeping, "scan": scanned}[transform]
+    assert_same(jax.jit(jax.grad(fun, (0, 1)))(x, w, by), jax.grad(loss, (0, 1))(x, w, by))
+
+
+def test_explain_says_that_they_are_no_faster(experts):
+    def fun(x, w):
+        return jnp.sum(ragged(x, w)) + jnp.sum(convolution("grouped", lax.conv_general_dilated)(images, kernel))
+
+    images, kernel = (jnp.ones(shape) for shape in CONVOLUTIONS["grouped"][:2])
+    for policy in ("full", "mixed_bfloat16"):
+        records = jmp.explain(fun, policy, dot=quant.FP8)(*experts[:2])
+        reasons = [r.reason for r in records if r.primitive in ("ragged_dot_general", "conv_general_dilated")]
+        assert len(reasons) == 2
+        assert all("replaced by" in reason and "at the speed of the compute dtype" in reason for reason in reasons)
 
 
 # --- Blocks ---------------------------------------------------------------------------------------

@@ -1,0 +1,183 @@
+"""Convolutions, and products of ragged groups, of what 8-bit numbers stand for: their accuracy, not their speed.
+
+Convolutions of 8-bit arrays are fast on few devices and absent on many, and so are products of ragged groups; to write
+them as matrix products costs copies. So the operands are quantized, and multiplied in the dtype they came in. What is
+kept for the backward pass are 8 bits.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+
+from jmp_lite._compat import linear_primitive
+from jmp_lite._dtypes import FLOAT32, DType
+from jmp_lite.errors import InvalidRecipeError
+from jmp_lite.products._dimensions import dimensions
+from jmp_lite.quant._operands import Quantized, prepared, result_dtype
+from jmp_lite.quant._scale import as_bits, from_bits
+from jmp_lite.quant._spec import QuantSpec, Specs
+
+Axes = tuple[int, ...]
+
+
+class _Call(NamedTuple):
+    """All of a bilinear function but its operands."""
+
+    function: Any
+    """``lax.conv_general_dilated`` or ``lax.ragged_dot_general``."""
+    params: tuple[tuple[str, Any], ...]
+    specs: Specs
+    dtype: DType
+    """Of the result."""
+    shared: tuple[Axes, Axes]
+    """Which axes of the left and of the right operand share a scale per channel."""
+    features: int
+    """The axis of the result whose cotangents share none."""
+    group: int | None = None
+    """The axis of the right operand along which each array has scales of its own."""
+
+    def multiply(self, lhs: Any, rhs: Any, sizes: tuple[Any, ...]) -> Any:
+        """Multiplies two arrays of the dtype of the result."""
+        return self.function(lhs, rhs, *sizes, **dict(self.params))
+
+    def of_bits(self, x: Any, other: Quantized, sizes: tuple[Any, ...], side: int) -> Any:
+        """Multiplies an operand, or its tangent, by the other one, given as bits."""
+        spec = self.specs.spec(1 - side)
+        values = other.values if spec is None else from_bits(other.values, spec.dtype)
+        factor = Quantized(values, other.scale).dequantized(self.dtype)
+        return self.multiply(x, factor, sizes) if side == 0 else self.multiply(factor, x, sizes)
+
+
+def quantized_conv(
+    lhs: Any,
+    rhs: Any,
+    specs: Specs,
+    *,
+    dimension_numbers: Any = None,
+    preferred_element_type: Any = None,
+    **params: Any,
+) -> jax.Array:
+    """Convolves two arrays as ``scaled_conv`` documents."""
+    lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)
+    numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+    shared = _all_but(numbers.lhs_spec[0], lhs.ndim), _all_but(numbers.rhs_spec[0], rhs.ndim)
+    given = {"dimension_numbers": numbers, **params}
+    dtype = result_dtype(lhs, rhs, preferred_element_type)
+    return _called(
+        lhs, rhs, (), _Call(lax.conv_general_dilated, _hashed(given), specs, dtype, shared, numbers.out_spec[1])
+    )
+
+
+def quantized_ragged_dot(
+    lhs: Any,
+    rhs: Any,
+    group_sizes: Any,
+    specs: Specs,
+    *,
+    ragged_dot_dimension_numbers: Any,
+    preferred_element_type: Any = None,
+    **params: Any,
+) -> jax.Array:
+    """Multiplies ragged groups as ``DotRecipe.ragged_dot`` documents."""
+    lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)
+    shared = dimensions(ragged_dot_dimension_numbers.dot_dimension_numbers).contracted
+    groups = tuple(ragged_dot_dimension_numbers.rhs_group_dimensions)
+    given = {"ragged_dot_dimension_numbers": ragged_dot_dimension_numbers, **params}
+    dtype = result_dtype(lhs, rhs, preferred_element_type)
+    function, group = lax.ragged_dot_general, groups[0] if groups else None
+    ndim = lhs.ndim + rhs.ndim - 2 * len(shared[0]) - 2 * len(groups) + (not groups)
+    return _called(lhs, rhs, (group_sizes,), _Call(function, _hashed(given), specs, dtype, shared, ndim - 1, group))
+
+
+def _called(lhs: Any, rhs: Any, sizes: tuple[Any, ...], call: _Call) -> jax.Array:
+    if call.specs.is_blockwise:
+        raise InvalidRecipeError(
+            f"Convolutions and ragged products have scales per tensor or per channel, not per block: got {call.specs}."
+        )
+    if not jnp.issubdtype(call.dtype, jnp.floating) or call.dtype.itemsize > FLOAT32.itemsize:
+        return call.multiply(lhs.astype(call.dtype), rhs.astype(call.dtype), sizes)  # type: ignore[no-any-return]
+    return _emulated(lhs, rhs, sizes, call)  # type: ignore[no-any-return]
+
+
+def _hashed(params: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    return tuple((name, _hashable(value)) for name, value in params.items() if value is not None)
+
+
+def _hashable(value: Any) -> Any:
+    is_sequence = isinstance(value, (list, tuple)) and not hasattr(value, "_fields")
+    return tuple(map(_hashable, value)) if is_sequence else value
+
+
+def _all_but(axis: int, ndim: int) -> Axes:
+    return tuple(i for i in range(ndim) if i != axis)
+
+
+def _operands(lhs: Any, rhs: Any, call: _Call) -> tuple[Quantized, Quantized]:
+    """Both operands as bits and scales."""
+    axis_name = call.specs.axis_name
+    left = prepared(lhs, call.specs.spec(0), call.shared[0], axis_name)
+    right = _by_group(rhs, call.specs.spec(1), call)
+    return tuple(Quantized(as_bits(x.values), x.scale) for x in (left, right))  # type: ignore[return-value]
+
+
+def _by_group(rhs: Any, spec: QuantSpec | None, call: _Call) -> Quantized:
+    if call.group is None or spec is None or spec.granularity == "channel":
+        return prepared(rhs, spec, call.shared[1], call.specs.axis_name)
+    group = call.group
+    held = jax.vmap(lambda x: prepared(x, spec, (), call.specs.axis_name), group, Quantized(group, 0))(rhs)
+    return Quantized(held.values, held.scale.reshape([-1 if axis == group else 1 for axis in range(rhs.ndim)]))
+
+
+def _multiplied(left: Quantized, right: Quantized, sizes: tuple[Any, ...], call: _Call) -> Any:
+    spec = call.specs.spec(0)
+    values = left.values if spec is None else from_bits(left.values, spec.dtype)
+    return call.of_bits(Quantized(values, left.scale).dequantized(call.dtype), right, sizes, 0)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _emulated(lhs: Any, rhs: Any, sizes: tuple[Any, ...], call: _Call) -> Any:
+    return _multiplied(*_operands(lhs, rhs, call), sizes, call)
+
+
+@functools.partial(_emulated.defjvp, symbolic_zeros=True)
+def _emulated_jvp(call: _Call, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    lhs, rhs, sizes = primals
+    left, right = _operands(lhs, rhs, call)
+    out = _multiplied(left, right, sizes, call)
+    terms = []
+    for side, (tangent, other) in enumerate(zip(tangents[:2], (right, left), strict=True)):
+        if not isinstance(tangent, SymbolicZero):
+            # What is kept are 8-bit numbers; the backward pass dequantizes them again.
+            of_tangent = jax.checkpoint(functools.partial(call.of_bits, side=side))
+            terms.append(of_tangent(tangent.astype(call.dtype), other, sizes))
+    total = functools.reduce(lax.add, terms) if terms else jnp.zeros_like(out)
+    if call.specs.of_gradients is None:
+        return out, total
+    return out, _primitive().bind(total, specs=call.specs, features=call.features)
+
+
+# --- Rounding of cotangents -----------------------------------------------------------------------
+
+
+@functools.cache
+def _primitive() -> Any:
+    return linear_primitive("quantized_cotangent", _identity, _transpose, _batch, frozenset({0}))
+
+
+def _identity(tangent: Any, **_: Any) -> Any:
+    return tangent * jnp.ones((), tangent.dtype)
+
+
+def _transpose(cotangent: Any, tangent: Any, *, specs: Specs, features: int) -> list[Any]:
+    spec: Any = specs.of_gradients
+    shared = _all_but(features, cotangent.ndim)
+    return [prepared(cotangent, spec, shared, specs.axis_name).dequantized(tangent.dtype)]
+
+
+def _batch(operands: Any, positions: Any, *, specs: Specs, features: int) -> tuple[Any, int]:
+    tangent = jnp.moveaxis(operands[0], positions[0], 0)
+    return _primitive().bind(tangent, specs=specs, features=features + 1), 0
