@@ -216,6 +216,20 @@ def test_changed_values_are_noticed(rng, tmp_path):
 
 
 @damages
+def test_values_of_another_checkpoint_are_noticed(rng, tmp_path):
+    """Each is sound by itself; with the values of the other neither is what was saved."""
+    state = {"w": rng.integers(0, 256, 5000).astype(np.uint8)}
+    for name, values in (("a", state), ("b", {"w": 255 - state["w"]})):
+        jmp.checkpoint.save(tmp_path / name, values, policy="full")
+    (tmp_path / "a" / "state").rename(tmp_path / "of_a")
+    (tmp_path / "b" / "state").rename(tmp_path / "a" / "state")
+    (tmp_path / "of_a").rename(tmp_path / "b" / "state")
+    for name in ("a", "b"):
+        with pytest.raises(jmp.errors.CorruptCheckpointError, match="The values of 'w' are not those that were saved"):
+            jmp.checkpoint.restore(tmp_path / name, state, policy="full")
+
+
+@damages
 def test_damaged_checkpoint_makes_room_for_the_next(copied, key):
     """After falling back, the run goes on from there: steps follow, and what was damaged is kept apart."""
     directory, states = copied
