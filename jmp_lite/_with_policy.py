@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from jmp_lite._functions import check_function
+from jmp_lite._functions import check_function, refuse_modules
 from jmp_lite._policy import PolicyLike, get_policy
 
 
@@ -23,7 +23,7 @@ def with_policy(fun: Callable[..., Any], policy: PolicyLike) -> Callable[..., An
         A function with the signature of ``fun``.
 
     Raises:
-        InvalidFunctionError: If ``fun`` is no function.
+        InvalidFunctionError: If ``fun`` is no function, or is called with a module of NNX.
         UnknownDtypeError: If the policy string cannot be parsed.
 
     Example:
@@ -40,6 +40,7 @@ def with_policy(fun: Callable[..., Any], policy: PolicyLike) -> Callable[..., An
 
     @functools.wraps(fun)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
+        refuse_modules((args, kwargs), "with_policy")
         args = tuple(resolved.cast_to_compute(arg) for arg in args)
         kwargs = {key: resolved.cast_to_compute(arg) for key, arg in kwargs.items()}
         return resolved.cast_to_output(fun(*args, **kwargs))

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from jmp_lite._dtypes import FLOAT32, dtype_or_none, warn_if_slow
-from jmp_lite._functions import check_function
+from jmp_lite._functions import check_function, refuse_modules
 from jmp_lite._policy import Policy, PolicyMap
 from jmp_lite._tree import combine, is_array, partition
 from jmp_lite.autocast import _control_flow, _custom_rules
@@ -91,9 +91,16 @@ def autocast(
         ``torch.autocast``; TensorFlow's ``auto_mixed_precision``. Micikevicius et al., "Mixed Precision Training",
         arXiv:1710.03740.
     """
-    return wrap(
+    run = wrap(
         fun, settings_from(policy, rules=rules, ops=ops, dot=dot, accumulation_dtype=accumulation_dtype), residuals
     )
+
+    @functools.wraps(fun)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        refuse_modules((args, kwargs), "autocast")
+        return run(*args, **kwargs)
+
+    return wrapped
 
 
 def settings_from(

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -24,9 +26,16 @@ from jmp_lite.checkpoint._state import (
     target,
     to_store,
 )
-from jmp_lite.errors import CheckpointNotFoundError, CorruptCheckpointError, ForeignCheckpointError
+from jmp_lite.errors import (
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    ForeignCheckpointError,
+    InvalidCheckpointError,
+)
 
 T = TypeVar("T")
+
+_UNWRITTEN = (jnp.uint4, jnp.int2, jnp.uint2)
 
 
 def absolute(path: str | Path) -> epath.Path:
@@ -35,9 +44,37 @@ def absolute(path: str | Path) -> epath.Path:
 
 
 def items(state: Any, policy: PolicyLike) -> ocp.args.Composite:
-    """What a checkpoint consists of; a collective."""
+    """What a checkpoint consists of; a collective.
+
+    Raises:
+        InvalidCheckpointError: If a leaf cannot be stored, by Orbax or at all.
+    """
+    _check_for_orbax(state)
     return ocp.args.Composite(
         state=ocp.args.StandardSave(to_store(state)), header=ocp.args.JsonSave(describe(state, policy))
+    )
+
+
+def _check_for_orbax(state: Any) -> None:
+    """Raises for what Orbax refuses, some of it only after ``save`` has returned."""
+    leaves = named_leaves(state)
+    problems = {
+        name: "has no elements" if np.size(leaf) == 0 else "is of a dtype that Orbax does not write"
+        for name, leaf in leaves.items()
+        if np.size(leaf) == 0 or isinstance(leaf, complex) or getattr(leaf, "dtype", None) in _UNWRITTEN
+    }
+    if not leaves:
+        problem = "The state is empty"
+    elif jax.tree_util.all_leaves([state]):
+        problem = "The state is a bare leaf"
+    elif problems:
+        name, what = next(iter(problems.items()))
+        problem = f"Leaf {name!r} {what}"
+    else:
+        return
+    raise InvalidCheckpointError(
+        f"{problem}, and Orbax writes no such checkpoint. Put a bare leaf in a dict, leave out what is empty, or use "
+        "to_bytes, which takes all of these."
     )
 
 

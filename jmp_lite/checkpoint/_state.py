@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ import numpy as np
 
 from jmp_lite._messages import first_few
 from jmp_lite._policy import PolicyLike, get_policy
-from jmp_lite._tree import path_string
+from jmp_lite._tree import is_finite, path_string
 from jmp_lite.checkpoint._digest import digests, is_shared
 from jmp_lite.errors import (
     CheckpointMismatchError,
@@ -21,6 +21,8 @@ from jmp_lite.errors import (
 )
 from jmp_lite.scaling._in_state import is_loss_scale
 from jmp_lite.scaling._loss_scale import DynamicLossScale, NoOpLossScale
+
+T = TypeVar("T")
 
 Header = dict[str, Any]
 
@@ -247,10 +249,12 @@ def agree(header: Header, template: Any, policy: PolicyLike, *, migrate: bool) -
     Raises:
         PolicyMismatchError: If it was saved under another policy, and may not migrate.
         InvalidLossScaleError: If a loss scale in the template is of another class than the one saved, likewise.
-        CheckpointMismatchError: If structures, shapes or dtypes differ.
+        CheckpointMismatchError: If structures, shapes or dtypes differ, or a sharding does not divide a shape.
+        InvalidCheckpointError: If a leaf of the template is traced, or no array, key or number.
     """
     stand_in: Any = template
     put_back: Callable[[Any], Any] = _unchanged
+    _check_template(template)
     if migrate:
         stand_in, put_back = without_changed_scales(header, template)
     else:
@@ -258,6 +262,29 @@ def agree(header: Header, template: Any, policy: PolicyLike, *, migrate: bool) -
         check_loss_scales(header, template)
     check_structure(header, stand_in, migrate=migrate)
     return stand_in, put_back
+
+
+def _check_template(template: Any) -> None:
+    """Raises for what no checkpoint can be restored into, so that none is taken for a damaged one."""
+    for name, leaf in named_leaves(template).items():
+        if isinstance(leaf, jax.core.Tracer):
+            raise InvalidCheckpointError(
+                f"Leaf {name!r} of the template is traced, and a checkpoint is read from files. Restore outside of "
+                "jit, and pass the state in."
+            )
+        if not (is_number(leaf) or hasattr(leaf, "shape")):
+            raise InvalidCheckpointError(
+                f"Leaf {name!r} of the template is {leaf!r:.80}, and a checkpoint holds arrays, keys and numbers. Make "
+                "the template as the state was made that was saved."
+            )
+        sharding = None if is_number(leaf) else getattr(leaf, "sharding", None)
+        try:
+            _ = sharding and sharding.shard_shape(tuple(leaf.shape))
+        except ValueError as error:
+            raise CheckpointMismatchError(
+                f"Leaf {name!r} of the template cannot be sharded so: {str(error).splitlines()[0]} Choose a sharding "
+                "that divides its shape."
+            ) from None
 
 
 def _unchanged(state: Any) -> Any:
@@ -359,14 +386,26 @@ def fill(leaf: Any, value: Any) -> Any:
         return jax.device_put(value)
     if isinstance(value, np.ndarray):
         return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
-    return value.astype(leaf.dtype)
+    return value if value.dtype == leaf.dtype else _checked(value.astype(leaf.dtype), value)
+
+
+def _checked(cast: T, value: Any) -> T:
+    """Returns a cast array unless a number became infinite by it."""
+    array: Any = cast
+    if jnp.issubdtype(array.dtype, jnp.floating) and not bool((is_finite(array) | ~is_finite(value)).all()):
+        raise CheckpointMismatchError(
+            f"The checkpoint has numbers of {value.dtype}{list(value.shape)} that are too large for {array.dtype}. Use "
+            "a dtype with more range in the template."
+        )
+    return cast
 
 
 def _narrowed(value: np.ndarray[Any, Any], dtype: Any) -> np.ndarray[Any, Any]:
-    """Casts; integers keep their value."""
+    """Casts; integers keep their value, and no number becomes infinite."""
     if value.dtype == dtype:
         return value
-    cast = value.astype(dtype)
+    with np.errstate(over="ignore"):
+        cast = _checked(value.astype(dtype), value)
     if jnp.issubdtype(dtype, jnp.integer) and not np.array_equal(cast, value):
         raise CheckpointMismatchError(
             f"The checkpoint has the number {value}, which {dtype} cannot hold. Use a wider dtype in the template, or "

@@ -113,6 +113,8 @@ def _check_digest(name: str, stored: str, found: str, pinned: str | None) -> Non
             f"{name} was changed after it was written: its digest is {found}, but it says {stored}. Copy it again, or "
             "freeze the model anew."
         )
+    if not (pinned is None or isinstance(pinned, str)):
+        raise CorruptArtifactError(f"digest must be the text that freeze returned, or None, got {pinned!r}.")
     if pinned is not None and pinned.strip().lower().removeprefix("sha256:") != found:
         raise CorruptArtifactError(
             f"{name} is another artifact: digest={pinned!r} was asked for, it has {found!r}. Load the file that freeze "

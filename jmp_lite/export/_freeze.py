@@ -15,7 +15,7 @@ from jmp_lite.autocast import autocast
 from jmp_lite.errors import InvalidExportError
 from jmp_lite.export._compat import without_source_lines
 from jmp_lite.export._file import PathLike, write
-from jmp_lite.export._header import PROGRAM
+from jmp_lite.export._header import PROGRAM, RESERVED
 from jmp_lite.quant import DotRecipe, contracted_axes, get_recipe
 from jmp_lite.quant._array import dequantize_tree, is_quantized, quantize_tree
 
@@ -176,7 +176,7 @@ def _split(params: Any) -> tuple[dict[str, Any], Callable[[dict[str, Any]], Any]
                 "parameters (of NNX: nnx.split(model, nnx.Param, ...)), or store jax.random.key_data(leaf)."
             )
         name = name or "params"
-        if name in weights or name == PROGRAM:
+        if name in weights or name in (PROGRAM, RESERVED):
             raise InvalidExportError(
                 f"Two things would be stored as {name!r}, one of them {describe(leaf)}. Rename one."
             )

@@ -10,6 +10,8 @@ import numpy as np
 FORMAT = 1
 #: The name under which the program stands among the weights.
 PROGRAM = "__program__"
+#: A name that safetensors keeps for itself.
+RESERVED = "__metadata__"
 #: What stands before our own text in the metadata: the kind of the digest, and its digits.
 _DIGEST = "sha256:" + "0" * 64
 

@@ -188,7 +188,7 @@ def accumulate_gradients(
             leaves, treedef = jax.tree.flatten(grads)
             treedefs.append(treedef)
             new_graphdef, new_state = nnx.split(copies)
-            _check_unchanged(graphdef, new_graphdef, fn)
+            _check_unchanged((graphdef, jax.tree.structure(state)), (new_graphdef, jax.tree.structure(new_state)), fn)
             counts = _accumulate.verdict(leaves, scale, axis_name) if leave_out else None
             return new_state, leaves, (loss, aux, counts)
 

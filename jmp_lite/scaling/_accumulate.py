@@ -79,6 +79,11 @@ def _check_leaves(named: list[tuple[str, Any]], parts: int) -> None:
                 f"jax.random.split(key, {parts}), of which each microbatch gets one as key[0]."
             )
         rows = leaf.shape[0] // _shards(leaf)
+        if not rows:
+            raise InvalidMicrobatchError(
+                f"{where} is {describe(leaf)}, which has no rows to split into num_microbatches={parts}. Leave empty "
+                "batches out."
+            )
         if rows % parts:
             possible = ", ".join(str(n) for n in range(1, rows + 1) if rows % n == 0)
             whose = "rows" if rows == leaf.shape[0] else "rows on each device"
@@ -272,7 +277,7 @@ def accumulate_gradients(
         inexact = [leaf for leaf in jax.tree.leaves([args[i] for i in positions]) if is_inexact(leaf)]
         _, total, loss, aux, skipped = over_microbatches(one, None, inexact, num_microbatches, leave_out)
         trees = assemble(total)
-        grads = trees[0] if isinstance(argnums, int) else trees
+        grads = trees if isinstance(argnums, Sequence) else trees[0]
         value = (loss, aux) if has_aux else loss
         return (value, grads, skipped) if leave_out else (value, grads)
 

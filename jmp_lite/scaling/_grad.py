@@ -1,6 +1,7 @@
 """Gradients of a scaled loss."""
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from jmp_lite._functions import check_function, refuse_modules
 from jmp_lite._tree import all_finite, cast_to_at_least_float32, is_array, is_inexact
-from jmp_lite.errors import InvalidFunctionError, InvalidLossScaleError
+from jmp_lite.errors import InvalidFunctionError, InvalidLossScaleError, InvalidStepError
 from jmp_lite.scaling._in_state import find_loss_scale, replace_loss_scale
 from jmp_lite.scaling._loss_scale import DynamicLossScale, LossScale
 from jmp_lite.scaling._verdict import refuse_forgotten_axes
@@ -21,7 +22,10 @@ Gradient = tuple[jax.Array, Any, list[Any]]
 
 def positions_among(args: tuple[Any, ...], argnums: int | Sequence[int], name: str = "argnums") -> tuple[int, ...]:
     """Returns the positions, from the front, of the positional arguments that are named, or raises ``TypeError``."""
-    numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    try:
+        numbers = tuple(map(operator.index, argnums if isinstance(argnums, Sequence) else (argnums,)))
+    except TypeError:
+        raise TypeError(f"{name} must be an integer or a sequence of integers, got {argnums!r}.") from None
     if not all(-len(args) <= i < len(args) for i in numbers):
         raise TypeError(f"{name}={argnums} does not fit a call with {len(args)} positional arguments.")
     positions = tuple(i % len(args) for i in numbers)
@@ -195,6 +199,8 @@ def scaled_value_and_grad(
         Micikevicius et al., "Mixed Precision Training", arXiv:1710.03740, section 3.2.
     """
     check_function(fun, "scaled_value_and_grad")
+    if not isinstance(max_retries, (int, np.integer)) or max_retries < 0:
+        raise InvalidStepError(f"max_retries must be a whole number, at least 0, got {max_retries!r}.")
     at, scale = find_loss_scale(loss_scale, name)
 
     @functools.wraps(fun)
@@ -207,7 +213,7 @@ def scaled_value_and_grad(
         else:
             loss, aux, flat = gradient(scale)
         trees = assemble(flat)
-        grads = trees[0] if isinstance(argnums, int) else trees
+        grads = trees if isinstance(argnums, Sequence) else trees[0]
         value = (loss, aux) if has_aux else loss
         if max_retries > 0:
             return value, grads, replace_loss_scale(loss_scale, at, lowered)
