@@ -27,6 +27,76 @@ NO_COUNTS = [0, -1, 1.5, True, False, "3", float("nan"), np.float32(2), np.bool_
 # --- Arguments ------------------------------------------------------------------------------------
 
 
+def restorers(tmp_path):
+    """Every way to restore ``STATE`` into a template."""
+    checkpoint.save(tmp_path / "one", STATE, policy="full")
+    with manage(tmp_path / "run") as manager:
+        manager.save(1, STATE)
+    data = checkpoint.to_bytes(STATE, policy="full")
+
+    def of_manager(template):
+        with manage(tmp_path / "run") as manager:
+            return manager.restore(template)
+
+    return (
+        lambda template: checkpoint.restore(tmp_path / "one", template, policy="full"),
+        of_manager,
+        lambda template: checkpoint.from_bytes(template, data, policy="full"),
+    )
+
+
+def sharded(size):
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    return jax.ShapeDtypeStruct((size,), jnp.float32, sharding=jax.sharding.NamedSharding(mesh, jax.P("d")))
+
+
+def test_a_bad_template_is_no_damaged_checkpoint(tmp_path):
+    """Or one would throw good checkpoints away."""
+    for restore in restorers(tmp_path):
+        with pytest.raises(jmp.errors.CheckpointMismatchError, match=r"'w' of the template cannot be sharded so: .*8"):
+            restore({"w": sharded(2)})
+        with pytest.raises(jmp.errors.InvalidCheckpointError, match=r"'w' of the template is traced.*outside of jit"):
+            jax.jit(restore)(STATE)
+        with pytest.raises(jmp.errors.InvalidCheckpointError, match="'w' of the template is 'x'"):
+            restore({"w": "x"})
+
+
+UNWRITTEN = {
+    "no elements": ({"w": jnp.ones(2), "e": jnp.zeros((0, 4))}, "Leaf 'e' has no elements"),
+    "nothing": ({}, "The state is empty"),
+    "bare": (jnp.ones(3), "The state is a bare leaf"),
+    "complex number": ({"c": 1j}, "Leaf 'c' is of a dtype"),
+    "four bits": ({"w": jnp.ones(4, "uint4")}, "Leaf 'w' is of a dtype"),
+}
+
+
+@pytest.mark.parametrize("case", UNWRITTEN)
+def test_what_orbax_does_not_write_is_refused_at_once(case, tmp_path):
+    """Some of it Orbax would refuse in the background, after ``save`` has said True. Bytes take all of it."""
+    state, message = UNWRITTEN[case]
+    restored = checkpoint.from_bytes(state, checkpoint.to_bytes(state, policy="full"), policy="full")
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    with pytest.raises(jmp.errors.InvalidCheckpointError, match=f"^{message}.* use to_bytes"):
+        checkpoint.save(tmp_path / "one", state, policy="full")
+    with manage(tmp_path / "run") as manager:
+        with pytest.raises(jmp.errors.InvalidCheckpointError, match=message):
+            manager.save(1, state)
+        assert manager.save(2, STATE)
+
+
+@pytest.mark.parametrize("where", ["array", "NumPy array", "number"])
+def test_no_number_becomes_infinite_on_the_way_back(where):
+    """What was infinite may be."""
+    large = {"array": jnp.array([1.0, 7e4]), "NumPy array": np.float32([1, 7e4]), "number": 7e4}[where]
+    small = np.zeros(np.shape(large), np.float16)
+    small = jnp.asarray(small) if where == "array" else small
+    data = checkpoint.to_bytes({"w": large}, policy="full")
+    with pytest.raises(jmp.errors.CheckpointMismatchError, match="too large for float16"):
+        checkpoint.from_bytes({"w": small}, data, policy="half", migrate=True)
+    infinite = checkpoint.to_bytes({"w": np.inf * np.ones_like(large)}, policy="full")
+    assert np.isinf(checkpoint.from_bytes({"w": small}, infinite, policy="half", migrate=True)["w"]).all()
+
+
 @pytest.mark.parametrize("value", NO_COUNTS, ids=repr)
 @pytest.mark.parametrize("name", ["max_to_keep", "save_interval_steps"])
 def test_counts_are_checked_at_construction(name, value, tmp_path):

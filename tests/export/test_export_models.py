@@ -88,6 +88,7 @@ W = jnp.eye(2)
         (lambda f: f(jnp.dot, {"k": jax.random.key(0)}, W), r"Leaf 'k' is key<fry>\[\], which no safetensors"),
         (lambda f: f(jnp.dot, {"a/b": W, "a": {"b": W}}, W), "Two things would be stored as 'a/b'"),
         (lambda f: f(jnp.dot, {"__program__": W}, W), "Two things would be stored as '__program__'"),
+        (lambda f: f(jnp.dot, {"__metadata__": W}, W), "Two things would be stored as '__metadata__'"),
         (lambda f: f(lambda w, x: x, {"w": W.astype(jnp.int4)}, W), "int4"),
         (lambda f: f(lambda w, x: Own(x), W, W), "containers that only this program knows.*Own"),
         (lambda f: f(lambda w, own: own.x, W, Own(W)), "containers that only this program knows.*Own"),

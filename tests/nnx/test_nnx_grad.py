@@ -175,6 +175,35 @@ def test_the_plain_functions_refuse_modules(transform, argument):
         function(argument, jnp.ones((2, 8)))
 
 
+@pytest.mark.parametrize("transform", [jmp.autocast, jmp.with_policy])
+def test_plain_wrappers_refuse_modules(transform):
+    """Their statistics would stay as they are, and dropout would draw one mask for ever."""
+    name, x = transform.__name__, jnp.ones((4, 2))
+    with pytest.raises(errors.InvalidFunctionError, match=rf"^{name} .*jmp_lite\.nnx\.{name}"):
+        transform(lambda model, x: model(x), "mixed_bfloat16")(nnx.BatchNorm(2, rngs=nnx.Rngs(0)), x)
+    graphdef, state = nnx.split(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+    assert transform(lambda state, x: nnx.merge(graphdef, state)(x), "mixed_bfloat16")(state, x).shape == (4, 2)
+
+
+class Collecting(nnx.Module):
+    """Collects its results."""
+
+    def __call__(self, x):
+        self.sow(nnx.Intermediate, "seen", x)
+        return jnp.mean(x)
+
+
+@pytest.mark.filterwarnings("ignore:Using 'Module.sow:DeprecationWarning")  # flax 0.12.12, 2026-11
+def test_what_grows_with_every_call_is_refused_however_often_it_was_called():
+    model, x = Collecting(), jnp.ones((8, 4))
+    for _ in range(2):
+        with pytest.raises(errors.InvalidFunctionError, match="what `sow` collects grows"):
+            jmp.nnx.accumulate_gradients(lambda w, model, x: w * model(x), 2, loss_scale=jmp.NoOpLossScale())(
+                jnp.float32(1), model, x
+            )
+        model(x)
+
+
 class Growing(nnx.Module):
     """Makes a variable in its first call."""
 

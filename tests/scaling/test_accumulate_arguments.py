@@ -206,6 +206,12 @@ def test_rows_of_one_device_that_do_not_divide():
         call(2, jax.device_put(jnp.ones((3 * DEVICES, 2)), NamedSharding(grid, P("batch"))))
 
 
+def test_a_batch_without_rows_is_refused():
+    """Its mean loss is NaN, and its gradients are zeros that a step would take for good ones."""
+    with pytest.raises(jmp.errors.InvalidMicrobatchError, match=r"float32\[0, 3\], which has no rows to split"):
+        call(2, jnp.ones((0, 3)))
+
+
 def test_scalar_key_is_told_how(key):
     """The message for a key gives the call that splits it."""
     with pytest.raises(jmp.errors.InvalidMicrobatchError, match=r"jax\.random\.split\(key, 2\), .* key\[0\]"):

@@ -22,12 +22,12 @@ def loss_of_many(a, b, c, *, factor=1.0):
     return factor * (jnp.sum(a) + 2 * jnp.sum(b) + 3 * jnp.sum(c))
 
 
-@pytest.mark.parametrize("argnums", [0, 2, -1, (0,), (0, 2), (2, 0), (-1, 1), [1], ()], ids=str)
+@pytest.mark.parametrize("argnums", [0, np.int64(2), -1, (0,), (0, 2), (2, 0), (-1, 1), [1], ()], ids=str)
 def test_argnums(argnums):
     """Gradients are those of the arguments named, in that order, alone or as a tuple, as in JAX."""
     args, scale = (jnp.ones(2), jnp.ones(3), jnp.ones(4)), jmp.DynamicLossScale(8.0)
     grad_fn = jmp.scaled_value_and_grad(loss_of_many, argnums, loss_scale=scale)
-    if argnums == ():
+    if isinstance(argnums, tuple) and not argnums:
         assert grad_fn(*args) == (jnp.float32(20), ())
         return
     expected = jax.value_and_grad(loss_of_many, argnums)(*args)
@@ -40,6 +40,18 @@ def test_argnums_that_do_not_fit(argnums):
     """Positions out of range or named twice are refused, not answered with zeros."""
     with pytest.raises(TypeError, match=r"^argnums=.* (does not fit a call with 3|names an argument twice)"):
         jmp.scaled_value_and_grad(loss_of_many, argnums, loss_scale=jmp.NoOpLossScale())(1.0, 2.0, 3.0)
+
+
+@pytest.mark.parametrize("argnums", [0.0, "a", None, (0, "a")], ids=repr)
+def test_argnums_that_are_no_positions(argnums):
+    with pytest.raises(TypeError, match=r"^argnums must be an integer or a sequence of integers, got "):
+        jmp.scaled_value_and_grad(loss_of_many, argnums, loss_scale=jmp.NoOpLossScale())(1.0, 2.0, 3.0)
+
+
+@pytest.mark.parametrize("max_retries", [-1, 1.5, None, "2"], ids=repr)
+def test_retries_are_counted_in_whole_numbers(max_retries):
+    with pytest.raises(jmp.errors.InvalidStepError, match="max_retries must be a whole number, at least 0, got "):
+        jmp.scaled_value_and_grad(loss_of_many, max_retries=max_retries, loss_scale=jmp.DynamicLossScale(8.0))
 
 
 def test_keywords_reach_the_function():

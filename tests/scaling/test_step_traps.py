@@ -29,6 +29,15 @@ def step_of(tx, form):
 
 # --- Arguments that do not belong together ---
 
+
+@pytest.mark.parametrize("optimizer", [optax.sgd(0.5), optax.adam(0.5)], ids=["sgd", "adam"])
+def test_integer_gradients_of_a_parameter_are_refused(optimizer):
+    """They would count as a good step, and move nothing."""
+    tx = jmp.loss_scaled(optimizer)
+    with pytest.raises(errors.InvalidStepError, match=r"gradient of 'b' is int32\[4\], and the parameter float32\[4\]"):
+        jmp.apply_gradients(tx, PARAMS | {"b": jnp.ones(4, jnp.int32)}, tx.init(PARAMS), PARAMS)
+
+
 TX = sgd()
 STATE = TX.init(PARAMS)
 WRONG = {
