@@ -22,6 +22,11 @@ def same(params: Any) -> Any:
     return params
 
 
+def everywhere(recipe: jmp.quant.DotRecipe) -> jmp.quant.DotRecipe:
+    """The recipe for all products, those of attention too."""
+    return recipe.replace(products="all")
+
+
 @dataclasses.dataclass(frozen=True)
 class Variant:
     """One way to train a model and to serve it.
@@ -85,19 +90,25 @@ def to_float8(params: Any) -> Any:
     return jmp.quant.quantize_tree(params, jmp.quant.FP8.rhs)
 
 
+def all_but_last(path: str, leaf: Any) -> range:
+    """The axes of a kernel that share a scale: one per output."""
+    del path
+    return range(leaf.ndim - 1)
+
+
 @jax.jit
 def to_int8(params: Any) -> Any:
     """Kernels in 8 bits, with a scale for each output."""
-    return jmp.quant.quantize_tree(params)
+    return jmp.quant.quantize_tree(params, axes=all_but_last)
 
 
 VARIANTS = {
     "fp32": Variant("float32"),
     "bf16": Variant("bfloat16", "mixed_bfloat16", pack=to_bfloat16),
-    "fp8": Variant("float8", "mixed_bfloat16", jmp.quant.FP8, pack=to_float8),
-    "int8_qat": Variant("int8, trained", "mixed_bfloat16", jmp.quant.INT8_QAT, pack=to_int8),
+    "fp8": Variant("float8", "mixed_bfloat16", everywhere(jmp.quant.FP8), pack=to_float8),
+    "int8_qat": Variant("int8, trained", "mixed_bfloat16", everywhere(jmp.quant.INT8_QAT), pack=to_int8),
     "w8a16": Variant("int8 weights", "mixed_bfloat16", trained_as="fp32", pack=to_int8),
-    "w8a8": Variant("int8 products", "mixed_bfloat16", jmp.quant.W8A8, trained_as="fp32", pack=to_int8),
+    "w8a8": Variant("int8 products", "mixed_bfloat16", everywhere(jmp.quant.W8A8), trained_as="fp32", pack=to_int8),
     "sparse_80": Variant("80 % sparse", prune=prune_gradually, pack=_lowbit_files.to_sparse),
     "sparse_2_4": Variant("2:4 sparse", prune=prune_2_of_4, pack=_lowbit_files.to_sparse),
 }
