@@ -11,7 +11,13 @@ from jmp_lite._dtypes import at_least_float32
 from jmp_lite._messages import quote
 from jmp_lite._tree import describe, is_array, is_finite, is_inexact, path_string
 from jmp_lite.errors import InvalidStepError
-from jmp_lite.scaling._loss_scaled import LossScaledUpdate, check_optimizer, is_hidden, loss_scaled_states
+from jmp_lite.scaling._loss_scaled import (
+    LossScaledUpdate,
+    check_gradient,
+    check_optimizer,
+    is_hidden,
+    loss_scaled_states,
+)
 from jmp_lite.scaling._verdict import step_or_skip, watched
 
 P = TypeVar("P")
@@ -55,11 +61,7 @@ def _check_trees(grads: Any, params: Any) -> None:
     def check(path: Any, param: Any, grad: Any) -> None:
         if not jax.tree_util.all_leaves([grad], is_leaf=is_hidden):
             raise ValueError(f"{path_string(path)!r} is one leaf of the parameters, and a tree of gradients")
-        if is_inexact(param) and is_array(grad) and not (is_inexact(grad) or grad.dtype == jax.dtypes.float0):
-            raise InvalidStepError(
-                f"The gradient of {path_string(path)!r} is {describe(grad)}, and the parameter {describe(param)}: no "
-                "step would reach it. Pass gradients, as scaled_value_and_grad returns them."
-            )
+        check_gradient(path, param, grad)
         if is_inexact(param) and is_array(grad) and grad.shape != np.shape(param):
             raise InvalidStepError(
                 f"The gradient of {path_string(path)!r} is {describe(grad)}, but the parameter is {describe(param)}. "

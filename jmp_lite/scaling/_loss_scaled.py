@@ -10,7 +10,7 @@ import optax
 
 from jmp_lite._dtypes import FLOAT32
 from jmp_lite._messages import quote
-from jmp_lite._tree import is_array, is_finite, is_inexact
+from jmp_lite._tree import describe, is_array, is_finite, is_inexact, path_string
 from jmp_lite.errors import InvalidLossScaleError, InvalidStepError, LossScaleNotFoundError
 from jmp_lite.scaling._in_state import is_loss_scale, nodes
 from jmp_lite.scaling._loss_scale import DynamicLossScale, LossScale, register_serialization
@@ -78,7 +78,7 @@ def _widened(leaf: Any) -> Any:
 def _like_old(new: Any, old: Any) -> Any:
     """Keeps the dtype that a state leaf had, so that a step never changes the type of the state."""
     dtype = getattr(old, "dtype", None)
-    return new if dtype is None or new.dtype == dtype else new.astype(dtype)
+    return new if dtype is None or getattr(new, "dtype", None) == dtype else jnp.asarray(new, dtype)
 
 
 def _nothing(like: Any) -> jax.Array:
@@ -89,6 +89,15 @@ def _nothing(like: Any) -> jax.Array:
 def _finite_or_nothing(update: Any) -> tuple[Any, jax.Array]:
     finite = is_finite(update)
     return jnp.where(finite, update, _nothing(update)), finite
+
+
+def check_gradient(path: Any, param: Any, grad: Any) -> None:
+    """Raises for a gradient of whole numbers of a parameter that is trained: no step would scale it back."""
+    if is_inexact(param) and is_array(grad) and not (is_inexact(grad) or grad.dtype == jax.dtypes.float0):
+        raise InvalidStepError(
+            f"The gradient of {path_string(path)!r} is {describe(grad)}, and the parameter {describe(param)}: no step "
+            "would reach it. Pass gradients, as scaled_value_and_grad returns them."
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +150,9 @@ class LossScaledUpdate:
         self, updates: Any, state: LossScaledState, params: Any = None, **extra_args: Any
     ) -> tuple[Any, LossScaledState]:
         """Unscales, checks, updates or skips, adjusts; the signature is Optax's."""
+        structure: Any = jax.tree.structure(updates)
+        if structure == jax.tree.structure(params):
+            jax.tree_util.tree_map_with_path(check_gradient, params, updates)
 
         def step() -> tuple[tuple[Any, Any], jax.Array]:
             new, inner_state = self.inner_update(updates, state, params, extra_args)

@@ -30,12 +30,24 @@ def step_of(tx, form):
 # --- Arguments that do not belong together ---
 
 
+@forms
 @pytest.mark.parametrize("optimizer", [optax.sgd(0.5), optax.adam(0.5)], ids=["sgd", "adam"])
-def test_integer_gradients_of_a_parameter_are_refused(optimizer):
-    """They would count as a good step, and move nothing."""
+def test_integer_gradients_of_a_parameter_are_refused(optimizer, form):
+    """They would count as a good step, and move nothing, or be added as they are."""
     tx = jmp.loss_scaled(optimizer)
     with pytest.raises(errors.InvalidStepError, match=r"gradient of 'b' is int32\[4\], and the parameter float32\[4\]"):
-        jmp.apply_gradients(tx, PARAMS | {"b": jnp.ones(4, jnp.int32)}, tx.init(PARAMS), PARAMS)
+        form(tx)(PARAMS, tx.init(PARAMS), PARAMS | {"b": jnp.ones(4, jnp.int32)})
+
+
+@runs
+def test_numbers_that_an_optimizer_returns_for_its_state_take_the_dtype_of_the_state(run):
+    inner = optax.GradientTransformation(
+        lambda _: {"first": jnp.array(True)}, lambda u, s, p=None: (u, {"first": False})
+    )
+    tx = jmp.loss_scaled(inner)
+    _, state = run(tx.update)(PARAMS, tx.init(PARAMS), PARAMS)
+    assert state.inner_state["first"].dtype == jnp.bool_
+    assert not state.inner_state["first"]
 
 
 TX = sgd()
