@@ -225,11 +225,12 @@ class Settings:
         if region is not None:
             region_mode = _regions.MODES[region]
             mode = mode if dtype.itemsize >= FLOAT32.itemsize and region_mode == "low" else region_mode
-            return in_policy._replace(
+            found = in_policy._replace(
                 mode=mode, reason=f"in a {region.removeprefix('jmp.')} region", leaves_whole=mode == "off"
             )
-        rule = next((rule for rule in self.rules if rule.matches(scope, primitive)), None)
-        found = in_policy if rule is None else rule.applied_to(in_policy)
+        else:
+            rule = next((rule for rule in self.rules if rule.matches(scope, primitive)), None)
+            found = in_policy if rule is None else rule.applied_to(in_policy)
         return found._replace(dot=found.dot.at(scope)) if isinstance(found.dot, RoundsOperands) else found
 
     @functools.cached_property

@@ -71,8 +71,9 @@ class DotRecipe(Specs, RoundsOperands):
         return dataclasses.replace(self, **changes)
 
     def at(self, scope: str) -> "DotRecipe":
-        """Returns the recipe of a name scope, and itself where none was calibrated."""
-        return dict(self.sites).get(scope, self)
+        """Returns the recipe of a name scope; where none was calibrated, that looks at its operands."""
+        found = dict(self.sites).get(scope)
+        return found or (dataclasses.replace(self, sites=()) if self.sites else self)
 
     def static(self, *, lhs: float | None = None, rhs: float | None = None, grad: float | None = None) -> "DotRecipe":
         """Fixes scales, so that operands are quantized without being looked at first.

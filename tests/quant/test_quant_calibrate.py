@@ -159,6 +159,34 @@ def test_what_calibration_has_not_seen_has_scales_of_its_own(rng):
     assert relative(make(recipe)(w, x, jnp.array(True)), x @ w) < BOUNDS["int8_qat"] * 2
 
 
+def test_a_scope_that_no_batch_reached_takes_nothing_from_the_root(rng):
+    """The scales of products without a scope are theirs alone."""
+    w, x = normal(rng, 16, 16), normal(rng, 8, 16)
+
+    def branches(w, x, flag):
+        y = jnp.tanh(x @ w)
+        with jax.named_scope("sometimes"):
+            return lax.cond(flag, lambda: (1000 * y) @ w, lambda: y)
+
+    make = applied(branches)
+    recipe = quant.calibrate(make, "fp8", [(w, x, jnp.array(False))])
+    assert list(magnitudes(recipe)) == [""]
+    assert relative(make(recipe)(w, x, jnp.array(True)), branches(w, x, True)) < 2 * BOUNDS["fp8"]
+
+
+def test_scopes_in_regions_are_told_apart(rng):
+    w, x = normal(rng, 16, 16), normal(rng, 8, 16)
+
+    def scoped(w, x):
+        with jax.named_scope("a"), jmp.low_precision():
+            y = x @ w
+        with jax.named_scope("b"), jmp.low_precision():
+            return (1000 * y) @ w
+
+    recipe = quant.calibrate(applied(scoped, "mixed_bfloat16"), "fp8", [(w, x)])
+    assert [scope.split("/")[0] for scope in magnitudes(recipe)] == ["a", "b"]
+
+
 def test_rules_choose_where_it_is_calibrated(rng):
     x = normal(rng, 16, 4)
     params = MLP().init(jax.random.key(0), x)
