@@ -269,21 +269,19 @@ def composed_primitive(
     *,
     jvp: Callable[..., Any] | None = None,
     batch: Callable[..., Any] | None = None,
-    multiple_results: bool = False,
 ) -> Any:
     """Makes a primitive that is evaluated and compiled as what it is composed of; ``jvp``, ``batch``: its rules."""
     from jax.extend.core import Primitive
     from jax.interpreters import ad, batching, mlir
 
     def abstract_eval(*avals: Any, **params: Any) -> Any:
-        results = jax.make_jaxpr(functools.partial(impl, **params))(*avals).out_avals
-        return results if multiple_results else results[0]
+        [result] = jax.make_jaxpr(functools.partial(impl, **params))(*avals).out_avals
+        return result
 
     primitive = Primitive(name)
-    primitive.multiple_results = multiple_results
     primitive.def_impl(impl)
     primitive.def_abstract_eval(abstract_eval)
-    mlir.register_lowering(primitive, mlir.lower_fun(impl, multiple_results=multiple_results))
+    mlir.register_lowering(primitive, mlir.lower_fun(impl, multiple_results=False))
     if jvp is not None:
         ad.primitive_jvps[primitive] = jvp
     if batch is not None:

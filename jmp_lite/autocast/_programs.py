@@ -1,6 +1,6 @@
 """The primitives that hold programs: how values go into these, come back, and how the equation is rebuilt.
 
-One table for all that goes into programs: the backward search, the interpreter, calibration.
+One table for all that goes into programs: the backward search, the interpreter, contracted axes.
 """
 
 import functools

@@ -58,24 +58,18 @@ def items(state: Any, policy: PolicyLike) -> ocp.args.Composite:
 def _check_for_orbax(state: Any) -> None:
     """Raises for what Orbax refuses, some of it only after ``save`` has returned."""
     leaves = named_leaves(state)
-    problems = {
-        name: "has no elements" if np.size(leaf) == 0 else "is of a dtype that Orbax does not write"
-        for name, leaf in leaves.items()
-        if np.size(leaf) == 0 or isinstance(leaf, complex) or getattr(leaf, "dtype", None) in _UNWRITTEN
-    }
-    if not leaves:
-        problem = "The state is empty"
-    elif jax.tree_util.all_leaves([state]):
-        problem = "The state is a bare leaf"
-    elif problems:
-        name, what = next(iter(problems.items()))
-        problem = f"Leaf {name!r} {what}"
-    else:
-        return
-    raise InvalidCheckpointError(
-        f"{problem}, and Orbax writes no such checkpoint. Put a bare leaf in a dict, leave out what is empty, or use "
-        "to_bytes, which takes all of these."
-    )
+    problems = [] if leaves else ["The state is empty"]
+    problems += ["The state is a bare leaf"] if jax.tree_util.all_leaves([state]) else []
+    for name, leaf in leaves.items():
+        if np.size(leaf) == 0:
+            problems.append(f"Leaf {name!r} has no elements")
+        elif isinstance(leaf, complex) or getattr(leaf, "dtype", None) in _UNWRITTEN:
+            problems.append(f"Leaf {name!r} is of a dtype that Orbax does not write")
+    if problems:
+        raise InvalidCheckpointError(
+            f"{problems[0]}, and Orbax writes no such checkpoint. Put a bare leaf in a dict, leave out what is empty, "
+            "or use to_bytes, which takes all of these."
+        )
 
 
 #: What the operating system says of files that are not there, or not what they should be.

@@ -63,8 +63,7 @@ def freeze(
 
     Raises:
         InvalidExportError: If a leaf cannot be stored, two have the same path, arguments or results are no trees of
-            arrays in containers that every Python knows, or a platform does not exist, or the recipe quantizes no
-            weight.
+            arrays in containers that every Python knows, a platform does not exist, or the recipe quantizes no weight.
         InvalidRecipeError: If nothing is known by the name of the recipe.
         UnknownDtypeError: If the policy string cannot be parsed.
 

@@ -15,7 +15,7 @@ from jmp_lite._compat import Equation, Jaxpr, is_literal, program, scan_counts
 from jmp_lite._functions import check_function
 from jmp_lite._tree import is_array
 from jmp_lite.autocast._api import is_traced, trace
-from jmp_lite.autocast._programs import Body, programs_of
+from jmp_lite.autocast._programs import Programs, programs_of
 from jmp_lite.products._dimensions import dimensions
 
 T = TypeVar("T")
@@ -219,9 +219,9 @@ class _Search:
 
     def _equation(self, eqn: Equation, operands: Sequence[Sources | None]) -> list[Sources | None]:
         name = eqn.primitive.name
-        bodies = programs_of(eqn).bodies
-        if bodies:
-            return self._programs(eqn, bodies, operands)
+        programs = programs_of(eqn)
+        if programs.bodies:
+            return self._inside(eqn, programs, operands)
         if name in _PRODUCTS:
             for sources, axes in zip(operands, _PRODUCTS[name](eqn), strict=False):
                 for number, dims in (sources or {}).items():
@@ -248,16 +248,14 @@ class _Search:
                 made[number] = _merged(made[number], moved) if number in made else moved
         return made
 
-    def _programs(
-        self, eqn: Equation, bodies: Sequence[Body], operands: Sequence[Sources | None]
-    ) -> list[Sources | None]:
-        carried = programs_of(eqn).carried
+    def _inside(self, eqn: Equation, programs: Programs, operands: Sequence[Sources | None]) -> list[Sources | None]:
+        bodies, carried = programs.bodies, programs.carried
         stacked = range(sum(scan_counts(eqn.params)), len(operands)) if eqn.primitive.name == "scan" else ()
         results: list[list[Sources | None]] = []
         for body in bodies:
             invars = program(body.jaxpr)[0].invars
             taken = [
-                _inside(None if at in carried else operands[at], v.aval, is_stacked=at in stacked)
+                _entering(None if at in carried else operands[at], v.aval, is_stacked=at in stacked)
                 for v, at in zip(invars, body.operands, strict=True)
             ]
             results.append(self.run(body.jaxpr, taken))
@@ -266,7 +264,7 @@ class _Search:
         return results[0]
 
 
-def _inside(sources: Sources | None, aval: Any, *, is_stacked: bool) -> Sources | None:
+def _entering(sources: Sources | None, aval: Any, *, is_stacked: bool) -> Sources | None:
     """What an input of a program is made of: of a loop it is a slice, of a ``shard_map`` a part."""
     if sources is None:
         return None

@@ -13,9 +13,8 @@ from jmp_lite._dtypes import FLOAT32
 from jmp_lite._messages import quote
 from jmp_lite.errors import InvalidRecipeError
 from jmp_lite.quant._recipes import DotRecipe, get_recipe
-from jmp_lite.quant._spec import QuantSpec
+from jmp_lite.quant._spec import SIDES, QuantSpec
 
-SIDES = ("lhs", "rhs", "grad")
 #: The largest magnitudes that one operand had.
 Seen = list[float]
 

@@ -17,8 +17,7 @@ from jmp_lite._compat import linear_primitive
 from jmp_lite._dtypes import FLOAT32, DType
 from jmp_lite.errors import InvalidRecipeError
 from jmp_lite.products._dimensions import dimensions
-from jmp_lite.quant._operands import Quantized, prepared, result_dtype
-from jmp_lite.quant._scale import as_bits, from_bits
+from jmp_lite.quant._operands import Quantized, packed, prepared, result_dtype, unpacked
 from jmp_lite.quant._spec import QuantSpec, Specs
 
 Axes = tuple[int, ...]
@@ -46,9 +45,7 @@ class _Call(NamedTuple):
 
     def of_bits(self, x: Any, other: Quantized, sizes: tuple[Any, ...], side: int) -> Any:
         """Multiplies an operand, or its tangent, by the other one, given as bits."""
-        spec = self.specs.spec(1 - side)
-        values = other.values if spec is None else from_bits(other.values, spec.dtype)
-        factor = Quantized(values, other.scale).dequantized(self.dtype)
+        factor = unpacked(other, self.specs.spec(1 - side)).dequantized(self.dtype)
         return self.multiply(x, factor, sizes) if side == 0 else self.multiply(factor, x, sizes)
 
 
@@ -121,7 +118,7 @@ def _operands(lhs: Any, rhs: Any, call: _Call) -> tuple[Quantized, Quantized]:
     axis_name = call.specs.axis_name
     left = prepared(lhs, call.specs.spec(0), call.shared[0], axis_name)
     right = _by_group(rhs, call.specs.spec(1), call)
-    return tuple(Quantized(as_bits(x.values), x.scale) for x in (left, right))  # type: ignore[return-value]
+    return packed(left), packed(right)
 
 
 def _by_group(rhs: Any, spec: QuantSpec | None, call: _Call) -> Quantized:
@@ -133,9 +130,7 @@ def _by_group(rhs: Any, spec: QuantSpec | None, call: _Call) -> Quantized:
 
 
 def _multiplied(left: Quantized, right: Quantized, sizes: tuple[Any, ...], call: _Call) -> Any:
-    spec = call.specs.spec(0)
-    values = left.values if spec is None else from_bits(left.values, spec.dtype)
-    return call.of_bits(Quantized(values, left.scale).dequantized(call.dtype), right, sizes, 0)
+    return call.of_bits(unpacked(left, call.specs.spec(0)).dequantized(call.dtype), right, sizes, 0)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))

@@ -16,9 +16,8 @@ from jmp_lite._dtypes import FLOAT32, DType
 from jmp_lite.products._dimensions import Dimensions, Transposed, mapped, transposed
 from jmp_lite.products._matmul import permuted_sharding, product
 from jmp_lite.quant._block import block_product
-from jmp_lite.quant._operands import Quantized, prepared, unscaled
+from jmp_lite.quant._operands import Quantized, packed, prepared, unpacked, unscaled
 from jmp_lite.quant._product import folded, scaled_product
-from jmp_lite.quant._scale import as_bits, from_bits
 from jmp_lite.quant._spec import QuantSpec, Specs
 
 #: The position of the tangent.
@@ -50,8 +49,7 @@ def tangent_product(
     """
     return _primitive().bind(
         tangent,
-        as_bits(other.values),
-        other.scale,
+        *packed(other),
         side=side,
         dimension_numbers=dims,
         specs=specs,
@@ -66,14 +64,8 @@ def _primitive() -> Any:
     return linear_primitive("quantized_product_tangent", _evaluate, _transpose, _batch, _LINEAR)
 
 
-def _other(bits: Any, scale: Any, specs: Specs, side: int) -> Quantized:
-    """The operand that is not on ``side``."""
-    spec = specs.spec(1 - side)
-    return Quantized(bits if spec is None or spec.is_blockwise else from_bits(bits, spec.dtype), scale)
-
-
 def _evaluate(tangent: Any, bits: Any, scale: Any, *, side: int, specs: Specs, dtype: DType, **params: Any) -> Any:
-    operands = [tangent, _other(bits, scale, specs, side).dequantized(dtype)]
+    operands = [tangent, unpacked(Quantized(bits, scale), specs.spec(1 - side)).dequantized(dtype)]
     lhs, rhs = operands if side == 0 else operands[::-1]
     kept = tuple((name, params[name]) for name in ("dimension_numbers", "precision", "out_sharding"))
     return product(lhs, rhs, dtype, kept, dtype)
@@ -93,7 +85,8 @@ def _transpose(
 ) -> list[Any]:
     """The cotangent of the operand, and ``None`` for the others."""
     ndims = (tangent.ndim, bits.ndim) if side == 0 else (bits.ndim, tangent.ndim)
-    found, other = transposed(dimension_numbers, ndims, side), _other(bits, scale, specs, side)
+    found = transposed(dimension_numbers, ndims, side)
+    other = unpacked(Quantized(bits, scale), specs.spec(1 - side))
     params = {"dtype": tangent.dtype, "out_sharding": permuted_sharding(tangent, found.axes)}
     if specs.is_blockwise:
         of_operand = _blockwise(cotangent, other.values, found, specs.spec(1 - side), specs.of_gradients, **params)

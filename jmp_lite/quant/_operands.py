@@ -31,18 +31,13 @@ class Quantized(NamedTuple):
         return dequantize(self.values, self.scale, dtype)
 
 
-def amax_of_tensor(x: Any, axis_name: Any) -> jax.Array:
-    """Returns the largest magnitude of an array, over the named axes too."""
-    amax: jax.Array = jnp.max(jnp.abs(lax.stop_gradient(x)), initial=0).astype(FLOAT32)
-    return amax if axis_name is None else lax.pmax(amax, axis_name)
-
-
 def amax_of(x: Any, spec: QuantSpec, contracted: tuple[int, ...], axis_name: Any) -> jax.Array:
     """Returns largest magnitudes: of the whole array, over devices too, or along the contracted axes."""
-    if spec.granularity == "channel":
-        x = lax.stop_gradient(x)
-        return jnp.max(jnp.abs(x), axis=contracted, keepdims=True, initial=0).astype(FLOAT32)
-    return amax_of_tensor(x, axis_name)
+    is_tensor = spec.granularity == "tensor"
+    shared = None if is_tensor else contracted
+    amax: jax.Array = jnp.max(jnp.abs(lax.stop_gradient(x)), axis=shared, keepdims=not is_tensor, initial=0)
+    amax = amax.astype(FLOAT32)
+    return lax.pmax(amax, axis_name) if is_tensor and axis_name is not None else amax
 
 
 @functools.cache
@@ -101,6 +96,16 @@ def refuse_second_derivative(spec: QuantSpec) -> NoReturn:
         f"A product with an operand in {spec} was differentiated twice; there is no second derivative. Take second "
         "derivatives of the function without the recipe."
     )
+
+
+def packed(x: Quantized) -> Quantized:
+    """An operand with its numbers as the bits that hold them, as it is kept for a backward pass."""
+    return Quantized(as_bits(x.values), x.scale)
+
+
+def unpacked(x: Quantized, spec: QuantSpec | None) -> Quantized:
+    """Undoes ``packed``; what has scales per block is kept as it was given."""
+    return x if spec is None or spec.is_blockwise else Quantized(from_bits(x.values, spec.dtype), x.scale)
 
 
 def unscaled(x: Any) -> Quantized:

@@ -10,6 +10,8 @@ import numpy as np
 from jmp_lite.errors import InvalidRecipeError
 from jmp_lite.quant._scale import FORMATS, checked_format, is_integer
 
+#: The operands of a product, and the cotangent of its result.
+SIDES = ("lhs", "rhs", "grad")
 _NAMES = {dtype: name for name, dtype in FORMATS.items()}
 
 
@@ -135,7 +137,7 @@ class Specs:
     axis_name: Any = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        for side in ("lhs", "rhs", "grad"):
+        for side in SIDES:
             spec = getattr(self, side)
             spec = parse_spec(spec) if isinstance(spec, str) else spec
             if not (spec is None or isinstance(spec, QuantSpec)):
@@ -181,7 +183,7 @@ class Specs:
         ]
 
     def __str__(self) -> str:
-        parts = [f"{side}={getattr(self, side) or 'none'}" for side in ("lhs", "rhs", "grad")]
+        parts = [f"{side}={getattr(self, side) or 'none'}" for side in SIDES]
         axes = self.axis_name if isinstance(self.axis_name, tuple) else (self.axis_name,)
         parts += [] if self.axis_name is None else [f"axis_name={'+'.join(map(str, axes))}"]
         return ",".join(parts)
