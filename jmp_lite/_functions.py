@@ -1,6 +1,8 @@
 """Functions that users give: what is none is refused with a word on what to give instead."""
 
+import functools
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,12 +29,20 @@ def check_function(fun: Any, caller: str) -> None:
         raise InvalidFunctionError(f"{caller} takes a function, got {quote(fun)}.{with_apply}")
 
 
-def refuse_modules(arguments: Any, caller: str) -> None:
-    """Raises if there is an NNX module among arguments of a pure function, which would lose what happens to it."""
+def refuse_modules(fun: Callable[..., Any], args: Any, kwargs: Any, caller: str) -> None:
+    """Raises for an NNX module that is the function, is held by it, or is among its arguments.
+
+    A pure function would lose what happens to it.
+    """
     nnx = sys.modules.get("flax.nnx")
     if nnx is None:
         return
-    for leaf in jax.tree.leaves(arguments, is_leaf=lambda x: isinstance(x, nnx.Pytree)):
+    held: list[Any] = [args, kwargs]
+    while isinstance(fun, functools.partial):
+        held += [fun.args, fun.keywords]
+        fun = fun.func
+    held += [fun, getattr(fun, "__self__", None)]
+    for leaf in jax.tree.leaves(held, is_leaf=lambda x: isinstance(x, nnx.Pytree)):
         if isinstance(leaf, nnx.Pytree):
             raise InvalidFunctionError(
                 f"{caller} was called with the NNX module {type(leaf).__name__}, whose statistics and random counts "

@@ -123,4 +123,5 @@ def without_numbers(path: str) -> str:
 
 def _simplified(pattern: str) -> str:
     numbered = without_numbers(re.sub(r"\\d[+*]?", "0", pattern))
-    return re.sub(r"\.\*|[\\^$*+?()\[\]{}|]", "", numbered).removeprefix("params/").replace(".", "/")
+    name = re.sub(r"\.\*|[\\^$*+?()\[\]{}|]", "", numbered).removeprefix("params/").replace(".", "/")
+    return name.strip("/") or name

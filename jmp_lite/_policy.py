@@ -289,7 +289,7 @@ class PolicyMap:
     A key is a regular expression over whole path segments. It applies to the module or parameter it names, wherever in
     the path that is, and to everything inside. A key that equals the path, or its deepest ancestor, beats every
     pattern. Two patterns that both match with different policies are an error. Flags such as ``(?i)`` stand first and
-    hold for the whole pattern.
+    hold for the whole pattern; ``^`` and ``$`` are the ends of the path of a parameter, not of a module.
 
     Names are looked up, however many there are. Regular expressions are searched for in paths of up to 1000 characters;
     one that would backtrack for ever is cut off by an error. A key that matched nothing, but differs only by a typing
@@ -419,7 +419,7 @@ class PolicyMap:
         meant: dict[str, str] = {}
         for key in dict.fromkeys(map(without_numbers, unmatched)):
             near = nearest_modules(key, unlike, len(key) // 3)[:1]
-            if near and is_misspelt(key, near[0]) and not self._keys_of(near[0]):
+            if near and is_misspelt(key, near[0]) and self._unmatched.issuperset(self._keys_of(near[0])):
                 meant[key] = near[0]
         scattered = [key for key in unmatched if is_scattered(key, segments)]
         found = {key: nearest_modules(key.replace(".", "/").rpartition("/")[2], unlike)[0] for key in scattered}

@@ -72,6 +72,13 @@ def is_inexact(leaf: Any) -> bool:
     return isinstance(leaf, (float, complex))
 
 
+def is_number(leaf: Any) -> bool:
+    """Whether a leaf is a number or an array of them; JAX's gradient of integers, ``float0``, is none."""
+    if is_array(leaf):
+        return bool(leaf.dtype != jax.dtypes.float0)
+    return isinstance(leaf, (bool, int, float, complex))
+
+
 def path_string(path: Path) -> str:
     """Writes a key path as ``decoder/layers_3/kernel``."""
     return jax.tree_util.keystr(path, simple=True, separator="/")

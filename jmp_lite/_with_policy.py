@@ -40,7 +40,7 @@ def with_policy(fun: Callable[..., Any], policy: PolicyLike) -> Callable[..., An
 
     @functools.wraps(fun)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        refuse_modules((args, kwargs), "with_policy")
+        refuse_modules(fun, args, kwargs, "with_policy")
         args = tuple(resolved.cast_to_compute(arg) for arg in args)
         kwargs = {key: resolved.cast_to_compute(arg) for key, arg in kwargs.items()}
         return resolved.cast_to_output(fun(*args, **kwargs))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import jmp_lite as jmp
-from jmp_lite import errors
+from jmp_lite import errors, export
 
 BASES = {
     "UnknownDtypeError": ValueError,
@@ -122,6 +122,7 @@ TAKERS = {
     "with_policy": lambda fun: jmp.with_policy(fun, "mixed_bfloat16"),
     "scaled_value_and_grad": lambda fun: jmp.scaled_value_and_grad(fun, loss_scale=jmp.NoOpLossScale()),
     "accumulate_gradients": lambda fun: jmp.accumulate_gradients(fun, 2, loss_scale=jmp.NoOpLossScale()),
+    "freeze": lambda fun: export.freeze(fun, jnp.ones(2), jnp.ones(2), path="unused"),
     "linen.autocast": lambda fun: jmp.linen.autocast(fun, "mixed_bfloat16"),
     "linen.explain": lambda fun: jmp.linen.explain(fun, "mixed_bfloat16"),
     "linen.with_policy": lambda fun: jmp.linen.with_policy(fun, "mixed_bfloat16"),

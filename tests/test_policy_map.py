@@ -242,7 +242,7 @@ def test_a_pause_is_not_taken_for_backtracking(monkeypatch):
     assert jmp.get_policy("f32") == jmp.PolicyMap({"(a+)+b": "f32"}, DEFAULT).policy_for(f"{'a' * 15}b")
 
 
-@pytest.mark.parametrize("key", ["/", "//", "a/", "/a"])
+@pytest.mark.parametrize("key", ["/", "//"])
 def test_keys_of_nothing_match_nothing(key):
     tree = {"a": {"b": jnp.ones(2)}}
     assert jmp.PolicyMap({key: "f16"}, "full").cast_to_param(tree)["a"]["b"].dtype == jnp.float32
@@ -320,6 +320,10 @@ MISSPELT = {
     "names that stand elsewhere": ("encoder/head", "decoder/head"),
     "names that stand elsewhere, with a dot": ("encoder.head", "decoder/head"),
     "a leaf": ("kernal", "decoder/head/kernel"),
+    "anchors": ("^decoder$", "decoder"),
+    "anchor at the end": ("decoder/head$", "decoder/head"),
+    "slash at the end": ("decoder/", "decoder"),
+    "slash at the start": ("/decoder/head", "decoder/head"),
 }
 
 

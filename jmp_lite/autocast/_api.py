@@ -97,7 +97,7 @@ def autocast(
 
     @functools.wraps(fun)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        refuse_modules((args, kwargs), "autocast")
+        refuse_modules(fun, args, kwargs, "autocast")
         return run(*args, **kwargs)
 
     return wrapped

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from flax import serialization
 
-from jmp_lite._messages import described, first_few
+from jmp_lite._messages import described, first_few, quote
 from jmp_lite._policy import PolicyLike
 from jmp_lite.checkpoint._digest import digests
 from jmp_lite.checkpoint._state import (
@@ -19,7 +19,7 @@ from jmp_lite.checkpoint._state import (
     target,
     to_store,
 )
-from jmp_lite.errors import CorruptCheckpointError, ForeignCheckpointError
+from jmp_lite.errors import CorruptCheckpointError, ForeignCheckpointError, InvalidCheckpointError
 from jmp_lite.scaling._loss_scale import register_serialization
 
 T = TypeVar("T")
@@ -81,6 +81,7 @@ def from_bytes(template: T, data: bytes, *, policy: PolicyLike, migrate: bool = 
         CheckpointMismatchError: If structures, shapes or dtypes differ.
         CorruptCheckpointError: If the bytes cannot be read, or do not contain what was saved.
         ForeignCheckpointError: If Flax wrote them by itself.
+        InvalidCheckpointError: If ``data`` is no bytes.
 
     Example:
         >>> from jmp_lite import checkpoint
@@ -88,6 +89,11 @@ def from_bytes(template: T, data: bytes, *, policy: PolicyLike, migrate: bool = 
         >>> checkpoint.from_bytes({"w": jnp.zeros(2)}, data, policy="mixed_bfloat16")
         {'w': Array([1., 2.], dtype=float32)}
     """
+    if not isinstance(data, (bytes, bytearray, memoryview)):
+        raise InvalidCheckpointError(
+            f"from_bytes(template, data) takes the bytes that to_bytes returned, got {quote(data)}. Read a file with "
+            "pathlib.Path(path).read_bytes()."
+        )
     header, stored = _read(data)
     stand_in, put_back = agree(header, template, policy, migrate=migrate)
     state = _checked_values(header, stored, stand_in)

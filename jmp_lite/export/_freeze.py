@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.export import export
 
+from jmp_lite._functions import check_function
 from jmp_lite._policy import Policy, PolicyLike, PolicyMap, get_policy
 from jmp_lite._tree import describe, is_array, path_string
 from jmp_lite.autocast import autocast
@@ -82,6 +83,7 @@ def freeze(
         computations"); safetensors (github.com/huggingface/safetensors). The problem is that of Sculley et al., "Hidden
         Technical Debt in Machine Learning Systems": training and serving that compute different things.
     """
+    check_function(apply, "freeze")
     resolved = None if policy is None else get_policy(policy)
     chosen = None if recipe is None else get_recipe(recipe)
     targets = _checked_platforms(platforms)
@@ -92,17 +94,10 @@ def freeze(
         return run(dequantize_tree(rebuild(weights)), *args)
 
     specs, weight_specs = jax.tree.map(_spec, (args, weights))
-    exported = export(jax.jit(frozen), platforms=targets)(*specs, weights=weight_specs)
-    try:
-        serialized = without_source_lines(exported).serialize()
-    except ValueError as error:
-        raise InvalidExportError(
-            f"Arguments or results stand in containers that only this program knows: {error}. Take and return dicts, "
-            "lists and tuples of arrays."
-        ) from None
+    platforms, serialized = _serialized(frozen, targets, specs, weight_specs)
     header = {
         "jax": jax.__version__,
-        "platforms": list(exported.platforms),
+        "platforms": platforms,
         "policy": None if resolved is None else str(resolved),
         "quantized": _quantized(rebuild(weights)),
         "recipe": None if chosen is None else str(chosen),
@@ -110,10 +105,30 @@ def freeze(
     return write(path, {**weights, PROGRAM: np.frombuffer(serialized, np.uint8)}, header)
 
 
+def _serialized(
+    frozen: Callable[..., Any], targets: Sequence[str] | None, specs: Any, weight_specs: Any
+) -> tuple[list[str], bytes]:
+    """Returns the platforms of a program, and the program as it stands in the file."""
+    try:
+        exported = export(jax.jit(frozen), platforms=targets)(*specs, weights=weight_specs)
+    except NotImplementedError as error:
+        raise InvalidExportError(
+            f"The function cannot be written to a file: {error}. Take calls back to Python out of it, such as "
+            "jax.debug.print."
+        ) from None
+    try:
+        return list(exported.platforms), without_source_lines(exported).serialize()
+    except ValueError as error:
+        raise InvalidExportError(
+            f"Arguments or results stand in containers that only this program knows: {error}. Take and return dicts, "
+            "lists and tuples of arrays."
+        ) from None
+
+
 def _checked_platforms(platforms: Sequence[str] | None) -> tuple[str, ...] | None:
     if platforms is None:
         return None
-    listed = (platforms,) if isinstance(platforms, str) else tuple(platforms)
+    listed = tuple(platforms) if isinstance(platforms, (list, tuple)) else (platforms,)
     unknown = [repr(platform) for platform in listed if platform not in PLATFORMS]
     if unknown or not listed:
         raise InvalidExportError(

@@ -89,9 +89,9 @@ def _check(fn: Callable[..., Any], caller: str) -> None:
     whole = fn
     while isinstance(whole, functools.partial):
         whole = whole.func
-    owner = getattr(whole, "__self__", None)
+    owner = whole if isinstance(whole, nnx.Module) else getattr(whole, "__self__", None)
     if isinstance(owner, nnx.Module):
-        method = f"{type(owner).__name__}.{whole.__name__}"
+        method = f"{type(owner).__name__}.{getattr(whole, '__name__', '__call__')}"
         raise InvalidFunctionError(
             f"{caller} takes a function of modules, got a method of one, {method}, whose parameters would have no "
             f"gradient. Give {method} and the module as its first argument."

@@ -263,7 +263,7 @@ def accumulate_gradients(
 
     @functools.wraps(fun)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        refuse_modules((args, kwargs), "accumulate_gradients")
+        refuse_modules(fun, args, kwargs, "accumulate_gradients")
         positions = positions_among(args, argnums)
         microbatch = splitter(args, batch_positions(args, positions, batch_argnums), num_microbatches)
         bound = functools.partial(fun, **kwargs)

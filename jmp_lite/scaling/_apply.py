@@ -9,7 +9,7 @@ import optax
 
 from jmp_lite._dtypes import at_least_float32
 from jmp_lite._messages import quote
-from jmp_lite._tree import describe, is_array, is_finite, is_inexact, path_string
+from jmp_lite._tree import describe, is_array, is_finite, is_inexact, is_number, path_string
 from jmp_lite.errors import InvalidStepError
 from jmp_lite.scaling._loss_scaled import (
     LossScaledUpdate,
@@ -38,7 +38,7 @@ def _apply(params: P, updates: Any) -> tuple[P, jax.Array]:
     seen: list[tuple[Any, jax.Array]] = []
 
     def apply(leaf: Any, update: Any) -> Any:
-        if is_hidden(update) or not is_inexact(update):
+        if is_hidden(update) or not is_number(update):
             return None
         param = jnp.asarray(leaf)
         new = _sum(param, jnp.asarray(update))

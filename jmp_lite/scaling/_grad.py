@@ -205,7 +205,7 @@ def scaled_value_and_grad(
 
     @functools.wraps(fun)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        refuse_modules((args, kwargs), "scaled_value_and_grad")
+        refuse_modules(fun, args, kwargs, "scaled_value_and_grad")
         positions = positions_among(args, argnums)
         gradient, assemble = differentiate(functools.partial(fun, **kwargs), has_aux, args, positions)
         if max_retries > 0:

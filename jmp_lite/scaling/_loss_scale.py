@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmp_lite._compat import register_flax_serialization
+from jmp_lite._messages import quote
 from jmp_lite._tree import (
     Opaque,
     cast_to_at_least_float32,
@@ -127,7 +128,10 @@ def _python_number(owner: str, value: Any) -> Any:
             f"{owner} needs a Python number, got a traced value {value}. Build it outside jit, or use "
             "DynamicLossScale(value, factor=1), whose value is data."
         )
-    return value.item() if is_array(value) else value
+    number = value.item() if is_array(value) and value.size == 1 else value
+    if not isinstance(number, (int, float)):
+        raise InvalidLossScaleError(f"{owner} must be a number, got {quote(value)}.")
+    return number
 
 
 def _warn_if_not_floating(name: str, value: Any) -> None:
@@ -199,13 +203,14 @@ class DynamicLossScale(Opaque):
     def __post_init__(self) -> None:
         _warn_if_not_floating("loss_scale", self.loss_scale)
         _warn_if_not_floating("min_loss_scale", self.min_loss_scale)
-        left = self.hysteresis if self.hysteresis_left is None and self.hysteresis > 1 else self.hysteresis_left
-        converted = {name: _python_number(name, getattr(self, name)) for name in _SETTINGS}
+        numbers = [name for name in _SETTINGS if name != "backoff_factor" or self.backoff_factor is not None]
+        converted = {name: _python_number(name, getattr(self, name)) for name in numbers}
+        left = converted["hysteresis"] if converted["hysteresis"] > 1 else None
         converted |= {
             "min_loss_scale": float(converted["min_loss_scale"]),
             "loss_scale": strong_scalar(self.loss_scale, np.float32),
             "counter": strong_scalar(self.counter, np.int32),
-            "hysteresis_left": strong_scalar(left, np.int32),
+            "hysteresis_left": strong_scalar(left if self.hysteresis_left is None else self.hysteresis_left, np.int32),
         }
         for name, value in converted.items():
             object.__setattr__(self, name, value)
@@ -305,25 +310,30 @@ def can_shrink(scale: DynamicLossScale) -> bool:
 def _check_settings(scale: DynamicLossScale) -> None:
     """Raises ``InvalidLossScaleError`` for the first setting that is out of range."""
     lowest, highest, backoff = scale.min_loss_scale, scale.max_loss_scale, scale.backoff_factor
-    initial = scale.loss_scale
+    initial, patience, grace = scale.loss_scale, scale.hysteresis, scale.grace_steps
     known = np.asarray(initial if is_array(initial) and not isinstance(initial, jax.core.Tracer) else 1.0)
     rules = [
+        ("loss_scale", initial, "a number", not isinstance(initial, _NO_NUMBERS)),
+        ("counter", scale.counter, "a whole number", not isinstance(scale.counter, _NO_NUMBERS)),
         ("loss_scale", initial, "positive and finite", bool(np.all(np.isfinite(known) & (known > 0)))),
         ("loss_scale", initial, "at least 2**-126", np.min(known) >= SMALLEST_SCALE),
         ("loss_scale", initial, "at most 2**126", np.max(known) <= LARGEST_SCALE),
-        ("period", scale.period, "a whole number, at least 1", scale.period >= 1 and float(scale.period).is_integer()),
+        ("period", scale.period, "a whole number, at least 1", scale.period >= 1 and scale.period % 1 == 0),
         ("factor", scale.factor, "at least 1 and finite", 1 <= scale.factor < math.inf),
         ("backoff_factor", backoff, "in (0, 1]", backoff is None or 0 < backoff <= 1),
         ("min_loss_scale", lowest, "at least 0 and finite", 0 <= lowest < math.inf),
         ("max_loss_scale", highest, f"in [min_loss_scale={lowest}, 2**126]", lowest <= highest <= LARGEST_SCALE),
-        ("hysteresis", scale.hysteresis, "at least 1", scale.hysteresis >= 1),
-        ("grace_steps", scale.grace_steps, "at least 0", scale.grace_steps >= 0),
+        ("hysteresis", patience, "a whole number, at least 1", patience >= 1 and patience % 1 == 0),
+        ("grace_steps", grace, "a whole number, at least 0", grace >= 0 and grace % 1 == 0),
     ]
     for name, value, requirement, holds in rules:
         if not holds:
-            raise InvalidLossScaleError(f"{name} must be {requirement}, got {value}.")
+            given = quote(value) if isinstance(value, _NO_NUMBERS) else value
+            raise InvalidLossScaleError(f"{name} must be {requirement}, got {given}.")
 
 
+#: Anything else may stand for a number in a tree of placeholders.
+_NO_NUMBERS = (str, bytes, bool, list, tuple, dict, type(None))
 _UNBOUNDED = {"min_loss_scale": 0.0, "max_loss_scale": LARGEST_SCALE}
 _SYSTEMS: Mapping[str, Mapping[str, Any]] = {
     "torch": {"loss_scale": 2.0**16, **_UNBOUNDED},

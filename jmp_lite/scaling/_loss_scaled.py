@@ -10,7 +10,7 @@ import optax
 
 from jmp_lite._dtypes import FLOAT32
 from jmp_lite._messages import quote
-from jmp_lite._tree import describe, is_array, is_finite, is_inexact, path_string
+from jmp_lite._tree import describe, is_array, is_finite, is_inexact, is_number, path_string
 from jmp_lite.errors import InvalidLossScaleError, InvalidStepError, LossScaleNotFoundError
 from jmp_lite.scaling._in_state import is_loss_scale, nodes
 from jmp_lite.scaling._loss_scale import DynamicLossScale, LossScale, register_serialization
@@ -92,12 +92,21 @@ def _finite_or_nothing(update: Any) -> tuple[Any, jax.Array]:
 
 
 def check_gradient(path: Any, param: Any, grad: Any) -> None:
-    """Raises for a gradient of whole numbers of a parameter that is trained: no step would scale it back."""
-    if is_inexact(param) and is_array(grad) and not (is_inexact(grad) or grad.dtype == jax.dtypes.float0):
+    """Raises for a gradient of whole numbers of a parameter that is trained: no step would scale it back.
+
+    A parameter of ``None`` is not known; it may be one that is trained.
+    """
+    if (param is None or is_inexact(param)) and is_array(grad) and is_number(grad) and not is_inexact(grad):
+        parameter = "and params are not given" if param is None else f"and the parameter {describe(param)}"
         raise InvalidStepError(
-            f"The gradient of {path_string(path)!r} is {describe(grad)}, and the parameter {describe(param)}: no step "
-            "would reach it. Pass gradients, as scaled_value_and_grad returns them."
+            f"The gradient of {path_string(path)!r} is {describe(grad)}, {parameter}: no step would reach it. Pass "
+            "gradients, as scaled_value_and_grad returns them."
         )
+
+
+def _of_hidden(grad: Any) -> Any:
+    """The update of what has no gradient: nothing, of arrays of whole numbers; otherwise what was given."""
+    return jnp.zeros_like(grad) if is_array(grad) and is_number(grad) else grad
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +160,9 @@ class LossScaledUpdate:
     ) -> tuple[Any, LossScaledState]:
         """Unscales, checks, updates or skips, adjusts; the signature is Optax's."""
         structure: Any = jax.tree.structure(updates)
-        if structure == jax.tree.structure(params):
+        if params is None:
+            jax.tree_util.tree_map_with_path(lambda path, grad: check_gradient(path, None, grad), updates)
+        elif structure == jax.tree.structure(params):
             jax.tree_util.tree_map_with_path(check_gradient, params, updates)
 
         def step() -> tuple[tuple[Any, Any], jax.Array]:
@@ -167,7 +178,7 @@ class LossScaledUpdate:
 
         finite = self.verdict(updates, state)
         (new_updates, inner_state), updates_finite = step_or_skip(finite, step, skip, self.axis_name)
-        new_updates = jax.tree.map(lambda grad, new: grad if new is None else new, updates, new_updates)
+        new_updates = jax.tree.map(lambda grad, new: _of_hidden(grad) if new is None else new, updates, new_updates)
         return new_updates, self.next_state(state, inner_state, finite, updates_finite)
 
 

@@ -25,8 +25,9 @@ _COUNTED = ("last_finite", "notfinite_count", "total_notfinite", "nonfinite_upda
 def metrics(opt_state: Any) -> dict[str, jax.Array]:
     """Returns what to log about loss scaling, as scalars; works inside and outside ``jit``.
 
-    ``loss_scale`` is the scale for the next step; the others are those of ``LossScaledState``. Outside ``jit``,
-    ``jax.tree.map(lambda x: x.tolist(), jmp.metrics(opt_state))`` gives what ``json.dumps`` takes.
+    ``loss_scale`` is the scale for the next step; the others are those of ``LossScaledState``. They are copies, which
+    outlive a state that is donated. Outside ``jit``, ``jax.tree.map(lambda x: x.tolist(), jmp.metrics(opt_state))``
+    gives what ``json.dumps`` takes.
 
     Args:
         opt_state: An Optax state, or any pytree around it, that holds the state of ``loss_scaled``.
@@ -54,9 +55,9 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
     values: dict[str, jax.Array] = {}
     for path, state in states:
         prefix = f"{path}/" if len(states) > 1 else ""
-        values[f"{prefix}loss_scale"] = jnp.asarray(state.loss_scale.loss_scale, jnp.float32)
+        values[f"{prefix}loss_scale"] = jnp.array(state.loss_scale.loss_scale, jnp.float32)
         for field in _COUNTED:
-            values[prefix + field] = jnp.asarray(getattr(state, field))
+            values[prefix + field] = jnp.array(getattr(state, field))
     return values
 
 
@@ -104,18 +105,20 @@ def check_loss_scale(opt_state: Any, grads: Any = None, *, max_skips: int = 10) 
         LossScaleStalledError: If it was ``max_skips`` or more.
         ReplicasDisagreeError: If replicas have different scales or counts.
         LossScaleNotFoundError: If the state holds none.
-        InvalidStepError: Inside ``jit``.
+        InvalidStepError: Inside ``jit``, or if ``max_skips`` is no whole number of at least 1.
 
     Example:
         >>> tx = jmp.loss_scaled(optax.sgd(0.1))
         >>> jmp.check_loss_scale(tx.init({"w": jnp.ones(2)}))
     """
+    if not isinstance(max_skips, (int, np.integer)) or max_skips < 1:
+        raise InvalidStepError(f"max_skips must be a whole number, at least 1, got {quote(max_skips)}.")
     for path, state in loss_scaled_states(opt_state):
         numbers = state._replace(inner_state=())
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(numbers)):
+        if any(isinstance(leaf, (jax.core.Tracer, jax.ShapeDtypeStruct)) for leaf in jax.tree.leaves(numbers)):
             raise InvalidStepError(
-                "check_loss_scale was called inside jit, where its state has no values. Call it on the host, with the "
-                "opt_state that the jitted step returned."
+                "check_loss_scale was called inside jit, or with shapes: its state has no values there. Call it on "
+                "the host, with the opt_state that the jitted step returned."
             )
         where = f" (state at {path!r})" if path else ""
         _check_replicas(numbers, where)

@@ -61,6 +61,12 @@ def test_a_bad_template_is_no_damaged_checkpoint(tmp_path):
             restore({"w": "x"})
 
 
+@pytest.mark.parametrize("data", [None, STATE, "path"], ids=["nothing", "a state", "a path"])
+def test_what_is_no_bytes_is_no_damaged_checkpoint(data):
+    with pytest.raises(jmp.errors.InvalidCheckpointError, match=r"takes the bytes that to_bytes returned, got "):
+        checkpoint.from_bytes(STATE, data, policy="full")
+
+
 UNWRITTEN = {
     "no elements": ({"w": jnp.ones(2), "e": jnp.zeros((0, 4))}, "Leaf 'e' has no elements"),
     "nothing": ({}, "The state is empty"),

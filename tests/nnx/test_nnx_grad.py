@@ -175,6 +175,15 @@ def test_the_plain_functions_refuse_modules(transform, argument):
         function(argument, jnp.ones((2, 8)))
 
 
+@pytest.mark.parametrize("hold", [lambda m: m, lambda m: m.__call__, lambda m: functools.partial(of_model, m)])
+def test_the_plain_functions_refuse_a_module_that_the_function_holds(hold):
+    """The gradient would be that of the data."""
+    for transform in (jmp.scaled_value_and_grad, functools.partial(jmp.accumulate_gradients, num_microbatches=2)):
+        function = transform(hold(Net(0)), loss_scale=jmp.NoOpLossScale())
+        with pytest.raises(errors.InvalidFunctionError, match="with the NNX module Net"):
+            function(jnp.ones((2, 8)))
+
+
 @pytest.mark.parametrize("transform", [jmp.autocast, jmp.with_policy])
 def test_plain_wrappers_refuse_modules(transform):
     """Their statistics would stay as they are, and dropout would draw one mask for ever."""
@@ -246,10 +255,11 @@ def test_nnx_takes_partial_functions_under_a_policy():
 
 @pytest.mark.parametrize("name", ["scaled_value_and_grad", "accumulate_gradients"])
 def test_a_method_of_a_module_is_refused(name):
-    """Its module would be a constant."""
-    method = nnx.Linear(4, 2, rngs=nnx.Rngs(0)).__call__
+    """Its module would be a constant. A module that is called is its method ``__call__``."""
+    model = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
+    method = model.__call__
     settings = {"num_microbatches": 2} if name == "accumulate_gradients" else {}
-    for fn in (method, functools.partial(method, jnp.ones((6, 4)))):
+    for fn in (model, method, functools.partial(method, jnp.ones((6, 4)))):
         with pytest.raises(errors.InvalidFunctionError, match=rf"^nnx\.{name} .* method of one, Linear\.__call__"):
             getattr(jmp.nnx, name)(fn, loss_scale=jmp.NoOpLossScale(), **settings)
 

@@ -216,6 +216,7 @@ def test_the_innermost_policy_counts(x):
     assert [dtype for _, dtype in products] == [{"float16"}, {"float16"}]
 
 
+@pytest.mark.parametrize("policy", [HALF, jmp.PolicyMap({"head": "full"}, HALF)], ids=["Policy", "PolicyMap"])
 def test_modules_are_found_anywhere_in_the_arguments(policy, x):
     """Several modules, in containers and keywords, sharing layers and random streams, keep what they share."""
     encoder, rngs = linear(nnx.Rngs(0)), nnx.Rngs(dropout=0)

@@ -221,8 +221,19 @@ INVALID = {
     "min_loss_scale must be at least 0 and finite, got nan.": {"min_loss_scale": np.nan},
     "max_loss_scale must be in [min_loss_scale=4.0, 2**126], got 2.0.": {"min_loss_scale": 4.0, "max_loss_scale": 2.0},
     "max_loss_scale must be in [min_loss_scale=1.0, 2**126], got inf.": {"max_loss_scale": np.inf},
-    "hysteresis must be at least 1, got 0.": {"hysteresis": 0},
-    "grace_steps must be at least 0, got -1.": {"grace_steps": -1},
+    "hysteresis must be a whole number, at least 1, got 0.": {"hysteresis": 0},
+    "hysteresis must be a whole number, at least 1, got 2.5.": {"hysteresis": 2.5},
+    "grace_steps must be a whole number, at least 0, got -1.": {"grace_steps": -1},
+    "grace_steps must be a whole number, at least 0, got 0.5.": {"grace_steps": 0.5},
+    "loss_scale must be a number, got '1024'.": {"loss_scale": "1024"},
+    "loss_scale must be a number, got None.": {"loss_scale": None},
+    "loss_scale must be a number, got [8.0].": {"loss_scale": [8.0]},
+    "counter must be a whole number, got '3'.": {"counter": "3"},
+    "period must be a number, got 'often'.": {"period": "often"},
+    "factor must be a number, got None.": {"factor": None},
+    "min_loss_scale must be a number, got '1'.": {"min_loss_scale": "1"},
+    "backoff_factor must be a number, got array([0.5, 0.5]).": {"backoff_factor": np.full(2, 0.5)},
+    "hysteresis must be a number, got [1].": {"hysteresis": [1]},
 }
 
 
@@ -243,6 +254,12 @@ def test_static_value_out_of_range(value):
         assert (
             str(error.value) == f"loss_scale must be in [2**-126, 2**126], got {value}. Try StaticLossScale(2.0**15)."
         )
+
+
+@pytest.mark.parametrize("value", ["1024", None, [8.0], np.ones(2), jnp.ones(3)], ids=str)
+def test_static_value_that_is_no_number(value):
+    with pytest.raises(jmp.errors.InvalidLossScaleError, match=r"^StaticLossScale must be a number, got "):
+        jmp.StaticLossScale(value)
 
 
 def test_unknown_system():

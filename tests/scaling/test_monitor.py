@@ -55,6 +55,15 @@ def test_metrics_follow_the_steps():
     assert [float(jmp.metrics(state)[name]) for name in NAMES] == [2, 1, 0, 2, 0, 0]
 
 
+def test_metrics_outlive_a_state_that_is_donated():
+    tx = jmp.loss_scaled(optax.sgd(0.1), jmp.StaticLossScale(8.0))
+    state = tx.init({"w": jnp.ones(2)})
+    logged = jmp.metrics(state)
+    for leaf in jax.tree.leaves(state):
+        leaf.delete()
+    assert jax.tree.map(lambda x: x.tolist(), logged)["loss_scale"] == 8.0
+
+
 def test_metrics_of_several_scales_carry_their_paths():
     """With two scales each name has the path of its state in front."""
     pair = {"a": jmp.loss_scaled(optax.sgd(0.1), jmp.StaticLossScale(2.0)), "b": jmp.loss_scaled(optax.sgd(0.1))}

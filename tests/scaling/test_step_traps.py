@@ -39,6 +39,32 @@ def test_integer_gradients_of_a_parameter_are_refused(optimizer, form):
         form(tx)(PARAMS, tx.init(PARAMS), PARAMS | {"b": jnp.ones(4, jnp.int32)})
 
 
+def test_integer_gradients_are_refused_without_parameters():
+    """Nothing says there that the parameter is an integer too."""
+    tx = jmp.loss_scaled(optax.sgd(0.5))
+    with pytest.raises(errors.InvalidStepError, match=r"gradient of 'b' is int32\[4\], and params are not given"):
+        tx.update(PARAMS | {"b": jnp.ones(4, jnp.int32)}, tx.init(PARAMS))
+
+
+@forms
+def test_integer_gradients_of_integers_move_nothing(form):
+    params = PARAMS | {"n": jnp.arange(3)}
+    tx = sgd(4.0)
+    new, _ = form(tx)(params, tx.init(params), params)
+    assert_identical(new["n"], params["n"])
+
+
+@runs
+@forms
+@pytest.mark.parametrize("around", [lambda tx: tx, optax.chain], ids=["alone", "chain"])
+def test_updates_that_are_whole_numbers_are_applied(run, form, around):
+    signs = optax.stateless(lambda updates, _: jax.tree.map(lambda u: jnp.sign(u).astype(jnp.int8), updates))
+    tx = around(jmp.loss_scaled(signs, jmp.StaticLossScale(4.0)))
+    with jax.numpy_dtype_promotion("standard"):
+        new, _ = run(form(tx))(PARAMS, tx.init(PARAMS), PARAMS)
+    assert_identical(new, {"a": jnp.full((2, 3), 2.0), "b": jnp.zeros(4)})
+
+
 @runs
 def test_numbers_that_an_optimizer_returns_for_its_state_take_the_dtype_of_the_state(run):
     inner = optax.GradientTransformation(
@@ -71,6 +97,9 @@ WRONG = {
         "are different trees",
     ),
     "a check under jit": (lambda: jax.jit(jmp.check_loss_scale)(STATE), "inside jit"),
+    "a check of shapes": (lambda: jmp.check_loss_scale(jax.eval_shape(lambda: STATE)), "with shapes"),
+    "a limit that is no number": (lambda: jmp.check_loss_scale(STATE, max_skips="a"), "at least 1, got 'a'"),
+    "no limit": (lambda: jmp.check_loss_scale(STATE, max_skips=0), "at least 1, got 0"),
 }
 
 
