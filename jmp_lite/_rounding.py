@@ -1,8 +1,9 @@
-"""Stochastic rounding: up or down with the probabilities that make it right on average."""
+"""Rounding to a format: up or down with the probabilities that make it right on average, or to nearest."""
 
 import functools
 import math
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -59,11 +60,30 @@ def stochastic_round(bits: jax.Array, x: Any, dtype: DType) -> jax.Array:
     References:
         Gupta et al., "Deep Learning with Limited Numerical Precision", arXiv:1502.02551.
     """
+    return _rounded(x, dtype, functools.partial(stochastic_floor, bits))
+
+
+def nearest_round(x: Any, dtype: DType) -> jax.Array:
+    """Rounds to the nearest number of a floating format, ties to even, as a cast should.
+
+    XLA on CPU may cast to formats of 4 bits by way of another format, and so round twice.
+
+    Args:
+        x: Floating array, computed with in float32.
+        dtype: As for ``stochastic_round``.
+
+    Returns:
+        As ``stochastic_round``.
+    """
+    return _rounded(x, dtype, jnp.round)
+
+
+def _rounded(x: Any, dtype: DType, to_integer: Callable[[Any], Any]) -> jax.Array:
     info: Any = jnp.finfo(dtype)  # type: ignore[no-untyped-call]
     x = jnp.asarray(x).astype(FLOAT32)
     power = lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.uint32) & np.uint32(0x7F800000), FLOAT32)
     power = jnp.maximum(power, float(info.smallest_normal))
-    rounded = stochastic_floor(bits, x / power * 2.0**info.nmant) * 2.0**-info.nmant * power
+    rounded = to_integer(x / power * 2.0**info.nmant) * 2.0**-info.nmant * power
     saturated: jax.Array = jnp.clip(rounded, -float(info.max), float(info.max)) + (x - x)
     return saturated.astype(dtype)
 

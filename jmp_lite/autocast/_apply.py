@@ -77,6 +77,9 @@ def _users_dot(eqn: Equation, arrays: Sequence[Any], precision: Precision, decis
         params.pop("out_sharding", None)
     dot: Any = product_of(precision.dot, eqn.primitive.name)
     numbers = [params.pop("dimension_numbers")] if eqn.primitive.name == "dot_general" else []
+    if dtype != precision.dtype and all(array.dtype == FLOAT32 for array in arrays[:2]):
+        # Two arguments, and a result that is wanted in float32: nothing else would tell of the compute dtype.
+        arrays = [cast(arrays[0], precision.dtype), *arrays[1:]]
     result = dot(*arrays, *numbers, **params)
     if is_eligible(eqn.outvars[0].aval):
         dtype = FLOAT32 if result.dtype == FLOAT32 else precision.dtype

@@ -120,7 +120,7 @@ def _product_as_written(facts: Facts) -> Decision:
 
 def _replaced(facts: Facts) -> str:
     dot = facts.precision.dot
-    speed = "" if facts.name == "dot_general" else ", at the speed of the compute dtype"
+    speed = dot.speed(facts.name) if isinstance(dot, RoundsOperands) else ""
     return f"replaced by {getattr(dot, '__name__', dot)}{speed}"
 
 

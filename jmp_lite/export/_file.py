@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import save
 
+from jmp_lite._dtypes import OF_4_BITS
 from jmp_lite.errors import CorruptArtifactError, InvalidExportError
-from jmp_lite.export._header import FORMAT, PROGRAM, Header, Slot, parse
+from jmp_lite.export._header import FORMAT, PROGRAM, Header, Slot, pack, parse, unpack
 
 Arrays = dict[str, NDArray[Any]]
 PathLike = str | os.PathLike[str]
@@ -34,7 +35,14 @@ _ALIGNMENT = 64
 def write(path: PathLike, arrays: Arrays, header: dict[str, Any]) -> str:
     """Writes arrays and a header, and returns the digest; what stood there before is replaced at once or not at all."""
     dtypes = {name: array.dtype.name for name, array in arrays.items()}
-    ours = {"format": FORMAT, "dtypes": dtypes, "program": hashlib.sha256(arrays[PROGRAM].data).hexdigest()}
+    packed = {name: array.shape for name, array in arrays.items() if array.dtype in OF_4_BITS}
+    arrays = {name: pack(array) if name in packed else array for name, array in arrays.items()}
+    ours = {
+        "format": FORMAT,
+        "dtypes": dtypes,
+        "packed": packed,
+        "program": hashlib.sha256(arrays[PROGRAM].data).hexdigest(),
+    }
     text = json.dumps({**ours, **header}, sort_keys=True)
     try:
         data = bytearray(save(arrays, {"jmp_lite": f"sha256:{_UNKNOWN.decode()} {text}"}))
@@ -86,8 +94,11 @@ def read(path: PathLike, pinned: str | None) -> tuple[Arrays, Header, str]:
     _check_digest(name, text[at : at + _LENGTH].decode(errors="replace"), found, pinned)
     if wrong is not None:
         raise CorruptArtifactError(f"{name} is not written as artifacts are: {wrong}. Freeze the model anew.")
-    arrays = {slot.name: block.view(slot.dtype).reshape(slot.shape) for slot, block in zip(slots, blocks, strict=True)}
-    return arrays, header, found
+    return {slot.name: _array(slot, block) for slot, block in zip(slots, blocks, strict=True)}, header, found
+
+
+def _array(slot: Slot, block: NDArray[np.uint8]) -> NDArray[Any]:
+    return unpack(block, slot) if slot.dtype in OF_4_BITS else block.view(slot.dtype).reshape(slot.shape)
 
 
 def _read_header(file: io.BufferedReader) -> tuple[bytes, bytes]:

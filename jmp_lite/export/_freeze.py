@@ -158,18 +158,14 @@ def _held(apply: Callable[..., Any], params: Any, args: tuple[Any, ...], recipe:
     if recipe is None or any(map(is_quantized, jax.tree.leaves(params, is_leaf=is_quantized))):
         return params
     spec: Any = recipe.rhs or recipe.lhs
-    if spec.is_blockwise:
-        raise InvalidExportError(
-            f"Recipe {recipe} has scales for blocks, which arrays cannot be held with. Quantize the parameters with "
-            "quant.quantize_tree, one scale per channel, or take another recipe."
-        )
     plain = dataclasses.replace(spec, stochastic=False, amax=None)
     axes = None if plain.granularity == "tensor" else contracted_axes(apply)(params, *args)
     held = quantize_tree(params, plain, axes=axes)
     if not any(map(is_quantized, jax.tree.leaves(held, is_leaf=is_quantized))):
         raise InvalidExportError(
             f"Recipe {recipe} quantizes no weight: no product of the function takes a parameter of two or more axes "
-            "that is no embedding. Quantize what you want held in 8 bits with quant.quantize_tree, or leave recipe out."
+            "that is no embedding. Quantize what you want held in fewer bits with quant.quantize_tree, or leave out "
+            "recipe=."
         )
     return held
 

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from jmp_lite._dtypes import OF_4_BITS
+
 FORMAT = 1
 #: The name under which the program stands among the weights.
 PROGRAM = "__program__"
@@ -32,8 +34,23 @@ class Slot(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Its bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        """Its bytes: of 4-bit numbers two are one."""
+        return (
+            -(-math.prod(self.shape) // 2) if self.dtype in OF_4_BITS else math.prod(self.shape) * self.dtype.itemsize
+        )
+
+
+def pack(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Returns 4-bit numbers as bytes of two, the first of them in the low bits."""
+    bits = array.ravel().view(np.uint8) & 15
+    bits = np.pad(bits, (0, bits.size % 2))
+    return bits[::2] | bits[1::2] << 4
+
+
+def unpack(packed: np.ndarray[Any, Any], slot: Slot) -> np.ndarray[Any, Any]:
+    """Undoes ``pack``."""
+    bits = np.stack([packed & 15, packed >> 4], axis=1).ravel()
+    return bits[: math.prod(slot.shape)].view(slot.dtype).reshape(slot.shape)
 
 
 def parse(text: bytes, size: int) -> tuple[list[Slot], Header]:
@@ -49,7 +66,7 @@ def parse(text: bytes, size: int) -> tuple[list[Slot], Header]:
         described = json.loads(text)
         header = json.loads(described.pop("__metadata__")["jmp_lite"][len(_DIGEST) :])
         _check_header(header)
-        slots = _slots(described, header["dtypes"], size)
+        slots = _slots(described, header["dtypes"], header["packed"], size)
         _check_arrays({slot.name: slot for slot in slots}, header)
     except KeyError as error:
         raise ValueError(f"there is no {error}") from None
@@ -63,22 +80,24 @@ def _check_header(header: Any) -> None:
         raise ValueError(f"it has format {header['format']!r}, this version of jmp_lite reads {FORMAT}")
     optional = [header[name] for name in ("policy", "recipe")]
     texts = [header["jax"], header["program"], *(value for value in optional if value is not None)]
-    platforms, quantized = header["platforms"], header["quantized"]
+    platforms, quantized, packed = header["platforms"], header["quantized"], header["packed"]
     if not isinstance(platforms, list) or not platforms:
         raise ValueError(f"platforms are {platforms!r:.80}")
-    texts += [*platforms, *header["dtypes"].values(), *quantized.values()]
+    texts += [*packed, *platforms, *header["dtypes"].values(), *quantized.values()]
     wrong = [value for value in texts if not isinstance(value, str)]
     if wrong:
         raise ValueError(f"{wrong[0]!r:.80} stands where text should be")
 
 
-def _slots(described: dict[str, Any], dtypes: dict[str, str], size: int) -> list[Slot]:
+def _slots(described: dict[str, Any], dtypes: dict[str, str], packed: dict[str, Any], size: int) -> list[Slot]:
     """Arrays by their place in the file, which they fill."""
     slots, end = [], 0
     for name, entry in sorted(described.items(), key=lambda item: item[1]["data_offsets"]):
-        if not all(type(length) is int and length >= 0 for length in entry["shape"]):
-            raise ValueError(f"{name!r} has shape {entry['shape']!r:.80}")
-        slot = Slot(name, tuple(entry["shape"]), _dtype(dtypes[name]))
+        dtype = _dtype(dtypes[name])
+        shape = packed[name] if dtype in OF_4_BITS else entry["shape"]
+        if not all(type(length) is int and length >= 0 for length in shape):
+            raise ValueError(f"{name!r} has shape {shape!r:.80}")
+        slot = Slot(name, tuple(shape), dtype)
         if entry["data_offsets"] != [end, end + slot.size]:
             raise ValueError(f"{name!r} does not lie where the array before it ends")
         slots.append(slot)

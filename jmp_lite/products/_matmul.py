@@ -45,6 +45,10 @@ class RoundsOperands:
         del has_weight
         return True
 
+    def speed(self, primitive: str) -> str:
+        """Returns what there is to say about the speed of what takes the place of a primitive; empty if nothing."""
+        return "" if primitive == "dot_general" else ", at the speed of the compute dtype"
+
     def at(self, scope: str) -> "RoundsOperands":
         """Returns what takes the place of products in a name scope."""
         del scope

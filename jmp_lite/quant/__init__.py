@@ -1,4 +1,4 @@
-"""Beyond 16 bits: products of float8 and int8 operands, and arrays held in 8 bits."""
+"""Fewer than 16 bits: matrix products of float8 and int8 operands, and weights held in 8 or 4 bits."""
 
 from jmp_lite.quant._array import QuantizedArray as QuantizedArray
 from jmp_lite.quant._array import dequantize_tree as dequantize_tree
@@ -8,10 +8,12 @@ from jmp_lite.quant._axes import contracted_axes as contracted_axes
 from jmp_lite.quant._calibrate import calibrate as calibrate
 from jmp_lite.quant._fake_quant import fake_quant as fake_quant
 from jmp_lite.quant._recipes import FP8 as FP8
-from jmp_lite.quant._recipes import FP8_BLOCK128 as FP8_BLOCK128
 from jmp_lite.quant._recipes import FP8_ROWWISE as FP8_ROWWISE
 from jmp_lite.quant._recipes import INT8_QAT as INT8_QAT
 from jmp_lite.quant._recipes import INT8_TRAIN as INT8_TRAIN
+from jmp_lite.quant._recipes import MXFP8 as MXFP8
+from jmp_lite.quant._recipes import NVFP4 as NVFP4
+from jmp_lite.quant._recipes import W4A16 as W4A16
 from jmp_lite.quant._recipes import W8A8 as W8A8
 from jmp_lite.quant._recipes import W8A8_STATIC as W8A8_STATIC
 from jmp_lite.quant._recipes import W8A16 as W8A16
@@ -26,10 +28,12 @@ from jmp_lite.quant._spec import QuantSpec as QuantSpec
 
 __all__ = [
     "FP8",
-    "FP8_BLOCK128",
     "FP8_ROWWISE",
     "INT8_QAT",
     "INT8_TRAIN",
+    "MXFP8",
+    "NVFP4",
+    "W4A16",
     "W8A8",
     "W8A8_STATIC",
     "W8A16",

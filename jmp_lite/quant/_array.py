@@ -1,6 +1,7 @@
-"""Weights held in 8 bits: one array of a tree, or all that matter."""
+"""Weights held in 8 or 4 bits: one array of a tree, or all that matter."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -9,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmp_lite._compat import register_flax_serialization
-from jmp_lite._dtypes import FLOAT32, canonical
+from jmp_lite._dtypes import FLOAT32, OF_4_BITS, canonical
 from jmp_lite._tree import NOT_WEIGHTS, Opaque, describe, is_array, path_string
 from jmp_lite.errors import InvalidRecipeError
-from jmp_lite.quant._scale import absmax_scale, dequantize, quantize
+from jmp_lite.quant._scale import dequantize, quantize
 from jmp_lite.quant._spec import QuantSpec
+from jmp_lite.quant._tiles import amax_of_tiles, tile_lengths, tile_scale
 
 T = TypeVar("T")
 
@@ -23,7 +25,7 @@ Axes = Sequence[int] | Callable[[str, Any], Sequence[int] | None] | Any
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class QuantizedArray(Opaque):
-    """An array held as 8-bit numbers and float32 scales: a weight that a layer takes as it is.
+    """An array held as numbers of 8 or 4 bits and float32 scales: a weight that a layer takes as it is.
 
     It is a pytree with two children, ``values`` and ``scale``, and stands where an array stood: in parameters of Linen
     and Haiku, in variables of NNX, in modules of Equinox, in checkpoints. Functions of ``jax.numpy``, products
@@ -35,9 +37,10 @@ class QuantizedArray(Opaque):
     calls a method of an array (``kernel.T``), use ``dequantize_tree`` inside the function.
 
     Args:
-        values: ``int8``, ``float8_e4m3fn`` or ``float8_e5m2`` of any shape.
-        scale: ``float32`` of the same rank, with the size 1 along axes that share a scale. Both are split, stacked and
-            sharded like any other array: a leading axis of stacked layers is one of the scale too.
+        values: ``int8``, ``float8_e4m3fn``, ``float8_e5m2``, ``int4`` or ``float4_e2m1fn`` of any shape.
+        scale: ``float32`` of the same rank, with the size 1 along axes that share a scale, and the number of tiles
+            along axes with tiles. Both are split, stacked and sharded like any other array: a leading axis of stacked
+            layers is one of the scale too.
         dtype: Floating dtype that it stands for.
 
     Example:
@@ -80,8 +83,8 @@ class QuantizedArray(Opaque):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of values and scales together."""
-        return int(self.values.nbytes + self.scale.nbytes)
+        """Bytes of values and scales together; two numbers of 4 bits are one byte, as in files and on accelerators."""
+        return int(self.values.nbytes + self.scale.nbytes) - (self.values.dtype in OF_4_BITS) * (self.size // 2)
 
     def dequantize(self, dtype: Any = None) -> jax.Array:
         """Returns ``values * scale``, computed in float32, in ``dtype`` or else in its own."""
@@ -177,10 +180,10 @@ def _shared_axes(axes: Sequence[int] | None, ndim: int, name: str) -> tuple[int,
 def _checked_spec(dtype: Any) -> QuantSpec:
     """What a format, or a spec, asks of an array."""
     spec = dtype if isinstance(dtype, QuantSpec) else QuantSpec(dtype, "channel")
-    if spec.is_blockwise or spec.stochastic:
+    if spec.stochastic:
         raise InvalidRecipeError(
-            f"Arrays are held with one scale per tensor or channel, rounded to nearest; got {spec}. Write for example "
-            "QuantSpec('e4m3', 'channel'), or 'e4m3'."
+            f"Arrays are held rounded to nearest, got {spec}. Write for example QuantSpec('e4m3', 'channel'), or "
+            "'e4m3'."
         )
     return spec
 
@@ -196,9 +199,15 @@ def _quantize(name: str, x: Any, spec: QuantSpec, axes: Sequence[int] | None) ->
             f"{name} is {describe(x)}; only floating arrays can be quantized. Leave it out with where=."
         )
     shared = _shared_axes(axes, x.ndim, name)
-    amax = jnp.max(jnp.abs(jnp.asarray(x)), axis=shared, keepdims=True, initial=0.0)
-    scale = absmax_scale(amax, spec.dtype, margin=spec.margin, pow2=spec.pow2)
-    return QuantizedArray(quantize(x, spec.dtype, scale), scale, canonical(x.dtype))
+    lengths = tile_lengths(x.shape, shared, spec.tile)
+    if lengths is None:
+        n = math.prod(x.shape[axis] for axis in shared)
+        raise InvalidRecipeError(
+            f"{name} is {describe(x)}: tiles of {spec.tile} do not divide the {n} numbers along axes {list(shared)}. "
+            "Choose a tile that does, or leave it out with where=."
+        )
+    scale, whole = tile_scale(amax_of_tiles(x, lengths), spec)
+    return QuantizedArray(quantize(x, spec.dtype, scale * whole), scale * whole, canonical(x.dtype))
 
 
 def quantize_array(x: Any, dtype: Any = jnp.int8, axes: Sequence[int] | None = None) -> QuantizedArray:
@@ -207,14 +216,16 @@ def quantize_array(x: Any, dtype: Any = jnp.int8, axes: Sequence[int] | None = N
     Args:
         x: Floating array of any shape.
         dtype: ``int8``, ``float8_e4m3fn`` (``"e4m3"``) or ``float8_e5m2`` (``"e5m2"``); or a ``QuantSpec``, such as
-            that of the kernels in a recipe (``FP8.rhs``), whose ``margin`` and ``pow2`` count too.
+            that of the kernels in a recipe (``FP8.rhs``, ``W4A16.rhs``), whose ``margin``, ``pow2`` and ``tile`` count
+            too.
         axes: Axes that share a scale; ``None`` for all of them, one scale for the whole array.
 
     Returns:
         A ``QuantizedArray`` of the shape of ``x``; its scale has size 1 along ``axes``.
 
     Raises:
-        InvalidRecipeError: If the format is another, ``x`` is no floating array, or an axis does not exist.
+        InvalidRecipeError: If the format is another, ``x`` is no floating array, an axis does not exist, or tiles do
+            not divide it.
 
     Example:
         >>> jmp.quant.quantize_array(jnp.ones((64, 8)), axes=[0])
@@ -271,7 +282,8 @@ def quantize_tree(
     Args:
         params: Parameters of any framework: dicts, ``FrozenDict``, ``nnx.State``, modules of Equinox.
         dtype: ``int8``, ``float8_e4m3fn`` (``"e4m3"``) or ``float8_e5m2`` (``"e5m2"``); or a ``QuantSpec``, such as
-            that of the kernels in a recipe (``FP8.rhs``), whose ``margin`` and ``pow2`` count too.
+            that of the kernels in a recipe (``FP8.rhs``, ``W4A16.rhs``), whose ``margin``, ``pow2`` and ``tile`` count
+            too.
         where: ``where(path, leaf)`` chooses leaves by path (``decoder/layers_3/kernel``) and by leaf. By default
             floating arrays of two or more axes that are not called ``bias``, ``b``, ``scale`` or ``offset`` and whose
             path has no ``embed`` in it, in any case: kernels, but neither biases, nor scales of norms, nor embedding
@@ -288,7 +300,7 @@ def quantize_tree(
 
     Raises:
         InvalidRecipeError: If the format is another, or a chosen leaf is no floating array, quantized already, or lacks
-            one of the axes.
+            one of the axes, or is not divided by its tiles.
 
     Example:
         >>> params = {"embed": jnp.ones((9, 4)), "dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}

@@ -12,11 +12,11 @@ from jmp_lite._compat import varying_axes
 from jmp_lite._dtypes import FLOAT32, DType
 from jmp_lite._tree import cast
 from jmp_lite.products._dimensions import Dimensions, dimensions
-from jmp_lite.quant._block import block_product
 from jmp_lite.quant._linear import tangent_product
 from jmp_lite.quant._operands import Quantized, prepared, result_dtype, unscaled
 from jmp_lite.quant._product import scaled_product
 from jmp_lite.quant._spec import Specs
+from jmp_lite.quant._tiles import narrowest, rounded, tiled_product
 
 
 class Call(NamedTuple):
@@ -76,9 +76,8 @@ class _Multiplied(NamedTuple):
 
 def _multiply(lhs: Any, rhs: Any, call: Call) -> _Multiplied:
     specs = (call.specs.spec(0), call.specs.spec(1))
-    if call.specs.is_blockwise:
-        result = block_product((lhs, specs[0]), (rhs, specs[1]), call.dims, out_sharding=call.out_sharding)
-        return _Multiplied(result.astype(call.dtype), unscaled(lhs), unscaled(rhs))
+    if call.specs.is_tiled:
+        return _multiply_tiles(lhs, rhs, call)
     left, right = (
         prepared(x, spec, call.dims.contracted[side], call.specs.axis_name)
         for side, (x, spec) in enumerate(zip((lhs, rhs), specs, strict=True))
@@ -95,6 +94,21 @@ def _multiply(lhs: Any, rhs: Any, call: Call) -> _Multiplied:
     return _Multiplied(result, left, right)
 
 
+def _multiply_tiles(lhs: Any, rhs: Any, call: Call) -> _Multiplied:
+    """The tiles of a backward product lie along other axes, so it is made of the operands themselves."""
+    specs, axis_name = (call.specs.spec(0), call.specs.spec(1)), call.specs.axis_name
+    params = {"axis_name": axis_name, "precision": call.precision, "out_sharding": call.out_sharding}
+    if call.specs.of_gradients is None:
+        wide = narrowest(lhs, rhs, call.dtype)
+        lhs, rhs = (
+            rounded(x, spec, call.dims, side, axis_name=axis_name, dtype=wide)
+            for side, (x, spec) in enumerate(zip((lhs, rhs), specs, strict=True))
+        )
+        specs = None, None
+    result = tiled_product((lhs, specs[0]), (rhs, specs[1]), call.dims, call.dtype, **params)
+    return _Multiplied(result, unscaled(lhs), unscaled(rhs))
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _scaled_dot(lhs: Any, rhs: Any, call: Call) -> Any:
     return _multiply(lhs, rhs, call).result
@@ -105,7 +119,7 @@ def _scaled_dot_jvp(call: Call, primals: Any, tangents: Any) -> tuple[Any, Any]:
     lhs, rhs = primals
     done = _multiply(lhs, rhs, call)
     terms = [
-        tangent_product(tangent, other, side, **call._asdict())
+        tangent_product(tangent, other, side, operand_dtype=narrowest(lhs, rhs, call.dtype), **call._asdict())
         for side, (tangent, other) in enumerate(zip(tangents, (done.rhs, done.lhs), strict=True))
         if not isinstance(tangent, SymbolicZero)
     ]

@@ -91,9 +91,9 @@ def quantized_ragged_dot(
 
 
 def _called(lhs: Any, rhs: Any, sizes: tuple[Any, ...], call: _Call) -> jax.Array:
-    if call.specs.is_blockwise:
+    if call.specs.is_tiled:
         raise InvalidRecipeError(
-            f"Convolutions and ragged products have scales per tensor or per channel, not per block: got {call.specs}."
+            f"Convolutions and ragged products have scales per tensor or per channel, not per tile: got {call.specs}."
         )
     if not jnp.issubdtype(call.dtype, jnp.floating) or call.dtype.itemsize > FLOAT32.itemsize:
         return call.multiply(lhs.astype(call.dtype), rhs.astype(call.dtype), sizes)  # type: ignore[no-any-return]

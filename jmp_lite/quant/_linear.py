@@ -15,10 +15,10 @@ from jmp_lite._compat import linear_primitive
 from jmp_lite._dtypes import FLOAT32, DType
 from jmp_lite.products._dimensions import Dimensions, Transposed, mapped, transposed
 from jmp_lite.products._matmul import permuted_sharding, product
-from jmp_lite.quant._block import block_product
 from jmp_lite.quant._operands import Quantized, packed, prepared, unpacked, unscaled
 from jmp_lite.quant._product import folded, scaled_product
-from jmp_lite.quant._spec import QuantSpec, Specs
+from jmp_lite.quant._spec import Specs
+from jmp_lite.quant._tiles import tiled_product
 
 #: The position of the tangent.
 _LINEAR = frozenset({0})
@@ -32,6 +32,7 @@ def tangent_product(
     dims: Dimensions,
     specs: Specs,
     dtype: DType,
+    operand_dtype: DType,
     precision: Any,
     out_sharding: Any,
 ) -> Any:
@@ -44,6 +45,7 @@ def tangent_product(
         dims: Of the product.
         specs: The recipe.
         dtype: Of the result.
+        operand_dtype: In which products that are not quantized are computed.
         precision: Of products that are not quantized.
         out_sharding: As for ``lax.dot_general``.
     """
@@ -54,6 +56,7 @@ def tangent_product(
         dimension_numbers=dims,
         specs=specs,
         dtype=dtype,
+        operand_dtype=operand_dtype,
         precision=precision,
         out_sharding=out_sharding,
     )
@@ -64,11 +67,21 @@ def _primitive() -> Any:
     return linear_primitive("quantized_product_tangent", _evaluate, _transpose, _batch, _LINEAR)
 
 
-def _evaluate(tangent: Any, bits: Any, scale: Any, *, side: int, specs: Specs, dtype: DType, **params: Any) -> Any:
-    operands = [tangent, unpacked(Quantized(bits, scale), specs.spec(1 - side)).dequantized(dtype)]
+def _evaluate(
+    tangent: Any,
+    bits: Any,
+    scale: Any,
+    *,
+    side: int,
+    specs: Specs,
+    dtype: DType,
+    operand_dtype: DType,
+    **params: Any,
+) -> Any:
+    operands = [tangent, unpacked(Quantized(bits, scale), specs.kept(1 - side)).dequantized(operand_dtype)]
     lhs, rhs = operands if side == 0 else operands[::-1]
     kept = tuple((name, params[name]) for name in ("dimension_numbers", "precision", "out_sharding"))
-    return product(lhs, rhs, dtype, kept, dtype)
+    return product(lhs, rhs, operand_dtype, kept, dtype)
 
 
 def _transpose(
@@ -80,43 +93,38 @@ def _transpose(
     side: int,
     dimension_numbers: Dimensions,
     specs: Specs,
+    operand_dtype: DType,
     precision: Any,
     **_: Any,
 ) -> list[Any]:
     """The cotangent of the operand, and ``None`` for the others."""
     ndims = (tangent.ndim, bits.ndim) if side == 0 else (bits.ndim, tangent.ndim)
     found = transposed(dimension_numbers, ndims, side)
-    other = unpacked(Quantized(bits, scale), specs.spec(1 - side))
+    other = unpacked(Quantized(bits, scale), specs.kept(1 - side))
     params = {"dtype": tangent.dtype, "out_sharding": permuted_sharding(tangent, found.axes)}
-    if specs.is_blockwise:
-        of_operand = _blockwise(cotangent, other.values, found, specs.spec(1 - side), specs.of_gradients, **params)
-    elif specs.of_gradients is None:
-        of_operand = _straight_through(cotangent, other, found, precision=precision, **params)
+    if specs.of_gradients is None:
+        of_operand = _straight_through(cotangent, other, found, operand_dtype, precision=precision, **params)
+    elif specs.is_tiled:
+        operands = found.ordered((cotangent, specs.of_gradients), (other.values, specs.spec(1 - side)))
+        of_operand = tiled_product(*operands, found.dims, axis_name=specs.axis_name, **params)
     else:
         of_operand = _quantized(cotangent, other, found, specs, **params)
     return [lax.transpose(of_operand, found.permutation), None, None]
 
 
-def _blockwise(
+def _straight_through(
     cotangent: Any,
-    values: Any,
+    other: Quantized,
     found: Transposed,
-    spec: QuantSpec | None,
-    of_gradients: QuantSpec | None,
+    operand_dtype: DType,
     *,
     dtype: DType,
+    precision: Any,
     out_sharding: Any,
 ) -> Any:
-    operands = found.ordered((cotangent, of_gradients), (values, spec))
-    return block_product(*operands, found.dims, out_sharding=out_sharding).astype(dtype)
-
-
-def _straight_through(
-    cotangent: Any, other: Quantized, found: Transposed, *, dtype: DType, precision: Any, out_sharding: Any
-) -> Any:
     params = {"dimension_numbers": found.dims, "precision": precision, "out_sharding": out_sharding}
-    factor = other.dequantized(cotangent.dtype)
-    return product(*found.ordered(cotangent, factor), cotangent.dtype, tuple(params.items()), dtype)
+    factor = other.dequantized(operand_dtype)
+    return product(*found.ordered(cotangent, factor), operand_dtype, tuple(params.items()), dtype)
 
 
 def _quantized(

@@ -86,8 +86,13 @@ def quantized(x: Any, spec: QuantSpec, contracted: tuple[int, ...], axis_name: A
     if spec.amax is not None and is_integer(spec.dtype):  # integers cannot show what is not finite
         amax = jnp.where(is_finite(x).all(), amax, jnp.nan)
     scale = absmax_scale(amax, spec.dtype, margin=spec.margin, pow2=spec.pow2)
-    bits = _primitive().bind(jnp.asarray(x), scale, spec=spec, mapped=0)
-    return Quantized(from_bits(checkpoint_name(bits, NAME), spec.dtype), checkpoint_name(scale, NAME))
+    return Quantized(to_format(jnp.asarray(x), scale, spec), checkpoint_name(scale, NAME))
+
+
+def to_format(x: Any, scale: Any, spec: QuantSpec) -> Any:
+    """Rounds an array, divided by a scale that broadcasts with it, to the numbers of a spec."""
+    bits = _primitive().bind(x, scale, spec=spec, mapped=0)
+    return from_bits(checkpoint_name(bits, NAME), spec.dtype)
 
 
 def refuse_second_derivative(spec: QuantSpec) -> NoReturn:
@@ -104,8 +109,8 @@ def packed(x: Quantized) -> Quantized:
 
 
 def unpacked(x: Quantized, spec: QuantSpec | None) -> Quantized:
-    """Undoes ``packed``; what has scales per block is kept as it was given."""
-    return x if spec is None or spec.is_blockwise else Quantized(from_bits(x.values, spec.dtype), x.scale)
+    """Undoes ``packed``."""
+    return x if spec is None else Quantized(from_bits(x.values, spec.dtype), x.scale)
 
 
 def unscaled(x: Any) -> Quantized:

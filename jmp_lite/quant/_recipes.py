@@ -11,6 +11,7 @@ from jmp_lite.products._matmul import RoundsOperands
 from jmp_lite.quant._dot import scaled_dot
 from jmp_lite.quant._emulated import quantized_conv, quantized_ragged_dot
 from jmp_lite.quant._spec import QuantSpec, Specs
+from jmp_lite.quant._tiles import has_kernel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +89,7 @@ class DotRecipe(Specs, RoundsOperands):
             and the largest number in int8.
 
         Raises:
-            InvalidRecipeError: If such an operand is not quantized, or with a scale per channel or block.
+            InvalidRecipeError: If such an operand is not quantized, or with a scale per channel or tile.
 
         Example:
             >>> recipe = jmp.quant.FP8.static(lhs=8.0, rhs=2.0)
@@ -143,21 +144,26 @@ class DotRecipe(Specs, RoundsOperands):
         )
 
     def instead_of(self, primitive: str) -> Callable[..., Any] | None:
-        """Returns what takes the place of a primitive, with its parameters."""
+        """Returns what takes the place of a primitive, with its parameters; tiles are for matrix products alone."""
         products: dict[str, Callable[..., Any]] = {
             "dot_general": self,
             "conv_general_dilated": self.conv,
             "ragged_dot_general": self.ragged_dot,
         }
-        return products.get(primitive)
+        return products.get(primitive) if primitive == "dot_general" or not self.is_tiled else None
+
+    def speed(self, primitive: str) -> str:
+        """Returns what there is to say about the speed of what takes the place of a primitive."""
+        if primitive != "dot_general" or not self.is_tiled:
+            return super().speed(primitive)
+        is_fast = has_kernel(self.spec(0), self.spec(1))
+        return ", at the speed of the compute dtype" + ", but on NVIDIA Blackwell" * is_fast
 
 
 #: e4m3 forward, e5m2 for gradients, one scale per tensor, which is a power of two.
 FP8 = DotRecipe(QuantSpec("e4m3", pow2=True), QuantSpec("e4m3", pow2=True), QuantSpec("e5m2", pow2=True))
 #: e4m3 throughout, one scale per row of activations, per output channel of kernels.
 FP8_ROWWISE = DotRecipe(*[QuantSpec("e4m3", "channel", pow2=True)] * 3)
-#: e4m3 in tiles of 1 x 128 for activations and gradients and blocks of 128 x 128 for kernels: a reference, not fast.
-FP8_BLOCK128 = DotRecipe(QuantSpec("e4m3", 128), QuantSpec("e4m3", (128, 128)), QuantSpec("e4m3", 128))
 #: int8 forward, as in the deployed model; gradients of the compute dtype.
 INT8_QAT = DotRecipe(QuantSpec("int8", "channel"), QuantSpec("int8", "channel"))
 #: int8 forward and backward; gradients are rounded stochastically.
@@ -170,16 +176,24 @@ W8A16 = DotRecipe(None, QuantSpec("int8", "channel"))
 W8A8 = INT8_QAT
 #: The same with one scale for all activations of a product, which ``calibrate`` fixes.
 W8A8_STATIC = DotRecipe(QuantSpec("int8"), QuantSpec("int8", "channel"))
+#: int4 kernels, one scale for 128 neighbors of what is added up; products of the compute dtype.
+W4A16 = DotRecipe(None, QuantSpec("int4", tile=128))
+#: The microscaling format of float8: e4m3, 32 neighbors share a power of two; multiplied as it is on Blackwell.
+MXFP8 = DotRecipe(*[QuantSpec("e4m3", tile=32, pow2=True)] * 3)
+#: NVIDIA's format of 4 bits: e2m1, 16 neighbors share a scale in e4m3; multiplied as it is on Blackwell.
+NVFP4 = DotRecipe(*[QuantSpec("e2m1", tile=16, scale_dtype="e4m3")] * 3)
 
 _NAMED = {
     "fp8": FP8,
     "fp8_rowwise": FP8_ROWWISE,
-    "fp8_block128": FP8_BLOCK128,
     "int8_qat": INT8_QAT,
     "int8_train": INT8_TRAIN,
     "w8a16": W8A16,
     "w8a8": W8A8,
     "w8a8_static": W8A8_STATIC,
+    "w4a16": W4A16,
+    "mxfp8": MXFP8,
+    "nvfp4": NVFP4,
 }
 
 
@@ -187,8 +201,9 @@ def get_recipe(spec: str | DotRecipe) -> DotRecipe:
     """Returns the recipe of a name, or of the text that ``str(recipe)`` gives.
 
     Args:
-        spec: ``"fp8"``, ``"fp8_rowwise"``, ``"fp8_block128"``, ``"int8_qat"``, ``"int8_train"``, ``"w8a16"``,
-            ``"w8a8"`` or ``"w8a8_static"``, case aside; or a text; or a recipe, which is returned.
+        spec: ``"fp8"``, ``"fp8_rowwise"``, ``"int8_qat"``, ``"int8_train"``, ``"w8a16"``, ``"w8a8"``,
+            ``"w8a8_static"``, ``"w4a16"``, ``"mxfp8"`` or ``"nvfp4"``, case aside; or a text; or a recipe, which is
+            returned.
 
     Raises:
         InvalidRecipeError: If it is none of these.
@@ -307,7 +322,7 @@ def scaled_conv(
         An array of the shape that ``lax.conv_general_dilated`` returns.
 
     Raises:
-        InvalidRecipeError: If the recipe is not known, or has scales per block.
+        InvalidRecipeError: If the recipe is not known, or has scales per tile.
         SecondDerivativeError: If it is differentiated twice.
 
     Example:

@@ -1,4 +1,4 @@
-"""Scales, and numbers of 8 bits: ``x`` is held as ``q`` with ``x ~ q * scale``. Scales are float32."""
+"""Scales, and numbers of 8 and 4 bits: ``x`` is held as ``q`` with ``x ~ q * scale``. Scales are float32."""
 
 from typing import Any
 
@@ -7,15 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jmp_lite._dtypes import FLOAT32, DType
-from jmp_lite._rounding import stochastic_floor, stochastic_round
+from jmp_lite._dtypes import FLOAT32, OF_4_BITS, DType
+from jmp_lite._rounding import nearest_round, stochastic_floor, stochastic_round
 from jmp_lite.errors import InvalidRecipeError
 
-#: The formats of 8 bits, by the names that recipes are written with.
+#: The formats, by the names that recipes are written with.
 FORMATS: dict[str, DType] = {
     "e4m3": np.dtype(jnp.float8_e4m3fn),
     "e5m2": np.dtype(jnp.float8_e5m2),
     "int8": np.dtype(np.int8),
+    "e2m1": np.dtype(jnp.float4_e2m1fn),
+    "int4": np.dtype(jnp.int4),
 }
 _SMALLEST_NORMAL = 2.0**-126
 
@@ -32,8 +34,8 @@ def checked_format(dtype: Any) -> DType:
         found = None
     if found is None or found not in FORMATS.values():
         raise InvalidRecipeError(
-            f"dtype must be float8_e4m3fn ('e4m3'), float8_e5m2 ('e5m2') or int8, got {dtype!r}. Write for example "
-            "QuantSpec('e4m3')."
+            f"dtype must be one of {', '.join(f'{kind} ({name!r})' for name, kind in FORMATS.items())}, got {dtype!r}. "
+            "Write for example QuantSpec('e4m3')."
         )
     return found
 
@@ -44,7 +46,7 @@ def is_integer(dtype: DType) -> bool:
 
 
 def largest(dtype: DType) -> float:
-    """The largest magnitude that is used: 448 of e4m3, 57344 of e5m2, 127 of int8 (-128 is not)."""
+    """The largest magnitude that is used: 448 of e4m3, 57344 of e5m2, 127 of int8 (-128 is not), 6 of e2m1."""
     return float(jnp.iinfo(dtype).max if is_integer(dtype) else jnp.finfo(dtype).max)  # type: ignore[no-untyped-call]
 
 
@@ -54,7 +56,7 @@ def absmax_scale(amax: Any, dtype: Any, *, margin: int = 0, pow2: bool = False) 
     Args:
         amax: Largest magnitudes, of any shape. Infinities and NaN give scales that are not finite, and so products
             that are not finite: a loss scale sees them.
-        dtype: ``float8_e4m3fn``, ``float8_e5m2`` or ``int8``.
+        dtype: ``float8_e4m3fn``, ``float8_e5m2``, ``int8``, ``float4_e2m1fn`` or ``int4``.
         margin: Leaves room for values ``2**margin`` times as large.
         pow2: Rounds the scale up to a power of two. Scaling is then exact. In floating formats it costs nothing; in
             int8 up to one bit.
@@ -88,17 +90,18 @@ def _power_of_two_from(x: jax.Array) -> jax.Array:
 
 
 def quantize(x: Any, dtype: Any, scale: Any, *, key: jax.Array | None = None) -> jax.Array:
-    """Returns ``x / scale``, rounded to 8 bits; finite values beyond the largest of the format become the largest.
+    """Returns ``x / scale``, rounded to a format; finite values beyond the largest of the format become the largest.
 
     Args:
         x: Floating array.
-        dtype: ``float8_e4m3fn``, ``float8_e5m2`` or ``int8``.
-        scale: ``float32``; a scalar, or of the rank of ``x`` with the size 1 along axes that share a scale.
+        dtype: ``float8_e4m3fn``, ``float8_e5m2``, ``int8``, ``float4_e2m1fn`` or ``int4``.
+        scale: ``float32``; a scalar, or of the rank of ``x`` with the size 1 along axes that share a scale, or the
+            number of tiles along an axis whose neighbors do.
         key: A PRNG key, to round up or down at random so that the expected value is exact; to nearest, ties to even,
             by default.
 
     Returns:
-        An array of the shape of ``x``. Infinities and NaN become NaN; int8 cannot hold them.
+        An array of the shape of ``x``. Infinities and NaN become NaN; integers and e2m1 cannot hold them.
 
     Raises:
         InvalidRecipeError: If the format is another.
@@ -119,7 +122,7 @@ def rounded(x: jax.Array, dtype: DType, scale: Any, bits: jax.Array | None, *, s
 
     Without ``saturates`` floats beyond the largest of the format become NaN.
     """
-    scaled = x.astype(FLOAT32) / scale
+    scaled = x.astype(FLOAT32) / _repeated(scale, x.shape)
     if is_integer(dtype):
         whole = jnp.round(scaled) if bits is None else stochastic_floor(bits, scaled)
         return jnp.clip(whole, -largest(dtype), largest(dtype)).astype(dtype)
@@ -127,23 +130,30 @@ def rounded(x: jax.Array, dtype: DType, scale: Any, bits: jax.Array | None, *, s
         scaled = jnp.where(jnp.abs(scaled) <= largest(dtype), scaled, jnp.nan)
     if bits is not None:
         return stochastic_round(bits, scaled, dtype)
+    if dtype in OF_4_BITS:
+        return nearest_round(scaled, dtype)
     # What is not finite stays so through the difference; a select would be a second array for XLA to transpose.
     saturated: jax.Array = jnp.clip(scaled, -largest(dtype), largest(dtype)) + (scaled - scaled)
     return saturated.astype(dtype)
 
 
 def as_bits(values: Any) -> Any:
-    """Float8 numbers as the bytes that hold them; others as they are.
+    """Floats of 8 and 4 bits as integers that stand for them; others as they are.
 
     JAX rounds the floats that ``jax.checkpoint`` saves, by rules that make NaN of e4m3 numbers beyond 240. It leaves
-    integers alone.
+    integers alone. Of 4 bits these are twice the numbers, as XLA on CPU cannot take the bits of some.
     """
-    is_float8 = values.dtype.itemsize == 1 and not is_integer(values.dtype)
-    return lax.bitcast_convert_type(values, jnp.int8) if is_float8 else values
+    if values.dtype.itemsize > 1 or is_integer(values.dtype):
+        return values
+    if values.dtype in OF_4_BITS:
+        return (values.astype(FLOAT32) * 2).astype(jnp.int8)
+    return lax.bitcast_convert_type(values, jnp.int8)
 
 
 def from_bits(bits: Any, dtype: DType) -> Any:
     """The numbers that ``as_bits`` was given."""
+    if dtype in OF_4_BITS and not is_integer(dtype):
+        return (bits.astype(FLOAT32) / 2).astype(dtype)
     return bits if bits.dtype == dtype else lax.bitcast_convert_type(bits, dtype)
 
 
@@ -151,7 +161,7 @@ def dequantize(q: Any, scale: Any, dtype: Any = jnp.float32) -> jax.Array:
     """Returns ``q * scale``, computed in float32.
 
     Args:
-        q: Array of 8-bit numbers.
+        q: Array of such numbers.
         scale: ``float32``, as for ``quantize``.
         dtype: Floating dtype of the result.
 
@@ -162,5 +172,14 @@ def dequantize(q: Any, scale: Any, dtype: Any = jnp.float32) -> jax.Array:
         >>> print(jmp.quant.dequantize(jnp.array([1, -127], jnp.int8), jnp.float32(0.5)))
         [  0.5 -63.5]
     """
-    dequantized: jax.Array = (jnp.asarray(q).astype(FLOAT32) * scale).astype(dtype)
+    q = jnp.asarray(q)
+    dequantized: jax.Array = (q.astype(FLOAT32) * _repeated(scale, q.shape)).astype(dtype)
     return dequantized
+
+
+def _repeated(scale: Any, shape: tuple[int, ...]) -> Any:
+    """Scales that broadcast with an array: those of tiles are repeated for each number of a tile."""
+    if np.ndim(scale) == len(shape):
+        for axis, (tiles, size) in enumerate(zip(np.shape(scale), shape, strict=True)):
+            scale = scale if tiles in (1, size) else jnp.repeat(scale, size // tiles, axis)
+    return scale

@@ -7,12 +7,15 @@ from typing import Any
 import jax
 import numpy as np
 
+from jmp_lite._dtypes import OF_4_BITS
 from jmp_lite.errors import InvalidRecipeError
 from jmp_lite.quant._scale import FORMATS, checked_format, is_integer
 
 #: The operands of a product, and the cotangent of its result.
 SIDES = ("lhs", "rhs", "grad")
 _NAMES = {dtype: name for name, dtype in FORMATS.items()}
+#: Beyond it a scale of ordinary numbers is no float32.
+_LARGEST_MARGIN = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,12 +23,16 @@ class QuantSpec:
     """How one operand of a product is quantized.
 
     Args:
-        dtype: ``float8_e4m3fn``, ``float8_e5m2`` or ``int8``, or ``"e4m3"``, ``"e5m2"``, ``"int8"``.
+        dtype: ``float8_e4m3fn``, ``float8_e5m2`` or ``int8``, or ``"e4m3"``, ``"e5m2"``, ``"int8"``; with a tile also
+            ``int4`` and ``float4_e2m1fn`` (``"e2m1"``).
         granularity: What shares a scale. ``"tensor"``: the whole array; ``"channel"``: what is added up, such as one
-            row of activations or one output channel of a kernel; an ``int`` n: n neighbors of what is added up; a
-            pair (n, n): blocks of n by n.
+            row of activations or one output channel of a kernel.
+        tile: So many neighbors of what is added up share a scale, instead of a whole channel. In products the last tile
+            may be shorter.
         margin: Leaves room for values ``2**margin`` times as large as those seen.
         pow2: Rounds scales up to powers of two.
+        scale_dtype: ``"e4m3"`` holds the scales of tiles in that format, relative to one scale of the whole array;
+            ``None``: float32.
         stochastic: Rounds up or down at random, right on average; the bits are made of the array's own, so that the
             same array gives the same result.
         amax: A fixed largest magnitude to make the scale of, from ``calibrate`` or known, instead of looking at the
@@ -37,28 +44,56 @@ class QuantSpec:
     Example:
         >>> print(jmp.quant.QuantSpec("e4m3", pow2=True))
         e4m3:pow2
+        >>> print(jmp.quant.QuantSpec("int4", tile=128))
+        int4:tile128
     """
 
     dtype: Any
-    granularity: str | int | tuple[int, int] = "tensor"
+    granularity: str = "tensor"
+    tile: int | None = dataclasses.field(default=None, kw_only=True)
     margin: int = dataclasses.field(default=0, kw_only=True)
     pow2: bool = dataclasses.field(default=False, kw_only=True)
+    scale_dtype: Any = dataclasses.field(default=None, kw_only=True)
     stochastic: bool = dataclasses.field(default=False, kw_only=True)
     amax: float | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", checked_format(self.dtype))
-        sizes = self.granularity if isinstance(self.granularity, tuple) else (self.granularity,) * 2
-        is_block = len(sizes) == 2 and all(type(size) is int and size > 0 for size in sizes)
-        if self.granularity not in ("tensor", "channel") and not is_block:
-            raise InvalidRecipeError(
-                f"granularity must be 'tensor', 'channel', a block size such as 128 or a pair (128, 128), got "
-                f"{self.granularity!r}."
-            )
-        if type(self.margin) is not int:
-            raise InvalidRecipeError(f"margin must be a whole number of powers of two, got {self.margin!r}.")
+        if self.tile is not None:
+            object.__setattr__(self, "granularity", "channel")
+        if self.scale_dtype is not None:
+            object.__setattr__(self, "scale_dtype", checked_format(self.scale_dtype))
+        problem = next((message for is_wrong, message in self._problems() if is_wrong), None)
+        if problem:
+            raise InvalidRecipeError(f"{problem}.")
         if self.amax is not None:
             object.__setattr__(self, "amax", self._checked(self.amax))
+
+    def _problems(self) -> list[tuple[bool, str]]:
+        name = _NAMES[self.dtype]
+        return [
+            (
+                self.granularity not in ("tensor", "channel"),
+                f"granularity must be 'tensor' or 'channel', got {self.granularity!r}; parts of a channel are tile=",
+            ),
+            (
+                self.tile is not None and (type(self.tile) is not int or self.tile < 1),
+                f"tile must be a number of neighbors such as 128, got {self.tile!r}",
+            ),
+            (
+                self.tile is None and self.dtype in OF_4_BITS,
+                f"{name} has too few numbers for one scale per {self.granularity}: write QuantSpec({name!r}, tile=128)",
+            ),
+            (
+                self.scale_dtype is not None
+                and (self.scale_dtype != FORMATS["e4m3"] or self.tile is None or self.pow2),
+                f"scale_dtype={_NAMES.get(self.scale_dtype)!r} must be 'e4m3', with a tile and without pow2",
+            ),
+            (
+                type(self.margin) is not int or abs(self.margin) > _LARGEST_MARGIN,
+                f"margin must be a whole number of powers of two, at most {_LARGEST_MARGIN}, got {self.margin!r}",
+            ),
+        ]
 
     def _checked(self, amax: Any) -> float:
         is_number = isinstance(amax, (int, float, np.number, np.ndarray, jax.Array)) and np.ndim(amax) == 0
@@ -66,26 +101,23 @@ class QuantSpec:
             raise InvalidRecipeError(f"amax must be a positive number, got {amax!r}.")
         if self.granularity != "tensor":
             raise InvalidRecipeError(
-                f"amax={amax!r} is one number, and granularity={self.granularity!r} asks for several scales: leave out "
-                "one of the two."
+                f"amax={amax!r} is one number, and {self._granularity()!r} asks for several scales: leave out one of "
+                "the two."
             )
         return float(amax)
 
     def observe(self, x: Any) -> None:
         """Is given every array that is quantized by this spec; ``calibrate`` listens."""
 
-    @property
-    def is_blockwise(self) -> bool:
-        """Whether scales are those of blocks."""
-        return not isinstance(self.granularity, str)
+    def _granularity(self) -> str:
+        return self.granularity if self.tile is None else f"tile{self.tile}"
 
     def __str__(self) -> str:
-        block = self.granularity if isinstance(self.granularity, tuple) else (self.granularity,)
         parts = [_NAMES[self.dtype]]
-        if self.granularity != "tensor":
-            parts.append("x".join(map(str, block)))
+        parts += [self._granularity()] * (self.granularity != "tensor")
         parts += [f"margin{self.margin}"] * bool(self.margin)
         parts += ["pow2"] * self.pow2 + ["stochastic"] * self.stochastic
+        parts += [] if self.scale_dtype is None else [f"scale_{_NAMES[self.scale_dtype]}"]
         parts += [] if self.amax is None else [f"amax{self.amax!r}"]
         return ":".join(parts)
 
@@ -99,25 +131,25 @@ def parse_spec(text: str) -> QuantSpec | None:
     if text == "none":
         return None
     name, *options = text.split(":")
-    granularity: Any = "tensor"
     settings: dict[str, Any] = {}
     for option in options:
-        sizes = option.split("x")
         if option in ("pow2", "stochastic"):
             settings[option] = True
+        elif option in ("tensor", "channel"):
+            settings["granularity"] = option
         elif option.startswith("margin") and option[6:].removeprefix("-").isdigit():
             settings["margin"] = int(option[6:])
+        elif option.startswith("tile") and option[4:].isdigit():
+            settings["tile"] = int(option[4:])
+        elif option.startswith("scale_"):
+            settings["scale_dtype"] = option[6:]
         elif option.startswith("amax") and (amax := _number(option[4:])) is not None:
             settings["amax"] = amax
-        elif all(map(str.isdigit, sizes)):
-            granularity = int(option) if len(sizes) == 1 else tuple(map(int, sizes))
-        elif option in ("tensor", "channel"):
-            granularity = option
         else:
             raise InvalidRecipeError(
-                f"{option!r} in {text!r} is not known. Write for example 'e4m3:pow2', 'int8:channel' or 'e4m3:128x128'."
+                f"{option!r} in {text!r} is not known. Write for example 'e4m3:pow2', 'int8:channel' or 'int4:tile128'."
             )
-    return QuantSpec(name, granularity, **settings)
+    return QuantSpec(name, **settings)
 
 
 def _number(text: str) -> float | None:
@@ -152,6 +184,10 @@ class Specs:
         spec: Any = (self.lhs, self.rhs)[side]
         return spec  # type: ignore[no-any-return]
 
+    def kept(self, side: int) -> QuantSpec | None:
+        """Returns how the operand that is kept for the backward pass is quantized; with tiles it is not."""
+        return None if self.is_tiled else self.spec(side)
+
     @property
     def of_gradients(self) -> QuantSpec | None:
         """How cotangents are quantized."""
@@ -159,9 +195,10 @@ class Specs:
         return spec  # type: ignore[no-any-return]
 
     @property
-    def is_blockwise(self) -> bool:
-        """Whether scales are those of blocks."""
-        return any(spec is not None and spec.is_blockwise for spec in (self.spec(0), self.spec(1)))
+    def is_tiled(self) -> bool:
+        """Whether there are scales of tiles, which are finer than what a product can be multiplied by afterwards."""
+        specs = (self.spec(0), self.spec(1), self.of_gradients)
+        return any(spec is not None and spec.tile is not None for spec in specs)
 
     def _problems(self) -> list[tuple[bool, str]]:
         operands = [spec for spec in (self.spec(0), self.spec(1)) if spec is not None]
@@ -170,15 +207,14 @@ class Specs:
         e5m2 = [sum(spec.dtype == FORMATS["e5m2"] for spec in group) for group in (operands, grads)]
         return [
             (not operands, "A recipe quantizes lhs, rhs or both"),
-            (len({is_integer(spec.dtype) for spec in specs}) > 1, "int8 and float8 cannot be multiplied"),
+            (
+                not self.is_tiled and len({is_integer(spec.dtype) for spec in specs}) > 1,
+                "int8 and float8 cannot be multiplied",
+            ),
             (e5m2[0] > 1 or all(e5m2), "No device multiplies e5m2 by e5m2: keep it for the gradients alone"),
             (
                 len(operands) < 2 and bool(grads),
                 "Gradients can be quantized only if both operands are: leave grad=None, which is straight-through",
-            ),
-            (
-                self.is_blockwise and not (len(operands) == 2 and all(spec.is_blockwise for spec in specs)),
-                "Blocks must be used for lhs, rhs and grad alike",
             ),
         ]
 

@@ -271,7 +271,11 @@ def test_containers_stay(rng, kind):
         (lambda w: quantize_array(w, axes=[0, -2]), r"axes=\[0, -2\]"),
         (lambda w: quantize_array(w, axes=1), "axes=1 of x"),
         (lambda w: quantize_tree({"a": w}, axes=[5]), "Leaf 'a' with 2 axes"),
-        (lambda w: quantize_tree({"a": w}, quant.FP8_BLOCK128.rhs), "128x128"),
+        (lambda w: quantize_tree({"a": w}, "e4m3:tile3"), "dtype must be one of"),
+        (
+            lambda w: quantize_tree({"a": w}, quant.QuantSpec("e4m3", tile=3)),
+            r"Leaf 'a' is float32\[4, 3\]: tiles of 3 do not",
+        ),
     ],
 )
 def test_refusals_name_the_leaf(rng, fail, message):

@@ -164,7 +164,7 @@ def test_dtypes_of_results_and_gradients(name, given):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("given", [("float32", "bfloat16"), ("bfloat16", "float32")])
-@pytest.mark.parametrize("name", ["fp8", "fp8_block128", "int8_qat", "w8a16"])
+@pytest.mark.parametrize("name", ["fp8", "mxfp8", "int8_qat", "w8a16", "w4a16"])
 def test_errors_of_mixed_operands(name, given, rng):
     arrays = [normal(rng, *shape, dtype=dtype) for shape, dtype in zip([(64, 64)] * 2, given, strict=True)]
     expected = product_and_gradients(lax.dot_general, MATMUL, *as_float32(arrays))

@@ -1,8 +1,7 @@
-"""Convolutions and ragged products of quantized operands, and products of quantized blocks."""
+"""Convolutions and ragged products of quantized operands."""
 
 import dataclasses
 import itertools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +14,8 @@ from support.comparisons import slow_but_for
 from support.lowbit import (
     BOUNDS,
     EXACT,
-    MATMUL,
     RECIPES,
+    UNTILED,
     assert_same,
     mesh,
     normal,
@@ -160,7 +159,7 @@ def rounded_experts(x, w, by, recipe):
     return rows, jnp.stack(weights), rounded(by, recipe.grad, 1)
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if name != "fp8_block128"])
+@pytest.mark.parametrize("name", UNTILED)
 @pytest.mark.parametrize("policy", ["full", "mixed_bfloat16"])
 def test_every_expert_is_quantized_for_itself(name, policy, experts):
     """Under autocast, in both gradients too; a small expert is as accurate as a large one."""
@@ -186,8 +185,8 @@ def test_recipes_stand_in_for_ragged_dot_general(experts):
     numbers = lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), [0], [0])
     found = quant.FP8.ragged_dot(x, w, jnp.array(SIZES, jnp.int32), numbers)
     np.testing.assert_array_equal(found, jmp.autocast(ragged, "full", dot=quant.FP8)(x, w))
-    with pytest.raises(jmp.errors.InvalidRecipeError, match="not per block"):
-        quant.FP8_BLOCK128.ragged_dot(x, w, jnp.array(SIZES, jnp.int32), numbers)
+    with pytest.raises(jmp.errors.InvalidRecipeError, match="not per tile"):
+        quant.MXFP8.ragged_dot(x, w, jnp.array(SIZES, jnp.int32), numbers)
 
 
 @pytest.mark.parametrize("transform", ["checkpoint", "scan"])
@@ -215,43 +214,3 @@ def test_explain_says_that_they_are_no_faster(experts):
         reasons = [r.reason for r in records if r.primitive in ("ragged_dot_general", "conv_general_dilated")]
         assert len(reasons) == 2
         assert all("replaced by" in reason and "at the speed of the compute dtype" in reason for reason in reasons)
-
-
-# --- Blocks ---------------------------------------------------------------------------------------
-
-
-def tiled(x, rows, columns):
-    """DeepSeek's tiles in plain loops: one e4m3 scale per tile."""
-    result = np.zeros(x.shape)
-    for i in range(math.ceil(x.shape[0] / rows)):
-        for j in range(math.ceil(x.shape[1] / columns)):
-            at = np.s_[i * rows : (i + 1) * rows, j * columns : (j + 1) * columns]
-            scale = np.float32(np.max(np.abs(x[at]))) * np.float32(1 / 448)
-            result[at] = np.float64((np.float32(x[at]) / scale).astype(jnp.float8_e4m3fn)) * scale
-    return result
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "shape", slow_but_for([(10, 300, 200)], [(16, 256, 128), (10, 300, 200), (130, 60, 5)]), ids=str
-)
-def test_blocks_are_those_of_deepseek(shape, rng):
-    """Activations and cotangents in tiles of 1 x 128 along what is added up, weights in blocks of 128 x 128."""
-    m, k, n = shape
-    x, w, g = (np.float32(rng.standard_normal(s) * np.exp(rng.normal(size=s))) for s in ((m, k), (k, n), (m, n)))
-    out, pull = jax.vjp(lambda x, w: quant.FP8_BLOCK128(x, w, MATMUL), jnp.asarray(x), jnp.asarray(w))
-    of_x, of_w = pull(jnp.asarray(g))
-    assert relative(out, tiled(x, 1, 128) @ tiled(w, 128, 128)) < EXACT
-    assert relative(of_x, tiled(g, 1, 128) @ tiled(w, 128, 128).T) < EXACT
-    assert relative(of_w, tiled(x, 128, 1).T @ tiled(g, 128, 1)) < EXACT
-
-
-@pytest.mark.slow
-def test_blocks_hold_outliers_apart(rng):
-    """One large number spoils its own tile; a scale per tensor loses the others, in int8 all of them."""
-    x = np.float32(rng.standard_normal((8, 512)))
-    x[0, 0] = 1e6
-    w = normal(rng, 512, 16)
-    exact = np.float64(x)[1:] @ np.float64(w)
-    errors = {name: relative(RECIPES[name](jnp.asarray(x), w, MATMUL)[1:], exact) for name in ("fp8_block128", "fp8")}
-    assert errors["fp8_block128"] < BOUNDS["fp8_block128"] < 0.1 < errors["fp8"]

@@ -13,32 +13,33 @@ import jmp_lite as jmp
 from jmp_lite import quant
 from jmp_lite.quant import DotRecipe, QuantSpec, get_recipe
 
-NAMES = ("fp8", "fp8_rowwise", "fp8_block128", "int8_qat", "int8_train", "w8a16", "w8a8", "w8a8_static")
+NAMES = ("fp8", "fp8_rowwise", "int8_qat", "int8_train", "w8a16", "w8a8", "w8a8_static", "w4a16", "mxfp8", "nvfp4")
 
 
-def random_spec(rng, formats, granularities):
+def random_spec(rng, formats, *, tiles):
+    tile = int(rng.integers(1, 300)) if tiles else None
+    scale_dtype = "e4m3" if tiles and rng.integers(2) else None
     return QuantSpec(
         str(rng.choice(formats)),
-        granularities[rng.integers(len(granularities))],
+        ("tensor", "channel")[rng.integers(2)],
+        tile=tile,
         margin=int(rng.integers(-3, 4)),
-        pow2=bool(rng.integers(2)),
+        pow2=bool(rng.integers(2)) and scale_dtype is None,
+        scale_dtype=scale_dtype,
         stochastic=bool(rng.integers(2)),
     )
 
 
 def random_recipe(rng):
     """A recipe that is allowed."""
-    if rng.integers(4) == 0:
-        kinds = [[int(rng.integers(1, 300)), (int(rng.integers(1, 300)), int(rng.integers(1, 300)))]] * 3
-    else:
-        kinds = [["tensor", "channel"]] * 3
-    is_int = bool(rng.integers(2))
+    tiles, is_int = rng.integers(4) == 0, bool(rng.integers(2))
     formats = [["int8"]] * 3 if is_int else [["e4m3"], ["e4m3"], ["e4m3", "e5m2"]]
-    lhs, rhs, grad = (random_spec(rng, *pair) for pair in zip(formats, kinds, strict=True))
-    blockwise = lhs.is_blockwise
+    if tiles:
+        formats = [["int8", "int4", "e4m3", "e2m1"]] * 3
+    lhs, rhs, grad = (random_spec(rng, names, tiles=tiles) for names in formats)
     if rng.integers(2):
         grad = None
-        if rng.integers(2) and not blockwise:
+        if rng.integers(2):
             lhs, rhs = (None, rhs) if rng.integers(2) else (lhs, None)
     axes = (None, "data", ("data", "model"))[rng.integers(3)]
     recipe = DotRecipe(lhs, rhs, grad, axis_name=axes)
@@ -75,7 +76,9 @@ def test_texts_of_random_recipes_read_back(rng):
     [
         (quant.FP8, "lhs=e4m3:pow2,rhs=e4m3:pow2,grad=e5m2:pow2"),
         (quant.FP8.static(lhs=3, grad=1e-20), "lhs=e4m3:pow2:amax3.0,rhs=e4m3:pow2,grad=e5m2:pow2:amax1e-20"),
-        (quant.FP8_BLOCK128, "lhs=e4m3:128,rhs=e4m3:128x128,grad=e4m3:128"),
+        (quant.W4A16, "lhs=none,rhs=int4:tile128,grad=none"),
+        (quant.MXFP8, "lhs=e4m3:tile32:pow2,rhs=e4m3:tile32:pow2,grad=e4m3:tile32:pow2"),
+        (quant.NVFP4, ",".join(f"{side}=e2m1:tile16:scale_e4m3" for side in ("lhs", "rhs", "grad"))),
         (quant.W8A16, "lhs=none,rhs=int8:channel,grad=none"),
         (
             dataclasses.replace(quant.FP8, axis_name=("data", "model")),
@@ -125,13 +128,22 @@ WRONG_SPECS = {
     "uint8": ("uint8", {}, "uint8"),
     "no dtype": (3.5, {}, "3.5"),
     "granularity": ("e4m3", {"granularity": "row"}, "'row'"),
-    "empty block": ("e4m3", {"granularity": 0}, "0"),
-    "negative block": ("e4m3", {"granularity": -8}, "-8"),
-    "block of one size": ("e4m3", {"granularity": (128,)}, r"\(128,\)"),
-    "block of three sizes": ("e4m3", {"granularity": (1, 2, 3)}, r"\(1, 2, 3\)"),
-    "block of bools": ("e4m3", {"granularity": True}, "True"),
-    "block of floats": ("e4m3", {"granularity": 1.5}, "1.5"),
-    "list": ("e4m3", {"granularity": [128, 128]}, r"\[128, 128\]"),
+    "no tile": ("e4m3", {"tile": 0}, "tile.*got 0"),
+    "negative tile": ("e4m3", {"tile": -8}, "tile.*got -8"),
+    "tile of bools": ("e4m3", {"tile": True}, "tile.*True"),
+    "tile of floats": ("e4m3", {"tile": 1.5}, "tile.*1.5"),
+    "a number for a granularity": ("e4m3", {"granularity": 128}, "got 128; parts of a channel are tile="),
+    "4 bits for a tensor": ("int4", {}, r"QuantSpec\('int4', tile=128\)"),
+    "4 bits for a channel": (
+        "e2m1",
+        {"granularity": "channel"},
+        r"per channel.*QuantSpec\('e2m1', tile=128\)",
+    ),
+    "scales of another format": ("e2m1", {"tile": 16, "scale_dtype": "int8"}, "scale_dtype='int8' must be 'e4m3'"),
+    "scales of a tensor": ("e4m3", {"scale_dtype": "e4m3"}, "with a tile"),
+    "scales of two kinds": ("e4m3", {"tile": 16, "pow2": True, "scale_dtype": "e4m3"}, "without pow2"),
+    "a magnitude for tiles": ("e4m3", {"tile": 16, "amax": 2.0}, "'tile16' asks for several"),
+    "a margin beyond float32": ("e4m3", {"margin": 2000}, "at most 64, got 2000"),
     "margin": ("e4m3", {"margin": 1.5}, "1.5"),
 }
 
@@ -150,9 +162,6 @@ WRONG_RECIPES = {
     "e5m2 by e5m2": (("e5m2", "e5m2"), {}, "e5m2 by e5m2.*lhs=e5m2,rhs=e5m2"),
     "e5m2 in the backward pass": (("e5m2", "e4m3", "e5m2"), {}, "e5m2 by e5m2.*lhs=e5m2"),
     "gradients of weights alone": ((None, "int8", "int8"), {}, "grad=int8"),
-    "half blocks": (("e4m3:128", "e4m3"), {}, "Blocks.*lhs=e4m3:128,rhs=e4m3"),
-    "blocks of weights": ((None, "int8:128"), {}, "Blocks.*rhs=int8:128"),
-    "gradients without blocks": (("e4m3:128", "e4m3:128", "e5m2"), {}, "Blocks"),
     "no magnitude": (("e4m3:amax", "e4m3"), {}, "'amax'"),
     "negative magnitude": (("e4m3:amax-1", "e4m3"), {}, "positive number, got -1"),
     "infinite magnitude": (("e4m3:amaxinf", "e4m3"), {}, "positive number, got inf"),
@@ -162,8 +171,10 @@ WRONG_RECIPES = {
     "unknown option": (("e4m3:fast", "e4m3"), {}, "'fast'"),
     "unknown format": (("e3m4", "e4m3"), {}, "'e3m4'"),
     "empty margin": (("e4m3:margin", "e4m3"), {}, "'margin'"),
-    "empty block": (("e4m3:", "e4m3"), {}, "'e4m3:'"),
-    "half a block": (("e4m3:128x", "e4m3"), {}, "128x"),
+    "empty option": (("e4m3:", "e4m3"), {}, "'e4m3:'"),
+    "empty tile": (("e4m3:tile", "e4m3"), {}, "'tile'"),
+    "a bare number": (("e4m3:128", "e4m3"), {}, "'128'"),
+    "empty scale": (("e4m3:tile8:scale_", "e4m3"), {}, "dtype must be one of .*got ''"),
 }
 
 
@@ -199,5 +210,5 @@ def test_errors_are_values_errors_of_the_library():
     for error in (jmp.errors.InvalidRecipeError, jmp.errors.SecondDerivativeError):
         assert issubclass(error, jmp.errors.JmpLiteError)
     assert issubclass(jmp.errors.InvalidRecipeError, ValueError)
-    with pytest.raises(ValueError, match="not per block"):
-        quant.FP8_BLOCK128.conv(jnp.ones((1, 1, 4, 4)), jnp.ones((1, 1, 2, 2)), (1, 1), "SAME")
+    with pytest.raises(ValueError, match="not per tile"):
+        quant.MXFP8.conv(jnp.ones((1, 1, 4, 4)), jnp.ones((1, 1, 2, 2)), (1, 1), "SAME")

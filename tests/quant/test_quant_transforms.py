@@ -18,6 +18,8 @@ from support.lowbit import (
     EXACT,
     MATMUL,
     RECIPES,
+    TILED,
+    UNTILED,
     assert_same,
     mesh,
     normal,
@@ -30,7 +32,7 @@ from support.lowbit import (
 ROWS, IN, OUT = 16, 64, 32
 VECTOR = (((0,), (0,)), ((), ()))
 #: Gradients of a batch whose parts have cotangents with scales of their own: another rounding of the same numbers.
-OWN_SCALES = ("fp8_rowwise", "int8_train", "fp8_block128")
+OWN_SCALES = ("fp8_rowwise", "int8_train", "mxfp8", "nvfp4")
 
 recipes = pytest.mark.parametrize("name", slow_but_for(("fp8", "w8a8_static"), RECIPES))
 
@@ -113,7 +115,7 @@ TRANSFORMS = {
 def test_transformations_change_nothing(name, transform, data):
     fun = value_and_gradients(TRANSFORMS[transform](RECIPES[name]))
     found = fun(*data) if transform == "not compiled" else jax.jit(fun)(*data)
-    if name == "fp8_block128" and "vmap" in transform:  # each example is a product of its own
+    if name in TILED and "vmap" in transform:  # each example is a product of its own
         assert_own_scales(name, found, compiled(name)(*data))
     else:
         assert_same(found, compiled(name)(*data))
@@ -126,9 +128,7 @@ def test_a_loop_over_parts_is_off_by_rounding_alone(name, data):
     assert_same(found, compiled(name)(w, x, target), 2 * BOUNDS[name])
 
 
-@pytest.mark.parametrize(
-    "name", slow_but_for(("fp8", "w8a8_static"), [name for name in RECIPES if name != "fp8_block128"])
-)
+@pytest.mark.parametrize("name", slow_but_for(("fp8", "w8a8_static"), UNTILED))
 def test_a_mapped_product_is_one_product(name, data):
     """Forward and for the gradient of the weight: no batched product, whose result would be summed afterwards."""
     text = stablehlo(jax.grad(of_vectors(RECIPES[name])), *data, platform="cpu")

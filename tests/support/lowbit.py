@@ -26,15 +26,20 @@ MATMUL = PRODUCTS["matrices"][2]
 BOUNDS = {
     "fp8": 0.08,
     "fp8_rowwise": 0.07,
-    "fp8_block128": 0.07,
     "int8_qat": 0.015,
     "int8_train": 0.015,
     "w8a16": 0.012,
     "w8a8_static": 0.015,
+    "w4a16": 0.15,
+    "mxfp8": 0.06,
+    "nvfp4": 0.16,
 }
 RECIPES = {name: quant.get_recipe(name) for name in BOUNDS}
 #: Those whose gradient is straight-through.
-STRAIGHT = ("int8_qat", "w8a16", "w8a8_static")
+STRAIGHT = ("int8_qat", "w8a16", "w8a8_static", "w4a16")
+#: Those with scales of tiles; and the others.
+TILED = ("w4a16", "mxfp8", "nvfp4")
+UNTILED = tuple(name for name in BOUNDS if name not in TILED)
 
 #: Where the order of a float32 sum may differ.
 EXACT = 1e-6

@@ -1,0 +1,216 @@
+"""Products whose operands have one scale per tile: so many neighbors along the axes that are added up.
+
+Such scales cannot be applied to a result. On devices that multiply tiles JAX has a product of them; elsewhere, and for
+other formats and tiles, what the numbers stand for is multiplied, in the dtype of operands or result.
+
+References:
+    Rouhani et al., "Microscaling Data Formats for Deep Learning", arXiv:2310.10537; NVIDIA, "Introducing NVFP4";
+    ``jax.nn.scaled_matmul``; DeepSeek-AI, "DeepSeek-V3 Technical Report", arXiv:2412.19437, section 3.3.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jmp_lite._compat import mesh_is_explicit, sharding_in_type, varying_axes
+from jmp_lite._dtypes import FLOAT32, DType
+from jmp_lite.products._dimensions import Axes, Dimensions
+from jmp_lite.products._matmul import product
+from jmp_lite.quant._operands import prepared, to_format
+from jmp_lite.quant._scale import FORMATS, absmax_scale, largest
+from jmp_lite.quant._spec import QuantSpec
+
+Operand = tuple[Any, QuantSpec | None]
+_SMALLEST_NORMAL = 2.0**-126
+_SMALLEST_E4M3 = 2.0**-9
+#: The first major compute capability with units for tiles.
+_BLACKWELL = 10
+
+
+def tile_scale(amax: Any, spec: QuantSpec, axis_name: Any = None) -> tuple[jax.Array, jax.Array]:
+    """Returns the scales of tiles with these largest magnitudes, and a number that all of them are multiplied by."""
+    if spec.scale_dtype is None:
+        return absmax_scale(amax, spec.dtype, margin=spec.margin, pow2=spec.pow2), jnp.ones((), FLOAT32)
+    amax = amax.astype(FLOAT32) * (2.0**spec.margin / largest(spec.dtype))
+    of_all = jnp.max(amax, initial=0) * (1 / largest(spec.scale_dtype))  # XLA divides by constants so
+    whole = jnp.maximum(of_all if axis_name is None else lax.pmax(of_all, axis_name), _SMALLEST_NORMAL)
+    whole = jnp.where(jnp.isfinite(whole), whole, jnp.nan)  # neither e2m1 nor an infinite scale would show it
+    return jnp.maximum((amax / whole).astype(spec.scale_dtype).astype(FLOAT32), _SMALLEST_E4M3), whole
+
+
+class _Tiles(NamedTuple):
+    """An operand seen as a matrix for each index of the batch."""
+
+    values: Any
+    """``[batch, kept, tiles, tile]``, of a format of 8 or 4 bits; the last tile is filled up with zeros."""
+    scale: Any
+    """``float32[batch, kept, tiles, 1]``."""
+    whole: Any
+    """``float32[]``, a factor of all scales."""
+
+    def matrix(self) -> Any:
+        """The numbers as ``[batch, kept, contracted]``."""
+        batch, rows, tiles, tile = self.values.shape
+        return self.values.reshape(batch, rows, tiles * tile)
+
+
+def _order(ndim: int, dims: Dimensions, side: int) -> list[Axes]:
+    return [dims.batched[side], dims.kept(side, ndim), dims.contracted[side]]
+
+
+def _sizes(shape: Sequence[int], groups: Sequence[Axes]) -> list[int]:
+    return [math.prod(shape[axis] for axis in axes) for axes in groups]
+
+
+def _tiled(x: Any, spec: QuantSpec, dims: Dimensions, side: int, axis_name: Any) -> _Tiles:
+    groups, tile = _order(x.ndim, dims, side), spec.tile or 1
+    batch, rows, columns = _sizes(x.shape, groups)
+    matrix = lax.transpose(_gathered(x, groups[2]), sum(groups, ())).reshape(batch, rows, columns)
+    padded = jnp.pad(matrix, ((0, 0), (0, 0), (0, -columns % tile)))
+    tiles = padded.reshape(batch, rows, -(-columns // tile), tile)
+    amax = jnp.max(jnp.abs(lax.stop_gradient(tiles)), axis=-1, keepdims=True, initial=0).astype(FLOAT32)
+    scale, whole = tile_scale(amax, spec, axis_name)
+    return _Tiles(to_format(tiles, scale * whole, spec), scale, whole)
+
+
+def _gathered(x: Any, axes: Axes) -> Any:
+    """An array that is whole along some axes, where shardings are part of types: a tile is that of one device."""
+    sharding = sharding_in_type(jax.typeof(x))
+    if sharding is None or all(sharding.spec[axis] is None for axis in axes):
+        return x
+    spec = [None if axis in axes else name for axis, name in enumerate(sharding.spec)]
+    return jax.sharding.reshard(x, jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*spec)))
+
+
+def rounded(x: Any, spec: QuantSpec | None, dims: Dimensions, side: int, *, axis_name: Any, dtype: DType) -> Any:
+    """Returns an operand of a product as what its numbers of 8 or 4 bits stand for."""
+    if spec is None:
+        return x.astype(dtype)
+    if spec.tile is None:
+        return prepared(x, spec, dims.contracted[side], axis_name).dequantized(dtype)
+    tiles, groups = _tiled(x, spec, dims, side, axis_name), _order(x.ndim, dims, side)
+    numbers = (tiles.values.astype(FLOAT32) * (tiles.scale * tiles.whole)).astype(dtype)
+    order, columns = sum(groups, ()), math.prod(x.shape[axis] for axis in groups[2])
+    moved = tiles._replace(values=numbers).matrix()[:, :, :columns].reshape([x.shape[axis] for axis in order])
+    return lax.transpose(moved, [order.index(axis) for axis in range(x.ndim)])
+
+
+def narrowest(lhs: Any, rhs: Any, dtype: DType) -> DType:
+    """Returns the dtype that a product is computed in: nobody else needs more digits than one of the three has."""
+    found: DType = min(lhs.dtype, rhs.dtype, dtype, key=lambda dtype: dtype.itemsize)
+    return found
+
+
+def has_kernel(*specs: QuantSpec | None) -> bool:
+    """Whether ``jax.nn.scaled_matmul`` multiplies such tiles as they are: those of MXFP8 or those of NVFP4."""
+    kinds = {(spec.tile, spec.pow2, spec.scale_dtype, spec.dtype.itemsize) for spec in specs if spec is not None}
+    dtypes = {spec.dtype for spec in specs if spec is not None}
+    is_mx = kinds == {(32, True, None, 1)} and dtypes <= {FORMATS["e4m3"], FORMATS["e5m2"]}
+    return None not in specs and (is_mx or (kinds == {(16, False, FORMATS["e4m3"], 1)} and dtypes == {FORMATS["e2m1"]}))
+
+
+def tiled_product(
+    lhs: Operand,
+    rhs: Operand,
+    dims: Dimensions,
+    dtype: DType,
+    *,
+    axis_name: Any,
+    precision: Any = None,
+    out_sharding: Any = None,
+) -> Any:
+    """Multiplies two arrays, each with its spec, of which at least one has tiles; any dimension numbers will do."""
+    (left, of_left), (right, of_right) = lhs, rhs
+    params = {"specs": (of_left, of_right), "dimension_numbers": dims, "dtype": dtype, "axis_name": axis_name}
+    is_split = mesh_is_explicit() or varying_axes(left) or varying_axes(right)
+    if is_split or out_sharding is not None or not (has_kernel(of_left, of_right) and has_units()):
+        return emulated_product(left, right, **params, precision=precision, out_sharding=out_sharding)
+    return _multiplied(left, right, **params)
+
+
+def has_units() -> bool:
+    """Whether the first device multiplies tiles: an NVIDIA GPU from Blackwell on. On others XLA would use float32."""
+    device = jax.local_devices()[0]
+    major = str(getattr(device, "compute_capability", "")).partition(".")[0]  # of other vendors a name
+    return device.platform == "gpu" and major.isdigit() and int(major) >= _BLACKWELL
+
+
+def _multiplied(lhs: Any, rhs: Any, **params: Any) -> Any:
+    """The product of tiles; under ``vmap``, which JAX's may not know, that of what they stand for."""
+
+    @jax.custom_batching.custom_vmap
+    def multiply(lhs: Any, rhs: Any) -> Any:
+        return kernel_product(lhs, rhs, **params)
+
+    @multiply.def_vmap
+    def _(_: int, is_mapped: Sequence[bool], lhs: Any, rhs: Any) -> tuple[Any, bool]:
+        emulated: Any = functools.partial(emulated_product, **params)
+        return jax.vmap(emulated, in_axes=[0 if mapped else None for mapped in is_mapped])(lhs, rhs), True
+
+    return multiply(lhs, rhs)
+
+
+def emulated_product(
+    lhs: Any,
+    rhs: Any,
+    *,
+    specs: Sequence[QuantSpec | None],
+    dimension_numbers: Dimensions,
+    dtype: DType,
+    axis_name: Any,
+    precision: Any = None,
+    out_sharding: Any = None,
+) -> Any:
+    """Multiplies what the numbers stand for, in the narrowest dtype of the two operands and the result."""
+    wide = narrowest(lhs, rhs, dtype)
+    left, right = (
+        rounded(x, specs[side], dimension_numbers, side, axis_name=axis_name, dtype=wide)
+        for side, x in enumerate((lhs, rhs))
+    )
+    params = {"dimension_numbers": dimension_numbers, "precision": precision, "out_sharding": out_sharding}
+    return product(left, right, wide, tuple(params.items()), dtype)
+
+
+def kernel_product(
+    lhs: Any, rhs: Any, *, specs: Any, dimension_numbers: Dimensions, dtype: DType, axis_name: Any
+) -> Any:
+    """Multiplies two arrays with ``jax.nn.scaled_matmul``, which XLA gives to cuDNN on Blackwell."""
+    dims = dimension_numbers
+    left, right = (_tiled(x, specs[side], dims, side, axis_name) for side, x in enumerate((lhs, rhs)))
+    of_scales = specs[0].scale_dtype or jnp.float8_e8m0fnu
+    of_left, of_right = (tiles.scale[..., 0].astype(of_scales) for tiles in (left, right))
+    result = jax.nn.scaled_matmul(left.matrix(), right.matrix(), of_left, of_right, FLOAT32)
+    shape = [lhs.shape[axis] for axis in (*dims.batched[0], *dims.kept(0, lhs.ndim))]
+    shape += [rhs.shape[axis] for axis in dims.kept(1, rhs.ndim)]
+    return (result * (left.whole * right.whole)).astype(dtype).reshape(shape)
+
+
+# --- Arrays that are held -------------------------------------------------------------------------
+
+
+def tile_lengths(shape: Sequence[int], shared: Axes, tile: int | None) -> tuple[int, ...] | None:
+    """Returns how many neighbors along each axis share a scale; ``None`` if tiles do not divide the shared axes.
+
+    Without a tile these are all along the shared axes. With one, it is filled from the last shared axis on.
+    """
+    lengths, missing = [1] * len(shape), math.inf if tile is None else tile
+    for axis in sorted(shared, reverse=True):
+        size = max(shape[axis], 1)
+        lengths[axis] = size if missing >= size else int(missing)
+        if size % lengths[axis] or (missing is not math.inf and missing % lengths[axis]):
+            return None
+        missing = missing if missing is math.inf else missing // lengths[axis]
+    return tuple(lengths)
+
+
+def amax_of_tiles(x: Any, lengths: Sequence[int]) -> Any:
+    """Returns the largest magnitude of each tile; with the size 1 along axes that are one tile."""
+    shape = [
+        size for n, length in zip(x.shape, lengths, strict=True) for size in (-(-n // length) or 1, min(n, length))
+    ]
+    return jnp.max(jnp.abs(jnp.asarray(x).reshape(shape)), axis=tuple(range(1, len(shape), 2)), initial=0)
