@@ -1,6 +1,7 @@
 """Recipes: which operands of a product and of its gradient are quantized how. Each stands in for ``dot_general``."""
 
 import dataclasses
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -56,7 +57,8 @@ class DotRecipe(Specs, RoundsOperands):
             raise InvalidRecipeError(f"products must be 'weights' or 'all', got {self.products!r}.")
 
     def __str__(self) -> str:
-        return super().__str__() + f",products={self.products}" * (self.products != "weights")
+        text = super().__str__() + f",products={self.products}" * (self.products != "weights")
+        return text + (f",sites={json.dumps({scope: str(own) for scope, own in self.sites})}" if self.sites else "")
 
     @property
     def depends_on_scope(self) -> bool:
@@ -68,8 +70,9 @@ class DotRecipe(Specs, RoundsOperands):
         return has_weight or self.products == "all"
 
     def replace(self, **changes: Any) -> "DotRecipe":
-        """Returns the recipe with other fields, such as ``FP8.replace(products="all")``."""
-        return dataclasses.replace(self, **changes)
+        """Returns the recipe with other fields, in all its sites too, such as ``FP8.replace(products="all")``."""
+        sites = tuple((scope, own.replace(**changes)) for scope, own in self.sites)
+        return dataclasses.replace(self, **{"sites": sites, **changes})
 
     def at(self, scope: str) -> "DotRecipe":
         """Returns the recipe of a name scope; where none was calibrated, that looks at its operands."""
@@ -230,6 +233,11 @@ def get_recipe(spec: str | DotRecipe) -> DotRecipe:
 
 def _parse(text: str) -> DotRecipe | None:
     """Reads what ``str(recipe)`` wrote."""
+    text, _, calibrated = text.partition(",sites=")
+    try:
+        found = json.loads(calibrated or "{}")
+    except ValueError:
+        return None
     parts = [part.partition("=") for part in text.split(",")]
     fields = {name.strip(): value.strip() for name, _, value in parts}
     is_known = {"lhs", "rhs"} <= set(fields) <= {"lhs", "rhs", "grad", "axis_name", "products"}
@@ -239,7 +247,8 @@ def _parse(text: str) -> DotRecipe | None:
     axis_name = axes[0] if len(axes) == 1 else axes or None
     grad = fields.get("grad", "none")
     products = fields.get("products", "weights")
-    return DotRecipe(fields["lhs"], fields["rhs"], grad, axis_name=axis_name, products=products)
+    sites = tuple((scope, get_recipe(own)) for scope, own in found.items())
+    return DotRecipe(fields["lhs"], fields["rhs"], grad, axis_name=axis_name, products=products, sites=sites)
 
 
 def scaled_dot_general(

@@ -103,6 +103,20 @@ def test_every_layer_has_scales_of_its_own(rng):
     assert [grad for *_, grad in found.values()] == [None, None]
 
 
+def test_a_calibrated_recipe_is_a_value_and_its_fields_are_those_of_its_sites(rng):
+    """Its text reads back, and tells one calibration from another; `replace` reaches every site."""
+    x = normal(rng, 16, 32)
+    params = MLP().init(jax.random.key(0), x)
+    small, large = (quant.calibrate(applied(MLP().apply, "mixed_bfloat16"), "fp8", [(params, by * x)]) for by in (1, 9))
+    assert str(small) != str(large)
+    for recipe in (small, large, small.replace(products="all", axis_name="data")):
+        assert quant.get_recipe(str(recipe)) == recipe
+    changed = small.replace(products="all", grad=None)
+    assert {(own.products, own.grad) for own in (changed, *dict(changed.sites).values())} == {("all", None)}
+    assert magnitudes(changed) == magnitudes(small)
+    assert small.replace(sites=()) == quant.FP8
+
+
 def test_magnitudes_of_cotangents_come_from_a_function_that_takes_gradients(rng):
     w, x = normal(rng, 8, 4), normal(rng, 16, 8)
 
