@@ -376,7 +376,7 @@ class InvalidRecipeError(JmpLiteError, ValueError):
     Example:
         >>> jmp.quant.QuantSpec(jnp.int4)
         Traceback (most recent call last):
-        jmp_lite.errors.InvalidRecipeError: dtype must be float8_e4m3fn ('e4m3'), float8_e5m2 ('e5m2') or int8, got ...
+        jmp_lite.errors.InvalidRecipeError: int4 has too few numbers for one scale per tensor: write ...
     """
 
 
