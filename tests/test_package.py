@@ -47,20 +47,23 @@ def test_frameworks_are_noticed_when_imported():
     assert frameworks_imported_by("import jmp_lite, optax") == {"optax"}
 
 
-def milliseconds_to_import(module):
-    """Processor time that importing a module takes once jax is there; median of five runs."""
+def time_to_import(module):
+    """Processor time that importing a module takes once jax is there, of that of jax; median of five runs."""
     program = (
-        "import time, jax, jax.numpy, numpy\n"
+        "import time\n"
         "start = time.process_time()\n"
+        "import jax, jax.numpy, numpy\n"
+        "there = time.process_time()\n"
         f"import {module}\n"
-        "print(1e3 * (time.process_time() - start))"
+        "print((time.process_time() - there) / (there - start))"
     )
     run_python(program)  # compiles the byte code
     return statistics.median(float(run_python(program)) for _ in range(5))
 
 
-def test_import_adds_less_than_50_ms_to_jax():
-    assert milliseconds_to_import("jmp_lite") < 50
+def test_import_adds_less_than_an_eighth_to_that_of_jax():
+    """About 50 ms where jax takes 500; a limit in milliseconds would judge the machine."""
+    assert time_to_import("jmp_lite") < 1 / 8
 
 
 # --- Names ----------------------------------------------------------------------------------------
