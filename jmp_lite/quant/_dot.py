@@ -16,7 +16,7 @@ from jmp_lite.quant._linear import tangent_product
 from jmp_lite.quant._operands import Quantized, prepared, result_dtype, unscaled
 from jmp_lite.quant._product import scaled_product
 from jmp_lite.quant._spec import Specs
-from jmp_lite.quant._tiles import narrowest, rounded, tiled_product
+from jmp_lite.quant._tiles import both_rounded, narrowest, tiled_product
 
 
 class Call(NamedTuple):
@@ -96,14 +96,10 @@ def _multiply(lhs: Any, rhs: Any, call: Call) -> _Multiplied:
 
 def _multiply_tiles(lhs: Any, rhs: Any, call: Call) -> _Multiplied:
     """The tiles of a backward product lie along other axes, so it is made of the operands themselves."""
-    specs, axis_name = (call.specs.spec(0), call.specs.spec(1)), call.specs.axis_name
-    params = {"axis_name": axis_name, "precision": call.precision, "out_sharding": call.out_sharding}
+    specs: Any = (call.specs.spec(0), call.specs.spec(1))
+    params = {"axis_name": call.specs.axis_name, "precision": call.precision, "out_sharding": call.out_sharding}
     if call.specs.of_gradients is None:
-        wide = narrowest(lhs, rhs, call.dtype)
-        lhs, rhs = (
-            rounded(x, spec, call.dims, side, axis_name=axis_name, dtype=wide)
-            for side, (x, spec) in enumerate(zip((lhs, rhs), specs, strict=True))
-        )
+        lhs, rhs = both_rounded(lhs, rhs, specs, call.dims, axis_name=call.specs.axis_name, dtype=call.dtype)
         specs = None, None
     result = tiled_product((lhs, specs[0]), (rhs, specs[1]), call.dims, call.dtype, **params)
     return _Multiplied(result, unscaled(lhs), unscaled(rhs))

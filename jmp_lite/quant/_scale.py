@@ -19,7 +19,8 @@ FORMATS: dict[str, DType] = {
     "e2m1": np.dtype(jnp.float4_e2m1fn),
     "int4": np.dtype(jnp.int4),
 }
-_SMALLEST_NORMAL = 2.0**-126
+#: Of float32; XLA takes smaller numbers for zero.
+SMALLEST_NORMAL = 2.0**-126
 
 
 def checked_format(dtype: Any) -> DType:
@@ -77,7 +78,7 @@ def absmax_scale(amax: Any, dtype: Any, *, margin: int = 0, pow2: bool = False) 
         Micikevicius et al., "FP8 Formats for Deep Learning", arXiv:2209.05433.
     """
     scale = jnp.asarray(amax).astype(FLOAT32) * (2.0**margin / largest(checked_format(dtype)))
-    is_tiny = scale < _SMALLEST_NORMAL  # false for NaN, which stays
+    is_tiny = scale < SMALLEST_NORMAL  # false for NaN, which stays
     if pow2:
         scale = jnp.where(jnp.isfinite(scale), _power_of_two_from(scale), scale)
     return jnp.where(is_tiny, 1.0, scale)

@@ -22,11 +22,10 @@ from jmp_lite._dtypes import FLOAT32, DType
 from jmp_lite.products._dimensions import Axes, Dimensions
 from jmp_lite.products._matmul import product
 from jmp_lite.quant._operands import prepared, to_format
-from jmp_lite.quant._scale import FORMATS, absmax_scale, largest
+from jmp_lite.quant._scale import FORMATS, SMALLEST_NORMAL, absmax_scale, largest
 from jmp_lite.quant._spec import QuantSpec
 
 Operand = tuple[Any, QuantSpec | None]
-_SMALLEST_NORMAL = 2.0**-126
 _SMALLEST_E4M3 = 2.0**-9
 #: The first major compute capability with units for tiles.
 _BLACKWELL = 10
@@ -38,7 +37,7 @@ def tile_scale(amax: Any, spec: QuantSpec, axis_name: Any = None) -> tuple[jax.A
         return absmax_scale(amax, spec.dtype, margin=spec.margin, pow2=spec.pow2), jnp.ones((), FLOAT32)
     amax = amax.astype(FLOAT32) * (2.0**spec.margin / largest(spec.dtype))
     of_all = jnp.max(amax, initial=0) * (1 / largest(spec.scale_dtype))  # XLA divides by constants so
-    whole = jnp.maximum(of_all if axis_name is None else lax.pmax(of_all, axis_name), _SMALLEST_NORMAL)
+    whole = jnp.maximum(of_all if axis_name is None else lax.pmax(of_all, axis_name), SMALLEST_NORMAL)
     whole = jnp.where(jnp.isfinite(whole), whole, jnp.nan)  # neither e2m1 nor an infinite scale would show it
     return jnp.maximum((amax / whole).astype(spec.scale_dtype).astype(FLOAT32), _SMALLEST_E4M3), whole
 
@@ -100,6 +99,15 @@ def rounded(x: Any, spec: QuantSpec | None, dims: Dimensions, side: int, *, axis
     return lax.transpose(moved, [order.index(axis) for axis in range(x.ndim)])
 
 
+def both_rounded(
+    lhs: Any, rhs: Any, specs: Sequence[QuantSpec | None], dims: Dimensions, *, axis_name: Any, dtype: DType
+) -> tuple[Any, Any]:
+    """Returns both operands as ``rounded``, in the narrowest dtype of the two and the result."""
+    wide = narrowest(lhs, rhs, dtype)
+    left = rounded(lhs, specs[0], dims, 0, axis_name=axis_name, dtype=wide)
+    return left, rounded(rhs, specs[1], dims, 1, axis_name=axis_name, dtype=wide)
+
+
 def narrowest(lhs: Any, rhs: Any, dtype: DType) -> DType:
     """Returns the dtype that a product is computed in: nobody else needs more digits than one of the three has."""
     found: DType = min(lhs.dtype, rhs.dtype, dtype, key=lambda dtype: dtype.itemsize)
@@ -108,10 +116,10 @@ def narrowest(lhs: Any, rhs: Any, dtype: DType) -> DType:
 
 def has_kernel(*specs: QuantSpec | None) -> bool:
     """Whether ``jax.nn.scaled_matmul`` multiplies such tiles as they are: those of MXFP8 or those of NVFP4."""
-    kinds = {(spec.tile, spec.pow2, spec.scale_dtype, spec.dtype.itemsize) for spec in specs if spec is not None}
+    kinds = {(spec.tile, spec.pow2, spec.scale_dtype) for spec in specs if spec is not None}
     dtypes = {spec.dtype for spec in specs if spec is not None}
-    is_mx = kinds == {(32, True, None, 1)} and dtypes <= {FORMATS["e4m3"], FORMATS["e5m2"]}
-    return None not in specs and (is_mx or (kinds == {(16, False, FORMATS["e4m3"], 1)} and dtypes == {FORMATS["e2m1"]}))
+    is_mx = kinds == {(32, True, None)} and dtypes <= {FORMATS["e4m3"], FORMATS["e5m2"]}
+    return None not in specs and (is_mx or (kinds == {(16, False, FORMATS["e4m3"])} and dtypes == {FORMATS["e2m1"]}))
 
 
 def tiled_product(
@@ -167,13 +175,9 @@ def emulated_product(
     out_sharding: Any = None,
 ) -> Any:
     """Multiplies what the numbers stand for, in the narrowest dtype of the two operands and the result."""
-    wide = narrowest(lhs, rhs, dtype)
-    left, right = (
-        rounded(x, specs[side], dimension_numbers, side, axis_name=axis_name, dtype=wide)
-        for side, x in enumerate((lhs, rhs))
-    )
+    left, right = both_rounded(lhs, rhs, specs, dimension_numbers, axis_name=axis_name, dtype=dtype)
     params = {"dimension_numbers": dimension_numbers, "precision": precision, "out_sharding": out_sharding}
-    return product(left, right, wide, tuple(params.items()), dtype)
+    return product(left, right, left.dtype, tuple(params.items()), dtype)
 
 
 def kernel_product(
@@ -198,13 +202,13 @@ def tile_lengths(shape: Sequence[int], shared: Axes, tile: int | None) -> tuple[
 
     Without a tile these are all along the shared axes. With one, it is filled from the last shared axis on.
     """
-    lengths, missing = [1] * len(shape), math.inf if tile is None else tile
+    sizes, lengths = [max(n, 1) for n in shape], [1] * len(shape)
+    missing = tile or math.prod(sizes[axis] for axis in shared)
     for axis in sorted(shared, reverse=True):
-        size = max(shape[axis], 1)
-        lengths[axis] = size if missing >= size else int(missing)
-        if size % lengths[axis] or (missing is not math.inf and missing % lengths[axis]):
+        lengths[axis] = min(sizes[axis], missing)
+        if sizes[axis] % lengths[axis] or missing % lengths[axis]:
             return None
-        missing = missing if missing is math.inf else missing // lengths[axis]
+        missing //= lengths[axis]
     return tuple(lengths)
 
 
