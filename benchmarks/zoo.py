@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -91,13 +91,24 @@ def text_row(sample: bool) -> list[str]:
 def vector_rows() -> list[list[str]]:
     """How vectors of MiniLM compare with those of float32."""
     lm = minilm.load()
-    encoders: dict[str, Callable[..., Any]] = {
-        "HF `dtype=bfloat16`": lm.own,
-        "autocast bfloat16": autocast(lm.encode),
-        "autocast float16": jmp.autocast(lm.encode, measure.FP16),
+    smooth, smoother, calibrated = minilm.smoothed(lm, 0.5), minilm.smoothed(lm, 0.7), minilm.with_fixed_scales
+    models: dict[str, minilm.MiniLM] = {
+        "HF `dtype=bfloat16`": lm._replace(encode=lm.own),
+        "autocast bfloat16": lm._replace(encode=autocast(lm.encode)),
+        "autocast float16": lm._replace(encode=jmp.autocast(lm.encode, measure.FP16)),
+        "autocast bfloat16, `W8A16`": minilm.with_recipe(lm, "w8a16"),
+        "`W8A8`": minilm.with_recipe(lm, "w8a8"),
+        "`W8A8`, smoothed": minilm.with_recipe(smooth, "w8a8"),
+        "`W8A8_STATIC`": calibrated(lm, "absmax"),
+        "`W8A8_STATIC`, least error": calibrated(lm, "mse"),
+        "`W8A8_STATIC`, 99.99 %, smoothed by 0.7": calibrated(smoother, "percentile"),
+        "`W8A8_STATIC`, least error, smoothed by 0.7": calibrated(smoother, "mse"),
+        "`W4A16`": minilm.with_recipe(lm, "w4a16"),
+        "`W4A16`, `gptq`": minilm.compensated(lm, "int4:tile128"),
+        "tiles of 32, `gptq`": minilm.compensated(lm, "int4:tile32"),
     }
     exact = minilm.vectors(lm, lm.encode)
-    found = {name: minilm.likeness(exact, minilm.vectors(lm, encode)) for name, encode in encoders.items()}
+    found = {name: minilm.likeness(exact, minilm.vectors(each, each.encode)) for name, each in models.items()}
     return [[name, *(f"{value:.6f}" for value in each[:2]), f"{each.same_nearest:.3f}"] for name, each in found.items()]
 
 

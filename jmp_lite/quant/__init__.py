@@ -7,6 +7,7 @@ from jmp_lite.quant._array import quantize_tree as quantize_tree
 from jmp_lite.quant._axes import contracted_axes as contracted_axes
 from jmp_lite.quant._calibrate import calibrate as calibrate
 from jmp_lite.quant._fake_quant import fake_quant as fake_quant
+from jmp_lite.quant._gptq import gptq as gptq
 from jmp_lite.quant._recipes import FP8 as FP8
 from jmp_lite.quant._recipes import FP8_ROWWISE as FP8_ROWWISE
 from jmp_lite.quant._recipes import INT8_QAT as INT8_QAT
@@ -24,6 +25,7 @@ from jmp_lite.quant._recipes import scaled_dot_general as scaled_dot_general
 from jmp_lite.quant._scale import absmax_scale as absmax_scale
 from jmp_lite.quant._scale import dequantize as dequantize
 from jmp_lite.quant._scale import quantize as quantize
+from jmp_lite.quant._smooth import smooth as smooth
 from jmp_lite.quant._spec import QuantSpec as QuantSpec
 
 __all__ = [
@@ -47,9 +49,11 @@ __all__ = [
     "dequantize_tree",
     "fake_quant",
     "get_recipe",
+    "gptq",
     "quantize",
     "quantize_array",
     "quantize_tree",
     "scaled_conv",
     "scaled_dot_general",
+    "smooth",
 ]

@@ -66,10 +66,10 @@ def contracted_axes(fun: Callable[..., Any]) -> Callable[..., Any]:
         traced = trace(fun, (params, *args), kwargs, is_traced=_is_array_or_its_shape)
         leaves, treedef = jax.tree.flatten(params)
         numbers = [number for number, leaf in enumerate(leaves) if _is_array_or_its_shape(leaf)]
-        inputs: list[Sources | None] = [{number: _whole(leaves[number].shape)} for number in numbers]
+        inputs: list[Sources | None] = [{number: whole(leaves[number].shape)} for number in numbers]
         found: dict[int, set[int]] = {}
         inputs += [None] * (len(program(traced.jaxpr)[0].invars) - len(inputs))
-        _Search(found).run(traced.jaxpr, inputs)
+        Search(found).run(traced.jaxpr, inputs)
         axes = [tuple(sorted(found[number])) if number in found else None for number in range(len(leaves))]
         result: T = jax.tree.unflatten(treedef, axes)
         return result
@@ -84,7 +84,7 @@ def _is_array_or_its_shape(leaf: Any) -> bool:
 # --- Axes -----------------------------------------------------------------------------------------
 
 
-def _whole(shape: Sequence[int]) -> Dims:
+def whole(shape: Sequence[int]) -> Dims:
     return tuple((Atom(frozenset({axis}), size),) for axis, size in enumerate(shape))
 
 
@@ -188,7 +188,7 @@ def _of_conv(eqn: Equation) -> tuple[Sequence[int], ...]:
     return (), eqn.params["dimension_numbers"].rhs_spec[1:]
 
 
-_PRODUCTS: Mapping[str, Callable[[Equation], tuple[Sequence[int], ...]]] = {
+PRODUCTS: Mapping[str, Callable[[Equation], tuple[Sequence[int], ...]]] = {
     "dot_general": _of_dot,
     "ragged_dot_general": _of_ragged_dot,
     "conv_general_dilated": _of_conv,
@@ -198,7 +198,7 @@ _PRODUCTS: Mapping[str, Callable[[Equation], tuple[Sequence[int], ...]]] = {
 # --- The search -----------------------------------------------------------------------------------
 
 
-class _Search:
+class Search:
     """Follows weights through programs, and notes over which of their axes products add up."""
 
     def __init__(self, found: dict[int, set[int]]) -> None:
@@ -214,16 +214,16 @@ class _Search:
             return {} if is_literal(atom) else held[atom]
 
         for eqn in inner.eqns:
-            held.update(zip(eqn.outvars, self._equation(eqn, list(map(read, eqn.invars))), strict=True))
+            held.update(zip(eqn.outvars, self.equation(eqn, list(map(read, eqn.invars))), strict=True))
         return list(map(read, inner.outvars))
 
-    def _equation(self, eqn: Equation, operands: Sequence[Sources | None]) -> list[Sources | None]:
+    def equation(self, eqn: Equation, operands: Sequence[Sources | None]) -> list[Sources | None]:
         name = eqn.primitive.name
         programs = programs_of(eqn)
         if programs.bodies:
             return self._inside(eqn, programs, operands)
-        if name in _PRODUCTS:
-            for sources, axes in zip(operands, _PRODUCTS[name](eqn), strict=False):
+        if name in PRODUCTS:
+            for sources, axes in zip(operands, PRODUCTS[name](eqn), strict=False):
                 for number, dims in (sources or {}).items():
                     self.found.setdefault(number, set()).update(_axes([dims[axis] for axis in axes]))
             return [None if None in operands else {}]
@@ -254,14 +254,20 @@ class _Search:
         results: list[list[Sources | None]] = []
         for body in bodies:
             invars = program(body.jaxpr)[0].invars
+            self.lost([operands[at] for at in body.operands if at in carried])
             taken = [
                 _entering(None if at in carried else operands[at], v.aval, is_stacked=at in stacked)
                 for v, at in zip(invars, body.operands, strict=True)
             ]
             results.append(self.run(body.jaxpr, taken))
         if len(bodies) > 1 or carried or stacked or not bodies[0].results:
+            for lost in results:
+                self.lost(lost)
             return [None] * len(eqn.outvars)
         return results[0]
+
+    def lost(self, results: Sequence[Sources | None]) -> None:
+        """Is told of weights that are not followed any further."""
 
 
 def _entering(sources: Sources | None, aval: Any, *, is_stacked: bool) -> Sources | None:

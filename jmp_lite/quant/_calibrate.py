@@ -3,29 +3,34 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
 from jmp_lite._dtypes import FLOAT32
 from jmp_lite._messages import quote
 from jmp_lite.errors import InvalidRecipeError
 from jmp_lite.quant._recipes import DotRecipe, get_recipe
+from jmp_lite.quant._scale import absmax_scale, is_integer, largest
 from jmp_lite.quant._spec import SIDES, QuantSpec
-
-#: The largest magnitudes that one operand had.
-Seen = list[float]
 
 
 def calibrate(
-    make: Callable[[DotRecipe], Callable[..., Any]], recipe: str | DotRecipe, batches: Iterable[Sequence[Any]]
+    make: Callable[[DotRecipe], Callable[..., Any]],
+    recipe: str | DotRecipe,
+    batches: Iterable[Sequence[Any]],
+    *,
+    method: str = "absmax",
+    percentile: float = 99.99,
 ) -> DotRecipe:
-    """Finds, for every product, the largest magnitudes that its operands have on some data, and fixes its scales.
+    """Finds, for every product, which magnitudes its operands have on some data, and fixes its scales.
 
-    Operands with one scale for the whole array get the one that the largest of all batches asks for; those with one per
-    channel keep looking at themselves. Products of one name scope, and all iterations of a loop, share a scale. Outside
+    Operands with one scale for the whole array get one that all batches ask for; those with one per channel keep
+    looking at themselves. Products of one name scope, and all iterations of a loop, share a scale. Outside
     of ``autocast`` nothing tells products apart, and all share one.
 
     Args:
@@ -33,6 +38,10 @@ def calibrate(
             that takes gradients.
         recipe: The recipe to calibrate, or its name.
         batches: Positional arguments of the function, once per batch.
+        method: What a scale has room for. ``"absmax"``: the largest magnitude. ``"percentile"``: that of the
+            percentile, so that outliers are cut off. ``"mse"``: the magnitude that makes the mean squared error least,
+            of rounding and cutting off together. The last two are for int8: in float8 what is cut off becomes NaN.
+        percentile: For ``"percentile"``, in percent of all numbers.
 
     Returns:
         The recipe with fixed scales, for the same function. Products that no batch reached look at their operands, as
@@ -40,7 +49,7 @@ def calibrate(
 
     Raises:
         InvalidRecipeError: If there are no batches, no product used the recipe, it has one scale per channel
-            throughout, or something that was seen is not finite.
+            throughout, something that was seen is not finite, or the method is another or none for the format.
 
     Example:
         >>> def make(dot):
@@ -51,13 +60,14 @@ def calibrate(
         int8:amax2.0
         >>> print(make(recipe)(w, jnp.full((1, 8), 9.0)))  # more than was ever seen
         [[16. 16. 16.]]
+
+    References:
+        Wu et al., "Integer Quantization for Deep Learning Inference", arXiv:2004.09602, for the three methods;
+        theirs for the least error are entropy and mean squared error.
     """
     chosen = get_recipe(recipe)
-    if not any(_is_fixed(getattr(chosen, side)) for side in SIDES):
-        raise InvalidRecipeError(
-            f"Recipe {chosen} has nothing to calibrate: no operand has one scale for the whole array. Use it as it is."
-        )
-    journal = _Journal()
+    _check(chosen, method, percentile)
+    journal = _Journal(_METHODS[method](percentile / 100))
     function, batch = make(_Watching(**_fields(chosen, DotRecipe), journal=journal)), None
     for batch in batches:
         jax.block_until_ready(function(*batch))
@@ -69,9 +79,25 @@ def calibrate(
             f"No product used recipe {chosen}. Let make(dot) return a function with products of its argument, such as "
             "lambda dot: jmp.autocast(apply, policy, dot=dot)."
         )
-    return dataclasses.replace(
-        chosen, sites=tuple((s, _fixed(chosen, s, journal.seen[s])) for s in sorted(journal.seen))
-    )
+    return dataclasses.replace(chosen, sites=tuple((s, _fixed(chosen, s, journal)) for s in sorted(journal.seen)))
+
+
+def _check(recipe: DotRecipe, method: str, percentile: float) -> None:
+    specs = {side: getattr(recipe, side) for side in SIDES if _is_fixed(getattr(recipe, side))}
+    floats = [side for side, spec in specs.items() if not is_integer(spec.dtype)]
+    if not specs:
+        raise InvalidRecipeError(
+            f"Recipe {recipe} has nothing to calibrate: no operand has one scale for the whole array. Use it as it is."
+        )
+    if method not in _METHODS:
+        raise InvalidRecipeError(f"method must be one of {', '.join(map(repr, _METHODS))}, got {method!r}.")
+    if method != "absmax" and floats:
+        raise InvalidRecipeError(
+            f"method={method!r} cuts off the largest numbers, which become NaN in {floats[0]}={specs[floats[0]]}. Use "
+            "method='absmax', or int8."
+        )
+    if not (isinstance(percentile, (int, float)) and 0 < percentile <= 100):
+        raise InvalidRecipeError(f"percentile must be a number of percent such as 99.9, got {percentile!r}.")
 
 
 def _fields(value: Any, of: type[Any]) -> dict[str, Any]:
@@ -83,27 +109,97 @@ def _is_fixed(spec: Any) -> bool:
     return isinstance(spec, QuantSpec) and spec.granularity == "tensor"
 
 
-def _fixed(recipe: DotRecipe, scope: str, found: dict[str, Seen]) -> DotRecipe:
+def _fixed(recipe: DotRecipe, scope: str, journal: "_Journal") -> DotRecipe:
     """The recipe with the scales that were found in one scope."""
-    strange = [f"{side} has {amax}" for side, seen in found.items() for amax in seen if not math.isfinite(amax)]
+    found = {s: journal.method.amax(seen, getattr(recipe, s)) for s, seen in journal.seen[scope].items()}
+    strange = [f"{side} has {amax}" for side, amax in found.items() if not math.isfinite(amax)]
     if strange:
         raise InvalidRecipeError(
             f"In scope {quote(scope)} {strange[0]}. Calibrate with data that the model computes finite numbers of."
         )
-    return recipe.static(**{side: max(seen) for side, seen in found.items() if max(seen) > 0})
+    return recipe.static(**{side: amax for side, amax in found.items() if amax > 0})
+
+
+# --- Methods --------------------------------------------------------------------------------------
+
+
+class _AbsMax:
+    """Measures the largest magnitude."""
+
+    def __init__(self, share: float) -> None:
+        self.share = share
+
+    def measured(self, x: Any) -> Any:
+        return jnp.max(jnp.abs(x), initial=0).astype(FLOAT32)
+
+    def joined(self, seen: Any, new: Any) -> Any:
+        return np.maximum(seen, new)
+
+    def amax(self, seen: Any, spec: QuantSpec) -> float:
+        del spec
+        return float(seen)
+
+
+#: Magnitudes fall into a bucket by the first half of their bits as float32: 128 buckets between powers of two.
+_BUCKETS, _NOT_FINITE = 2**15, 0x7F80
+
+
+def _upper_ends() -> Any:
+    return (np.arange(_NOT_FINITE, dtype=np.uint32) << 16 | 0xFFFF).view(np.float32).astype(np.float64)
+
+
+class _Percentile(_AbsMax):
+    """Counts magnitudes, and takes the least that a share of them does not exceed."""
+
+    def measured(self, x: Any) -> Any:
+        bits = lax.bitcast_convert_type(jnp.abs(x).astype(FLOAT32), jnp.uint32)
+        return jnp.bincount((bits >> 16).astype(jnp.int32).ravel(), length=_BUCKETS)
+
+    def joined(self, seen: Any, new: Any) -> Any:
+        return seen + new
+
+    def amax(self, seen: Any, spec: QuantSpec) -> float:
+        if seen[_NOT_FINITE:].any():
+            return math.inf
+        return self.least(seen[:_NOT_FINITE], _upper_ends(), spec) if seen[1:].any() else 0.0
+
+    def least(self, counts: Any, ends: Any, spec: QuantSpec) -> float:
+        del spec
+        return float(ends[np.searchsorted(np.cumsum(counts), self.share * counts.sum())])
+
+
+class _LeastError(_Percentile):
+    """Counts magnitudes, and takes the one for which rounding and cutting off have the least squared error."""
+
+    def least(self, counts: Any, ends: Any, spec: QuantSpec) -> float:
+        counts, ends = counts[counts > 0], ends[counts > 0]
+        candidates = ends[ends > ends[-1] * 2.0**-8]
+        steps = np.asarray(absmax_scale(candidates, spec.dtype, margin=spec.margin, pow2=spec.pow2), np.float64)
+        limits = steps * largest(spec.dtype)
+        sums = [np.concatenate([[0.0], np.cumsum(counts * ends**power)]) for power in range(3)]
+        zeroed, kept = np.searchsorted(ends, steps / 2), np.searchsorted(ends, limits, side="right")
+        beyond = [total[-1] - total[kept] for total in sums]
+        errors = sums[2][zeroed] + (sums[0][kept] - sums[0][zeroed]) * steps**2 / 12
+        errors += beyond[2] - 2 * limits * beyond[1] + limits**2 * beyond[0]
+        return float(candidates[np.argmin(errors)])
+
+
+_METHODS: Mapping[str, type[_AbsMax]] = {"absmax": _AbsMax, "percentile": _Percentile, "mse": _LeastError}
 
 
 # --- Watching -------------------------------------------------------------------------------------
 
 
 class _Journal:
-    """What was seen, by scope and side. Equal to itself alone, so that nothing compiled for another one is used."""
+    """What was measured, by scope and side. Equal to itself alone, so that nothing compiled for another one is used."""
 
-    def __init__(self) -> None:
-        self.seen: dict[str, dict[str, Seen]] = {}
+    def __init__(self, method: _AbsMax) -> None:
+        self.method = method
+        self.seen: dict[str, dict[str, Any]] = {}
 
-    def add(self, scope: str, side: str, amax: Any) -> None:
-        self.seen.setdefault(scope, {}).setdefault(side, []).append(float(amax))
+    def add(self, scope: str, side: str, measured: Any) -> None:
+        seen, new = self.seen.setdefault(scope, {}), np.asarray(measured)
+        seen[side] = self.method.joined(seen[side], new) if side in seen else new.astype(np.float64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,4 +231,4 @@ class _Watched(QuantSpec):
 
     def observe(self, x: Any) -> None:
         note = functools.partial(self.journal.add, *self.place)
-        jax.debug.callback(note, jnp.max(jnp.abs(x), initial=0).astype(FLOAT32))
+        jax.debug.callback(note, self.journal.method.measured(x))

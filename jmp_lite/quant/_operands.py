@@ -16,6 +16,8 @@ from jmp_lite.errors import SecondDerivativeError
 from jmp_lite.quant._scale import absmax_scale, as_bits, dequantize, from_bits, is_integer, rounded
 from jmp_lite.quant._spec import QuantSpec
 
+#: The least scale of a whole float8 array: two of them are multiplied, and the product is to be a normal number.
+_LEAST_SCALE = 2.0**-63
 #: Under which ``jax.checkpoint_policies.save_only_these_names`` finds operands of 8 bits.
 NAME = "quantized"
 
@@ -86,6 +88,8 @@ def quantized(x: Any, spec: QuantSpec, contracted: tuple[int, ...], axis_name: A
     if spec.amax is not None and is_integer(spec.dtype):  # integers cannot show what is not finite
         amax = jnp.where(is_finite(x).all(), amax, jnp.nan)
     scale = absmax_scale(amax, spec.dtype, margin=spec.margin, pow2=spec.pow2)
+    if spec.granularity == "tensor" and not is_integer(spec.dtype):
+        scale = jnp.maximum(scale, _LEAST_SCALE)
     return Quantized(to_format(jnp.asarray(x), scale, spec), checkpoint_name(scale, NAME))
 
 

@@ -50,12 +50,15 @@ def scaled_product(
     else:
         wide = max(left.dtype, right.dtype, key=lambda dtype: dtype.itemsize)
         result = product(left.astype(wide), right.astype(wide), wide, tuple(params.items()), FLOAT32)
-    return _scaled(result, lhs.scale, rhs.scale, dims).astype(dtype)
+    return _scaled(result, lhs.scale, rhs.scale, dims, is_whole=is_integer(left.dtype)).astype(dtype)
 
 
-def _scaled(result: Any, lhs_scale: Any, rhs_scale: Any, dims: Dimensions) -> Any:
+def _scaled(result: Any, lhs_scale: Any, rhs_scale: Any, dims: Dimensions, *, is_whole: bool) -> Any:
+    """Applies scales, of sums of integers one after the other: their product may be too small for float32."""
     if lhs_scale.ndim == rhs_scale.ndim == 0:
-        return result * (lhs_scale * rhs_scale).astype(result.dtype)
+        if not is_whole:
+            return result * (lhs_scale * rhs_scale).astype(result.dtype)
+        return result * jnp.minimum(lhs_scale, rhs_scale) * jnp.maximum(lhs_scale, rhs_scale)
     for side, scale in enumerate((lhs_scale, rhs_scale)):
         factor = _along_result(scale, result.ndim, dims, side) if scale.ndim else scale
         result = result * factor.astype(result.dtype)

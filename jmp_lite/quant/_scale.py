@@ -123,7 +123,7 @@ def rounded(x: jax.Array, dtype: DType, scale: Any, bits: jax.Array | None, *, s
 
     Without ``saturates`` floats beyond the largest of the format become NaN.
     """
-    scaled = x.astype(FLOAT32) / _repeated(scale, x.shape)
+    scaled = x.astype(FLOAT32) / repeated(scale, x.shape)
     if is_integer(dtype):
         whole = jnp.round(scaled) if bits is None else stochastic_floor(bits, scaled)
         return jnp.clip(whole, -largest(dtype), largest(dtype)).astype(dtype)
@@ -174,11 +174,11 @@ def dequantize(q: Any, scale: Any, dtype: Any = jnp.float32) -> jax.Array:
         [  0.5 -63.5]
     """
     q = jnp.asarray(q)
-    dequantized: jax.Array = (q.astype(FLOAT32) * _repeated(scale, q.shape)).astype(dtype)
+    dequantized: jax.Array = (q.astype(FLOAT32) * repeated(scale, q.shape)).astype(dtype)
     return dequantized
 
 
-def _repeated(scale: Any, shape: tuple[int, ...]) -> Any:
+def repeated(scale: Any, shape: tuple[int, ...]) -> Any:
     """Scales that broadcast with an array: those of tiles are repeated for each number of a tile."""
     if np.ndim(scale) == len(shape):
         for axis, (tiles, size) in enumerate(zip(np.shape(scale), shape, strict=True)):

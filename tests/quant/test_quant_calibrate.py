@@ -309,3 +309,70 @@ def test_fixed_scales_look_at_nothing(rng):
 def test_what_cannot_be_fixed(recipe, settings, message):
     with pytest.raises(jmp.errors.InvalidRecipeError, match=message):
         recipe.static(**settings)
+
+
+# --- Methods ---
+
+
+def squared_error(x, amax):
+    """Of int8 with this scale, number by number, in float64."""
+    x, scale = np.asarray(x, np.float64), amax / 127
+    return np.mean((np.clip(np.rint(x / scale), -127, 127) * scale - x) ** 2)
+
+
+def with_outliers(rng):
+    x = normal(rng, 64, 256)
+    return x.at[3, 5].set(1000.0).at[7, 9].set(-700.0)
+
+
+def amax_by(method, x, **options):
+    """The magnitude that is fixed for the left operand, seen in two batches."""
+    batches = [(jnp.ones((256, 4)), part) for part in jnp.split(x, 2)]
+    recipe = quant.calibrate(applied(lambda w, x: x @ w), "w8a8_static", batches, method=method, **options)
+    return recipe.at("").lhs.amax
+
+
+@pytest.mark.parametrize("percentile", [50, 99.0, 99.9, 100])
+def test_percentiles_are_those_of_all_numbers(percentile, rng):
+    """To the width of a bucket, 1/128; never less than asked for."""
+    x = with_outliers(rng)
+    exact = np.quantile(np.abs(np.asarray(x, np.float64)), percentile / 100, method="inverted_cdf")
+    assert exact <= amax_by("percentile", x, percentile=percentile) <= exact * (1 + 2**-7)
+
+
+@pytest.mark.parametrize("kind", ["normal", "outliers", "uniform", "sparse"])
+def test_the_least_error_is_found(kind, rng):
+    """Of no other magnitude is the error of the same data much less; two percent is what the buckets may cost."""
+    x = {
+        "normal": lambda: normal(rng, 64, 256),
+        "outliers": lambda: with_outliers(rng),
+        "uniform": lambda: jnp.asarray(rng.uniform(-1, 1, (64, 256)), jnp.float32),
+        "sparse": lambda: jnp.maximum(normal(rng, 64, 256), 0) ** 3,
+    }[kind]()
+    found = squared_error(x, amax_by("mse", x))
+    tried = amax(x) * np.exp2(-np.arange(0, 8, 1 / 64))
+    assert found <= 1.02 * min(squared_error(x, other) for other in tried)
+    assert found <= squared_error(x, amax(x)) * 1.02
+
+
+@pytest.mark.parametrize("method", ["absmax", "percentile", "mse"])
+def test_methods_meet_zeros_and_what_is_not_finite(method, rng):
+    w, make = jnp.ones((16, 4)), applied(lambda w, x: x @ w)
+    zeros = quant.calibrate(make, "w8a8_static", [(w, jnp.zeros((4, 16)))], method=method)
+    assert zeros.at("").lhs.amax is None
+    with pytest.raises(jmp.errors.InvalidRecipeError, match="finite numbers"):
+        quant.calibrate(make, "w8a8_static", [(w, normal(rng, 4, 16).at[1, 1].set(np.nan))], method=method)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "message"),
+    [
+        ("w8a8_static", {"method": "entropy"}, "one of 'absmax', 'percentile', 'mse', got 'entropy'"),
+        ("fp8", {"method": "mse"}, "become NaN in lhs=e4m3:pow2"),
+        ("w8a8_static", {"method": "percentile", "percentile": 0}, "number of percent such as 99.9, got 0"),
+        ("w8a8_static", {"method": "percentile", "percentile": "99"}, "got '99'"),
+    ],
+)
+def test_methods_that_mean_nothing_are_refused(recipe, options, message, rng):
+    with pytest.raises(jmp.errors.InvalidRecipeError, match=message):
+        quant.calibrate(applied(lambda w, x: x @ w), recipe, [(jnp.ones((8, 4)), normal(rng, 4, 8))], **options)

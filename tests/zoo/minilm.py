@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import pathlib
 import re
@@ -11,6 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+import jmp_lite as jmp
+from jmp_lite import quant
 
 from .model import fast_jit
 
@@ -73,6 +77,32 @@ def load() -> MiniLM:
     encoded = tokenizer.encode_batch(paragraphs())
     ids, mask = (np.array([getattr(e, name) for e in encoded], np.int32) for name in ("ids", "attention_mask"))
     return MiniLM(encoder(jnp.float32), encoder(jnp.bfloat16), params, ids, mask)
+
+
+def calibration(lm: MiniLM) -> list[tuple[np.ndarray, np.ndarray]]:
+    """A third of the texts, none of them a query."""
+    return [(lm.ids[i : i + 50], lm.mask[i : i + 50]) for i in (0, 50)]
+
+
+def smoothed(lm: MiniLM, alpha: float) -> MiniLM:
+    encode, params = quant.smooth(lm.encode, lm.params, calibration(lm), alpha=alpha)
+    return lm._replace(encode=encode, params=params)
+
+
+def compensated(lm: MiniLM, spec: str) -> MiniLM:
+    """With weights rounded to a format by what the texts are, held as ordinary arrays."""
+    return lm._replace(params=quant.dequantize_tree(quant.gptq(lm.encode, lm.params, calibration(lm), spec)))
+
+
+def with_recipe(lm: MiniLM, recipe: Any) -> MiniLM:
+    return lm._replace(encode=jmp.autocast(lm.encode, "mixed_bfloat16", dot=quant.get_recipe(recipe)))
+
+
+def with_fixed_scales(lm: MiniLM, method: str) -> MiniLM:
+    batches = [(lm.params, *batch) for batch in calibration(lm)]
+    make = functools.partial(jmp.autocast, lm.encode, "mixed_bfloat16")
+    found = quant.calibrate(lambda dot: fast_jit(make(dot=dot)), "w8a8_static", batches, method=method)
+    return with_recipe(lm, found)
 
 
 class Likeness(NamedTuple):

@@ -83,3 +83,20 @@ def test_vectors_of_trained_weights():
     assert ours.mean_cosine >= theirs.mean_cosine - 1e-4
     assert ours.least_cosine >= theirs.least_cosine - 1e-4
     assert ours.same_nearest >= 0.97
+
+
+@pytest.mark.skipif(not minilm.installed(), reason=f"needs {minilm.PACKAGE}, which `nox -s zoo` installs")
+def test_vectors_of_quantized_weights():
+    """Of activations with outliers, in 8 bits; and of weights in 4, that are rounded to nearest or compensated."""
+    lm = minilm.load()
+    exact = minilm.vectors(lm, lm.encode)
+
+    def found(model):
+        return minilm.likeness(exact, minilm.vectors(model, model.encode))
+
+    smoothed = found(minilm.with_recipe(minilm.smoothed(lm, 0.5), "w8a8"))
+    assert smoothed.mean_cosine >= 0.998
+    assert smoothed.mean_cosine >= found(minilm.with_recipe(lm, "w8a8")).mean_cosine
+    compensated = found(minilm.compensated(lm, "int4:tile128"))
+    assert compensated.mean_cosine >= 0.97
+    assert compensated.mean_cosine >= found(minilm.with_recipe(lm, "w4a16")).mean_cosine + 0.02

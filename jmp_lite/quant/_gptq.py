@@ -1,0 +1,130 @@
+"""Weights of few bits whose rounding errors make up for each other, on the activations that they meet."""
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jmp_lite._dtypes import FLOAT32
+from jmp_lite._functions import check_function
+from jmp_lite.errors import InvalidRecipeError
+from jmp_lite.quant._array import QuantizedArray, is_quantized, quantize_tree
+from jmp_lite.quant._axes import contracted_axes
+from jmp_lite.quant._scale import dequantize, quantize, repeated
+from jmp_lite.quant._sites import Site, call_with
+from jmp_lite.quant._spec import parse_spec
+
+T = TypeVar("T")
+
+#: Of the mean of the diagonal, added to it, as in the paper.
+_DAMPING = 0.01
+
+
+def gptq(fun: Callable[..., Any], params: T, batches: Iterable[Sequence[Any]], dtype: Any = "int4:tile128") -> T:
+    """Quantizes weights so that the products of a function change least on some data, and not the weights themselves.
+
+    As ``quantize_tree(params, dtype, axes=contracted_axes(fun)(params, ...))`` does, with the same scales. But what
+    each row of a weight loses by rounding is made up for in the rows after it, as far as the activations on them are
+    alike. With 4 bits it is the difference between a model that works and one that does not.
+
+    Weights that ``smooth`` could smooth are rounded like this. Others that products take are rounded to nearest. All
+    iterations of a loop, and all experts, count as one for what activations are alike.
+
+    Args:
+        fun: Function of parameters and other arguments, such as ``model.apply``.
+        params: Its parameters.
+        batches: Its other arguments, once per batch: a hundred texts or pictures are much.
+        dtype: The format, as a ``QuantSpec`` such as ``W4A16.rhs``, its text, or as ``quantize_tree`` takes it.
+
+    Returns:
+        The tree with a ``QuantizedArray`` in the place of each weight.
+
+    Raises:
+        InvalidFunctionError: If ``fun`` is no function.
+        InvalidRecipeError: If there are no batches, the format is another, tiles do not divide a weight, or an
+            activation is not finite.
+
+    Example:
+        >>> w, x = jnp.array([[0.4], [0.4], [7.0]]), jnp.ones((1, 3))
+        >>> nearest = jmp.quant.quantize_tree(w, jmp.quant.QuantSpec("int4", tile=3))
+        >>> compensated = jmp.quant.gptq(lambda w, x: x @ w, w, [(x,)], "int4:tile3")
+        >>> print(x @ w, x @ nearest, x @ compensated)
+        [[7.8]] [[7.]] [[8.]]
+
+    References:
+        Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
+        arXiv:2210.17323, with scales fixed before the first row.
+    """
+    check_function(fun, "gptq")
+    moments: dict[int, Any] = {}
+    sites: dict[int, Site] = {}
+
+    def note(number: int, moment: Any) -> None:
+        moments[number] = moments.get(number, 0) + np.asarray(moment, np.float64)
+
+    def look(site: Site, x: Any) -> Any:
+        sites[site.number] = site
+        jax.debug.callback(functools.partial(note, site.number), _moment(site.rows(x)))
+        return x
+
+    batch = None
+    for batch in batches:
+        call_with(fun, (params, *batch), {}, look)
+    jax.effects_barrier()
+    if batch is None:
+        raise InvalidRecipeError("gptq was given no batches. Pass at least one tuple of arguments.")
+    spec = parse_spec(dtype) if isinstance(dtype, str) and ":" in dtype else dtype
+    tree = quantize_tree(params, spec, axes=contracted_axes(fun)(params, *batch))
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=is_quantized)
+    originals = jax.tree.leaves(params)
+    rounded = [
+        _compensated(leaf, original, sites[n], moments[n]) if n in sites and is_quantized(leaf) else leaf
+        for n, (leaf, original) in enumerate(zip(leaves, originals, strict=True))
+    ]
+    compensated: T = jax.tree.unflatten(treedef, rounded)
+    return compensated
+
+
+def _moment(rows: Any) -> Any:
+    """Returns sums of products of channels with each other, ``float32[n, n]``."""
+    return lax.dot_general(rows, rows, (((0,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)
+
+
+def _compensated(quantized: QuantizedArray, original: Any, site: Site, moment: Any) -> QuantizedArray:
+    if not np.isfinite(moment).all():
+        raise InvalidRecipeError(
+            f"An activation on a weight of shape {site.shape} is not finite. Use data that the function computes "
+            "finite numbers of."
+        )
+    order = (*site.order, *(axis for axis in range(len(site.shape)) if axis not in site.order))
+    mean = np.mean(np.diag(moment)) or 1.0
+    damped = moment + _DAMPING * mean * np.eye(len(moment))
+    upper = np.linalg.cholesky(np.linalg.inv(damped)).T
+
+    def as_rows(x: Any) -> Any:
+        return jnp.transpose(x, order).reshape(len(moment), -1).astype(FLOAT32)
+
+    scale = as_rows(repeated(quantized.scale, site.shape) * jnp.ones(site.shape, FLOAT32))
+    rows = _rounded(as_rows(original), scale, jnp.asarray(upper, FLOAT32), quantized.values.dtype)
+    values = rows.reshape([site.shape[axis] for axis in order]).transpose(np.argsort(order))
+    return QuantizedArray(values, quantized.scale, quantized.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _rounded(weight: Any, scale: Any, upper: Any, dtype: Any) -> Any:
+    """Rounds one row after the other, and spreads what it loses over the rows below, by the Cholesky factor."""
+
+    def round_row(weight: Any, row: Any) -> tuple[Any, Any]:
+        index, factors, scale = row
+        exact = weight[index]
+        rounded = quantize(exact, dtype, scale)
+        lost = (exact - dequantize(rounded, scale)) / factors[index]
+        return weight - jnp.outer(factors, lost), rounded
+
+    rows = (jnp.arange(len(weight)), upper, scale)
+    _, rounded = lax.scan(round_row, weight, rows)
+    return rounded

@@ -1,0 +1,215 @@
+"""Smoothing and compensated rounding: which weights, and that nothing else changes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax import lax
+from support.comparisons import assert_identical
+from support.lowbit import normal, relative
+
+import jmp_lite as jmp
+from jmp_lite import quant
+
+JITTED = jax.jit(lambda w, x: jnp.tanh(x @ w))
+
+
+def layer(h, w):
+    return nn.silu(h @ w), None
+
+
+def attention(p, x):
+    heads = jnp.einsum("bd,dhk->bkh", x, p[0])
+    return jnp.einsum("bkh,hke->be", heads, p[1])
+
+
+def in_while(p, x):
+    return lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, jnp.tanh(c[1] @ p[0])), (0, x))[1]
+
+
+def in_cond(p, x):
+    return lax.cond(x[0, 0] > -100, lambda: x @ p[0], lambda: jnp.ones_like(x) @ p[1])
+
+
+#: By name: the function, shapes of its weights, and which of them are smoothed.
+CASES = {
+    "two layers": (lambda p, x: jnp.tanh(x @ p[0]) @ p[1] + p[2], [(16, 32), (32, 5), (1, 5)], [0, 1]),
+    "weight on the left": (lambda p, x: (p[0] @ x.T).T, [(8, 16)], [0]),
+    "transposed": (lambda p, x: x @ p[0].astype(jnp.bfloat16).astype(jnp.float32).T, [(8, 16)], [0]),
+    "one program, two weights": (lambda p, x: JITTED(p[1], JITTED(p[0], x)), [(16, 16)] * 2, [0, 1]),
+    "scan": (lambda p, x: lax.scan(layer, x, p[0])[0], [(3, 16, 16)], [0]),
+    "scan, checkpoint": (lambda p, x: lax.scan(jax.checkpoint(layer), x, p[0])[0], [(3, 16, 16)], [0]),
+    "a layer of a stack": (lambda p, x: x @ p[0][1], [(3, 16, 16)], [0]),
+    "while": (in_while, [(16, 16)], [0]),
+    "cond": (in_cond, [(16, 8), (16, 8)], [0]),
+    "attention": (attention, [(16, 2, 8), (2, 8, 16)], [0, 1]),
+    "merged heads": (lambda p, x: x @ p[0].reshape(16, 8), [(2, 8, 8)], [0]),
+    "experts": (lambda p, x: jnp.einsum("bd,edh->ebh", x, p[0]), [(3, 16, 4)], [0]),
+    "ragged": (lambda p, x: lax.ragged_dot(x, p[0], jnp.array([3, 4, 1])), [(3, 16, 4)], [0]),
+    "vmap": (lambda p, x: jax.vmap(lambda row: row @ p[0])(x), [(16, 4)], [0]),
+    "taken twice": (lambda p, x: x @ p[0] + jnp.sin(x) @ p[0], [(16, 4)], [0]),
+    "looked up too": (lambda p, x: x @ p[0].T + p[0][3, 0] + x @ p[1], [(8, 16), (16, 8)], [1]),
+    "summed first": (lambda p, x: x @ (p[0] + 1) + x @ p[1], [(16, 8)] * 2, [1]),
+    "over both axes": (lambda p, x: x @ p[0] @ p[0].T + x @ p[1], [(16, 8), (16, 16)], [1]),
+    "carried": (
+        lambda p, x: x @ lax.scan(lambda w, _: (w[:, ::-1], None), p[0], length=2)[0] + x @ p[1],
+        [(16, 8)] * 2,
+        [1],
+    ),
+    "returned": (lambda p, x: (x @ p[0], p[0], x @ p[1]), [(16, 8)] * 2, [1]),
+    "convolution": (
+        lambda p, x: (
+            lax.conv_general_dilated(x[..., None], p[0], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))[..., 0]
+            @ p[1]
+        ),
+        [(3, 1, 1), (16, 8)],
+        [1],
+    ),
+}
+
+
+def weights(rng, shapes):
+    return [normal(rng, *shape) / 4 for shape in shapes]
+
+
+def wide(rng):
+    """Activations of which single channels are a hundred times as large as others."""
+    return normal(rng, 8, 16) * jnp.exp2(jnp.round(3 * normal(rng, 1, 16)))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_smoothed_functions_compute_the_same(case, rng):
+    """Bit for bit: factors are powers of two. What is looked up, summed, returned or carried keeps its weights.
+
+    A compiler may add up in another order: by an ulp of the largest term for each of the 32 terms, in three layers.
+    """
+    fun, shapes, expected = CASES[case]
+    params, x = weights(rng, shapes), wide(rng)
+    run, smoothed = quant.smooth(fun, params, [(x,), (x / 2,)])
+    changed = [number for number, pair in enumerate(zip(params, smoothed, strict=True)) if np.any(pair[0] != pair[1])]
+    assert changed == expected
+    if "one program" not in case:  # compiled
+        assert_identical(run(smoothed, x)[0], fun(params, x)[0])
+    for found, exact in zip(
+        *(jax.tree.leaves(jax.jit(f)(p, x)) for f, p in ((run, smoothed), (fun, params))), strict=True
+    ):
+        assert relative(found, exact) < 3 * 32 * 2**-24
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_factors_are_those_of_the_paper_to_a_power_of_two(alpha, rng):
+    w, x = normal(rng, 16, 8), [wide(rng), wide(rng)]
+    _, smoothed = quant.smooth(lambda w, x: x @ w, w, [(x[0],), (x[1],)], alpha=alpha)
+    of_x, of_w = np.max([np.abs(b).max(0) for b in x], axis=0), np.abs(w).max(1)
+    exact = of_x**alpha / of_w ** (1 - alpha)
+    found = np.asarray(smoothed / w)
+    assert np.all(found == found[:, :1])
+    assert np.all(np.frexp(found)[0] == 0.5)
+    assert np.all(np.abs(np.log2(found[:, 0] / exact)) <= 0.5 + 1e-6)
+
+
+@pytest.mark.parametrize("policy", ["full", "mixed_bfloat16"])
+def test_smoothing_helps_where_channels_differ(policy, rng):
+    """Of 8 bits for activations with channels 2**8 apart, under autocast, and as a file would hold the weights."""
+    w = normal(rng, 16, 32)
+    x = normal(rng, 64, 16) * jnp.where(jnp.arange(16) == 3, 256.0, 1.0)[None]
+    w = w.at[3].divide(256)
+    exact = x @ w
+    run, smoothed = quant.smooth(lambda w, x: x @ w, w, [(x,)])
+
+    def error(fun, params):
+        return relative(jmp.autocast(fun, policy, dot=quant.W8A8)(params, x), exact)
+
+    assert error(lambda w, x: x @ w, w) > 0.2
+    assert error(run, smoothed) < 0.02
+    held = quant.quantize_tree(smoothed, axes=quant.contracted_axes(run)(smoothed, x))
+    assert relative(run(held.dequantize(), x), exact) < 0.02
+
+
+def test_channels_of_zeros_and_flax(rng):
+    model, x = nn.Dense(8), wide(rng).at[:, 2].set(0)
+    params = model.init(jax.random.key(0), x)
+    run, smoothed = quant.smooth(model.apply, params, [(x,)])
+    assert_identical(run(smoothed, x), model.apply(params, x))
+    np.testing.assert_array_equal(smoothed["params"]["kernel"][2], params["params"]["kernel"][2])
+    assert quant.contracted_axes(run)(smoothed, x)["params"]["kernel"] == (0,)
+
+
+# --- Compensated rounding ---
+
+
+def correlated(rng, n=32, rows=512):
+    return normal(rng, rows, n) @ (normal(rng, n, n) * jnp.exp2(-jnp.arange(n) / 4)[:, None])
+
+
+@pytest.mark.parametrize("spec", ["int4:tile16", "int4:tile32", "int8:channel:margin4", "e2m1:tile16"])
+def test_compensated_weights_change_products_less(spec, rng):
+    """With the same scales; and scales, shapes and dtypes are those of ``quantize_tree``."""
+    x, w = correlated(rng), normal(rng, 32, 8)
+    nearest = quant.quantize_tree(w, quant._spec.parse_spec(spec))
+    found = quant.gptq(lambda w, x: x @ w, w, [(x[:256],), (x[256:],)], spec)
+    assert_identical(found.scale, nearest.scale)
+    assert (found.values.dtype, found.dtype) == (nearest.values.dtype, nearest.dtype)
+    assert relative(x @ found, x @ w) < 0.6 * relative(x @ nearest, x @ w)
+
+
+def reference(w, x, scale):
+    """Row by row in float64, the inverse of what is left of the matrix taken anew for each: the definition."""
+    moment = np.asarray(x, np.float64).T @ np.asarray(x, np.float64)
+    moment += 0.01 * np.mean(np.diag(moment)) * np.eye(len(moment))
+    w, rounded = np.array(w, np.float64), np.zeros(w.shape)
+    for row in range(len(w)):
+        rounded[row] = np.clip(np.rint(w[row] / scale[row]), -7, 7)
+        inverse = np.linalg.inv(moment[row:, row:])
+        w[row:] -= np.outer(inverse[:, 0], (w[row] - rounded[row] * scale[row]) / inverse[0, 0])
+    return rounded
+
+
+def test_compensated_weights_are_those_of_the_definition(rng):
+    """But for ties that float32 breaks otherwise, of which each changes the rows below."""
+    x, w = correlated(rng, 16), normal(rng, 16, 64)
+    found = quant.gptq(lambda w, x: x @ w, w, [(x,)], "int4:tile16")
+    expected = reference(w, x, np.broadcast_to(found.scale, (16, 64)))
+    same = np.all(np.asarray(found.values, np.float64) == expected, axis=0)
+    assert same.mean() > 0.9
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_weight_that_products_take_is_quantized(case, rng):
+    fun, shapes, _ = CASES[case]
+    params, x = weights(rng, shapes), wide(rng)
+    nearest = quant.quantize_tree(params, axes=quant.contracted_axes(fun)(params, x))
+    found = quant.gptq(fun, params, [(x,)], "int8")
+    assert jax.tree.structure(found) == jax.tree.structure(nearest)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(nearest), strict=True):
+        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+        assert np.max(np.abs(np.asarray(ours, np.float32) - np.asarray(theirs, np.float32)), initial=0) < 64
+
+
+# --- Bad input ---
+
+BAD = {
+    "no function": (lambda w, x: quant.smooth(3, w, [(x,)]), "smooth"),
+    "no batches": (lambda w, x: quant.smooth(jnp.matmul, w, []), "no batches"),
+    "alpha": (lambda w, x: quant.smooth(lambda w, x: x @ w, w, [(x,)], alpha=2), "alpha must be a number from 0 to 1"),
+    "alpha of text": (lambda w, x: quant.smooth(lambda w, x: x @ w, w, [(x,)], alpha="a"), "alpha must be"),
+    "no weight": (lambda w, x: quant.smooth(lambda w, x: x @ (w * w), w, [(x,)]), "No weight can be smoothed"),
+    "quantized": (
+        lambda w, x: quant.smooth(lambda w, x: x @ w, quant.quantize_tree(w), [(x,)]),
+        "No weight can be smoothed",
+    ),
+    "not finite": (lambda w, x: quant.smooth(lambda w, x: x @ w, w, [(x / 0,)]), "not finite"),
+    "gptq of no function": (lambda w, x: quant.gptq("a", w, [(x,)]), "gptq"),
+    "gptq of no batches": (lambda w, x: quant.gptq(jnp.matmul, w, []), "no batches"),
+    "gptq of no format": (lambda w, x: quant.gptq(lambda w, x: x @ w, w, [(x,)], "int3"), "int3"),
+    "gptq of a tile": (lambda w, x: quant.gptq(lambda w, x: x @ w, w, [(x,)], "int4:tile7"), "tiles of 7 do not"),
+    "gptq not finite": (lambda w, x: quant.gptq(lambda w, x: x @ w, w, [(x / 0,)], "int8"), "not finite"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused(case, rng):
+    call, message = BAD[case]
+    with pytest.raises(jmp.errors.JmpLiteError, match=message):
+        call(normal(rng, 16, 4), wide(rng))
