@@ -2,6 +2,7 @@
 
 from jmp_lite.quant._array import QuantizedArray as QuantizedArray
 from jmp_lite.quant._array import dequantize_tree as dequantize_tree
+from jmp_lite.quant._array import nbytes as nbytes
 from jmp_lite.quant._array import quantize_array as quantize_array
 from jmp_lite.quant._array import quantize_tree as quantize_tree
 from jmp_lite.quant._axes import contracted_axes as contracted_axes
@@ -50,6 +51,7 @@ __all__ = [
     "fake_quant",
     "get_recipe",
     "gptq",
+    "nbytes",
     "quantize",
     "quantize_array",
     "quantize_tree",

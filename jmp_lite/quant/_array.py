@@ -19,6 +19,14 @@ from jmp_lite.quant._tiles import amax_of_tiles, tile_lengths, tile_scale
 
 T = TypeVar("T")
 
+#: What code does with a weight by way of attributes: moves and sums.
+_OF_ARRAYS = frozenset(
+    {
+        *("T", "mT", "at", "diagonal", "flatten", "max", "mean", "min", "ravel", "repeat", "reshape", "squeeze", "std"),
+        *("sum", "swapaxes", "take", "transpose", "var"),
+    }
+)
+
 #: Which axes share a scale: numbers of axes, ``None`` for all of them, a function of path and leaf, or a tree.
 Axes = Sequence[int] | Callable[[str, Any], Sequence[int] | None] | Any
 
@@ -33,8 +41,10 @@ class QuantizedArray(Opaque):
     leave it alone. It has no gradient: it is for inference.
 
     Layers of Linen and NNX take it (not ``WeightNorm`` and ``SpectralNorm``, which take a kernel apart), and so do
-    those of Equinox and Haiku but for convolutions, which hand their kernel straight to ``lax``. There, and where code
-    calls a method of an array (``kernel.T``), use ``dequantize_tree`` inside the function.
+    those of Equinox and Haiku but for convolutions, which hand their kernel straight to ``lax``. Functions of
+    ``jax.lax`` raise an error of JAX that speaks of ``__jax_array__``: use ``dequantize_tree`` inside the function. A
+    loop takes slices of values and scales: one scale for all layers of a stack cannot be sliced, so let ``axes=`` leave
+    out the first axis, as it does by default.
 
     Args:
         values: ``int8``, ``float8_e4m3fn``, ``float8_e5m2``, ``int4`` or ``float4_e2m1fn`` of any shape.
@@ -109,6 +119,17 @@ class QuantizedArray(Opaque):
 
     def __len__(self) -> int:
         return len(self.values)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _OF_ARRAYS:
+            return getattr(self.dequantize(), name)
+        raise AttributeError(
+            f"{name!r} is no attribute of a QuantizedArray. What it stands for is array.dequantize(), or "
+            "quant.dequantize_tree(params) for a whole tree."
+        )
+
+    def __neg__(self) -> jax.Array:
+        return -self.dequantize()
 
     def __repr__(self) -> str:
         return f"QuantizedArray({describe(self.values)}, scale={describe(self.scale)}, dtype={self.dtype})"
@@ -348,4 +369,29 @@ def dequantize_tree(tree: T, dtype: Any = None) -> T:
         return node.dequantize(dtype) if is_quantized(node) else node
 
     mapped: T = jax.tree.map(dequantized, tree, is_leaf=is_quantized)
+    return mapped
+
+
+def nbytes(tree: T) -> T:
+    """Returns how many bytes each leaf holds: a quantized array its numbers and scales, two of 4 bits in a byte.
+
+    Args:
+        tree: Any pytree.
+
+    Returns:
+        The tree with an ``int`` in the place of each array, quantized or not, and ``None`` in that of other leaves.
+
+    Example:
+        >>> params = {"kernel": jnp.ones((128, 8)), "bias": jnp.zeros(8)}
+        >>> small = jmp.quant.quantize_tree(params, jmp.quant.W4A16.rhs)
+        >>> jmp.quant.nbytes(params), jmp.quant.nbytes(small)
+        ({'bias': 32, 'kernel': 4096}, {'bias': 32, 'kernel': 544})
+        >>> sum(jax.tree.leaves(jmp.quant.nbytes(small)))
+        576
+    """
+
+    def held(node: Any) -> int | None:
+        return int(node.nbytes) if is_quantized(node) or is_array(node) else None
+
+    mapped: T = jax.tree.map(held, tree, is_leaf=is_quantized)
     return mapped

@@ -177,6 +177,45 @@ def test_stands_for_the_array_it_is(rng):
     assert len(q) == 4
 
 
+#: What model code does with a kernel by way of attributes.
+METHODS = {
+    "T": lambda w: w.T,
+    "mT": lambda w: w.mT,
+    "reshape": lambda w: w.reshape(8, 16),
+    "transpose": lambda w: w.transpose(1, 0),
+    "swapaxes": lambda w: w.swapaxes(0, 1),
+    "ravel": lambda w: w.ravel(),
+    "sum": lambda w: w.sum(0),
+    "at": lambda w: w.at[0].set(1.0),
+    "neg": lambda w: -w,
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_are_those_of_the_array_it_stands_for(method, rng):
+    w = quantize_array(normal(rng, 16, 8), axes=[0])
+    assert_identical(METHODS[method](w), METHODS[method](w.dequantize()))
+
+
+def test_other_attributes_name_the_remedy(rng):
+    w = quantize_array(normal(rng, 16, 8))
+    assert not hasattr(w, "aval")
+    with pytest.raises(AttributeError, match=r"'devices' is no attribute of a QuantizedArray.*dequantize_tree"):
+        w.devices()
+
+
+@pytest.mark.parametrize(("spec", "values"), [("int8", 128), ("e4m3", 128), (quant.QuantSpec("int4", tile=8), 64)])
+def test_bytes_are_those_of_numbers_and_scales(spec, values, rng):
+    tree = {"kernel": normal(rng, 16, 8), "bias": jnp.zeros(8), "rate": 0.1, "name": None}
+    scales = 4 * 8 * (2 if values == 64 else 1)
+    assert quant.nbytes(quantize_tree(tree, spec)) == {
+        "kernel": values + scales,
+        "bias": 32,
+        "rate": None,
+        "name": None,
+    }
+
+
 @pytest.mark.parametrize("policy", ["bf16", "f16", "p=f32,c=e4m3,o=e5m2", jmp.PolicyMap({"w": "bf16"}, "f16")])
 def test_policies_leave_it_alone(rng, policy):
     """A cast touches neither values nor scales, whatever the policy names."""
