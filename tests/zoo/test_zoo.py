@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from zoo import decoding, measure, minilm
@@ -100,3 +101,15 @@ def test_vectors_of_quantized_weights():
     compensated = found(minilm.compensated(lm, "int4:tile128"))
     assert compensated.mean_cosine >= 0.97
     assert compensated.mean_cosine >= found(minilm.with_recipe(lm, "w4a16")).mean_cosine + 0.02
+
+
+# --- Arrays of qwix ---
+
+
+@pytest.mark.parametrize("tiled_axes", [{}, {0: 16}])
+def test_arrays_of_qwix_are_taken_over(tiled_axes):
+    qwix = pytest.importorskip("qwix")
+    kernel = jax.random.normal(jax.random.key(0), (64, 8))
+    theirs = qwix.quantize(kernel, "int8", channelwise_axes=[1], tiled_axes=tiled_axes)
+    ours = jmp.quant.QuantizedArray(theirs.qvalue, theirs.scale.astype(jnp.float32))
+    np.testing.assert_allclose(ours.dequantize(), qwix.dequantize(theirs), rtol=2**-23)
