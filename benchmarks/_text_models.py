@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -81,9 +82,11 @@ def bert(p: Any, batch: Any, dtype: Any) -> jax.Array:
 LLAMA_WIDTH, LLAMA_HEADS, LLAMA_KEYS, LLAMA_HIDDEN = 1024, 16, 4, 2816
 
 
-def llama_params(depth: int) -> Any:
+def llama_params(
+    depth: int, *, width: int = LLAMA_WIDTH, hidden: int = LLAMA_HIDDEN, vocabulary: int = VOCABULARY
+) -> Any:
     """Grouped queries and gated hidden layers."""
-    width, keys = LLAMA_WIDTH, LLAMA_KEYS * LLAMA_WIDTH // LLAMA_HEADS
+    keys = LLAMA_KEYS * width // LLAMA_HEADS
     block = {
         "norm1": (width,),
         "q": (width, width),
@@ -91,40 +94,46 @@ def llama_params(depth: int) -> Any:
         "v": (width, keys),
         "out": (width, width),
         "norm2": (width,),
-        "gate": (width, LLAMA_HIDDEN),
-        "up": (width, LLAMA_HIDDEN),
-        "down": (LLAMA_HIDDEN, width),
+        "gate": (width, hidden),
+        "up": (width, hidden),
+        "down": (hidden, width),
     }
     return layers.floats(
         {
-            "embedding": (VOCABULARY, width),
-            "head": (width, VOCABULARY),
+            "embedding": (vocabulary, width),
+            "head": (width, vocabulary),
             "norm": (width,),
             "blocks": [block] * depth,
         }
     )
 
 
-def _llama_attention(x: jax.Array, p: Any) -> jax.Array:
-    def heads(weight: jax.Array) -> jax.Array:
-        return layers.dense(x, weight).reshape(*x.shape[:2], -1, LLAMA_WIDTH // LLAMA_HEADS)
-
-    repeats = LLAMA_HEADS // LLAMA_KEYS
-    query, key = layers.rotate(heads(p["q"])), layers.rotate(heads(p["k"]))
-    key, value = jnp.repeat(key, repeats, 2), jnp.repeat(heads(p["v"]), repeats, 2)
-    mixed = layers.attention(query, key, value, is_causal=True)
-    return layers.dense(mixed.reshape(x.shape), p["out"])
+def grouped_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """Causal attention of groups of heads to one key each."""
+    key, value = (jnp.repeat(x, LLAMA_HEADS // LLAMA_KEYS, 2) for x in (key, value))
+    return layers.attention(query, key, value, is_causal=True)
 
 
-def llama(p: Any, batch: Any, dtype: Any) -> jax.Array:
+def llama(
+    p: Any, batch: Any, dtype: Any, attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] = grouped_attention
+) -> jax.Array:
     """Decoder with rotary positions, grouped queries and SwiGLU."""
     x = embed(p, batch, dtype)
+    width = x.shape[-1]
+
+    def heads(x: jax.Array, weight: jax.Array) -> jax.Array:
+        return layers.dense(x, weight).reshape(*x.shape[:2], -1, width // LLAMA_HEADS)
+
     for block in p["blocks"]:
-        x = x + _llama_attention(layers.rms_norm(x, block["norm1"]), block)
+        normal = layers.rms_norm(x, block["norm1"])
+        query, key = layers.rotate(heads(normal, block["q"])), layers.rotate(heads(normal, block["k"]))
+        mixed = attend(query, key, heads(normal, block["v"]))
+        x = x + layers.dense(mixed.reshape(x.shape), block["out"])
         normal = layers.rms_norm(x, block["norm2"])
         gate = jax.nn.silu(layers.dense(normal, block["gate"]))
         x = x + layers.dense(gate * layers.dense(normal, block["up"]), block["down"])
-    logits = layers.dense(layers.rms_norm(x, p["norm"]), p["head"])
+    with jax.named_scope("head"):
+        logits = layers.dense(layers.rms_norm(x, p["norm"]), p["head"])
     return layers.cross_entropy(logits, batch["labels"])
 
 
