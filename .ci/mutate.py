@@ -79,14 +79,20 @@ def mutate(chapter: str, modules: list[str], mutants: int, rng: random.Random) -
 def main() -> None:
     """Reads the command line and prints how many changes were noticed."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("modules", nargs="*", help="such as scaling/_verdict.py; all modules by default")
+    parser.add_argument("modules", nargs="*", help="such as scaling, scaling/_verdict.py; all by default")
     parser.add_argument("--mutants", type=int, default=10, help="how many changes to try in each chapter")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().getrandbits(32))
     arguments = parser.parse_args()
     strangers = [module for module in arguments.modules if module.split("/")[0] not in CHAPTERS]
     if strangers:
         parser.error(f"{strangers[0]} is in none of the chapters {', '.join(CHAPTERS)}")
-    modules = arguments.modules or [f"{c}/{f.name}" for c in CHAPTERS for f in (ROOT / "jmp_lite" / c).glob("_*.py")]
+    modules = [
+        module
+        for name in arguments.modules or CHAPTERS
+        for module in (
+            [f"{name}/{f.name}" for f in (ROOT / "jmp_lite" / name).glob("_*.py")] if name in CHAPTERS else [name]
+        )
+    ]
     rng = random.Random(arguments.seed)
     print(f"--seed {arguments.seed} repeats this draw")
     for chapter in dict.fromkeys(module.split("/")[0] for module in modules):
