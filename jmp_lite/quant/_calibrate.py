@@ -14,6 +14,7 @@ from jax import lax
 from jmp_lite._dtypes import FLOAT32
 from jmp_lite._messages import quote
 from jmp_lite.errors import InvalidRecipeError
+from jmp_lite.quant._batches import checked
 from jmp_lite.quant._recipes import DotRecipe, get_recipe
 from jmp_lite.quant._scale import absmax_scale, is_integer, largest
 from jmp_lite.quant._spec import SIDES, QuantSpec
@@ -68,12 +69,10 @@ def calibrate(
     chosen = get_recipe(recipe)
     _check(chosen, method, percentile)
     journal = _Journal(_METHODS[method](percentile / 100))
-    function, batch = make(_Watching(**_fields(chosen, DotRecipe), journal=journal)), None
-    for batch in batches:
+    function = make(_Watching(**_fields(chosen, DotRecipe), journal=journal))
+    for batch in checked(batches, "calibrate"):
         jax.block_until_ready(function(*batch))
     jax.effects_barrier()
-    if batch is None:
-        raise InvalidRecipeError("calibrate was given no batches. Pass at least one tuple of arguments.")
     if not journal.seen:
         raise InvalidRecipeError(
             f"No product used recipe {chosen}. Let make(dot) return a function with products of its argument, such as "

@@ -14,6 +14,7 @@ from jmp_lite._functions import check_function
 from jmp_lite.errors import InvalidRecipeError
 from jmp_lite.quant._array import QuantizedArray, is_quantized, quantize_tree
 from jmp_lite.quant._axes import contracted_axes
+from jmp_lite.quant._batches import checked
 from jmp_lite.quant._scale import dequantize, quantize, repeated
 from jmp_lite.quant._sites import Site, call_with
 from jmp_lite.quant._spec import parse_spec
@@ -71,12 +72,9 @@ def gptq(fun: Callable[..., Any], params: T, batches: Iterable[Sequence[Any]], d
         jax.debug.callback(functools.partial(note, site.number), _moment(site.rows(x)))
         return x
 
-    batch = None
-    for batch in batches:
+    for batch in checked(batches, "gptq", params):
         call_with(fun, (params, *batch), {}, look)
     jax.effects_barrier()
-    if batch is None:
-        raise InvalidRecipeError("gptq was given no batches. Pass at least one tuple of arguments.")
     spec = parse_spec(dtype) if isinstance(dtype, str) and ":" in dtype else dtype
     tree = quantize_tree(params, spec, axes=contracted_axes(fun)(params, *batch))
     leaves, treedef = jax.tree.flatten(tree, is_leaf=is_quantized)

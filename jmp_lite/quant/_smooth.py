@@ -10,6 +10,7 @@ import numpy as np
 
 from jmp_lite._functions import check_function
 from jmp_lite.errors import InvalidRecipeError
+from jmp_lite.quant._batches import checked
 from jmp_lite.quant._sites import Site, call_with
 
 T = TypeVar("T")
@@ -70,12 +71,9 @@ def smooth(
         jax.debug.callback(functools.partial(note, site), jnp.max(jnp.abs(site.rows(x)), axis=0))
         return x
 
-    batch = None
-    for batch in batches:
+    for batch in checked(batches, "smooth", params):
         call_with(fun, (params, *batch), {}, watch)
     jax.effects_barrier()
-    if batch is None:
-        raise InvalidRecipeError("smooth was given no batches. Pass at least one tuple of arguments.")
     if not largest:
         raise InvalidRecipeError("No weight can be smoothed: no product of the function takes a parameter as it is.")
     factors = {number: _factors(leaves[number], amax, alpha) for number, amax in largest.items()}

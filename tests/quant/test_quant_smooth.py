@@ -192,6 +192,22 @@ def test_every_weight_that_products_take_is_quantized(case, rng):
 BAD = {
     "no function": (lambda w, x: quant.smooth(3, w, [(x,)]), "smooth"),
     "no batches": (lambda w, x: quant.smooth(jnp.matmul, w, []), "no batches"),
+    "a batch that is no tuple": (
+        lambda w, x: quant.smooth(jnp.matmul, w, [x]),
+        r"such as \(x,\), got float32\[8, 16\]",
+    ),
+    "under jit": (
+        lambda w, x: jax.jit(lambda w: quant.smooth(lambda w, x: x @ w, w, [(x,)])[1])(w),
+        "smooth looks at numbers, and there are none while JAX traces",
+    ),
+    "gptq under jit": (
+        jax.jit(lambda w, x: quant.gptq(lambda w, x: x @ w, w, [(x,)], "int8")),
+        "gptq looks at numbers",
+    ),
+    "calibrate under jit": (
+        jax.jit(lambda w, x: quant.calibrate(lambda dot: jnp.dot, "w8a8_static", [(w, x)]) and x),
+        "calibrate looks at numbers",
+    ),
     "alpha": (lambda w, x: quant.smooth(lambda w, x: x @ w, w, [(x,)], alpha=2), "alpha must be a number from 0 to 1"),
     "alpha of text": (lambda w, x: quant.smooth(lambda w, x: x @ w, w, [(x,)], alpha="a"), "alpha must be"),
     "no weight": (lambda w, x: quant.smooth(lambda w, x: x @ (w * w), w, [(x,)]), "No weight can be smoothed"),

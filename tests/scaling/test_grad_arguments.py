@@ -249,7 +249,8 @@ def test_two_scales_need_a_name():
 def test_no_scale_in_the_state():
     """A state without a scale is named, with the remedy."""
     with pytest.raises(
-        jmp.errors.LossScaleNotFoundError, match=r"^No loss scale in the state, a dict\. .*jmp_lite\.loss_scaled"
+        jmp.errors.LossScaleNotFoundError,
+        match=r"^No loss scale in the state, which is of type dict\. .*jmp_lite\.loss_scaled",
     ):
         jmp.scaled_value_and_grad(lambda p: p, loss_scale={"w": jnp.ones(2)})(1.0)
 

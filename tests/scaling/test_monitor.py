@@ -80,7 +80,7 @@ def test_state_without_loss_scaling(call, state):
     with pytest.raises(jmp.errors.LossScaleNotFoundError) as error:
         call(state)
     assert str(error.value) == (
-        f"No loss scale in the state, a {type(state).__name__}. Pass the state of an optimizer wrapped in "
+        f"No loss scale in the state, which is of type {type(state).__name__}. Pass the state of an optimizer wrapped in "
         "jmp_lite.loss_scaled."
     )
 
