@@ -94,7 +94,7 @@ class QuantizedArray(Opaque):
     @property
     def nbytes(self) -> int:
         """Bytes of values and scales together; two numbers of 4 bits are one byte, as in files and on accelerators."""
-        return int(self.values.nbytes + self.scale.nbytes) - (self.values.dtype in OF_4_BITS) * (self.size // 2)
+        return _nbytes(self.values) + _nbytes(self.scale)
 
     def dequantize(self, dtype: Any = None) -> jax.Array:
         """Returns ``values * scale``, computed in float32, in ``dtype`` or else in its own."""
@@ -133,6 +133,12 @@ class QuantizedArray(Opaque):
 
     def __repr__(self) -> str:
         return f"QuantizedArray({describe(self.values)}, scale={describe(self.scale)}, dtype={self.dtype})"
+
+
+def _nbytes(array: Any) -> int:
+    """Also of a ``jax.ShapeDtypeStruct``."""
+    bits = 4 if array.dtype in OF_4_BITS else 8 * array.dtype.itemsize
+    return int(-(-math.prod(array.shape) * bits // 8))
 
 
 def _flatten_with_keys(array: QuantizedArray) -> tuple[Any, str]:
@@ -376,7 +382,7 @@ def nbytes(tree: T) -> T:
     """Returns how many bytes each leaf holds: a quantized array its numbers and scales, two of 4 bits in a byte.
 
     Args:
-        tree: Any pytree.
+        tree: Any pytree, of arrays or ``jax.ShapeDtypeStruct``.
 
     Returns:
         The tree with an ``int`` in the place of each array, quantized or not, and ``None`` in that of other leaves.
@@ -391,7 +397,9 @@ def nbytes(tree: T) -> T:
     """
 
     def held(node: Any) -> int | None:
-        return int(node.nbytes) if is_quantized(node) or is_array(node) else None
+        if is_quantized(node):
+            return int(node.nbytes)
+        return _nbytes(node) if is_array(node) or isinstance(node, jax.ShapeDtypeStruct) else None
 
     mapped: T = jax.tree.map(held, tree, is_leaf=is_quantized)
     return mapped

@@ -42,7 +42,7 @@ def calibrate(
         method: What a scale has room for. ``"absmax"``: the largest magnitude. ``"percentile"``: that of the
             percentile, so that outliers are cut off. ``"mse"``: the magnitude that makes the mean squared error least,
             of rounding and cutting off together. The last two are for int8: in float8 what is cut off becomes NaN.
-        percentile: For ``"percentile"``, in percent of all numbers.
+        percentile: For ``"percentile"``, in percent of all numbers that are not zero.
 
     Returns:
         The recipe with fixed scales, for the same function. Products that no batch reached look at their operands, as
@@ -68,7 +68,7 @@ def calibrate(
     """
     chosen = get_recipe(recipe)
     _check(chosen, method, percentile)
-    journal = _Journal(_METHODS[method](percentile / 100))
+    journal = _Journal(_METHODS[method](float(percentile) / 100))
     function = make(_Watching(**_fields(chosen, DotRecipe), journal=journal))
     for batch in checked(batches, "calibrate"):
         jax.block_until_ready(function(*batch))
@@ -88,14 +88,14 @@ def _check(recipe: DotRecipe, method: str, percentile: float) -> None:
         raise InvalidRecipeError(
             f"Recipe {recipe} has nothing to calibrate: no operand has one scale for the whole array. Use it as it is."
         )
-    if method not in _METHODS:
+    if not isinstance(method, str) or method not in _METHODS:
         raise InvalidRecipeError(f"method must be one of {', '.join(map(repr, _METHODS))}, got {method!r}.")
     if method != "absmax" and floats:
         raise InvalidRecipeError(
             f"method={method!r} cuts off the largest numbers, which become NaN in {floats[0]}={specs[floats[0]]}. Use "
             "method='absmax', or int8."
         )
-    if not (isinstance(percentile, (int, float)) and 0 < percentile <= 100):
+    if not (isinstance(percentile, (int, float, np.number)) and 0 < percentile <= 100):
         raise InvalidRecipeError(f"percentile must be a number of percent such as 99.9, got {percentile!r}.")
 
 
@@ -152,15 +152,17 @@ class _Percentile(_AbsMax):
 
     def measured(self, x: Any) -> Any:
         bits = lax.bitcast_convert_type(jnp.abs(x).astype(FLOAT32), jnp.uint32)
-        return jnp.bincount((bits >> 16).astype(jnp.int32).ravel(), length=_BUCKETS)
+        counts = jnp.bincount((bits >> 16).astype(jnp.int32).ravel(), length=_BUCKETS)
+        return counts, super().measured(x)
 
     def joined(self, seen: Any, new: Any) -> Any:
-        return seen + new
+        return seen[0] + new[0], super().joined(seen[1], new[1])
 
     def amax(self, seen: Any, spec: QuantSpec) -> float:
-        if seen[_NOT_FINITE:].any():
-            return math.inf
-        return self.least(seen[:_NOT_FINITE], _upper_ends(), spec) if seen[1:].any() else 0.0
+        counts, largest = seen
+        if not math.isfinite(largest) or not counts[1:].any():
+            return float(largest)
+        return self.least(counts[1:_NOT_FINITE], np.minimum(_upper_ends()[1:], largest), spec)
 
     def least(self, counts: Any, ends: Any, spec: QuantSpec) -> float:
         del spec
@@ -197,8 +199,8 @@ class _Journal:
         self.seen: dict[str, dict[str, Any]] = {}
 
     def add(self, scope: str, side: str, measured: Any) -> None:
-        seen, new = self.seen.setdefault(scope, {}), np.asarray(measured)
-        seen[side] = self.method.joined(seen[side], new) if side in seen else new.astype(np.float64)
+        seen, new = self.seen.setdefault(scope, {}), jax.tree.map(lambda x: np.asarray(x, np.float64), measured)
+        seen[side] = self.method.joined(seen[side], new) if side in seen else new
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,12 +11,13 @@ from jax import lax
 
 from jmp_lite._dtypes import FLOAT32
 from jmp_lite._functions import check_function
+from jmp_lite._tree import path_string
 from jmp_lite.errors import InvalidRecipeError
 from jmp_lite.quant._array import QuantizedArray, is_quantized, quantize_tree
 from jmp_lite.quant._axes import contracted_axes
 from jmp_lite.quant._batches import checked
 from jmp_lite.quant._scale import dequantize, quantize, repeated
-from jmp_lite.quant._sites import Site, call_with
+from jmp_lite.quant._sites import Site, call
 from jmp_lite.quant._spec import parse_spec
 
 T = TypeVar("T")
@@ -61,35 +62,39 @@ def gptq(fun: Callable[..., Any], params: T, batches: Iterable[Sequence[Any]], d
         arXiv:2210.17323, with scales fixed before the first row.
     """
     check_function(fun, "gptq")
-    moments: dict[int, Any] = {}
-    sites: dict[int, Site] = {}
+    moments: dict[str, Any] = {}
+    sites: dict[str, Site] = {}
 
-    def note(number: int, moment: Any) -> None:
-        moments[number] = moments.get(number, 0) + np.asarray(moment, np.float64)
+    def note(site: Site, moment: Any, unit: Any) -> None:
+        sites[site.weight] = site
+        moments[site.weight] = moments.get(site.weight, 0) + np.asarray(moment, np.float64) * np.float64(unit) ** 2
 
     def look(site: Site, x: Any) -> Any:
-        sites[site.number] = site
-        jax.debug.callback(functools.partial(note, site.number), _moment(site.rows(x)))
+        jax.debug.callback(functools.partial(note, site), *_moment(site.rows(x)))
         return x
 
     for batch in checked(batches, "gptq", params):
-        call_with(fun, (params, *batch), {}, look)
+        call(fun, (params, *batch), {}).run(look)
     jax.effects_barrier()
     spec = parse_spec(dtype) if isinstance(dtype, str) and ":" in dtype else dtype
-    tree = quantize_tree(params, spec, axes=contracted_axes(fun)(params, *batch))
-    leaves, treedef = jax.tree.flatten(tree, is_leaf=is_quantized)
-    originals = jax.tree.leaves(params)
+    [tree] = quantize_tree([params], spec, axes=[contracted_axes(fun)(params, *batch)])
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_quantized)
+    originals = jax.tree.leaves(params, is_leaf=is_quantized)
     rounded = [
-        _compensated(leaf, original, sites[n], moments[n]) if n in sites and is_quantized(leaf) else leaf
-        for n, (leaf, original) in enumerate(zip(leaves, originals, strict=True))
+        _compensated(leaf, original, sites[name], moments[name])
+        if (name := path_string(path)) in sites and is_quantized(leaf)
+        else leaf
+        for (path, leaf), original in zip(leaves, originals, strict=True)
     ]
     compensated: T = jax.tree.unflatten(treedef, rounded)
     return compensated
 
 
-def _moment(rows: Any) -> Any:
-    """Returns sums of products of channels with each other, ``float32[n, n]``."""
-    return lax.dot_general(rows, rows, (((0,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)
+def _moment(rows: Any) -> tuple[Any, Any]:
+    """Returns sums of products of channels with each other, ``float32[n, n]``, and the unit of these channels."""
+    unit = jnp.max(jnp.abs(rows), initial=0)
+    rows = rows / jnp.where(unit > 0, unit, 1)
+    return lax.dot_general(rows, rows, (((0,), (0,)), ((), ())), precision=lax.Precision.HIGHEST), unit
 
 
 def _compensated(quantized: QuantizedArray, original: Any, site: Site, moment: Any) -> QuantizedArray:
@@ -98,9 +103,9 @@ def _compensated(quantized: QuantizedArray, original: Any, site: Site, moment: A
             f"An activation on a weight of shape {site.shape} is not finite. Use data that the function computes "
             "finite numbers of."
         )
-    order = (*site.order, *(axis for axis in range(len(site.shape)) if axis not in site.order))
-    mean = np.mean(np.diag(moment)) or 1.0
-    damped = moment + _DAMPING * mean * np.eye(len(moment))
+    order = (*site.contracted, *(axis for axis in range(len(site.shape)) if axis not in site.order))
+    moment = moment / (np.mean(np.diag(moment)) or 1.0)
+    damped = moment + _DAMPING * np.eye(len(moment))
     upper = np.linalg.cholesky(np.linalg.inv(damped)).T
 
     def as_rows(x: Any) -> Any:

@@ -10,7 +10,8 @@ import numpy as np
 
 from jmp_lite._compat import Equation, Jaxpr, as_traced, bind, is_literal, program
 from jmp_lite._dtypes import FLOAT32
-from jmp_lite.autocast._api import is_traced, trace
+from jmp_lite._tree import path_string
+from jmp_lite.autocast._api import Traced, is_traced, trace
 from jmp_lite.autocast._programs import PROGRAMS, programs_of, rebuilt
 from jmp_lite.quant._axes import PRODUCTS, Search, Sources, whole
 
@@ -28,8 +29,8 @@ _MOVES = frozenset(
 class Site(NamedTuple):
     """A product of an activation and a weight."""
 
-    number: int
-    """Of the weight among the leaves of the parameters."""
+    weight: str
+    """Its path among the parameters."""
     shape: tuple[int, ...]
     """Of the weight."""
     order: tuple[int, ...]
@@ -39,14 +40,23 @@ class Site(NamedTuple):
     axes: tuple[int, ...]
     """Axes of the activation that are added up over, as the product lists them."""
 
+    @property
+    def contracted(self) -> tuple[int, ...]:
+        """Axes of the weight, from the first on."""
+        return tuple(sorted(self.order))
+
     def rows(self, x: Any) -> Any:
-        """The activation as ``float32[rows, channels]``, channels in the order of ``order``."""
-        n = math.prod(self.shape[axis] for axis in self.order)
-        return jnp.moveaxis(x, self.axes, range(-len(self.axes), 0)).reshape(-1, n).astype(FLOAT32)
+        """The activation as ``float32[rows, channels]``, channels as the weight has them."""
+        last = jnp.moveaxis(x, self.axes, range(-len(self.axes), 0))
+        kept = last.shape[: x.ndim - len(self.axes)]
+        apart = last.reshape(*kept, *(self.shape[axis] for axis in self.order))
+        ascending = [len(kept) + self.order.index(axis) for axis in self.contracted]
+        channels = math.prod(self.shape[axis] for axis in self.order)
+        return apart.transpose(*range(len(kept)), *ascending).reshape(math.prod(kept), channels).astype(FLOAT32)
 
     def in_weight(self, channels: Any) -> Any:
         """Numbers of channels as an array that broadcasts with the weight."""
-        return _placed(channels, self.order, self.shape)
+        return _placed(channels, self.contracted, self.shape)
 
     def in_activation(self, in_weight: Any, shape: tuple[int, ...]) -> Any:
         """The same numbers as an array that broadcasts with an activation."""
@@ -68,16 +78,16 @@ Look = Callable[[Site, Any], Any]
 class _Sites(Search):
     """Finds the products of weights that do nothing else."""
 
-    def __init__(self, shapes: Mapping[int, tuple[int, ...]]) -> None:
+    def __init__(self, paths: Sequence[str], shapes: Mapping[int, tuple[int, ...]]) -> None:
         super().__init__({})
-        self.shapes = shapes
+        self.paths, self.shapes = paths, shapes
         self.path: Path = ()
         self.sites: dict[Path, Site] = {}
-        self.spoiled: set[int] = set()
+        self.spoiled: set[str] = set()
 
     def equation(self, eqn: Equation, operands: Sequence[Sources | None]) -> list[Sources | None]:
         name, outer = eqn.primitive.name, self.path
-        is_followed = PROGRAMS[name].rebuild is not None if name in PROGRAMS else name in _MOVES
+        is_followed = PROGRAMS[name].rebuild is not None if name in PROGRAMS else _moves(eqn)
         sites = [self._site(eqn, operands, side) for side in (0, 1)] if name in _PRODUCTS else []
         self.path += (id(eqn),)
         self.sites.update((self.path, site) for site in sites if site)
@@ -92,38 +102,64 @@ class _Sites(Search):
     def _site(self, eqn: Equation, operands: Sequence[Sources | None], side: int) -> Site | None:
         """What the product is, if the operand on the other side is a weight as a whole."""
         axes, (sources, others) = PRODUCTS[eqn.primitive.name](eqn), (operands[1 - side], operands[side])
-        if others is not None or not sources or len(sources) != 1:
+        if others or not sources or len(sources) != 1:
             return None
         [(number, dims)] = sources.items()
         shape = self.shapes[number]
         atoms = [atom for axis in axes[1 - side] for atom in dims[axis] if atom.size != 1]
         is_whole = all(len(atom.axes) == 1 and atom.size == shape[min(atom.axes)] for atom in atoms)
         order = tuple(min(atom.axes) for atom in atoms) if is_whole else ()
-        return Site(number, shape, order, side, tuple(axes[side])) if len({*order}) == len(order) > 0 else None
+        return (
+            Site(self.paths[number], shape, order, side, tuple(axes[side])) if len({*order}) == len(order) > 0 else None
+        )
 
     def lost(self, results: Sequence[Sources | None]) -> None:
         """Notes weights that go where their channels are not followed."""
-        self.spoiled.update(number for sources in results for number in sources or {})
-
-    def agreed(self) -> dict[Path, Site]:
-        """The products whose weights have no other use."""
-        axes: dict[int, set[frozenset[int]]] = {}
-        for site in self.sites.values():
-            axes.setdefault(site.number, set()).add(frozenset(site.order))
-        alike = {number for number, sets in axes.items() if len(sets) == 1} - self.spoiled
-        return {path: site for path, site in self.sites.items() if site.number in alike}
+        self.spoiled.update(self.paths[number] for sources in results for number in sources or {})
 
 
-def call_with(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], look: Look) -> Any:
-    """Calls a function of parameters and others with what ``look`` returns in the place of each such activation."""
+def _moves(eqn: Equation) -> bool:
+    is_integer = not jnp.issubdtype(getattr(eqn.outvars[0].aval, "dtype", np.void), jnp.floating)
+    return eqn.primitive.name in _MOVES and not is_integer
+
+
+class Call(NamedTuple):
+    """A call of a function, and where in its program weights meet activations."""
+
+    traced: Traced
+    sites: Mapping[Path, Site]
+    """The products whose weights have no other use."""
+    contracted: Mapping[str, tuple[int, ...]]
+    """The axes that each of these weights is added up over."""
+    refused: frozenset[str]
+    """Weights that have other uses, or are added up over several axes."""
+
+    def run(self, look: Look) -> Any:
+        """Calls the function, with what ``look`` returns in the place of each such activation."""
+        return self.traced.output(_evaluated(self.traced.jaxpr, self.traced.arrays, self.sites, look))
+
+
+def call(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """Traces a call of a function of parameters and others."""
     traced = trace(fun, args, kwargs)
-    numbered = [(number, leaf) for number, leaf in enumerate(jax.tree.leaves(args[0])) if is_traced(leaf)]
-    shapes = {number: np.shape(leaf) for number, leaf in numbered if jnp.issubdtype(leaf.dtype, jnp.floating)}
-    inputs: list[Sources | None] = [{n: whole(shapes[n])} if n in shapes else None for n, _ in numbered]
+    leaves = jax.tree_util.tree_leaves_with_path(args[0])
+    numbered = [(path_string(path), leaf) for path, leaf in leaves if is_traced(leaf)]
+    shapes = {n: np.shape(leaf) for n, (_, leaf) in enumerate(numbered) if _is_weight(leaf)}
+    inputs: list[Sources | None] = [{n: whole(shapes[n])} if n in shapes else None for n in range(len(numbered))]
     inputs += [None] * (len(traced.arrays) - len(inputs))
-    sites = _Sites(shapes)
-    sites.lost(sites.run(traced.jaxpr, inputs))
-    return traced.output(_evaluated(traced.jaxpr, traced.arrays, sites.agreed(), look))
+    search = _Sites([path for path, _ in numbered], shapes)
+    search.lost(search.run(traced.jaxpr, inputs))
+    axes: dict[str, set[tuple[int, ...]]] = {}
+    for site in search.sites.values():
+        axes.setdefault(site.weight, set()).add(site.contracted)
+    refused = search.spoiled | {weight for weight, found in axes.items() if len(found) > 1}
+    contracted = {weight: min(found) for weight, found in axes.items() if weight not in refused}
+    sites = {path: site for path, site in search.sites.items() if site.weight in contracted}
+    return Call(traced, sites, contracted, frozenset(refused))
+
+
+def _is_weight(leaf: Any) -> bool:
+    return bool(jnp.issubdtype(leaf.dtype, jnp.floating)) and math.prod(np.shape(leaf)) > 0
 
 
 def _evaluated(

@@ -1,5 +1,6 @@
 """Smoothing: what activations have too much of in single channels moves into the weights that they meet."""
 
+import collections
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -8,12 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jmp_lite._dtypes import FLOAT32
 from jmp_lite._functions import check_function
+from jmp_lite._messages import quote
+from jmp_lite._tree import path_string
 from jmp_lite.errors import InvalidRecipeError
+from jmp_lite.quant._array import dequantize_tree
 from jmp_lite.quant._batches import checked
-from jmp_lite.quant._sites import Site, call_with
+from jmp_lite.quant._sites import Call, Site, call
 
 T = TypeVar("T")
+
+#: By path of a weight and the axes that it is added up over: powers of two that broadcast with it.
+Factors = Mapping[tuple[str, tuple[int, ...]], Any]
 
 
 def smooth(
@@ -38,7 +46,8 @@ def smooth(
 
     Returns:
         A function with the signature of ``fun``, and the parameters that it takes in the place of these. Both go
-        wherever the others went: into ``autocast(dot=)``, ``calibrate``, ``quantize_tree`` and ``export.freeze``.
+        wherever the others went: into ``jax.jit``, ``autocast(dot=)``, ``calibrate``, ``quantize_tree`` and
+        ``export.freeze``. A call that uses a smoothed weight in another way than the batches is refused.
 
     Raises:
         InvalidFunctionError: If ``fun`` is no function.
@@ -59,30 +68,68 @@ def smooth(
         arXiv:2211.10438, whose scales are not rounded. For weights of 4 bits: Lin et al., "AWQ", arXiv:2306.00978.
     """
     check_function(fun, "smooth")
-    if not (isinstance(alpha, (int, float)) and 0 <= alpha <= 1):
+    if not (isinstance(alpha, (int, float, np.number)) and 0 <= alpha <= 1):
         raise InvalidRecipeError(f"alpha must be a number from 0 to 1, got {alpha!r}.")
-    leaves, treedef = jax.tree.flatten(params)
-    largest: dict[int, Any] = {}
+    largest: dict[tuple[str, tuple[int, ...]], Any] = {}
+    refused: set[str] = set()
 
     def note(site: Site, amax: Any) -> None:
-        largest[site.number] = np.maximum(largest.get(site.number, 0), site.in_weight(np.asarray(amax)))
+        key = site.weight, site.contracted
+        largest[key] = np.maximum(largest.get(key, 0), site.in_weight(np.asarray(amax)))
 
     def watch(site: Site, x: Any) -> Any:
-        jax.debug.callback(functools.partial(note, site), jnp.max(jnp.abs(site.rows(x)), axis=0))
+        jax.debug.callback(functools.partial(note, site), jnp.max(jnp.abs(site.rows(x)), axis=0, initial=0))
         return x
 
     for batch in checked(batches, "smooth", params):
-        call_with(fun, (params, *batch), {}, watch)
+        found = call(fun, (params, *batch), {})
+        refused |= found.refused
+        found.run(watch)
     jax.effects_barrier()
-    if not largest:
-        raise InvalidRecipeError("No weight can be smoothed: no product of the function takes a parameter as it is.")
-    factors = {number: _factors(leaves[number], amax, alpha) for number, amax in largest.items()}
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    arrays = {path_string(path): leaf for path, leaf in leaves}
+    seen = collections.Counter(weight for weight, _ in largest)
+    refused |= {weight for weight, times in seen.items() if times > 1}
+    factors = {k: _factors(arrays[k[0]], amax, float(alpha)) for k, amax in largest.items() if k[0] not in refused}
+    if not factors:
+        raise InvalidRecipeError(
+            "No weight can be smoothed: no product of the function takes a parameter that has no other use. Smooth the "
+            "function itself, and wrap it in autocast afterwards."
+        )
+    scaled = {weight: _times(arrays[weight], factor) for (weight, _), factor in factors.items()}
 
     def smoothed(params: T, *args: Any, **kwargs: Any) -> Any:
-        return call_with(fun, (params, *args), kwargs, lambda site, x: _divided(site, x, factors))
+        wide = dequantize_tree(params)
+        _check_paths(wide, factors)
+        found = call(fun, (wide, *args), kwargs)
+        _check_uses(found, factors)
+        return found.run(functools.partial(_divided, factors=factors))
 
-    scaled = [leaf * factors[n].astype(leaf.dtype) if n in factors else leaf for n, leaf in enumerate(leaves)]
-    return smoothed, jax.tree.unflatten(treedef, scaled)
+    return smoothed, jax.tree.unflatten(treedef, [scaled.get(path_string(path), leaf) for path, leaf in leaves])
+
+
+def _check_paths(params: Any, factors: Factors) -> None:
+    there = {path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
+    missing = next((weight for weight, _ in factors if weight not in there), None)
+    if missing is not None:
+        raise InvalidRecipeError(
+            f"The parameters lack {quote(missing)}, which smooth scaled. Pass the tree that it returned, or what "
+            "quantize_tree makes of it."
+        )
+
+
+def _check_uses(found: Call, factors: Factors) -> None:
+    """Refuses a call in which a factor would not cancel."""
+    for weight, axes in factors:
+        if weight in found.refused or found.contracted.get(weight, axes) != axes:
+            raise InvalidRecipeError(
+                f"Weight {quote(weight)} was smoothed for products over its axes {list(axes)}, and this call uses it "
+                "in another way. Give smooth a batch of such calls too."
+            )
+
+
+def _times(leaf: Any, factor: Any) -> Any:
+    return (jnp.asarray(leaf).astype(FLOAT32) * factor).astype(leaf.dtype)
 
 
 def _factors(weight: Any, amax: Any, alpha: float) -> Any:
@@ -99,8 +146,7 @@ def _factors(weight: Any, amax: Any, alpha: float) -> Any:
     return np.where(has_both, np.exp2(np.clip(np.round(exponent), -40, 40)), 1).astype(np.float32)
 
 
-def _divided(site: Site, x: Any, factors: Mapping[int, Any]) -> Any:
-    """Divides an activation by the factors of its channels."""
-    if site.number not in factors:
-        return x
-    return x * jnp.asarray(1 / site.in_activation(factors[site.number], x.shape), x.dtype)
+def _divided(site: Site, x: Any, factors: Factors) -> Any:
+    """Divides an activation by the factors of its channels, if there are any."""
+    factor = factors.get((site.weight, site.contracted))
+    return x if factor is None else _times(x, 1 / site.in_activation(factor, x.shape))

@@ -47,8 +47,8 @@ def find_loss_scale(state: Any, name: str | None = None) -> tuple[str, LossScale
         )
     named = f" named {name!r} (there are: {paths})" if scales else ""
     raise LossScaleNotFoundError(
-        f"No loss scale in the state{named}, a {type(state).__name__}. Pass a loss scale, or the state of an optimizer "
-        "wrapped in jmp_lite.loss_scaled."
+        f"No loss scale in the state{named}, which is of type {type(state).__name__}. Pass a loss scale, or the state "
+        "of an optimizer wrapped in jmp_lite.loss_scaled."
     )
 
 

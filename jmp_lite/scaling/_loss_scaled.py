@@ -60,8 +60,8 @@ def loss_scaled_states(opt_state: Any) -> list[tuple[str, LossScaledState]]:
     found = nodes(opt_state, lambda node: isinstance(node, LossScaledState))
     if not found:
         raise LossScaleNotFoundError(
-            f"No loss scale in the state, which is of type {type(opt_state).__name__}. Pass the state of an optimizer wrapped in "
-            "jmp_lite.loss_scaled."
+            f"No loss scale in the state, which is of type {type(opt_state).__name__}. Pass the state of an optimizer "
+            "wrapped in jmp_lite.loss_scaled."
         )
     return found
 

@@ -340,6 +340,19 @@ def test_percentiles_are_those_of_all_numbers(percentile, rng):
     assert exact <= amax_by("percentile", x, percentile=percentile) <= exact * (1 + 2**-7)
 
 
+def test_zeros_are_no_part_of_a_percentile(rng):
+    """Of one-hot rows, most numbers are zeros."""
+    x = jnp.zeros((64, 256)).at[jnp.arange(64), jnp.arange(64)].set(0.4)
+    assert amax_by("percentile", x) == pytest.approx(0.4)
+    assert amax_by("mse", x) == pytest.approx(0.4, rel=0.01)
+
+
+def test_no_scale_has_room_for_more_than_was_seen(rng):
+    x = jnp.asarray(rng.integers(-127, 128, (64, 256)), jnp.float32).at[0, 0].set(127.0)
+    assert amax_by("percentile", x, percentile=np.float32(100)) == 127
+    assert amax_by("mse", x) <= 127
+
+
 @pytest.mark.parametrize("kind", ["normal", "outliers", "uniform", "sparse"])
 def test_the_least_error_is_found(kind, rng):
     """Of no other magnitude is the error of the same data much less; two percent is what the buckets may cost."""
@@ -368,6 +381,7 @@ def test_methods_meet_zeros_and_what_is_not_finite(method, rng):
     ("recipe", "options", "message"),
     [
         ("w8a8_static", {"method": "entropy"}, "one of 'absmax', 'percentile', 'mse', got 'entropy'"),
+        ("w8a8_static", {"method": ["mse"]}, r"got \['mse'\]"),
         ("fp8", {"method": "mse"}, "become NaN in lhs=e4m3:pow2"),
         ("w8a8_static", {"method": "percentile", "percentile": 0}, "number of percent such as 99.9, got 0"),
         ("w8a8_static", {"method": "percentile", "percentile": "99"}, "got '99'"),

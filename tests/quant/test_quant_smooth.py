@@ -136,6 +136,72 @@ def test_channels_of_zeros_and_flax(rng):
     assert quant.contracted_axes(run)(smoothed, x)["params"]["kernel"] == (0,)
 
 
+def product(p, x, *, is_tied=False):
+    return (x @ p["w"]) @ p["w"].T if is_tied else x @ p["w"]
+
+
+def test_quantized_parameters_keep_their_factors(rng):
+    """Factors belong to paths: what stands there may become two arrays, and others may come and go."""
+    params, x = {"a": normal(rng, 16, 16), "w": normal(rng, 16, 8)}, wide(rng)
+
+    def fun(p, x):
+        return jnp.tanh(x @ p["a"]) @ p["w"] + p.get("0", 0.0)
+
+    run, smoothed = quant.smooth(fun, params, [(x,)])
+    exact = fun(params, x)
+    assert_identical(run({"0": jnp.zeros((1, 8)), **smoothed}, x), exact)
+    for small in (quant.quantize_tree(smoothed), {**smoothed, "a": quant.quantize_array(smoothed["a"], axes=[0])}):
+        expected = run(quant.dequantize_tree(small), x)
+        assert relative(run(small, x), expected) < 1e-6
+        assert relative(run(small, x), exact) < 0.03
+    assert relative(run(quant.gptq(run, smoothed, [(x,)], "int8"), x), exact) < 0.03
+
+
+def test_calls_that_use_a_weight_otherwise_are_refused(rng):
+    """Or it is left alone, if a batch was such a call."""
+    params, x = {"w": normal(rng, 16, 16)}, wide(rng)
+    run, smoothed = quant.smooth(product, params, [(x,)])
+    with pytest.raises(jmp.errors.InvalidRecipeError, match=r"'w' was smoothed .* uses it in another way"):
+        run(smoothed, x, is_tied=True)
+    with pytest.raises(jmp.errors.InvalidRecipeError, match="parameters lack 'w'"):
+        run({"v": smoothed["w"]}, x)
+    both = {"w": normal(rng, 16, 16), "v": normal(rng, 16, 16)}
+
+    def often(p, x, mode):
+        return product(p, x, is_tied=mode == "tied") @ p["v"]
+
+    run, smoothed = quant.smooth(often, both, [(x, "plain"), (x, "tied")])
+    assert_identical(smoothed["w"], both["w"])
+    assert_identical(run(smoothed, x, "tied"), often(both, x, "tied"))
+    assert_identical(run(smoothed, np.asarray(x), "plain"), often(both, x, "plain"))
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_factors_beyond_the_range_of_float16(alpha):
+    """Factors are multiplied in float32, whatever the dtypes of weights and activations."""
+    w, x = jnp.full((8, 2), 6e-8, jnp.float16).at[:, 1].set(0), jnp.full((1, 8), 5e4, jnp.float16)
+    run, smoothed = quant.smooth(lambda w, x: x @ w, w, [(x,)], alpha=alpha)
+    np.testing.assert_allclose(run(smoothed, x), x @ w, rtol=2**-9)
+
+
+def test_weights_that_become_integers_are_left_alone(rng):
+    params = [10 * normal(rng, 16, 4), normal(rng, 16, 4)]
+
+    def fun(p, x):
+        return x @ p[0].astype(jnp.int8).astype(jnp.float32) + x @ p[1]
+
+    _, smoothed = quant.smooth(fun, params, [(wide(rng),)])
+    assert_identical(smoothed[0], params[0])
+    assert np.any(smoothed[1] != params[1])
+
+
+def test_empty_batches_say_nothing(rng):
+    w, x = normal(rng, 16, 4), wide(rng)
+    for batches in ([(x,), (x[:0],)], [(x[:0],), (x,)]):
+        _, smoothed = quant.smooth(lambda w, x: x @ w, w, batches)
+        assert_identical(smoothed, quant.smooth(lambda w, x: x @ w, w, [(x,)])[1])
+
+
 # --- Compensated rounding ---
 
 
@@ -185,6 +251,42 @@ def test_every_weight_that_products_take_is_quantized(case, rng):
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(nearest), strict=True):
         assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
         assert np.max(np.abs(np.asarray(ours, np.float32) - np.asarray(theirs, np.float32)), initial=0) < 64
+
+
+def test_orders_of_channels_make_no_difference(rng):
+    """A weight that meets its channels in two orders has one matrix of them."""
+    p, x = normal(rng, 4, 6, 16), correlated(rng, 24, 128).reshape(128, 4, 6)
+
+    def first(p, x):
+        return x.reshape(-1, 24) @ p.reshape(24, 16)
+
+    def second(p, x):
+        return x.transpose(0, 2, 1).reshape(-1, 24) @ p.transpose(1, 0, 2).reshape(24, 16)
+
+    once, twice = (
+        quant.gptq(fun, p, [(x,)], "int4:tile24") for fun in (first, lambda p, x: (first(p, x), second(p, x)))
+    )
+    assert np.mean(np.asarray(once.values) == np.asarray(twice.values)) > 0.99
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e-19, 1.0, 1e18])
+def test_activations_of_any_size(size, rng):
+    x, w = correlated(rng), normal(rng, 32, 8)
+    found = quant.gptq(lambda w, x: x @ w, w, [(x * size,)], "int4:tile32")
+    assert relative(x @ found, x @ w) < 0.6 * relative(
+        x @ quant.quantize_tree(w, quant.QuantSpec("int4", tile=32)), x @ w
+    )
+
+
+def test_weights_that_no_batch_reached_are_rounded_to_nearest(rng):
+    w, x = normal(rng, 16, 4), wide(rng)
+    never = quant.gptq(lambda w, x: lax.cond(x.sum() > 1e9, lambda: x @ w, lambda: x[:, :4]), w, [(x,)], "int8")
+    assert_identical(never.values, quant.quantize_tree(w).values)
+    kept = quant.gptq(
+        lambda p, x: x @ p["embed"] @ p["w"], {"embed": quant.quantize_array(w), "w": w.T}, [(x,)], "int8"
+    )
+    assert kept["embed"].shape == (16, 4)
+    assert_identical(quant.gptq(lambda w, x: x + w.sum(), w, [(x,)], "int8"), w)
 
 
 # --- Bad input ---

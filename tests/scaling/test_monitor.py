@@ -80,8 +80,8 @@ def test_state_without_loss_scaling(call, state):
     with pytest.raises(jmp.errors.LossScaleNotFoundError) as error:
         call(state)
     assert str(error.value) == (
-        f"No loss scale in the state, which is of type {type(state).__name__}. Pass the state of an optimizer wrapped in "
-        "jmp_lite.loss_scaled."
+        f"No loss scale in the state, which is of type {type(state).__name__}. Pass the state of an optimizer "
+        "wrapped in jmp_lite.loss_scaled."
     )
 
 
@@ -149,3 +149,21 @@ def test_check_understands_replicas():
         with pytest.raises(jmp.errors.LossScaleStalledError, match=r"^12 steps"):
             jmp.check_loss_scale(state)
         assert jmp.metrics(state)["loss_scale"].shape == (replicas,)
+
+
+def test_one_skip_may_be_too_many():
+    """The least limit is one step."""
+    tx = jmp.loss_scaled(optax.sgd(0.1), jmp.DynamicLossScale(1.0))
+    jmp.check_loss_scale(after_skips(tx, 0), max_skips=1)
+    with pytest.raises(jmp.errors.LossScaleStalledError, match="1 step"):
+        jmp.check_loss_scale(after_skips(tx, 1), max_skips=1)
+
+
+@pytest.mark.parametrize("gradient", [1.0, np.nan])
+def test_eager_steps_count_what_compiled_ones_do(gradient):
+    """A skipped step has no update that is not finite."""
+    tx = jmp.loss_scaled(optax.sgd(0.1))
+    params, grads = {"w": jnp.ones(3)}, {"w": jnp.full(3, gradient)}
+    eager, compiled = (update(grads, tx.init(params), params)[1] for update in (tx.update, jax.jit(tx.update)))
+    assert jax.tree.map(float, jmp.metrics(eager)) == jax.tree.map(float, jmp.metrics(compiled))
+    assert int(jmp.metrics(eager)["nonfinite_updates"]) == 0
