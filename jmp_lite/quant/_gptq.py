@@ -12,12 +12,11 @@ from jax import lax
 from jmp_lite._dtypes import FLOAT32
 from jmp_lite._functions import check_function
 from jmp_lite._tree import path_string
-from jmp_lite.errors import InvalidRecipeError
 from jmp_lite.quant._array import QuantizedArray, is_quantized, quantize_tree
 from jmp_lite.quant._axes import contracted_axes
 from jmp_lite.quant._batches import checked
 from jmp_lite.quant._scale import dequantize, quantize, repeated
-from jmp_lite.quant._sites import Site, call
+from jmp_lite.quant._sites import Site, call, not_finite
 from jmp_lite.quant._spec import parse_spec
 
 T = TypeVar("T")
@@ -99,10 +98,7 @@ def _moment(rows: Any) -> tuple[Any, Any]:
 
 def _compensated(quantized: QuantizedArray, original: Any, site: Site, moment: Any) -> QuantizedArray:
     if not np.isfinite(moment).all():
-        raise InvalidRecipeError(
-            f"An activation on a weight of shape {site.shape} is not finite. Use data that the function computes "
-            "finite numbers of."
-        )
+        raise not_finite(site.shape)
     order = (*site.contracted, *(axis for axis in range(len(site.shape)) if axis not in site.order))
     moment = moment / (np.mean(np.diag(moment)) or 1.0)
     damped = moment + _DAMPING * np.eye(len(moment))

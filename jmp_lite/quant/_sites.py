@@ -13,6 +13,7 @@ from jmp_lite._dtypes import FLOAT32
 from jmp_lite._tree import path_string
 from jmp_lite.autocast._api import Traced, is_traced, trace
 from jmp_lite.autocast._programs import PROGRAMS, programs_of, rebuilt
+from jmp_lite.errors import InvalidRecipeError
 from jmp_lite.quant._axes import PRODUCTS, Search, Sources, whole
 
 _PRODUCTS = frozenset({"dot_general", "ragged_dot_general"})
@@ -109,9 +110,9 @@ class _Sites(Search):
         atoms = [atom for axis in axes[1 - side] for atom in dims[axis] if atom.size != 1]
         is_whole = all(len(atom.axes) == 1 and atom.size == shape[min(atom.axes)] for atom in atoms)
         order = tuple(min(atom.axes) for atom in atoms) if is_whole else ()
-        return (
-            Site(self.paths[number], shape, order, side, tuple(axes[side])) if len({*order}) == len(order) > 0 else None
-        )
+        if not order or len({*order}) < len(order):
+            return None
+        return Site(self.paths[number], shape, order, side, tuple(axes[side]))
 
     def lost(self, results: Sequence[Sources | None]) -> None:
         """Notes weights that go where their channels are not followed."""
@@ -127,8 +128,8 @@ class Call(NamedTuple):
     """A call of a function, and where in its program weights meet activations."""
 
     traced: Traced
-    sites: Mapping[Path, Site]
-    """The products whose weights have no other use."""
+    places: Mapping[Path, Site | None]
+    """The products whose weights have no other use, and ``None`` for the equations that hold such products."""
     contracted: Mapping[str, tuple[int, ...]]
     """The axes that each of these weights is added up over."""
     refused: frozenset[str]
@@ -136,7 +137,7 @@ class Call(NamedTuple):
 
     def run(self, look: Look) -> Any:
         """Calls the function, with what ``look`` returns in the place of each such activation."""
-        return self.traced.output(_evaluated(self.traced.jaxpr, self.traced.arrays, self.sites, look))
+        return self.traced.output(_evaluated(self.traced.jaxpr, self.traced.arrays, self.places, look))
 
 
 def call(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -155,15 +156,24 @@ def call(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any])
     refused = search.spoiled | {weight for weight, found in axes.items() if len(found) > 1}
     contracted = {weight: min(found) for weight, found in axes.items() if weight not in refused}
     sites = {path: site for path, site in search.sites.items() if site.weight in contracted}
-    return Call(traced, sites, contracted, frozenset(refused))
+    holders = {path[:depth] for path in sites for depth in range(1, len(path))}
+    return Call(traced, {**dict.fromkeys(holders), **sites}, contracted, frozenset(refused))
 
 
 def _is_weight(leaf: Any) -> bool:
     return bool(jnp.issubdtype(leaf.dtype, jnp.floating)) and math.prod(np.shape(leaf)) > 0
 
 
+def not_finite(shape: tuple[int, ...]) -> InvalidRecipeError:
+    """The error for an activation that a weight of some shape meets."""
+    return InvalidRecipeError(
+        f"An activation on a weight of shape {shape} is not finite. Use data that the function computes finite numbers "
+        "of."
+    )
+
+
 def _evaluated(
-    jaxpr: Jaxpr, arrays: Sequence[Any], sites: Mapping[Path, Site], look: Look, path: Path = ()
+    jaxpr: Jaxpr, arrays: Sequence[Any], places: Mapping[Path, Site | None], look: Look, path: Path = ()
 ) -> list[Any]:
     inner, consts = program(jaxpr)
     held = dict(zip(inner.constvars, consts, strict=True)) | dict(zip(inner.invars, arrays, strict=True))
@@ -173,12 +183,12 @@ def _evaluated(
 
     for eqn in inner.eqns:
         operands, place = list(map(read, eqn.invars)), (*path, id(eqn))
+        site = places.get(place)
         with as_traced(eqn):
-            if place in sites:
-                site = sites[place]
+            if site:
                 operands[site.side] = look(site, operands[site.side])
-            if any(other[: len(place)] == place and other != place for other in sites):
-                bodies = [_rewritten(body.jaxpr, sites, look, place) for body in programs_of(eqn).bodies]
+            if place in places and not site:
+                bodies = [_rewritten(body.jaxpr, places, look, place) for body in programs_of(eqn).bodies]
                 results = rebuilt(eqn, operands, bodies)
             else:
                 results = bind(eqn, operands, eqn.params)
@@ -186,6 +196,6 @@ def _evaluated(
     return list(map(read, inner.outvars))
 
 
-def _rewritten(jaxpr: Jaxpr, sites: Mapping[Path, Site], look: Look, path: Path) -> Jaxpr:
+def _rewritten(jaxpr: Jaxpr, places: Mapping[Path, Site | None], look: Look, path: Path) -> Jaxpr:
     avals = [v.aval for v in program(jaxpr)[0].invars]
-    return jax.make_jaxpr(lambda *arrays: _evaluated(jaxpr, arrays, sites, look, path))(*avals)
+    return jax.make_jaxpr(lambda *arrays: _evaluated(jaxpr, arrays, places, look, path))(*avals)

@@ -16,7 +16,7 @@ from jmp_lite._tree import path_string
 from jmp_lite.errors import InvalidRecipeError
 from jmp_lite.quant._array import dequantize_tree
 from jmp_lite.quant._batches import checked
-from jmp_lite.quant._sites import Call, Site, call
+from jmp_lite.quant._sites import Call, Site, call, not_finite
 
 T = TypeVar("T")
 
@@ -135,10 +135,7 @@ def _times(leaf: Any, factor: Any) -> Any:
 def _factors(weight: Any, amax: Any, alpha: float) -> Any:
     """A power of two for each channel, of the rank of the weight; 1 where nothing is to be balanced."""
     if not np.all(np.isfinite(amax)):
-        raise InvalidRecipeError(
-            f"An activation on a weight of shape {np.shape(weight)} is not finite. Use data that the function computes "
-            "finite numbers of."
-        )
+        raise not_finite(np.shape(weight))
     alone = tuple(axis for axis, size in enumerate(amax.shape) if size == 1)
     of_weight = np.max(np.abs(np.asarray(weight, np.float64)), axis=alone, keepdims=True)
     has_both = (amax > 0) & (of_weight > 0)

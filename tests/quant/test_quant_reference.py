@@ -15,7 +15,7 @@ from support.comparisons import slow_but_for
 from support.lowbit import FORMATS, RECIPES, UNTILED
 
 #: Axes of the operands and of the result, as einsum names them, and their sizes.
-SIZES = {"a": 4, "b": 6, "c": 5, "i": 16, "j": 3, "k": 8, "l": 7}
+SIZES = {"a": 4, "b": 6, "c": 5, "i": 16, "j": 3}
 PRODUCTS = {
     "ai,ib->ab": "matrices",
     "ia,ib->ab": "left transposed",
