@@ -21,7 +21,7 @@ SEED = int(os.environ["JMP_LITE_SEED"])
 # XLA on CPU in jaxlib 0.11 and 0.12 miscompiles bfloat16: a residual block that ends in a mean gives NaN unless this
 # fusion is off. XLA aborts on flags that it does not know, so each is for the versions that have it.
 _flags = {"0.11.": "--xla_cpu_experimental_ynn_fusion_type=", "0.12.": "--xla_cpu_experimental_ynn_fusion_type="}
-# Compiles in two thirds of the time; `nox -s coverage` and `nox -s nightly` run all tests as users compile.
+# Compiles in two thirds of the time; `nox -s nightly` runs all tests as users compile.
 if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true") == "true":
     _flags["0.10."] = "--xla_cpu_use_fusion_emitters=false"
 for _version, _flag in _flags.items():

@@ -11,8 +11,6 @@ from nox.command import CommandFailed
 ROOT = pathlib.Path(__file__).parent
 PYTHONS = ["3.11", "3.12", "3.13"]
 OLDEST = PYTHONS[0]
-#: Undoes what `conftest.py` sets to save time.
-AS_USERS_COMPILE = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "false"}
 
 nox.needs_version = ">=2025.2"
 nox.options.default_venv_backend = "venv"
@@ -46,7 +44,7 @@ def tests(session):
 def coverage(session):
     """The suite again, slow tests included, under branch coverage."""
     session.install("-e", ".[test]")
-    session.env.update(AS_USERS_COMPILE | {"COVERAGE_FILE": str(pathlib.Path(session.create_tmp()) / "coverage")})
+    session.env["COVERAGE_FILE"] = str(pathlib.Path(session.create_tmp()) / "coverage")
     session.run(
         "pytest", "-m", "not soak and not zoo", "--cov", "--cov-branch", "--cov-fail-under=95", *session.posargs
     )
@@ -54,9 +52,9 @@ def coverage(session):
 
 @nox.session(python=PYTHONS)
 def nightly(session):
-    """The suite, slow tests included, with a fresh seed, which it prints; `JMP_LITE_SEED=... pytest` repeats it."""
+    """The suite, slow tests included, compiled as users do, with a fresh seed; `JMP_LITE_SEED=... pytest` repeats it."""
     session.install("-e", ".[test]")
-    session.env.update(AS_USERS_COMPILE | {"JMP_LITE_SEED": "random"})
+    session.env.update({"JMP_LITE_SEED": "random", "JAX_DISABLE_MOST_OPTIMIZATIONS": "false"})
     session.run("pytest", "-m", "not soak and not zoo", *session.posargs)
 
 

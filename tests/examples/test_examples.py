@@ -119,10 +119,8 @@ def test_all_policies_report_and_write_their_files(run, tmp_path):
         assert all(tag in written for tag in (b"train/loss", b"train/loss_scale", b"test/accuracy"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "options", [pytest.param(("--framework", "nnx"), marks=pytest.mark.soak), ("--devices", "8")], ids=" ".join
-)
+@pytest.mark.soak
+@pytest.mark.parametrize("options", [("--framework", "nnx"), ("--devices", "8")], ids=" ".join)
 def test_resumed_run_is_bit_identical(run, tmp_path, options):
     """Stopped within an epoch, after which the loss scale grows."""
     run("digits.py", *ONE_POLICY, *options, "--steps", 30, "--output", "whole")

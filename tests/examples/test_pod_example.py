@@ -252,9 +252,9 @@ def wait_for_step(job, folder, step):
         time.sleep(0.02)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("mode", ["jit", *(pytest.param(m, marks=pytest.mark.soak) for m in MODES if m != "jit")])
+@pytest.mark.parametrize("mode", MODES)
 def test_job_that_loses_a_process_ends_with_the_same_bits(start, tmp_path, rng, mode):
     """SIGTERM to one of two processes, as before a preemption; then ``kill -9``, as when a host dies."""
     arguments = ("--mode", mode, "--simulate", 1, "--batch-size", 32, "--steps", 40, "--checkpoint-every", 5)

@@ -139,7 +139,7 @@ def test_checkpoint_of_two_processes_is_restored_in_one(devices, uninterrupted):
     assert len(restored) == len(expected) - 1  # which has the position, too
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.soak)])
 def test_infinity_on_one_device_of_one_host_skips_the_step_on_all(processes, tmp_path):
     """500 steps with random faults: the same bits on all devices, and the losses of one process with as many."""
     settings = {"seed": SEED, "steps": 500, "fault_rate": 0.05}
