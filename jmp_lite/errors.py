@@ -29,12 +29,15 @@
     ├── ClusterError              RuntimeError    the processes of a job do not find each other
     ├── InvalidRecipeError        ValueError      a way to quantize that does not exist
     ├── InvalidPruningError       ValueError      a way to prune that does not exist
+    ├── InvalidStorageError       ValueError      parameters or state that cannot be kept as asked
     ├── SecondDerivativeError     NotImplementedError  a second derivative through quantized products
     ├── InvalidOpError            TypeError       something that cannot stand for a primitive in autocast
     └── InvalidRuleError          ValueError      a rule or a setting of autocast that means nothing
     NonFiniteUpdateWarning        UserWarning     an optimizer made infinities of finite gradients
     SlowDtypeWarning              UserWarning     a format that this accelerator cannot run fast
     UnmatchedRuleWarning          UserWarning     a rule or a key of a PolicyMap that matches nothing
+    LostUpdatesWarning            UserWarning     parameters of 16 bits that small updates will not change
+    UncompressedStateWarning      UserWarning     state of an optimizer that stays in float32
     CorruptCheckpointWarning      UserWarning     a damaged checkpoint that was passed over
 
 Rule for a new one: ``<what is wrong>Error``, a builtin that users already catch as second base, a docstring with code
@@ -390,6 +393,16 @@ class InvalidPruningError(JmpLiteError, ValueError):
     """
 
 
+class InvalidStorageError(JmpLiteError, ValueError):
+    """A format of parameters or optimizer state that does not exist, or that cannot hold what it is asked to.
+
+    Example:
+        >>> jmp.optim.stored(optax.adam(1e-3), params="splt8")
+        Traceback (most recent call last):
+        jmp_lite.errors.InvalidStorageError: params='splt8' is no format of parameters. Did you mean 'split8'? ...
+    """
+
+
 class SecondDerivativeError(JmpLiteError, NotImplementedError):
     """Quantized products have first derivatives only: rounding has no derivative, and a stand-in for it no second.
 
@@ -447,6 +460,24 @@ class UnmatchedRuleWarning(UserWarning):
 
     Example:
         >>> issubclass(jmp.errors.UnmatchedRuleWarning, UserWarning)
+        True
+    """
+
+
+class LostUpdatesWarning(UserWarning):
+    """Parameters of 16 bits are rounded to nearest at each step, so that updates below half a unit are lost.
+
+    Example:
+        >>> issubclass(jmp.errors.LostUpdatesWarning, UserWarning)
+        True
+    """
+
+
+class UncompressedStateWarning(UserWarning):
+    """State of an optimizer that ``stored`` does not know stays in float32; the message names it.
+
+    Example:
+        >>> issubclass(jmp.errors.UncompressedStateWarning, UserWarning)
         True
     """
 

@@ -40,6 +40,7 @@ BASES = {
     "ClusterError": RuntimeError,
     "InvalidRecipeError": ValueError,
     "InvalidPruningError": ValueError,
+    "InvalidStorageError": ValueError,
     "SecondDerivativeError": NotImplementedError,
     "InvalidOpError": TypeError,
     "InvalidRuleError": ValueError,
@@ -50,6 +51,8 @@ WARNINGS = [
     "UnmatchedRuleWarning",
     "NonFiniteUpdateWarning",
     "LeftDenseWarning",
+    "LostUpdatesWarning",
+    "UncompressedStateWarning",
 ]
 
 

@@ -7,16 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jmp_lite._dtypes import at_least_float32
+from jmp_lite._dtypes import FLOAT32, at_least_float32
 from jmp_lite._messages import quote
 from jmp_lite._tree import describe, is_array, is_finite, is_inexact, is_number, path_string
 from jmp_lite.errors import InvalidStepError
+from jmp_lite.scaling._in_state import computes_in_float32
 from jmp_lite.scaling._loss_scaled import (
     LossScaledUpdate,
     check_gradient,
     check_optimizer,
     is_hidden,
     loss_scaled_states,
+    nothing,
 )
 from jmp_lite.scaling._verdict import step_or_skip, watched
 
@@ -30,21 +32,23 @@ def _sum(param: jax.Array, update: jax.Array) -> jax.Array:
     return (param.astype(wide) + update.astype(wide)).astype(param.dtype)
 
 
-def _apply(params: P, updates: Any) -> tuple[P, jax.Array]:
+def _apply(params: P, updates: Any, opt_state: Any) -> tuple[P, jax.Array]:
     """Returns new parameters, and whether their updates are finite.
 
     Elements that an update would make infinite or NaN stay as they are; leaves without an update are ``None``.
     """
+    is_stored = computes_in_float32(opt_state)
     seen: list[tuple[Any, jax.Array]] = []
 
     def apply(leaf: Any, update: Any) -> Any:
         if is_hidden(update) or not is_number(update):
             return None
-        param = jnp.asarray(leaf)
-        new = _sum(param, jnp.asarray(update))
-        is_kept = is_finite(param) & ~is_finite(new)
-        seen.append((param.dtype, ~is_kept))
-        return jnp.where(is_kept, param, new)
+        param, update = jnp.asarray(leaf), jnp.asarray(update)
+        # What ``stored`` makes of a finite update is finite.
+        is_good = is_finite(update) if is_stored else is_finite(_sum(param, update)) | ~is_finite(param)
+        seen.append((FLOAT32 if is_stored else param.dtype, is_good))
+        # The update is selected and not the sum, which XLA on TPU would make in a kernel of its own.
+        return _sum(param, jnp.where(is_good, update, nothing(update)))
 
     applied: P = jax.tree.map(apply, params, updates)
     return applied, watched(seen)
@@ -123,11 +127,11 @@ def apply_gradients(
     if not isinstance(update, LossScaledUpdate):
         loss_scaled_states(opt_state)
         updates, opt_state = optax.with_extra_args_support(tx).update(grads, opt_state, params, **extra_args)
-        return _merged(params, _apply(params, updates)[0]), opt_state
+        return _merged(params, _apply(params, updates, opt_state)[0]), opt_state
 
     def step() -> tuple[tuple[P, Any], jax.Array]:
         updates, inner_state = update.inner_update(grads, opt_state, params, extra_args)
-        new, updates_finite = _apply(params, updates)
+        new, updates_finite = _apply(params, updates, inner_state)
         return (new, inner_state), updates_finite
 
     finite = update.verdict(grads, opt_state)
@@ -137,5 +141,7 @@ def apply_gradients(
         old: P = jax.tree.map(lambda param, new: None if new is None else jnp.asarray(param), params, applied)
         return old, opt_state.inner_state
 
-    (applied, inner_state), updates_finite = step_or_skip(finite, step, skip, update.axis_name)
+    (applied, inner_state), updates_finite = step_or_skip(
+        finite, step, skip, update.axis_name, is_stored=computes_in_float32(opt_state.inner_state)
+    )
     return _merged(params, applied), update.next_state(opt_state, inner_state, finite, updates_finite)

@@ -1,4 +1,4 @@
-"""Loss scales inside of states of optimizers: found and replaced."""
+"""What is inside of states of optimizers: loss scales, found and replaced."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -21,6 +21,11 @@ def nodes(state: Any, is_node: Callable[[Any], bool]) -> list[tuple[str, Any]]:
     """Returns path and node of everything in a state that is of one kind."""
     leaves = jax.tree_util.tree_leaves_with_path(state, is_leaf=is_node)
     return [(path_string(path), node) for path, node in leaves if is_node(node)]
+
+
+def computes_in_float32(state: Any) -> bool:
+    """Whether a state, or one inside it, belongs to an optimizer that takes care of parameters of 16 bits by itself."""
+    return bool(nodes(state, lambda node: getattr(node, "computes_in_float32", False) is True))
 
 
 def find_loss_scale(state: Any, name: str | None = None) -> tuple[str, LossScale]:

@@ -1,6 +1,7 @@
 """Loss scaling as an Optax transformation around an inner one."""
 
 import dataclasses
+import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -9,10 +10,10 @@ import numpy as np
 import optax
 
 from jmp_lite._dtypes import FLOAT32
-from jmp_lite._messages import quote
+from jmp_lite._messages import first_few, quote
 from jmp_lite._tree import describe, is_array, is_finite, is_inexact, is_number, path_string
-from jmp_lite.errors import InvalidLossScaleError, InvalidStepError, LossScaleNotFoundError
-from jmp_lite.scaling._in_state import is_loss_scale, nodes
+from jmp_lite.errors import InvalidLossScaleError, InvalidStepError, LossScaleNotFoundError, LostUpdatesWarning
+from jmp_lite.scaling._in_state import computes_in_float32, is_loss_scale, nodes
 from jmp_lite.scaling._loss_scale import DynamicLossScale, LossScale, register_serialization
 from jmp_lite.scaling._verdict import judge, step_or_skip, unscale, watched
 
@@ -81,14 +82,14 @@ def _like_old(new: Any, old: Any) -> Any:
     return new if dtype is None or getattr(new, "dtype", None) == dtype else jnp.asarray(new, dtype)
 
 
-def _nothing(like: Any) -> jax.Array:
+def nothing(like: Any) -> jax.Array:
     """An update that changes no bit, varying over the mesh axes that ``like`` varies over: 0 would make 0 of -0."""
     return -jnp.zeros_like(like)
 
 
 def _finite_or_nothing(update: Any) -> tuple[Any, jax.Array]:
     finite = is_finite(update)
-    return jnp.where(finite, update, _nothing(update)), finite
+    return jnp.where(finite, update, nothing(update)), finite
 
 
 def check_gradient(path: Any, param: Any, grad: Any) -> None:
@@ -134,7 +135,7 @@ class LossScaledUpdate:
         if "grad" in extra_args:  # what line searches ask for, beside the value of the loss
             extra_args = {**extra_args, "grad": unscale(trainable(extra_args["grad"]), state.loss_scale)}
         held = state.inner_state, trainable(params)
-        if any(map(_is_narrow, jax.tree.leaves(params))):
+        if any(map(_is_narrow, jax.tree.leaves(params))) and not computes_in_float32(state.inner_state):
             held = jax.tree.map(_widened, held)
         updates, inner_state = self.inner.update(unscaled, *held, **extra_args)
         return updates, jax.tree.map(_like_old, inner_state, state.inner_state)
@@ -174,12 +175,27 @@ class LossScaledUpdate:
 
         def skip() -> tuple[Any, Any]:
             (shapes, _), _ = jax.eval_shape(step)
-            return jax.tree.map(_nothing, shapes), state.inner_state
+            return jax.tree.map(nothing, shapes), state.inner_state
 
         finite = self.verdict(updates, state)
-        (new_updates, inner_state), updates_finite = step_or_skip(finite, step, skip, self.axis_name)
+        (new_updates, inner_state), updates_finite = step_or_skip(
+            finite, step, skip, self.axis_name, is_stored=computes_in_float32(state.inner_state)
+        )
         new_updates = jax.tree.map(lambda grad, new: _of_hidden(grad) if new is None else new, updates, new_updates)
         return new_updates, self.next_state(state, inner_state, finite, updates_finite)
+
+
+def _warn_of_lost_updates(params: Any, inner_state: Any) -> None:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    narrow = [f"{path_string(path)!r} ({leaf.dtype})" for path, leaf in leaves if _is_narrow(leaf)]
+    if narrow and not computes_in_float32(inner_state):
+        warnings.warn(
+            f"Parameters of 16 bits, {first_few(narrow)}, lose all updates below half a unit in their last place. "
+            "Write loss_scaled(jmp_lite.optim.master_weights(inner)), or optim.stochastic_rounding, or, if you mean "
+            "this, optim.stored(inner, params='nearest').",
+            LostUpdatesWarning,
+            stacklevel=3,
+        )
 
 
 def check_optimizer(tx: Any, caller: str) -> None:
@@ -228,6 +244,10 @@ def loss_scaled(
         MissingAxisError: In ``update``, under the ``check_vma`` of ``shard_map``, if devices see different gradients
             and ``axis_name`` does not say so.
 
+    Warns:
+        LostUpdatesWarning: In ``init``, of parameters of 16 bits under an optimizer that only rounds them to nearest;
+            ``optim.stored`` keeps more of them.
+
     Example:
         >>> params = {"w": jnp.array([1.0, 2.0])}
         >>> tx = jmp.loss_scaled(optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.5)), jmp.DynamicLossScale(8.0))
@@ -250,8 +270,10 @@ def loss_scaled(
 
     def init(params: Any) -> LossScaledState:
         register_serialization()
+        inner_state = inner.init(trainable(params))
+        _warn_of_lost_updates(params, inner_state)
         return LossScaledState(
-            inner_state=inner.init(trainable(params)),
+            inner_state=inner_state,
             loss_scale=jax.tree.map(jnp.array, loss_scale),  # a copy: a step may donate its state
             last_finite=jnp.array(True),
             notfinite_count=jnp.zeros((), np.int32),

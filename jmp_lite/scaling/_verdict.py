@@ -138,19 +138,25 @@ def all_of(verdicts: list[jax.Array]) -> jax.Array:
 
 
 def step_or_skip(
-    take: jax.Array, step: Callable[[], tuple[T, jax.Array]], skip: Callable[[], T], axis_name: Any
+    take: jax.Array,
+    step: Callable[[], tuple[T, jax.Array]],
+    skip: Callable[[], T],
+    axis_name: Any,
+    *,
+    is_stored: bool = False,
 ) -> tuple[T, jax.Array]:
     """Returns ``step()`` where the verdict is True, else ``skip()`` and True.
 
     On CPU this is a ``lax.cond``, which saves the work of a skipped step and the copies of a select. Elsewhere both are
     computed and selected: a GPU would wait for the host to read the predicate, and XLA fuses the select into the
-    update.
+    update. On TPU it does not where state is decoded and encoded.
 
     Args:
         take: ``bool[]``.
         step: Computes the new values, and whether they are good.
         skip: Returns the old values, of the same structure, shapes and dtypes.
         axis_name: Mapped axes over which devices agree whether values are good.
+        is_stored: Whether ``step`` decodes and encodes its state; see ``optim.stored``.
     """
     if not isinstance(take, jax.core.Tracer):
         return step() if take else (skip(), jnp.array(True))
@@ -160,7 +166,10 @@ def step_or_skip(
         _, good = jax.eval_shape(once)
         return skip(), jnp.ones_like(good)  # varies over the mesh axes that ``good`` varies over
 
-    taken, good = jax.lax.platform_dependent(
-        cpu=lambda: jax.lax.cond(take, once, skipped), default=lambda: select_tree(take, once(), skipped())
-    )
-    return taken, agree(good, axis_name)
+    def branch() -> Any:
+        return jax.lax.cond(take, once, skipped)
+
+    on_tpu = {"tpu": branch} if is_stored else {}
+    both = jax.lax.platform_dependent(cpu=branch, **on_tpu, default=lambda: select_tree(take, once(), skipped()))
+    taken: T = both[0]
+    return taken, agree(both[1], axis_name)

@@ -16,7 +16,8 @@ from jmp_lite.checkpoint import _digest
 def make_state(scale=None):
     """Leaves of every kind."""
     params = {"w": jnp.arange(6.0).reshape(2, 3) + 0.5, "h": jnp.ones(3, jnp.bfloat16), "none": jnp.zeros((0, 2))}
-    tx = jmp.loss_scaled(optax.sgd(0.1, momentum=0.9), jmp.DynamicLossScale(2.0**10) if scale is None else scale)
+    inner = jmp.optim.stored(optax.sgd(0.1, momentum=0.9), params="split8", state="8bit")
+    tx = jmp.loss_scaled(inner, jmp.DynamicLossScale(2.0**10) if scale is None else scale)
     return {
         "params": params,
         "opt": tx.init(params),

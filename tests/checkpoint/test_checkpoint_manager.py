@@ -322,6 +322,7 @@ def test_changed_loss_scale_is_an_error_or_migrates(scale, back, key, tmp_path):
     )
 
 
+@pytest.mark.filterwarnings("ignore:Parameters of 16 bits")
 def test_changed_policy_is_an_error_or_migrates(key, tmp_path):
     """Arrays are cast to the dtypes of the template; integers, keys and numbers stay."""
     old, new = make_state(key, step=3), place(make_state(key, dtype=jnp.bfloat16), 4)

@@ -284,6 +284,7 @@ def steps(scales, params, grads, bad):
     return results
 
 
+@pytest.mark.filterwarnings("ignore:Parameters of 16 bits")
 @every_transform
 def test_steps_are_the_same_everywhere(transform, rng):
     """Under every scale and transformation a good step moves, a bad step freezes, and all states are those outside."""

@@ -27,6 +27,9 @@ from support.comparisons import (
 
 import jmp_lite as jmp
 
+#: What happens to parameters of 16 bits is asked here of plain optimizers.
+pytestmark = pytest.mark.filterwarnings("ignore:Parameters of 16 bits")
+
 FORMS = {
     "fused": fused,
     "two calls": two_calls,

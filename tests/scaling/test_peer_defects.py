@@ -16,6 +16,9 @@ from support.comparisons import DEVICES, apply_updates, mesh, standard
 
 import jmp_lite as jmp
 
+#: What happens to parameters of 16 bits is asked here of plain optimizers.
+pytestmark = pytest.mark.filterwarnings("ignore:Parameters of 16 bits")
+
 Dynamic = jmp.DynamicLossScale
 
 

@@ -14,6 +14,9 @@ import jmp_lite as jmp
 from jmp_lite import errors
 from jmp_lite.scaling import _verdict
 
+#: What happens to parameters of 16 bits is asked here of plain optimizers.
+pytestmark = pytest.mark.filterwarnings("ignore:Parameters of 16 bits")
+
 PARAMS = {"a": jnp.ones((2, 3)), "b": jnp.zeros(4)}
 forms = pytest.mark.parametrize("form", [fused, two_calls], ids=["fused", "two calls"])
 runs = pytest.mark.parametrize("run", [lambda f: f, jax.jit], ids=["eager", "jit"])

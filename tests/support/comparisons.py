@@ -77,7 +77,8 @@ def assert_close(actual, expected, *, ulps, least=0.0):
 
 def structure_and_dtypes(tree):
     """The structure of a tree, with dtype, shape and weakness of its leaves."""
-    return jax.tree.structure(tree), [(jax.typeof(leaf), leaf.weak_type) for leaf in jax.tree.leaves(tree)]
+    leaves = jax.tree.leaves(tree)
+    return jax.tree.structure(tree), [(jax.typeof(leaf), getattr(leaf, "weak_type", False)) for leaf in leaves]
 
 
 # --- Running ---

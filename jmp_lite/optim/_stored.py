@@ -1,0 +1,311 @@
+"""An optimizer that computes in float32, and keeps parameters and state in fewer bytes between steps."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jmp_lite._compat import register_flax_serialization, varying_axes
+from jmp_lite._dtypes import FLOAT32
+from jmp_lite._messages import nearest, quote
+from jmp_lite._rounding import counted_bits, key_at, step_key
+from jmp_lite._tree import describe, is_array, is_inexact, path_string
+from jmp_lite.errors import InvalidStorageError, MissingAxisError
+from jmp_lite.optim._slots import Formats, Layout, check_formats, choose
+from jmp_lite.optim._weights import WEIGHT_FORMATS, WeightFormat
+
+NARROW = frozenset({np.dtype(jnp.bfloat16), np.dtype(jnp.float16)})
+#: The step for whose bits state is made; no step has this number.
+_BEFORE = 2**32 - 1
+
+
+class StoredState(NamedTuple):
+    """State of ``stored``.
+
+    Attributes:
+        inner_state: State of the wrapped optimizer, its moments as they are stored.
+        low: What of the parameters is kept beside what the model sees: a tree like them, of ``int8`` or ``int16``, with
+            ``None`` where nothing is.
+        step: ``uint32[]``, steps taken; of this and the seed the random bits are made.
+        layout: How each moment is stored; no array.
+
+    Example:
+        >>> params = {"w": jnp.zeros(3, jnp.bfloat16)}
+        >>> state = jmp.optim.stored(optax.lion(1e-3), params="split8", state="8bit").init(params)
+        >>> state.low["w"].dtype, state.inner_state[0].mu["w"].dtype
+        (dtype('int8'), dtype('uint8'))
+    """
+
+    inner_state: Any
+    low: Any
+    step: jax.Array
+    layout: Layout
+
+    @property
+    def computes_in_float32(self) -> bool:
+        """Asked by ``loss_scaled``, which need not take care of parameters of 16 bits then."""
+        return True
+
+
+def is_narrow(leaf: Any) -> bool:
+    """Whether a leaf is an array of a floating dtype of 16 bits."""
+    return is_array(leaf) and leaf.dtype in NARROW
+
+
+@dataclasses.dataclass(frozen=True)
+class _Bits:
+    """Random bits for the arrays of one step."""
+
+    key: jax.Array
+    specs: dict[str, Any]
+
+    def __call__(self, name: str, param: str, array: Any) -> jax.Array:
+        return counted_bits(key_at(self.key, name), array.shape, self.specs.get(param))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """The two functions of ``stored``, and what they share."""
+
+    inner: optax.GradientTransformationExtraArgs
+    weights: WeightFormat
+    name: str
+    formats: Formats
+    seed: int
+    specs: Any
+
+    def init(self, params: Any) -> StoredState:
+        jax.tree_util.tree_map_with_path(self._check, params)
+        _check_some_narrow(params, self.name)
+        register_flax_serialization(Layout, lambda _: {}, lambda layout, _: layout)
+        low = jax.tree.map(functools.partial(_no_low, self.weights), params)
+        full = self._full(params, low)
+        inner_state = self.inner.init(full)
+        layout = choose(self.inner, inner_state, full, self.formats)
+        bits = self._bits(jnp.asarray(_BEFORE, jnp.uint32))
+        return StoredState(encoded(inner_state, layout, bits), low, jnp.zeros((), jnp.uint32), layout)
+
+    def update(
+        self, updates: Any, state: StoredState, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, StoredState]:
+        if params is None:
+            raise InvalidStorageError("stored needs the parameters: call update(updates, state, params).")
+        bits = self._bits(state.step)
+        self._refuse_forgotten_specs(params, state.step)
+        full = self._full(params, state.low)
+        grads = jax.tree.map(_widened, updates)
+        steps, inner_state = self.inner.update(grads, decoded(state.inner_state, state.layout), full, **extra_args)
+
+        def stepped(path: Any, param: Any, wide: Any, step: Any, low: Any) -> Any:
+            if not is_narrow(param) or not is_array(step):
+                return step, low
+            name = path_string(path)
+            new, low = self.weights.encode(wide + step.astype(FLOAT32), bits(name, name, param), param.dtype)
+            change = new.astype(FLOAT32) - param.astype(FLOAT32)
+            return jnp.where(change == 0, np.float32(-0.0), change), low  # 0 would make 0 of -0
+
+        both = jax.tree_util.tree_map_with_path(stepped, params, full, steps, state.low)
+        changes, low = (jax.tree.map(lambda _, pair, i=i: pair[i], params, both) for i in (0, 1))
+        return changes, StoredState(encoded(inner_state, state.layout, bits), low, state.step + 1, state.layout)
+
+    def _bits(self, step: jax.Array) -> _Bits:
+        specs = jax.tree_util.tree_leaves_with_path(self.specs, is_leaf=lambda x: isinstance(x, jax.P))
+        return _Bits(step_key(self.seed, step), {path_string(path): spec for path, spec in specs})
+
+    def _full(self, params: Any, low: Any) -> Any:
+        decode = self.weights.decode
+        return jax.tree.map(lambda param, low: decode(param, low) if is_narrow(param) else param, params, low)
+
+    def _check(self, path: Any, leaf: Any) -> None:
+        if not is_array(leaf) or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return
+        name = path_string(path)
+        if self.name == "float32" and is_narrow(leaf):
+            raise InvalidStorageError(
+                f"Parameter {name!r} is {describe(leaf)}, and params='float32' takes what is float32: updates would be "
+                "lost in its rounding. Choose params='split8', 'split16' or 'stochastic'."
+            )
+        if leaf.dtype.itemsize < 2:
+            raise InvalidStorageError(
+                f"Parameter {name!r} is {describe(leaf)}, and params={self.name!r} takes bfloat16, float16 and "
+                "float32. Cast it, or keep it out with optax.masked."
+            )
+
+    def _refuse_forgotten_specs(self, params: Any, step: jax.Array) -> None:
+        known = self._bits(step).specs
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+            axes = varying_axes(leaf) - varying_axes(step) if is_array(leaf) else frozenset()
+            if axes and path_string(path) not in known:
+                raise MissingAxisError(
+                    f"Parameter {path_string(path)!r} is sharded over {' and '.join(map(repr, sorted(axes)))}, and its "
+                    "shards would all be rounded with the same random bits. Write stored(..., specs=...), with the "
+                    "PartitionSpecs that shard_map has for the parameters."
+                )
+
+
+def _no_low(weights: WeightFormat, param: Any) -> Any:
+    """The low bits of a parameter of which no more is known than what the model sees."""
+    if not is_narrow(param) or weights.low_dtype is None:
+        return None
+    return jnp.zeros_like(param, dtype=weights.low_dtype)
+
+
+def _widened(leaf: Any) -> Any:
+    return leaf.astype(FLOAT32) if is_narrow(leaf) else leaf
+
+
+def _check_some_narrow(params: Any, name: str) -> None:
+    leaves = [leaf for leaf in jax.tree.leaves(params) if is_inexact(leaf)]
+    if name != "float32" and leaves and not any(map(is_narrow, leaves)):
+        raise InvalidStorageError(
+            f"params={name!r} keeps parameters of 16 bits, and these are all {describe(leaves[0])} or the like. Write "
+            "params, opt_state = jmp_lite.optim.from_full_precision(tx, params)."
+        )
+
+
+def encoded(inner_state: Any, layout: Layout, bits: _Bits) -> Any:
+    """Takes the moments of a state from float32 to what is stored of them."""
+    leaves, treedef = jax.tree.flatten(inner_state)
+    known = dict(enumerate(leaves))
+    for kept in layout.kept:
+        value = leaves[kept.leaf].astype(FLOAT32)
+        beside = None if kept.other is None else known[kept.other].astype(FLOAT32)
+        leaves[kept.leaf] = kept.format.encode(value, bits(f"state/{kept.name}", kept.param, value), beside)
+        known[kept.leaf] = kept.format.decode(leaves[kept.leaf], beside)
+    return jax.tree.unflatten(treedef, leaves)
+
+
+def decoded(inner_state: Any, layout: Layout) -> Any:
+    """Undoes ``encoded``."""
+    leaves, treedef = jax.tree.flatten(inner_state)
+    for kept in layout.kept:
+        beside = None if kept.other is None else leaves[kept.other].astype(FLOAT32)
+        leaves[kept.leaf] = kept.format.decode(leaves[kept.leaf], beside)
+    return jax.tree.unflatten(treedef, leaves)
+
+
+def stored_states(opt_state: Any) -> Iterator[StoredState]:
+    """Yields what ``stored`` keeps, wherever it is in a state."""
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, StoredState))
+    return (node for node in nodes if isinstance(node, StoredState))
+
+
+def stored(
+    inner: optax.GradientTransformation,
+    *,
+    params: str = "float32",
+    state: Formats = "float32",
+    seed: int = 0,
+    specs: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Wraps an optimizer so that parameters and its state take 4 to 6 bytes between steps, and train like float32.
+
+    A step decodes both to float32, runs ``inner``, and encodes: element by element, in one pass over memory. Random
+    bits for rounding are made of the seed, the step, the path of a leaf and the place of an element, so they are the
+    same on all devices, under every sharding, and after a restart.
+
+    Args:
+        inner: Any Optax transformation; extra arguments of ``update`` reach it.
+        params: How parameters of ``bfloat16`` and ``float16`` are kept (those of float32 stay as they are):
+            ``"split16"``, 16 further bits in the state, exact for bfloat16; ``"split8"``, 8 further bits;
+            ``"stochastic"``, none, right on average; ``"nearest"``, none, which loses updates below half a unit;
+            ``"float32"``: there are no such parameters.
+        state: How moments are kept: ``"8bit"``, ``"bfloat16"`` or ``"float32"`` for all, or a format for each pattern
+            of paths, such as ``{"mu": "ratio", "nu": "log"}``; patterns as in ``PolicyMap``. Formats are the names
+            ``"log"`` (never negative), ``"slog"`` (signed), ``"ratio"`` (relative to ``nu``), ``"bfloat16"``,
+            ``"float16"``, both also with ``"-nearest"``, and ``"float32"``; or objects such as
+            ``optim.Log(highest=20)``. ``"8bit"`` is ``"ratio"`` and ``"log"`` for Adam, ``"slog"`` for moments alone.
+        seed: Of the random bits.
+        specs: Inside ``shard_map`` over sharded parameters: their PartitionSpecs, a tree like them.
+
+    Returns:
+        A transformation whose state is a ``StoredState``. ``optax.apply_updates`` lands on what is stored. It goes
+        around ``chain``, ``masked``, ``inject_hyperparams``; ``loss_scaled`` and ``MultiSteps`` go around it.
+
+    Raises:
+        InvalidStorageError: For a format that does not exist; in ``init`` for a pattern that matches nothing, and for
+            parameters that the format cannot hold; in ``update`` without ``params``.
+        MissingAxisError: In ``update`` inside ``shard_map``, for sharded parameters without ``specs``.
+
+    Warns:
+        UncompressedStateWarning: In ``init``, of state of other optimizers than those of Optax.
+
+    Example:
+        >>> tx = jmp.optim.stored(optax.adam(1e-3), params="split8", state="8bit")
+        >>> params, opt_state = jmp.optim.from_full_precision(tx, {"w": jnp.ones((4, 4))})
+        >>> updates, opt_state = tx.update({"w": jnp.ones((4, 4))}, opt_state, params)
+        >>> params = optax.apply_updates(params, updates)
+        >>> print(params["w"][0, 0], jmp.optim.full_precision_params(opt_state, params)["w"][0, 0])
+        1 0.999008
+
+    References:
+        Gupta et al., "Deep Learning with Limited Numerical Precision", arXiv:1502.02551 (stochastic rounding); Zamirai
+        et al., "Revisiting BFloat16 Training", arXiv:2010.06192; Dettmers et al., "8-bit Optimizers via Block-wise
+        Quantization", arXiv:2110.02861; FlashOptim, arXiv:2602.23349 (split parameters).
+    """
+    names = [*WEIGHT_FORMATS, "float32"]
+    if params not in names:
+        meant = nearest(params, names, 3) if isinstance(params, str) else []
+        hint = f" Did you mean {meant[0]!r}?" if meant else ""
+        raise InvalidStorageError(
+            f"params={quote(params)} is no format of parameters.{hint} There are {', '.join(map(repr, names))}."
+        )
+    check_formats(state)
+    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise InvalidStorageError(f"seed must be a whole number from 0 to 2**32 - 1, got {quote(seed)}.")
+    weights = WEIGHT_FORMATS.get(params, WEIGHT_FORMATS["nearest"])
+    made = _Stored(optax.with_extra_args_support(inner), weights, params, state, seed, specs)
+    return optax.GradientTransformationExtraArgs(made.init, made.update)
+
+
+def master_weights(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Keeps float32 behind parameters of 16 bits: ``stored(inner, params="split16")``.
+
+    Two bytes beside those that the model has, where a copy in float32 would take four.
+
+    Args:
+        inner: Any Optax transformation.
+
+    Returns:
+        See ``stored``.
+
+    Example:
+        >>> tx = jmp.optim.master_weights(optax.sgd(1e-4))
+        >>> params = {"w": jnp.ones(2, jnp.bfloat16)}
+        >>> updates, state = tx.update({"w": jnp.ones(2, jnp.bfloat16)}, tx.init(params), params)
+        >>> print(jmp.optim.full_precision_params(state, params)["w"])
+        [0.9999 0.9999]
+
+    References:
+        NVIDIA Apex, ``amp`` at ``O2``; Micikevicius et al., "Mixed Precision Training", arXiv:1710.03740.
+    """
+    return stored(inner, params="split16")
+
+
+def stochastic_rounding(inner: optax.GradientTransformation, seed: int = 0) -> optax.GradientTransformationExtraArgs:
+    """Rounds parameters of 16 bits so that they are right on average: ``stored(inner, params="stochastic")``.
+
+    Args:
+        inner: Any Optax transformation.
+        seed: Of the random bits.
+
+    Returns:
+        See ``stored``.
+
+    Example:
+        >>> tx = jmp.optim.stochastic_rounding(optax.sgd(1e-3))
+        >>> params = {"w": jnp.ones(10_000, jnp.bfloat16)}
+        >>> updates, _ = tx.update({"w": jnp.ones(10_000)}, tx.init(params), params)
+        >>> mean = optax.apply_updates(params, updates)["w"].astype(jnp.float32).mean()
+        >>> bool(0.9985 < mean < 0.9995)
+        True
+
+    References:
+        Zamirai et al., "Revisiting BFloat16 Training", arXiv:2010.06192.
+    """
+    return stored(inner, params="stochastic", seed=seed)
