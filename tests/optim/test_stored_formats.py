@@ -15,7 +15,7 @@ ROOT = np.float32(1e-3)  # of the second moment that ratios are relative to
 
 
 def codes(one):
-    """Every number that a one of 8 bits has, as it is stored."""
+    """Every number that a format of 8 bits has, as it is stored."""
     return jnp.arange(256, dtype=jnp.int32).astype(jnp.uint8).astype(one.dtype)
 
 
@@ -31,7 +31,7 @@ def round_trip(one, value, bits):
 
 
 def numbers(name):
-    """All finite numbers of a one, in order, in float64."""
+    """All finite numbers of a format, in order, in float64."""
     one = FORMATS[name]
     if isinstance(one, Float):
         every = jnp.arange(2**16, dtype=jnp.uint32).astype(jnp.uint16)
@@ -47,7 +47,7 @@ def random_bits(seed, shape=(DRAWS,)):
 
 
 STOCHASTIC = ["bfloat16", "float16", "log", "slog", "ratio"]
-#: From far below the smallest number of a one to beyond the largest; subnormal numbers of 16 bits among them.
+#: From far below the smallest number of a format to beyond the largest; subnormal numbers of 16 bits among them.
 MAGNITUDES = [1e-12, 3.3e-9, 1e-7, 2.1e-5, 1e-3, 7.7e-3, 0.6, 13.0]
 
 
