@@ -12,6 +12,7 @@ from jmp_lite.optim._prune import prune as prune
 from jmp_lite.optim._prune import sparsity as sparsity
 from jmp_lite.optim._stored import StoredState as StoredState
 from jmp_lite.optim._stored import master_weights as master_weights
+from jmp_lite.optim._stored import saturated as saturated
 from jmp_lite.optim._stored import stochastic_rounding as stochastic_rounding
 from jmp_lite.optim._stored import stored as stored
 
@@ -27,6 +28,7 @@ __all__ = [
     "full_precision_params",
     "master_weights",
     "prune",
+    "saturated",
     "sparsity",
     "stochastic_rounding",
     "stored",

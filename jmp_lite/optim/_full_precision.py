@@ -1,18 +1,23 @@
 """Weights of float32 behind parameters of 16 bits: taken out of the state of ``stored``, and put into it."""
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jmp_lite._dtypes import FLOAT32
+from jmp_lite._messages import described
 from jmp_lite._policy import PolicyLike, get_policy
-from jmp_lite._tree import path_string
+from jmp_lite._tree import describe, path_string
 from jmp_lite.errors import InvalidStorageError
-from jmp_lite.optim._stored import StoredState, is_narrow, stored_states
+from jmp_lite.optim._stored import StoredState, decoded, encoded_at_first, is_narrow, stored_states
 from jmp_lite.optim._weights import format_of
+
+
+def _is_stored(node: Any) -> bool:
+    return isinstance(node, StoredState)
 
 
 def _low_bits(opt_state: Any) -> dict[str, Any]:
@@ -55,7 +60,7 @@ def full_precision_params(opt_state: Any, params: Any) -> Any:
 
 
 def from_full_precision(
-    tx: optax.GradientTransformation, params: Any, policy: PolicyLike = "bfloat16"
+    tx: optax.GradientTransformation, params: Any, policy: PolicyLike = "bfloat16", *, opt_state: Any = None
 ) -> tuple[Any, Any]:
     """Starts training from float32 weights: what the model sees of them, and a state that keeps the rest.
 
@@ -64,41 +69,74 @@ def from_full_precision(
         params: Weights in float32.
         policy: Its ``param_dtype`` says which leaves the model sees in 16 bits: a dtype, a ``Policy`` or a
             ``PolicyMap``, which leaves norms in float32 for example.
+        opt_state: State of the same optimizer without ``stored``, to go on from a run in float32.
 
     Returns:
-        ``(params, opt_state)``. Copies that an optimizer makes of parameters at ``init`` are of what the model sees.
+        ``(params, opt_state)``. Without ``opt_state``, copies that an optimizer makes of parameters at ``init`` are of
+        what the model sees.
 
     Raises:
-        InvalidStorageError: If ``tx`` holds none of ``stored``; else as its ``init``.
+        InvalidStorageError: If ``tx`` holds none of ``stored``, or ``opt_state`` is of another optimizer; else as its
+            ``init``.
 
     Example:
+        >>> params = {"norm": {"scale": jnp.ones(4)}, "dense": {"kernel": jnp.ones((4, 4))}}
+        >>> float32_state = optax.adam(1e-3).init(params)
         >>> tx = jmp.optim.stored(optax.adam(1e-3), params="split8", state="8bit")
         >>> policy = jmp.PolicyMap({"norm": "float32"}, default="bfloat16")
-        >>> params = {"norm": {"scale": jnp.ones(4)}, "dense": {"kernel": jnp.ones((4, 4))}}
-        >>> params, opt_state = jmp.optim.from_full_precision(tx, params, policy)
+        >>> params, opt_state = jmp.optim.from_full_precision(tx, params, policy, opt_state=float32_state)
         >>> jax.tree.map(jnp.result_type, params)
         {'dense': {'kernel': dtype(bfloat16)}, 'norm': {'scale': dtype('float32')}}
     """
     seen = get_policy(policy).cast_to_param(params)
-    opt_state = tx.init(seen)
-    full = {path_string(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-    dtypes = {
-        path_string(path): leaf.dtype for path, leaf in jax.tree_util.tree_leaves_with_path(seen) if is_narrow(leaf)
-    }
+    state = tx.init(seen)
+    low_bits = _low_bits(state)
+    if opt_state is not None:
+        state = _filled(state, opt_state)
 
-    def halves(name: str, low: Any) -> tuple[Any, Any]:
+    def halves(path: Any, full: Any, leaf: Any) -> tuple[Any, Any]:
+        low = low_bits.get(path_string(path))
+        if low is None:
+            return leaf, None
         to_nearest = jnp.full(low.shape, 2**31, jnp.uint32)
-        return format_of(low).encode(jnp.asarray(full[name], FLOAT32), to_nearest, dtypes[name])
+        return format_of(low).encode(jnp.asarray(full, FLOAT32), to_nearest, leaf.dtype)
 
-    split = {name: halves(name, low) for name, low in _low_bits(opt_state).items()}
-
-    def put(which: int, path: Any, leaf: Any) -> Any:
-        return split.get(path_string(path), (leaf, leaf))[which]
+    pairs = jax.tree_util.tree_map_with_path(halves, params, seen)
+    seen, low = (jax.tree.map(lambda _, pair, i=i: pair[i], params, pairs) for i in (0, 1))
+    given = {path_string(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(low)}
 
     def fill(node: Any) -> Any:
-        if not isinstance(node, StoredState):
+        if not _is_stored(node):
             return node
-        return node._replace(low=jax.tree_util.tree_map_with_path(functools.partial(put, 1), node.low))
+        return node._replace(low=jax.tree_util.tree_map_with_path(lambda path, _: given[path_string(path)], node.low))
 
-    seen = jax.tree_util.tree_map_with_path(functools.partial(put, 0), seen)
-    return seen, jax.tree.map(fill, opt_state, is_leaf=lambda node: isinstance(node, StoredState))
+    return seen, jax.tree.map(fill, state, is_leaf=_is_stored)
+
+
+def _filled(state: Any, opt_state: Any) -> Any:
+    """A state with the numbers of one in float32, which has that of the inner optimizer where this has ``stored``."""
+
+    def fill(node: Any, given: Any) -> Any:
+        if not _is_stored(node):
+            return given
+        inner_state = _like(given, decoded(node.inner_state, node.layout))
+        return node._replace(inner_state=encoded_at_first(inner_state, node.layout))
+
+    try:
+        return jax.tree.map(fill, state, opt_state, is_leaf=_is_stored)
+    except (ValueError, TypeError) as error:
+        raise InvalidStorageError(
+            f"opt_state is no state of this optimizer without stored: {described(error)} Pass what the optimizer of "
+            "the run in float32 returned."
+        ) from error
+
+
+def _like(tree: Any, other: Any) -> Any:
+    """Returns a tree of the same structure and shapes as another one, or raises."""
+
+    def same(leaf: Any, wanted: Any) -> Any:
+        if np.shape(leaf) != np.shape(wanted):
+            raise ValueError(f"{describe(leaf)} in the place of {describe(wanted)}")
+        return leaf
+
+    return jax.tree.map(same, tree, other)

@@ -29,12 +29,14 @@ class StateFormat(Protocol):
     Attributes:
         dtype: Of what is stored.
         relative_to: Name of the field of the same state that holds ``other``, or ``None``.
+        largest: What is stored of the largest numbers; empty where nothing saturates. See ``optim.saturated``.
 
     Example:
         >>> @dataclasses.dataclass(frozen=True)
         ... class Sign:
         ...     dtype = jnp.dtype(bool)
         ...     relative_to = None
+        ...     largest = ()
         ...
         ...     def encode(self, value, bits, other):
         ...         return value > 0
@@ -51,6 +53,9 @@ class StateFormat(Protocol):
 
     @property
     def relative_to(self) -> str | None: ...
+
+    @property
+    def largest(self) -> tuple[int, ...]: ...
 
     def encode(self, value: jax.Array, bits: jax.Array, other: jax.Array | None, /) -> jax.Array: ...
 
@@ -78,6 +83,7 @@ class Float:
     dtype: DType = np.dtype(jnp.bfloat16)  # noqa: RUF009 (a constant)
     stochastic: bool = True
     relative_to: ClassVar[None] = None
+    largest: ClassVar[tuple[int, ...]] = ()
 
     def encode(self, value: jax.Array, bits: jax.Array, _: jax.Array | None) -> jax.Array:
         return stochastic_round(bits, value, self.dtype) if self.stochastic else value.astype(self.dtype)
@@ -104,6 +110,7 @@ class Log:
     """
 
     highest: int = 7
+    largest: ClassVar[tuple[int, ...]] = (254,)
     dtype: ClassVar[DType] = np.dtype(np.uint8)
     relative_to: ClassVar[None] = None
 
@@ -135,6 +142,7 @@ class SignedLog:
     """
 
     highest: int = 4
+    largest: ClassVar[tuple[int, ...]] = (127, 255)
     dtype: ClassVar[DType] = np.dtype(np.uint8)
     relative_to: ClassVar[None] = None
 
@@ -172,6 +180,7 @@ class Ratio:
 
     bound: float = 8.0
     relative_to: str = "nu"
+    largest: ClassVar[tuple[int, ...]] = (-127, 127)
     dtype: ClassVar[DType] = np.dtype(np.int8)
 
     def __post_init__(self) -> None:

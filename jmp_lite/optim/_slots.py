@@ -164,14 +164,14 @@ def check_formats(formats: Any) -> None:
 
 def _format(key: str, value: Any) -> StateFormat:
     found = FORMATS.get(value) if isinstance(value, str) else value
-    if all(hasattr(found, name) for name in ("encode", "decode", "dtype", "relative_to")):
+    if all(hasattr(found, name) for name in ("encode", "decode", "dtype", "relative_to", "largest")):
         made: StateFormat = found  # type: ignore[assignment]
         return made
     meant = nearest(value, FORMATS, 3) if isinstance(value, str) else []
     hint = f" Did you mean {meant[0]!r}?" if meant else ""
     raise InvalidStorageError(
         f"state={{{key!r}: {quote(value)}}} is no format of a moment.{hint} There are {', '.join(map(repr, FORMATS))}, "
-        "and what has encode, decode, dtype and relative_to."
+        "and what has the attributes of optim.StateFormat."
     )
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -87,8 +88,7 @@ class _Stored:
         full = self._full(params, low)
         inner_state = self.inner.init(full)
         layout = choose(self.inner, inner_state, full, self.formats)
-        bits = self._bits(jnp.asarray(_BEFORE, jnp.uint32))
-        return StoredState(encoded(inner_state, layout, bits), low, jnp.zeros((), jnp.uint32), layout)
+        return StoredState(encoded_at_first(inner_state, layout), low, jnp.zeros((), jnp.uint32), layout)
 
     def update(
         self, updates: Any, state: StoredState, params: Any = None, **extra_args: Any
@@ -178,6 +178,40 @@ def encoded(inner_state: Any, layout: Layout, bits: _Bits) -> Any:
         leaves[kept.leaf] = kept.format.encode(value, bits(f"state/{kept.name}", kept.param, value), beside)
         known[kept.leaf] = kept.format.decode(leaves[kept.leaf], beside)
     return jax.tree.unflatten(treedef, leaves)
+
+
+def encoded_at_first(inner_state: Any, layout: Layout) -> Any:
+    """The same where no step has been taken."""
+    return encoded(inner_state, layout, _Bits(step_key(0, jnp.asarray(_BEFORE, jnp.uint32)), {}))
+
+
+def saturated(opt_state: Any) -> dict[str, jax.Array]:
+    """Returns the share of each moment of 8 bits that is the largest number of its format, so that it may be larger.
+
+    It reads a byte per parameter: call it where you log. Where it is not 0, raise the range of the format: ``{"nu":
+    optim.Log(highest=20)}``, or clip gradients.
+
+    Args:
+        opt_state: State of an optimizer made by ``stored``, or any state that holds it.
+
+    Returns:
+        ``float32[]`` by path; nothing for moments of 16 bits and more.
+
+    Example:
+        >>> tx = jmp.optim.stored(optax.adam(1e-3), params="split8", state="8bit")
+        >>> params = {"w": jnp.zeros(4, jnp.bfloat16)}
+        >>> _, state = tx.update({"w": jnp.array([1e4, 1.0, 0.0, 1e4])}, tx.init(params), params)
+        >>> print(jmp.optim.saturated(state)["0/nu/w"])
+        0.5
+    """
+    shares = {}
+    for state in stored_states(opt_state):
+        leaves = jax.tree.leaves(state.inner_state)
+        for kept in state.layout.kept:
+            if kept.format.largest:
+                is_largest = [leaves[kept.leaf] == np.asarray(code, kept.format.dtype) for code in kept.format.largest]
+                shares[kept.name] = jnp.mean(functools.reduce(operator.or_, is_largest))
+    return shares
 
 
 def decoded(inner_state: Any, layout: Layout) -> Any:

@@ -344,6 +344,48 @@ def test_leaves_that_a_policy_keeps_in_float32(rng):
     assert_identical(jmp.optim.full_precision_params(opt_state, params)["bias"], params["bias"])
 
 
+def test_going_on_from_float32(rng):
+    """Moments and steps of the run in float32 are taken over, as a step would have stored them."""
+    inner = standard(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2)))
+    plain, tx = (jmp.loss_scaled(t, jmp.StaticLossScale(8.0)) for t in (inner, stored(inner, **KEPT)))
+    params = weights(rng, jnp.float32)
+    state = plain.init(params)
+    for _ in range(3):
+        params, state = jmp.apply_gradients(plain, gradients(rng), state, params)
+    seen, opt_state = jmp.optim.from_full_precision(tx, params, opt_state=state)
+    after = opt_state.inner_state
+    assert after.inner_state[1][0].count == 3
+    wanted = state.inner_state[1][0]
+    back = decoded(after.inner_state, after.layout)[1][0]
+    for name in SHAPES:
+        nu, mu = back.nu[name], back.mu[name]
+        assert np.all(np.abs(nu - wanted.nu[name]) <= moment_bound(Log(), wanted.nu[name], None))
+        assert np.all(np.abs(mu - wanted.mu[name]) <= moment_bound(Ratio(), wanted.mu[name], nu))
+        full = jmp.optim.full_precision_params(opt_state, seen)[name]
+        assert np.all(np.abs(full - params[name]) <= weight_bound("split8", params[name], "bfloat16"))
+    with pytest.raises(jmp.errors.InvalidStorageError, match="no state of this optimizer without stored"):
+        jmp.optim.from_full_precision(tx, params, opt_state=adam().init(params))
+    other = jax.tree.map(lambda leaf: jnp.zeros((3, *jnp.shape(leaf))), state)
+    with pytest.raises(jmp.errors.InvalidStorageError, match="in the place of"):
+        jmp.optim.from_full_precision(tx, params, opt_state=other)
+
+
+def test_saturated_moments_are_counted(rng):
+    tx = stored(adam(), **KEPT)
+    leaves = weights(rng)
+    grads = gradients(rng)
+    grads["kernel"] = grads["kernel"].at[:4].set(1e6)
+    _, opt_state = tx.update(grads, tx.init(leaves), leaves)
+    shares = jmp.optim.saturated(jmp.loss_scaled(tx).init(leaves)._replace(inner_state=opt_state))
+    assert float(shares["0/nu/kernel"]) == 0.25
+    assert {name: float(share) for name, share in shares.items() if "kernel" not in name} == {
+        f"0/{moment}/{name}": 0.0 for moment in ("mu", "nu") for name in ("bias", "gain")
+    }
+    raised = stored(adam(), params="split8", state={"mu": "ratio", "nu": Log(highest=40)})
+    _, opt_state = raised.update(grads, raised.init(leaves), leaves)
+    assert float(jmp.optim.saturated(opt_state)["0/nu/kernel"]) == 0.0
+
+
 def test_presets(rng):
     leaves = weights(rng)
     for preset, same in [
