@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.comparisons import slow_but_for
 
 from jmp_lite._rounding import counted_bits, key_at, step_key
 from jmp_lite.optim import Float, Log, Ratio, SignedLog
@@ -51,7 +52,7 @@ STOCHASTIC = ["bfloat16", "float16", "log", "slog", "ratio"]
 MAGNITUDES = [1e-12, 3.3e-9, 1e-7, 2.1e-5, 1e-3, 7.7e-3, 0.6, 13.0]
 
 
-@pytest.mark.parametrize("generator", ["counted", "threefry"])
+@pytest.mark.parametrize("generator", slow_but_for(("counted",), ("counted", "threefry")))
 @pytest.mark.parametrize("name", STOCHASTIC)
 def test_rounding_is_right_on_average(name, generator, seed):
     """The mean is off by less than four standard errors, and each neighbor is as frequent as it should be.
