@@ -6,7 +6,7 @@ from typing import Any
 
 import _devices
 from _digits_data import NUM_TRAIN
-from _options import POLICIES, policy, positive
+from _options import POLICIES, add_state, policy, positive
 
 
 def factor(text: str) -> float:
@@ -59,6 +59,7 @@ def parser(description: str) -> argparse.ArgumentParser:
         help="multiply the loss before differentiation, and the gradients by 1/X after they are unscaled: "
         "with 2**-20 float16 learns nothing without a loss scale",
     )
+    add_state(options)
     add(
         "--output",
         type=Path,
@@ -89,5 +90,5 @@ def parse(description: str, arguments: list[str] | None) -> argparse.Namespace:
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:
     """The options that a resumed run must share with the run it goes on from."""
-    names = ("framework", "batch_size", "seed", "loss_scale", "loss_multiplier")
+    names = ("framework", "batch_size", "seed", "loss_scale", "loss_multiplier", "state")
     return {name: getattr(options, name) for name in names}

@@ -1,13 +1,45 @@
 """Options that several examples have."""
 
 import argparse
+from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 import jmp_lite as jmp
 
 POLICIES = ("float32", "mixed_bfloat16", "mixed_float16")
+
+
+#: How the optimizer keeps parameters and its state; all but the first leave the model parameters in bfloat16.
+STATES = {
+    "float32": None,
+    "master": ("split16", "float32"),
+    "bfloat16": ("stochastic", "bfloat16"),
+    "8bit": ("split8", "8bit"),
+}
+
+
+def add_state(options: argparse.ArgumentParser) -> None:
+    """Adds the option of how parameters and optimizer state are kept."""
+    options.add_argument(
+        "--state",
+        choices=STATES,
+        default="float32",
+        help="how the optimizer keeps parameters and its state between steps, with optim.stored; default: %(default)s",
+    )
+
+
+def kept(inner: optax.GradientTransformation, state: str) -> optax.GradientTransformation:
+    """An optimizer that keeps parameters and its state as asked for."""
+    formats = STATES[state]
+    return inner if formats is None else jmp.optim.stored(inner, params=formats[0], state=formats[1])
+
+
+def start(tx: optax.GradientTransformation, params: Any, state: str) -> tuple[Any, Any]:
+    """Parameters as the model sees them, and the state of the optimizer."""
+    return (params, tx.init(params)) if STATES[state] is None else jmp.optim.from_full_precision(tx, params)
 
 
 def positive(text: str) -> int:

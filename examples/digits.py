@@ -2,6 +2,7 @@
 
 python examples/digits.py                           # float32, bfloat16, float16: under a minute
 python examples/digits.py --policy mixed_float16 --devices 8
+python examples/digits.py --state 8bit              # 5 bytes per parameter and its state, instead of 12
 python examples/digits.py --policy mixed_float16 --loss-multiplier 2**-20 --loss-scale none
 """
 
@@ -16,6 +17,7 @@ import _devices
 import _digits_data
 import _digits_model
 import _digits_options
+import _options
 import _report
 import jax
 import jax.numpy as jnp
@@ -56,7 +58,7 @@ def make_optimizer(options: argparse.Namespace, policy: Any) -> optax.GradientTr
         optax.clip_by_global_norm(1.0),
         optax.adamw(learning_rate, weight_decay=WEIGHT_DECAY),
     )
-    return jmp.loss_scaled(inner, make_loss_scale(options.loss_scale, policy))
+    return jmp.loss_scaled(_options.kept(inner, options.state), make_loss_scale(options.loss_scale, policy))
 
 
 def make_train_step(
@@ -115,7 +117,8 @@ class Run:
         """Random parameters, their BatchNorm statistics and the state of the optimizer."""
         # The default generator, threefry, takes three times as long to compile.
         params, statistics = self.network.init(jax.random.key(self.options.seed, impl="rbg"))
-        return params, statistics, self.tx.init(params)
+        params, opt_state = _options.start(self.tx, params, self.options.state)
+        return params, statistics, opt_state
 
     def batch(self, digits: _digits_data.Digits, step: int) -> tuple[np.ndarray, np.ndarray]:
         """The images and labels of one step, with a device axis if there are several devices."""

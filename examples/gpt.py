@@ -2,6 +2,7 @@
 
 python examples/gpt.py                           # float32, bfloat16, float16: under two minutes on two cores
 python examples/gpt.py --policy mixed_float16    # one of them, or any other policy
+python examples/gpt.py --state 8bit              # 5 bytes per parameter and its state, instead of 12
 """
 
 import argparse
@@ -47,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
     add("--batch-size", type=positive, default=16, help="excerpts in a step; default: %(default)s")
     add("--seed", type=int, default=0, help="of the batches, the parameters and the sample; default: %(default)s")
     add("--sample", type=positive, default=300, metavar="N", help="characters to sample; default: %(default)s")
+    _options.add_state(options)
     add("--output", type=Path, default=Path("runs/gpt"), metavar="DIR", help="of the PNG; default: %(default)s")
     return options
 
@@ -60,10 +62,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parsed
 
 
-def make_optimizer(steps: int, policy: Any) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(steps: int, policy: Any, state: str) -> optax.GradientTransformationExtraArgs:
     """AdamW with clipping; what is inside ``loss_scaled`` sees unscaled float32 gradients."""
     learning_rate = optax.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, warmup_steps=steps // 10, decay_steps=steps)
-    inner = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(learning_rate))
+    inner = _options.kept(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(learning_rate)), state)
     is_half = policy.compute_dtype == jnp.float16
     return jmp.loss_scaled(
         inner, jmp.DynamicLossScale(2.0**15, period=GROWTH_PERIOD) if is_half else jmp.NoOpLossScale()
@@ -109,13 +111,12 @@ def train(name: str, options: argparse.Namespace, text: _gpt_data.Text, progress
     """Trains one policy and samples from what it learned."""
     policy = jmp.get_policy(name)
     loss = jmp.autocast(_gpt_model.loss, policy)
-    tx = make_optimizer(options.steps, policy)
+    tx = make_optimizer(options.steps, policy, options.state)
     train_step, held_out_loss = make_train_step(loss, tx), jax.jit(loss)
     excerpts = _gpt_data.excerpts(text.held_out, count=HELD_OUT_EXCERPTS, length=CONTEXT + 1)
     # The default generator, threefry, takes three times as long to compile.
     key = jax.random.key(options.seed, impl="rbg")
-    params = _gpt_model.init(key)
-    opt_state = tx.init(params)
+    params, opt_state = _options.start(tx, _gpt_model.init(key), options.state)
 
     def batch(step: int) -> np.ndarray:
         size, seed = options.batch_size, options.seed

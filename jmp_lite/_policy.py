@@ -243,7 +243,8 @@ def get_policy(spec: "PolicyLike") -> "Policy | PolicyMap":
     - one dtype for everything: ``"bf16"``, ``"float32"``, ``"half"``, ``"full"``;
     - ``"mixed_float16"``, ``"mixed_bfloat16"`` (Keras), ``"16-mixed"``, ``"bf16-mixed"``, ``"16-true"``,
       ``"bf16-true"``, ``"32-true"``, ``"64-true"`` (Lightning), ``"O0"`` to ``"O3"`` (Apex). The mixed ones keep
-      parameters and outputs in float32.
+      parameters and outputs in float32. Parameters of 16 bits, as in ``"bf16-true"``, ``"16-true"`` and ``"O3"``, train
+      only under ``optim.master_weights``, ``optim.stochastic_rounding`` or another form of ``optim.stored``.
 
     Args:
         spec: Such a string, or a policy, which is returned as it is.
