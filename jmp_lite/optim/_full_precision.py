@@ -10,7 +10,7 @@ import optax
 from jmp_lite._dtypes import FLOAT32
 from jmp_lite._messages import described
 from jmp_lite._policy import PolicyLike, get_policy
-from jmp_lite._tree import describe, path_string
+from jmp_lite._tree import Path, describe
 from jmp_lite.errors import InvalidStorageError
 from jmp_lite.optim._stored import StoredState, decoded, encoded_at_first, is_narrow, stored_states
 from jmp_lite.optim._weights import format_of
@@ -20,7 +20,7 @@ def _is_stored(node: Any) -> bool:
     return isinstance(node, StoredState)
 
 
-def _low_bits(opt_state: Any) -> dict[str, Any]:
+def _low_bits(opt_state: Any) -> dict[Path, Any]:
     """Low bits by path of the parameter; several ``stored``, each for some of them, have theirs."""
     states = list(stored_states(opt_state))
     if not states:
@@ -28,7 +28,7 @@ def _low_bits(opt_state: Any) -> dict[str, Any]:
             f"No full precision in the state, which is of type {type(opt_state).__name__}. Pass the state of an "
             "optimizer wrapped in jmp_lite.optim.stored."
         )
-    return {path_string(path): low for s in states for path, low in jax.tree_util.tree_leaves_with_path(s.low)}
+    return {path: low for s in states for path, low in jax.tree_util.tree_leaves_with_path(s.low)}
 
 
 def full_precision_params(opt_state: Any, params: Any) -> Any:
@@ -53,7 +53,7 @@ def full_precision_params(opt_state: Any, params: Any) -> Any:
     low_bits = _low_bits(opt_state)
 
     def decode(path: Any, param: Any) -> Any:
-        low = low_bits.get(path_string(path))
+        low = low_bits.get(path)
         return format_of(low).decode(param, low) if is_narrow(param) else param
 
     return jax.tree_util.tree_map_with_path(decode, params)
@@ -95,7 +95,7 @@ def from_full_precision(
         state = _filled(state, opt_state)
 
     def halves(path: Any, full: Any, leaf: Any) -> tuple[Any, Any]:
-        low = low_bits.get(path_string(path))
+        low = low_bits.get(path)
         if low is None:
             return leaf, None
         to_nearest = jnp.full(low.shape, 2**31, jnp.uint32)
@@ -103,12 +103,12 @@ def from_full_precision(
 
     pairs = jax.tree_util.tree_map_with_path(halves, params, seen)
     seen, low = (jax.tree.map(lambda _, pair, i=i: pair[i], params, pairs) for i in (0, 1))
-    given = {path_string(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(low)}
+    given = dict(jax.tree_util.tree_leaves_with_path(low))
 
     def fill(node: Any) -> Any:
         if not _is_stored(node):
             return node
-        return node._replace(low=jax.tree_util.tree_map_with_path(lambda path, _: given[path_string(path)], node.low))
+        return node._replace(low=jax.tree_util.tree_map_with_path(lambda path, _: given[path], node.low))
 
     return seen, jax.tree.map(fill, state, is_leaf=_is_stored)
 

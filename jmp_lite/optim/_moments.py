@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jmp_lite._dtypes import FLOAT32, DType
+from jmp_lite._dtypes import FLOAT32, STANDARD_FORMATS, DType
 from jmp_lite._messages import quote
 from jmp_lite._rounding import at_random, stochastic_floor, stochastic_round
 from jmp_lite.errors import InvalidStorageError
@@ -85,6 +85,10 @@ class Float:
     relative_to: ClassVar[None] = None
     largest: ClassVar[tuple[int, ...]] = ()
 
+    def __post_init__(self) -> None:
+        if self.dtype not in STANDARD_FORMATS:
+            raise InvalidStorageError(f"dtype must be bfloat16, float16 or float32, got {quote(self.dtype)}.")
+
     def encode(self, value: jax.Array, bits: jax.Array, _: jax.Array | None) -> jax.Array:
         return stochastic_round(bits, value, self.dtype) if self.stochastic else value.astype(self.dtype)
 
@@ -101,7 +105,8 @@ class Log:
     average. NaN and infinity are kept as NaN, and what is negative becomes zero.
 
     Attributes:
-        highest: Exponent of the largest number. 7 is for second moments of gradients below 12 in magnitude.
+        highest: Exponent of the largest number. 7 is for second moments of gradients below 12 in magnitude and above
+            1e-7: in the first steps they are a thousandth of the square. Smaller ones need a lower one.
 
     Example:
         >>> format = jmp.optim.Log()
@@ -184,7 +189,7 @@ class Ratio:
     dtype: ClassVar[DType] = np.dtype(np.int8)
 
     def __post_init__(self) -> None:
-        if not 0 < self.bound < _MOST:
+        if not isinstance(self.bound, (int, float)) or not 0 < self.bound < _MOST:
             raise InvalidStorageError(f"bound must be a number between 0 and 2**40, got {quote(self.bound)}.")
 
     def encode(self, value: jax.Array, bits: jax.Array, other: jax.Array | None) -> jax.Array:
@@ -193,6 +198,7 @@ class Ratio:
         below = jnp.minimum(jnp.floor(_LEVELS * 2 * relative / (1 + relative)), _LEVELS - 1)
         start, end = _softsign(below), _softsign(below + 1)
         code = below + stochastic_floor(bits, jnp.clip((relative - start) / (end - start), 0, 1))
+        code = jnp.where(largest > 0, code, 0)
         signed = jnp.where(value < 0, -code, code)
         return jnp.where(jnp.isfinite(value) & jnp.isfinite(largest), signed, -128).astype(jnp.int8)
 

@@ -1,6 +1,7 @@
 """Where the state of an optimizer holds moments, and which format each is kept in."""
 
 import dataclasses
+import itertools
 import warnings
 from collections.abc import Mapping
 from typing import Any, TypeAlias
@@ -11,49 +12,32 @@ import numpy as np
 
 from jmp_lite._messages import first_few, nearest, quote
 from jmp_lite._patterns import compile_pattern, matches
-from jmp_lite._tree import Path, is_array, path_string
+from jmp_lite._tree import Path, is_array, is_inexact, path_string
 from jmp_lite.errors import InvalidStorageError, UncompressedStateWarning
-from jmp_lite.optim._moments import FORMATS, StateFormat
+from jmp_lite.optim._moments import FORMATS, Float, Log, Ratio, SignedLog, StateFormat
 
 Formats: TypeAlias = "str | Mapping[str, str | StateFormat]"
 
-#: The moments of each class of state in Optax, in 8 bits. What is not listed is no moment and stays in float32: copies
-#: of parameters, single gradients, sums that grow for ever.
-EIGHT_BIT: dict[str, dict[str, str]] = {
-    "COCOBState": {},
-    "DAdaptAdamWState": {"exp_avg": "slog", "exp_avg_sq": "log"},
-    "DoGState": {},
-    "DoWGState": {},
-    "EmaState": {"ema": "slog"},
-    "FactoredState": {"v": "log"},
-    "MadgradState": {},
-    "MomoAdamState": {"exp_avg": "slog", "exp_avg_sq": "log"},
-    "MomoState": {"exp_avg": "slog"},
-    "MultiStepsState": {},
-    "MuonState": {"mu": "slog"},
-    "ProdigyState": {"exp_avg": "slog", "exp_avg_sq": "log"},
-    "ScaleByAdaDeltaState": {"e_g": "log", "e_x": "log"},
-    "ScaleByAdamState": {"mu": "ratio", "nu": "log"},
-    "ScaleByAdanState": {"m": "slog", "v": "slog", "n": "log"},
-    "ScaleByAdemamixState": {"m1": "slog", "m2": "slog", "nu": "log"},
-    "ScaleByAmsgradState": {"mu": "ratio", "nu": "log", "nu_max": "log"},
-    "ScaleByBeliefState": {"mu": "slog", "nu": "log"},
-    "ScaleByLBFGSState": {},
-    "ScaleByLionState": {"mu": "slog"},
-    "ScaleByNovogradState": {"mu": "slog"},
-    "ScaleByOptimisticGradientState": {},
-    "ScaleByRStdDevState": {"mu": "slog", "nu": "log"},
-    "ScaleByRmsState": {"nu": "log"},
-    "ScaleByRmsWithCountState": {"nu": "log"},
-    "ScaleByRpropState": {},
-    "ScaleByRssState": {"sum_of_squares": "log"},
-    "ScaleBySM3State": {"nu": "slog"},
-    "ScaleBySimplifiedAdEMAMixState": {"m": "slog", "n": "log"},
-    "ScaleByZoomLinesearchState": {},
-    "ScheduleFreeState": {},
-    "SophiaState": {"mu": "slog", "nu": "log"},
-    "TraceState": {"trace": "slog"},
+#: The moments of each class of state in Optax that training does not miss the last bits of. What is not listed stays in
+#: float32: copies of parameters, single gradients, sums, maxima, and moments that others are subtracted from.
+EIGHT_BIT: dict[str, dict[str, StateFormat]] = {
+    "EmaState": {"ema": SignedLog()},
+    "FactoredState": {"v": Log()},
+    "MuonState": {"mu": Float()},  # orthogonal in the end, so noise counts in all directions
+    "ScaleByAdamState": {"mu": Ratio(), "nu": Log()},
+    "ScaleByAdanState": {"m": SignedLog(), "v": SignedLog(), "n": Log()},
+    "ScaleByAdemamixState": {"m1": SignedLog(), "m2": SignedLog(), "nu": Log()},
+    "ScaleByAmsgradState": {"mu": Ratio()},
+    "ScaleByBeliefState": {"nu": Log()},
+    "ScaleByLionState": {"mu": Float()},  # of which only signs are used
+    "ScaleByNovogradState": {"mu": SignedLog()},
+    "ScaleByRmsState": {"nu": Log()},
+    "ScaleByRmsWithCountState": {"nu": Log()},
+    "ScaleBySM3State": {"nu": SignedLog()},
+    "SophiaState": {"mu": SignedLog(), "nu": Log()},
+    "TraceState": {"trace": SignedLog(highest=8)},  # a sum, 10 to 100 times as large as gradients
 }
+_ATTRIBUTES = ("encode", "decode", "dtype", "relative_to", "largest")
 #: Formats that ``stored`` takes for all moments.
 PRESETS = ("8bit", "bfloat16", "float32")
 
@@ -112,9 +96,15 @@ class Kept:
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What of a state is kept how: a part of its structure. Leaves that others are relative to come first."""
+    """What is kept how: a part of the structure of a state.
+
+    Attributes:
+        kept: Leaves of the state; those that others are relative to come first.
+        params: Paths of the parameters of 16 bits, as ``jax.tree_util.keystr`` writes them.
+    """
 
     kept: tuple[Kept, ...] = ()
+    params: frozenset[str] = frozenset()
 
 
 def slots(inner_state: Any, params: Any) -> dict[Path, Slot]:
@@ -158,13 +148,15 @@ def check_formats(formats: Any) -> None:
             f"{{'mu': 'ratio', 'nu': 'log'}}, got {quote(formats)}."
         )
     for key, value in formats.items():
+        if not isinstance(key, str):
+            raise InvalidStorageError(f"Keys of state are patterns, such as 'mu', got {quote(key)}.")
         compile_pattern(key)
         _format(key, value)
 
 
 def _format(key: str, value: Any) -> StateFormat:
     found = FORMATS.get(value) if isinstance(value, str) else value
-    if all(hasattr(found, name) for name in ("encode", "decode", "dtype", "relative_to", "largest")):
+    if not isinstance(found, type) and all(hasattr(found, name) for name in _ATTRIBUTES):
         made: StateFormat = found  # type: ignore[assignment]
         return made
     meant = nearest(value, FORMATS, 3) if isinstance(value, str) else []
@@ -175,8 +167,11 @@ def _format(key: str, value: Any) -> StateFormat:
     )
 
 
-def choose(inner: Any, inner_state: Any, params: Any, formats: Formats) -> Layout:
+def choose(inner: Any, inner_state: Any, params: Any, formats: Formats) -> tuple[Kept, ...]:
     """Chooses formats for the state that an optimizer made of float32 parameters.
+
+    Returns:
+        What is kept how; moments that others are relative to come first.
 
     Raises:
         InvalidStorageError: If a pattern matches nothing, or two contradict each other, or a moment has no neighbor
@@ -184,18 +179,14 @@ def choose(inner: Any, inner_state: Any, params: Any, formats: Formats) -> Layou
     """
     found = slots(inner_state, params)
     if not isinstance(formats, str):
-        return _layout(_by_pattern(formats, found), inner_state)
-    chosen = _preset(formats, found)
-    ratio, slog = FORMATS["ratio"], FORMATS["slog"]
-    if any(one == ratio for _, one in chosen):
-        alike = _scaling_alike(inner, params)
-        chosen = [
-            (slot, slog if one == ratio and slot.path[: slot.field] not in alike else one) for slot, one in chosen
-        ]
-    return _layout(chosen, inner_state)
+        return _kept(_by_pattern(formats, found), inner_state)
+    chosen = [] if formats == "float32" else _preset(formats, found, inner, params)
+    if formats != "float32":
+        _warn_of_the_rest(formats, chosen, inner_state, params)
+    return _kept(chosen, inner_state)
 
 
-def _layout(chosen: list[tuple[Slot, StateFormat]], inner_state: Any) -> Layout:
+def _kept(chosen: list[tuple[Slot, StateFormat]], inner_state: Any) -> tuple[Kept, ...]:
     leaves = {path: i for i, (path, _) in enumerate(jax.tree_util.tree_leaves_with_path(inner_state))}
     relative = {slot.path for slot, one in chosen if one.relative_to is not None}
     kept = []
@@ -207,23 +198,60 @@ def _layout(chosen: list[tuple[Slot, StateFormat]], inner_state: Any) -> Layout:
                 "that is kept on its own. Use 'slog' for it."
             )
         kept.append(Kept(leaves[slot.path], slot.name, slot.param, one, leaves[other] if other else None))
-    return Layout(tuple(kept))
+    return tuple(kept)
 
 
-def _preset(name: str, found: Mapping[Path, Slot]) -> list[tuple[Slot, StateFormat]]:
-    if name == "float32":
-        return []
-    unknown = [slot for slot in found.values() if slot.owner not in EIGHT_BIT]
-    if unknown:
-        kinds = list(dict.fromkeys(f"{slot.kind} of {slot.owner}" for slot in unknown))
+def _preset(name: str, found: Mapping[Path, Slot], inner: Any, params: Any) -> list[tuple[Slot, StateFormat]]:
+    moments = [(slot, EIGHT_BIT.get(slot.owner, {}).get(slot.kind)) for slot in found.values()]
+    chosen = [(slot, one) for slot, one in moments if one is not None]
+    if any(slot.owner == "ScaleByAdamState" for slot, _ in chosen):
+        own = _growth(inner, params)
+        fitting = [(slot, _adams(slot, one, own.get(slot.path[: slot.field]))) for slot, one in chosen]
+        chosen = [(slot, one) for slot, one in fitting if one is not None]
+    return chosen if name == "8bit" else [(slot, FORMATS[name]) for slot, _ in chosen]
+
+
+def _adams(slot: Slot, one: StateFormat, growth: tuple[float, float] | None) -> StateFormat | None:
+    """The format of a moment in a class of state that Adam has in common with relatives.
+
+    Args:
+        slot: The moment.
+        one: The format that it has in Adam.
+        growth: By which factors ``mu`` and ``nu`` grow where gradients are twice as large; ``None``: not known.
+    """
+    if slot.owner != "ScaleByAdamState":
+        return one
+    of_mu, of_nu = growth or (1.0, 4.0)
+    if slot.kind == "nu":
+        return one if abs(of_nu / 4 - 1) < 1 / 8 else None  # a maximum in Adamax, not only squares in Yogi
+    return one if abs(of_mu**2 / of_nu - 1) < 1 / 8 else FORMATS["slog"]  # of normalized gradients in ADOPT
+
+
+def _warn_of_the_rest(name: str, chosen: list[tuple[Slot, StateFormat]], inner_state: Any, params: Any) -> None:
+    """Says what of a state stays as it is, if that is more than small change."""
+    paths = {slot.path for slot, _ in chosen}
+    rest = [
+        (path, leaf.size)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(inner_state)
+        if is_inexact(leaf) and path not in paths
+    ]
+    size = sum(np.size(leaf) for leaf in jax.tree.leaves(params) if is_inexact(leaf))
+    if sum(size for _, size in rest) * 8 > size:
+        largest = max(rest, key=lambda pair: pair[1])[0]
+        fields = [path for path in itertools.accumulate((entry,) for entry in largest) if _is_field(path[-1])]
+        field = fields[-1] if fields else largest
+        node = type(_node_at(inner_state, field[:-1])).__name__
         warnings.warn(
-            f"state={name!r} leaves {first_few(kinds)} as the optimizer made it: no state of Optax. Name its formats, "
-            f"such as state={{{unknown[0].kind!r}: 'slog'}}.",
+            f"state={name!r} leaves {path_string(field)!r} of {node} as the optimizer made it: no moment of Optax that "
+            "would train as well in fewer bits. If it would, name a format: "
+            f"state={{{path_string(field[-1:])!r}: 'slog'}}.",
             UncompressedStateWarning,
             stacklevel=4,
         )
-    moments = [(slot, EIGHT_BIT.get(slot.owner, {}).get(slot.kind)) for slot in found.values()]
-    return [(slot, FORMATS[one if name == "8bit" else name]) for slot, one in moments if one]
+
+
+def _is_field(entry: Any) -> bool:
+    return isinstance(entry, jax.tree_util.GetAttrKey)
 
 
 def _by_pattern(formats: Mapping[str, Any], found: Mapping[Path, Slot]) -> list[tuple[Slot, StateFormat]]:
@@ -248,33 +276,32 @@ def _by_pattern(formats: Mapping[str, Any], found: Mapping[Path, Slot]) -> list[
     return [(slot, one) for slot, one in chosen if one != FORMATS["float32"]]
 
 
-def _scaling_alike(inner: Any, params: Any) -> set[Path]:
-    """Paths of states whose ``mu`` grows with gradients as the root of ``nu`` does.
+def _growth(inner: Any, params: Any) -> dict[Path, tuple[float, float]]:
+    """Tries an optimizer out, on one number for each parameter: how moments grow with gradients.
 
-    Adam's do. Those of its relatives that use the same class may not: in Adamax ``nu`` is no square, and in ADOPT
-    ``mu`` is of normalized gradients. So the optimizer is tried out, on one number for each parameter.
+    Returns:
+        By path of a state, the factors by which ``mu`` and ``nu`` are larger where gradients are twice as large;
+        nothing of an optimizer that cannot be tried out.
     """
-    small = jax.tree.map(lambda x: np.ones((1,) * np.ndim(x), np.float32), params)
+    small = jax.tree.map(lambda x: np.ones((1,) * np.ndim(x), np.float32) if is_inexact(x) else x, params)
 
-    def tried(size: float) -> Any:
-        grads = jax.tree.map(lambda x: x * np.float32(size), small)
+    def tried(size: float) -> dict[Path, float]:
+        grads = jax.tree.map(lambda x: x * np.float32(size) if is_inexact(x) else x, small)
         state = inner.init(small)
         for _ in range(2):
             _, state = inner.update(grads, state, small, value=0.0)
-        return state
+        return {path: float(np.ravel(_leaf(state, path))[0]) for path in slots(state, small)}
 
     try:
         with jax.ensure_compile_time_eval(), jax.numpy_dtype_promotion("standard"):
             once, twice = tried(2.0**-10), tried(2.0**-9)
-    except Exception:  # noqa: BLE001 (in code that is not ours; without an answer the format for any moment will do)
-        return set()
-    values = [
-        {path: float(np.ravel(leaf)[0]) for path, leaf in jax.tree_util.tree_leaves_with_path(state) if leaf.size}
-        for state in (once, twice)
-    ]
-    alike = set()
-    for slot in slots(once, small).values():
-        mu, nu = ([value.get(path, 0.0) for value in values] for path in (slot.path, slot.neighbor("nu")))
-        if slot.kind == "mu" and 0 not in (*mu, *nu) and abs((mu[1] / mu[0]) ** 2 * nu[0] / nu[1] - 1) < 1 / 8:
-            alike.add(slot.path[: slot.field])
-    return alike
+            found = slots(inner.init(small), small)
+    except Exception:  # noqa: BLE001 (in code that is not ours)
+        return {}
+    grown = {path: twice[path] / value for path, value in once.items() if value}
+    pairs = {slot.path[: slot.field]: (path, slot.neighbor("nu")) for path, slot in found.items() if slot.kind == "mu"}
+    return {node: (grown[mu], grown[nu]) for node, (mu, nu) in pairs.items() if mu in grown and nu in grown}
+
+
+def _leaf(tree: Any, path: Path) -> Any:
+    return dict(jax.tree_util.tree_leaves_with_path(tree))[path]

@@ -17,8 +17,10 @@ from jmp_lite._messages import nearest, quote
 from jmp_lite._rounding import counted_bits, key_at, step_key
 from jmp_lite._tree import describe, is_array, is_inexact, path_string
 from jmp_lite.errors import InvalidStorageError, MissingAxisError
+from jmp_lite.optim._moments import StateFormat
 from jmp_lite.optim._slots import Formats, Layout, check_formats, choose
 from jmp_lite.optim._weights import WEIGHT_FORMATS, WeightFormat
+from jmp_lite.scaling._loss_scaled import check_optimizer
 
 NARROW = frozenset({np.dtype(jnp.bfloat16), np.dtype(jnp.float16)})
 #: The step for whose bits state is made; no step has this number.
@@ -48,9 +50,9 @@ class StoredState(NamedTuple):
     layout: Layout
 
     @property
-    def computes_in_float32(self) -> bool:
-        """Asked by ``loss_scaled``, which need not take care of parameters of 16 bits then."""
-        return True
+    def params_in_float32(self) -> frozenset[str]:
+        """Asked by ``loss_scaled``: paths of parameters of 16 bits that it need not take care of."""
+        return self.layout.params
 
 
 def is_narrow(leaf: Any) -> bool:
@@ -65,8 +67,20 @@ class _Bits:
     key: jax.Array
     specs: dict[str, Any]
 
-    def __call__(self, name: str, param: str, array: Any) -> jax.Array:
-        return counted_bits(key_at(self.key, name), array.shape, self.specs.get(param))
+    def of(self, name: str, param: str) -> tuple[jax.Array, Any]:
+        """The key of an array, and how it is sharded."""
+        return key_at(self.key, name), self.specs.get(param)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3, 4))
+def _encoded_weight(weights: WeightFormat, full: jax.Array, key: jax.Array, spec: Any, dtype: Any) -> Any:
+    """Traced once per shape, as the next one."""
+    return weights.encode(full, counted_bits(key, full.shape, spec), dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _encoded_moment(one: StateFormat, value: jax.Array, other: Any, key: jax.Array, spec: Any) -> jax.Array:
+    return one.encode(value, counted_bits(key, value.shape, spec), other)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +101,8 @@ class _Stored:
         low = jax.tree.map(functools.partial(_no_low, self.weights), params)
         full = self._full(params, low)
         inner_state = self.inner.init(full)
-        layout = choose(self.inner, inner_state, full, self.formats)
+        kept = choose(self.inner, inner_state, full, self.formats)
+        layout = Layout(kept, frozenset(jax.tree_util.keystr(path) for path, _ in _narrow_leaves(params)))
         return StoredState(encoded_at_first(inner_state, layout), low, jnp.zeros((), jnp.uint32), layout)
 
     def update(
@@ -105,7 +120,8 @@ class _Stored:
             if not is_narrow(param) or not is_array(step):
                 return step, low
             name = path_string(path)
-            new, low = self.weights.encode(wide + step.astype(FLOAT32), bits(name, name, param), param.dtype)
+            sum_ = wide + step.astype(FLOAT32)
+            new, low = _encoded_weight(self.weights, sum_, *bits.of(name, name), param.dtype)
             change = new.astype(FLOAT32) - param.astype(FLOAT32)
             return jnp.where(change == 0, np.float32(-0.0), change), low  # 0 would make 0 of -0
 
@@ -155,6 +171,10 @@ def _no_low(weights: WeightFormat, param: Any) -> Any:
     return jnp.zeros_like(param, dtype=weights.low_dtype)
 
 
+def _narrow_leaves(params: Any) -> list[tuple[Any, Any]]:
+    return [(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params) if is_narrow(leaf)]
+
+
 def _widened(leaf: Any) -> Any:
     return leaf.astype(FLOAT32) if is_narrow(leaf) else leaf
 
@@ -175,7 +195,7 @@ def encoded(inner_state: Any, layout: Layout, bits: _Bits) -> Any:
     for kept in layout.kept:
         value = leaves[kept.leaf].astype(FLOAT32)
         beside = None if kept.other is None else known[kept.other].astype(FLOAT32)
-        leaves[kept.leaf] = kept.format.encode(value, bits(f"state/{kept.name}", kept.param, value), beside)
+        leaves[kept.leaf] = _encoded_moment(kept.format, value, beside, *bits.of(f"state/{kept.name}", kept.param))
         known[kept.leaf] = kept.format.decode(leaves[kept.leaf], beside)
     return jax.tree.unflatten(treedef, leaves)
 
@@ -188,8 +208,9 @@ def encoded_at_first(inner_state: Any, layout: Layout) -> Any:
 def saturated(opt_state: Any) -> dict[str, jax.Array]:
     """Returns the share of each moment of 8 bits that is the largest number of its format, so that it may be larger.
 
-    It reads a byte per parameter: call it where you log. Where it is not 0, raise the range of the format: ``{"nu":
-    optim.Log(highest=20)}``, or clip gradients.
+    It reads a byte per parameter: call it where you log. Where it is not 0, clip gradients, or begin the next run with
+    a higher range: ``{"nu": optim.Log(highest=20)}``. A run cannot change it: bytes of one range mean other numbers in
+    another.
 
     Args:
         opt_state: State of an optimizer made by ``stored``, or any state that holds it.
@@ -208,7 +229,7 @@ def saturated(opt_state: Any) -> dict[str, jax.Array]:
     for state in stored_states(opt_state):
         leaves = jax.tree.leaves(state.inner_state)
         for kept in state.layout.kept:
-            if kept.format.largest:
+            if kept.format.largest and leaves[kept.leaf].size:
                 is_largest = [leaves[kept.leaf] == np.asarray(code, kept.format.dtype) for code in kept.format.largest]
                 shares[kept.name] = jnp.mean(functools.reduce(operator.or_, is_largest))
     return shares
@@ -267,7 +288,7 @@ def stored(
         MissingAxisError: In ``update`` inside ``shard_map``, for sharded parameters without ``specs``.
 
     Warns:
-        UncompressedStateWarning: In ``init``, of state of other optimizers than those of Optax.
+        UncompressedStateWarning: In ``init``, of state that ``"8bit"`` and ``"bfloat16"`` leave as it is.
 
     Example:
         >>> tx = jmp.optim.stored(optax.adam(1e-3), params="split8", state="8bit")
@@ -289,6 +310,7 @@ def stored(
         raise InvalidStorageError(
             f"params={quote(params)} is no format of parameters.{hint} There are {', '.join(map(repr, names))}."
         )
+    check_optimizer(inner, "stored")
     check_formats(state)
     if not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise InvalidStorageError(f"seed must be a whole number from 0 to 2**32 - 1, got {quote(seed)}.")

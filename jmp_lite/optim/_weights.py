@@ -57,9 +57,9 @@ _HIGH = np.uint32(0xFFFF0000)
 class Split:
     """The model sees float32 rounded to 16 bits; 8 or 16 further bits are kept beside it.
 
-    ``bfloat16`` is the first half of a float32, so that with 16 further bits every float32 is kept to the last bit. Of
-    8 bits the last is rounded stochastically. ``float16`` with 16 bits keeps float32 from 2**-17 to 65504, and below
-    that multiples of 2**-40; numbers beyond 65504 become that.
+    ``bfloat16`` is the first half of a float32, so that with 16 further bits every float32 from 2**-133 on is kept to
+    the last bit. Of 8 bits the last is rounded stochastically. ``float16`` with 16 bits keeps float32 from 2**-17 to
+    65504, and below that multiples of 2**-40; numbers beyond 65504 become that.
 
     Attributes:
         extra: How many bits are kept beside what the model sees.
@@ -73,11 +73,14 @@ class Split:
     def decode(self, seen: jax.Array, low: Any) -> jax.Array:
         wide: jax.Array = seen.astype(FLOAT32)
         if seen.dtype == jnp.bfloat16:
-            return _float(_word(wide) + _shifted(low, 16 - self.extra))
-        # What is missing is in units of the number next to it.
-        unit = self._unit(_float(_word(jnp.abs(wide)) - (low < 0).astype(jnp.uint32)))
-        size = jnp.abs(wide) + low.astype(FLOAT32) * unit
-        return jnp.where(jnp.isfinite(wide), jnp.copysign(size, wide), wide)
+            full = _float(_word(wide) + _shifted(low, 16 - self.extra))
+            return jnp.where(_word(wide) << 1 == 0, wide, full)  # who set it to zero did not know of the rest
+        # What is missing is in units of the number next to it. Of zero, whose sign is lost, it has the sign.
+        size, is_zero = jnp.abs(wide), wide == 0
+        unit = self._unit(_float(_word(size) - ((low < 0) & ~is_zero).astype(jnp.uint32)))
+        size = size + low.astype(FLOAT32) * unit
+        kept = jnp.where(is_zero, size, jnp.copysign(size, wide))
+        return jnp.where(jnp.isfinite(wide) & (low != 0), kept, wide)
 
     def _halves(self, full: jax.Array, bits: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Halves of a word. A sum of integers goes on where a float has its next exponent, so nothing is lost."""
@@ -99,6 +102,7 @@ class Split:
         near = jnp.floor(whole / parts + 0.5)
         seen = jnp.where(jnp.isfinite(full), jnp.copysign(near * (parts * unit), full), full)
         low = jnp.where(jnp.isfinite(full), whole - near * parts, 0)
+        low = jnp.where(near == 0, jnp.copysign(low, full), low)
         return seen.astype(dtype), low.astype(self.low_dtype)
 
     @property

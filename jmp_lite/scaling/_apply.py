@@ -11,7 +11,7 @@ from jmp_lite._dtypes import FLOAT32, at_least_float32
 from jmp_lite._messages import quote
 from jmp_lite._tree import describe, is_array, is_finite, is_inexact, is_number, path_string
 from jmp_lite.errors import InvalidStepError
-from jmp_lite.scaling._in_state import computes_in_float32
+from jmp_lite.scaling._in_state import stored_params
 from jmp_lite.scaling._loss_scaled import (
     LossScaledUpdate,
     check_gradient,
@@ -37,20 +37,21 @@ def _apply(params: P, updates: Any, opt_state: Any) -> tuple[P, jax.Array]:
 
     Elements that an update would make infinite or NaN stay as they are; leaves without an update are ``None``.
     """
-    is_stored = computes_in_float32(opt_state)
+    stored = stored_params(opt_state)
     seen: list[tuple[Any, jax.Array]] = []
 
-    def apply(leaf: Any, update: Any) -> Any:
+    def apply(path: Any, leaf: Any, update: Any) -> Any:
         if is_hidden(update) or not is_number(update):
             return None
         param, update = jnp.asarray(leaf), jnp.asarray(update)
+        is_stored = jax.tree_util.keystr(path) in stored
         # What ``stored`` makes of a finite update is finite.
         is_good = is_finite(update) if is_stored else is_finite(_sum(param, update)) | ~is_finite(param)
         seen.append((FLOAT32 if is_stored else param.dtype, is_good))
         # The update is selected and not the sum, which XLA on TPU would make in a kernel of its own.
         return _sum(param, jnp.where(is_good, update, nothing(update)))
 
-    applied: P = jax.tree.map(apply, params, updates)
+    applied: P = jax.tree_util.tree_map_with_path(apply, params, updates)
     return applied, watched(seen)
 
 
@@ -94,8 +95,8 @@ def apply_gradients(
 
     No number that is not finite reaches a parameter, also if an optimizer makes one of finite gradients: an element
     whose update would make it infinite or NaN stays as it is, and ``metrics`` counts the step among
-    ``nonfinite_updates``. (Seen in all parameters of 16 bits and in one element of the smallest of float32: looking at
-    all would cost a pass over memory.)
+    ``nonfinite_updates``. (Seen in all parameters of 16 bits that ``optim.stored`` does not keep, and in one element of
+    the smallest of the others: looking at all would cost a pass over memory.)
 
     Args:
         tx: The optimizer.
@@ -142,6 +143,6 @@ def apply_gradients(
         return old, opt_state.inner_state
 
     (applied, inner_state), updates_finite = step_or_skip(
-        finite, step, skip, update.axis_name, is_stored=computes_in_float32(opt_state.inner_state)
+        finite, step, skip, update.axis_name, is_stored=bool(stored_params(opt_state.inner_state))
     )
     return _merged(params, applied), update.next_state(opt_state, inner_state, finite, updates_finite)

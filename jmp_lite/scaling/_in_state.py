@@ -23,9 +23,14 @@ def nodes(state: Any, is_node: Callable[[Any], bool]) -> list[tuple[str, Any]]:
     return [(path_string(path), node) for path, node in leaves if is_node(node)]
 
 
-def computes_in_float32(state: Any) -> bool:
-    """Whether a state, or one inside it, belongs to an optimizer that takes care of parameters of 16 bits by itself."""
-    return bool(nodes(state, lambda node: getattr(node, "computes_in_float32", False) is True))
+def is_stored(node: Any) -> bool:
+    """Whether a node is the state of an optimizer that takes care of parameters of 16 bits by itself."""
+    return isinstance(getattr(node, "params_in_float32", None), frozenset)
+
+
+def stored_params(state: Any) -> frozenset[str]:
+    """Returns the paths of parameters that optimizers in a state compute with in float32 by themselves."""
+    return frozenset().union(*(node.params_in_float32 for _, node in nodes(state, is_stored)))
 
 
 def find_loss_scale(state: Any, name: str | None = None) -> tuple[str, LossScale]:

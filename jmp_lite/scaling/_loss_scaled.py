@@ -13,7 +13,7 @@ from jmp_lite._dtypes import FLOAT32
 from jmp_lite._messages import first_few, quote
 from jmp_lite._tree import describe, is_array, is_finite, is_inexact, is_number, path_string
 from jmp_lite.errors import InvalidLossScaleError, InvalidStepError, LossScaleNotFoundError, LostUpdatesWarning
-from jmp_lite.scaling._in_state import computes_in_float32, is_loss_scale, nodes
+from jmp_lite.scaling._in_state import is_loss_scale, is_stored, nodes, stored_params
 from jmp_lite.scaling._loss_scale import DynamicLossScale, LossScale, register_serialization
 from jmp_lite.scaling._verdict import judge, step_or_skip, unscale, watched
 
@@ -76,6 +76,15 @@ def _widened(leaf: Any) -> Any:
     return leaf.astype(FLOAT32) if _is_narrow(leaf) else leaf
 
 
+def _held_in_float32(inner_state: Any, params: Any) -> tuple[Any, Any]:
+    """State and parameters in float32, but for what ``optim.stored`` takes care of."""
+    stored = stored_params(inner_state)
+    wide = jax.tree.map(lambda node: node if is_stored(node) else _widened(node), inner_state, is_leaf=is_stored)
+    return wide, jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf if jax.tree_util.keystr(path) in stored else _widened(leaf), params
+    )
+
+
 def _like_old(new: Any, old: Any) -> Any:
     """Keeps the dtype that a state leaf had, so that a step never changes the type of the state."""
     dtype = getattr(old, "dtype", None)
@@ -135,8 +144,8 @@ class LossScaledUpdate:
         if "grad" in extra_args:  # what line searches ask for, beside the value of the loss
             extra_args = {**extra_args, "grad": unscale(trainable(extra_args["grad"]), state.loss_scale)}
         held = state.inner_state, trainable(params)
-        if any(map(_is_narrow, jax.tree.leaves(params))) and not computes_in_float32(state.inner_state):
-            held = jax.tree.map(_widened, held)
+        if any(map(_is_narrow, jax.tree.leaves(params))):
+            held = _held_in_float32(*held)
         updates, inner_state = self.inner.update(unscaled, *held, **extra_args)
         return updates, jax.tree.map(_like_old, inner_state, state.inner_state)
 
@@ -179,7 +188,7 @@ class LossScaledUpdate:
 
         finite = self.verdict(updates, state)
         (new_updates, inner_state), updates_finite = step_or_skip(
-            finite, step, skip, self.axis_name, is_stored=computes_in_float32(state.inner_state)
+            finite, step, skip, self.axis_name, is_stored=bool(stored_params(state.inner_state))
         )
         new_updates = jax.tree.map(lambda grad, new: _of_hidden(grad) if new is None else new, updates, new_updates)
         return new_updates, self.next_state(state, inner_state, finite, updates_finite)
@@ -187,8 +196,10 @@ class LossScaledUpdate:
 
 def _warn_of_lost_updates(params: Any, inner_state: Any) -> None:
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    narrow = [f"{path_string(path)!r} ({leaf.dtype})" for path, leaf in leaves if _is_narrow(leaf)]
-    if narrow and not computes_in_float32(inner_state):
+    stored = stored_params(inner_state)
+    rest = [(path, leaf) for path, leaf in leaves if jax.tree_util.keystr(path) not in stored]
+    narrow = [f"{path_string(path)!r} ({leaf.dtype})" for path, leaf in rest if _is_narrow(leaf)]
+    if narrow:
         warnings.warn(
             f"Parameters of 16 bits, {first_few(narrow)}, lose all updates below half a unit in their last place. "
             "Write loss_scaled(jmp_lite.optim.master_weights(inner)), or optim.stochastic_rounding, or, if you mean "
