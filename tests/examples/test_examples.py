@@ -120,7 +120,7 @@ def test_all_policies_report_and_write_their_files(run, tmp_path):
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("options", [("--framework", "nnx"), ("--devices", "8")], ids=" ".join)
+@pytest.mark.parametrize("options", [("--framework", "nnx"), ("--devices", "8"), ("--state", "8bit")], ids=" ".join)
 def test_resumed_run_is_bit_identical(run, tmp_path, options):
     """Stopped within an epoch, after which the loss scale grows."""
     run("digits.py", *ONE_POLICY, *options, "--steps", 30, "--output", "whole")
