@@ -52,7 +52,7 @@ def coverage(session):
 
 @nox.session(python=PYTHONS)
 def nightly(session):
-    """The suite, slow tests included, compiled as users do, with a fresh seed; `JMP_LITE_SEED=... pytest` repeats it."""
+    """The suite with slow tests, compiled as users do, with a fresh seed; `JMP_LITE_SEED=... pytest` repeats it."""
     session.install("-e", ".[test]")
     session.env.update({"JMP_LITE_SEED": "random", "JAX_DISABLE_MOST_OPTIMIZATIONS": "false"})
     session.run("pytest", "-m", "not soak and not zoo", *session.posargs)
