@@ -60,7 +60,8 @@ def loss_rows(
         finals = [_trainings.final(losses) for losses in curves[name]]
         mean = statistics.mean(finals)
         ratio = mean / statistics.mean(map(_trainings.final, curves[schemes[0]]))
-        rows.append([name.removeprefix("optax.adamw, "), f"{mean:.4g} ({max(finals) - min(finals):.2g})", _report.number(ratio, 3)])
+        spread = max(finals) - min(finals)
+        rows.append([name.removeprefix("optax.adamw, "), f"{mean:.4g} ({spread:.2g})", _report.number(ratio, 3)])
     return rows, curves
 
 

@@ -149,7 +149,8 @@ class CheckpointManager:
                 arrays get its shardings, over whatever devices and processes there are now.
             step: Restores this step or nothing.
             migrate: Lets the policy change. Arrays are cast to the template's floating dtypes, and loss scales of
-                another class or with other fields are the template's own; everything else must match.
+                another class or with other fields are the template's own; a run in
+                float32 goes on where the template has the state of ``optim.stored``. Everything else must match.
 
         Returns:
             The step, and its state.

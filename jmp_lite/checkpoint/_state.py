@@ -13,6 +13,7 @@ from jmp_lite._messages import first_few
 from jmp_lite._policy import PolicyLike, get_policy
 from jmp_lite._tree import is_finite, path_string
 from jmp_lite.checkpoint._digest import digests, is_shared
+from jmp_lite.checkpoint._stored import without_stored
 from jmp_lite.errors import (
     CheckpointMismatchError,
     InvalidCheckpointError,
@@ -256,7 +257,11 @@ def agree(header: Header, template: Any, policy: PolicyLike, *, migrate: bool) -
     put_back: Callable[[Any], Any] = _unchanged
     _check_template(template)
     if migrate:
-        stand_in, put_back = without_changed_scales(header, template)
+        unscaled, put_back_scales = without_changed_scales(header, template)
+        stand_in, put_back_stored = without_stored(header["leaves"], unscaled)
+
+        def put_back(state: Any) -> Any:
+            return put_back_scales(put_back_stored(state))
     else:
         check_policy(header["policy"], policy)
         check_loss_scales(header, template)

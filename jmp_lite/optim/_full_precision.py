@@ -94,14 +94,11 @@ def from_full_precision(
     if opt_state is not None:
         state = _filled(state, opt_state)
 
-    def halves(path: Any, full: Any, leaf: Any) -> tuple[Any, Any]:
+    def split(path: Any, full: Any, leaf: Any) -> tuple[Any, Any]:
         low = low_bits.get(path)
-        if low is None:
-            return leaf, None
-        to_nearest = jnp.full(low.shape, 2**31, jnp.uint32)
-        return format_of(low).encode(jnp.asarray(full, FLOAT32), to_nearest, leaf.dtype)
+        return (leaf, None) if low is None else halves(full, low, leaf.dtype)
 
-    pairs = jax.tree_util.tree_map_with_path(halves, params, seen)
+    pairs = jax.tree_util.tree_map_with_path(split, params, seen)
     seen, low = (jax.tree.map(lambda _, pair, i=i: pair[i], params, pairs) for i in (0, 1))
     given = dict(jax.tree_util.tree_leaves_with_path(low))
 
@@ -111,6 +108,12 @@ def from_full_precision(
         return node._replace(low=jax.tree_util.tree_map_with_path(lambda path, _: given[path], node.low))
 
     return seen, jax.tree.map(fill, state, is_leaf=_is_stored)
+
+
+def halves(full: Any, low: Any, dtype: Any) -> tuple[jax.Array, Any]:
+    """Splits float32 to nearest, into a number of this dtype and low bits as they are elsewhere."""
+    to_nearest = jnp.full(low.shape, 2**31, jnp.uint32)
+    return format_of(low).encode(jnp.asarray(full, FLOAT32), to_nearest, dtype)
 
 
 def _filled(state: Any, opt_state: Any) -> Any:

@@ -39,8 +39,8 @@ class StoredState(NamedTuple):
 
     Example:
         >>> params = {"w": jnp.zeros(3, jnp.bfloat16)}
-        >>> state = jmp.optim.stored(optax.lion(1e-3), params="split8", state="8bit").init(params)
-        >>> state.low["w"].dtype, state.inner_state[0].mu["w"].dtype
+        >>> state = jmp.optim.stored(optax.rmsprop(1e-3), params="split8", state="8bit").init(params)
+        >>> state.low["w"].dtype, state.inner_state[0].nu["w"].dtype
         (dtype('int8'), dtype('uint8'))
     """
 

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 from flax import serialization
-from support.comparisons import assert_identical
+from support.comparisons import assert_identical, standard
 
 import jmp_lite as jmp
 from jmp_lite import checkpoint
@@ -167,3 +167,30 @@ def test_fresh_template_is_not_hashed_element_by_element(monkeypatch, tmp_path):
     checkpoint.save(tmp_path / "step", state, policy="full")
     checkpoint.restore(tmp_path / "step", jax.tree.map(lambda x: 0 * x, state), policy="full")
     assert max(hashed) < min(_digest._PIECES)
+
+
+def test_a_run_in_float32_goes_on_in_fewer_bytes(rng):
+    """Weights with their low bits, moments and step counts; the same as `from_full_precision` makes of them."""
+    inner = standard(optax.adamw(1e-2))
+    plain, tx = (jmp.loss_scaled(t) for t in (inner, jmp.optim.stored(inner, params="split8", state="8bit")))
+    full = {"w": jnp.asarray(rng.standard_normal((4, 6)), jnp.float32), "norm": jnp.ones(6)}
+    opt_state = plain.init(full)
+    for _ in range(3):
+        grads = {name: jnp.asarray(rng.standard_normal(leaf.shape), jnp.float32) for name, leaf in full.items()}
+        full, opt_state = jmp.apply_gradients(plain, grads, opt_state, full)
+    data = checkpoint.to_bytes({"params": full, "opt": opt_state, "step": 3}, policy="mixed_bfloat16")
+    policy = jmp.PolicyMap({"norm": "float32"}, default="bf16")
+    params, state = jmp.optim.from_full_precision(tx, full, policy)
+    template = {"params": params, "opt": state, "step": 0}
+    expected_params, expected = jmp.optim.from_full_precision(tx, full, policy, opt_state=opt_state)
+    found = checkpoint.from_bytes(template, data, policy="bf16", migrate=True)
+    assert_identical(found, {"params": expected_params, "opt": expected, "step": 3})
+    abstract = {**jax.eval_shape(lambda: {"params": params, "opt": state}), "step": 0}
+    assert_identical(checkpoint.from_bytes(abstract, data, policy="bf16", migrate=True), found)
+    own = checkpoint.to_bytes(found, policy="bf16")
+    assert_identical(checkpoint.from_bytes(template, own, policy="mixed_bfloat16", migrate=True), found)
+    twice = {**template, "average": params}
+    state = {"params": full, "opt": opt_state, "step": 3, "average": full}
+    both = checkpoint.to_bytes(state, policy="mixed_bfloat16")
+    with pytest.raises(jmp.errors.CheckpointMismatchError, match=r"parameter 'w' .* 'average/w', 'params/w'"):
+        checkpoint.from_bytes(twice, both, policy="bf16", migrate=True)

@@ -1,0 +1,97 @@
+"""From a run in float32 to one whose optimizer keeps parameters and state in fewer bytes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jmp_lite._dtypes import FLOAT32
+from jmp_lite._tree import Path, path_string
+from jmp_lite.errors import CheckpointMismatchError
+from jmp_lite.optim._full_precision import halves
+from jmp_lite.optim._stored import NARROW, StoredState, decoded, encoded_at_first
+
+
+def _is_stored(node: Any) -> bool:
+    return isinstance(node, StoredState)
+
+
+def _unchanged(read: Any) -> Any:
+    return read
+
+
+def _sharded_like(wide: Any, leaf: Any) -> Any:
+    """A shape in the place of a leaf, of another dtype."""
+    is_placed = isinstance(leaf, jax.ShapeDtypeStruct) or (isinstance(leaf, jax.Array) and leaf.committed)
+    return jax.ShapeDtypeStruct(wide.shape, wide.dtype, sharding=leaf.sharding if is_placed else None)
+
+
+def _in_float32(node: StoredState) -> Any:
+    """What the state of the optimizer was without ``stored``."""
+    wide = jax.eval_shape(lambda inner_state: decoded(inner_state, node.layout), node.inner_state)
+    return jax.tree.map(_sharded_like, wide, node.inner_state)
+
+
+def without_stored(saved: Any, template: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """Replaces what ``optim.stored`` keeps in a template by what a run in float32 has in its place.
+
+    Args:
+        saved: Names of the leaves of the checkpoint. Where it has the state of ``stored``, nothing is replaced.
+        template: Of the new run.
+
+    Returns:
+        The new template, and a function that makes a state of the given one of what was read into it.
+
+    Raises:
+        CheckpointMismatchError: If two leaves could be the parameter that has low bits.
+    """
+    nodes = jax.tree_util.tree_leaves_with_path(template, is_leaf=_is_stored)
+    found = {
+        path: node
+        for path, node in nodes
+        if _is_stored(node) and not any(f"{name}/".startswith(f"{path_string(path)}/inner_state/") for name in saved)
+    }
+    if not found:
+        return template, _unchanged
+    low = {path: leaf for node in found.values() for path, leaf in jax.tree_util.tree_leaves_with_path(node.low)}
+    leaves = {path: leaf for path, leaf in nodes if getattr(leaf, "dtype", None) in NARROW}
+    owner = {own: _parameter(own, leaf, leaves) for own, leaf in low.items()}
+    own_of = {param: own for own, param in owner.items()}
+
+    def replace(path: Path, node: Any) -> Any:
+        if path in found:
+            return _in_float32(node)
+        return _sharded_like(jax.ShapeDtypeStruct(node.shape, FLOAT32), node) if path in own_of else node
+
+    def put_back(read: Any) -> Any:
+        numbers = dict(jax.tree_util.tree_leaves_with_path(read, is_leaf=lambda _: False))
+        given = {
+            param: halves(jnp.asarray(numbers[param]), low[own], leaves[param].dtype) for param, own in own_of.items()
+        }
+
+        def put(path: Path, node: Any, value: Any) -> Any:
+            if path in given:
+                return given[path][0]
+            if path not in found:
+                return value
+            kept = jax.tree_util.tree_map_with_path(lambda own, _: given[owner[own]][1], node.low)
+            inner_state = encoded_at_first(value, node.layout)
+            return StoredState(inner_state, kept, jnp.zeros((), jnp.uint32), node.layout)
+
+        return jax.tree_util.tree_map_with_path(put, template, read, is_leaf=_is_stored)
+
+    return jax.tree_util.tree_map_with_path(replace, template, is_leaf=_is_stored), put_back
+
+
+def _parameter(own: Path, low: Any, leaves: dict[Path, Any]) -> Path:
+    """The path of the leaf of a template whose low bits these are: of 16 bits, and with the same keys in the end."""
+    found = [path for path, leaf in leaves.items() if path[len(path) - len(own) :] == own and leaf.shape == low.shape]
+    if len(found) != 1:
+        names = ", ".join(repr(path_string(path)) for path in found) or "none"
+        raise CheckpointMismatchError(
+            f"Of the leaves of the template one must be the parameter {path_string(own)!r} whose low bits the optimizer"
+            f" keeps, and there are: {names}. Restore into a template in float32, and convert with "
+            "optim.from_full_precision(tx, params, opt_state=opt_state)."
+        )
+    return found[0]
