@@ -23,8 +23,13 @@ LAYOUTS = {
     "both": {"matrix": P("y", "x"), "stack": P("x", "y"), "bias": P(("x", "y")), "scalar": P()},
     "together": {"matrix": P(None, ("y", "x")), "stack": P(("x", "y")), "bias": P("y"), "scalar": P()},
 }
-FORMATS = [("split8", "8bit"), ("stochastic", "8bit"), ("stochastic", "bfloat16"), ("split16", "float32")]
-formats = pytest.mark.parametrize(("params", "state"), slow_but_for(FORMATS[:2], FORMATS), ids=str)
+FORMATS = [
+    ("split8", "8bit"),
+    pytest.param("stochastic", "8bit", marks=pytest.mark.slow),
+    pytest.param("stochastic", "bfloat16", marks=pytest.mark.slow),
+    pytest.param("split16", "float32", marks=pytest.mark.slow),
+]
+formats = pytest.mark.parametrize(("params", "state"), FORMATS)
 
 
 def mesh_of(x, y, kind=AxisType.Auto):

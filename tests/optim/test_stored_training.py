@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support.comparisons import DATA, read_json, slow_but_for, standard
+from support.comparisons import DATA, read_json, standard
 
 import jmp_lite as jmp
 from jmp_lite.optim import stored
@@ -69,7 +69,7 @@ def final_loss(params, state, seed=0):
 @pytest.mark.parametrize(
     ("params", "state", "run"),
     [
-        ("float32", "float32", "fp32"),
+        pytest.param("float32", "float32", "fp32", marks=pytest.mark.slow),
         ("nearest", "float32", "bf16"),
         pytest.param("split16", "float32", "kahan", marks=pytest.mark.slow),
         pytest.param("split8", "float32", "kahan", marks=pytest.mark.slow),
@@ -81,7 +81,8 @@ def test_final_loss_is_that_of_torch(params, state, run):
     assert abs(final_loss(params, state) - read_json("torch_sr_kahan.json")[run]["full"]) < 5e-3
 
 
-@pytest.mark.parametrize("params", slow_but_for(("split8",), ("split8", "stochastic")))
+@pytest.mark.slow
+@pytest.mark.parametrize("params", ["split8", "stochastic"])
 def test_final_loss_with_moments_of_8_bits(params):
     """Steps are 4 to 5 % longer in the mean, so as much further on the way down from 2.576; it shows at a low rate."""
     exact = read_json("torch_sr_kahan.json")["fp32"]["full"]
