@@ -57,9 +57,13 @@ class StateFormat(Protocol):
     @property
     def largest(self) -> tuple[int, ...]: ...
 
-    def encode(self, value: jax.Array, bits: jax.Array, other: jax.Array | None, /) -> jax.Array: ...
+    def encode(self, value: jax.Array, bits: jax.Array, other: jax.Array | None, /) -> jax.Array:
+        """From float32, random bits (``uint32``) and what it is relative to, all of one shape, to what is stored."""
+        ...
 
-    def decode(self, stored: jax.Array, other: jax.Array | None, /) -> jax.Array: ...
+    def decode(self, stored: jax.Array, other: jax.Array | None, /) -> jax.Array:
+        """Back to float32."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,9 +94,11 @@ class Float:
             raise InvalidStorageError(f"dtype must be bfloat16, float16 or float32, got {quote(self.dtype)}.")
 
     def encode(self, value: jax.Array, bits: jax.Array, _: jax.Array | None) -> jax.Array:
+        """Rounds float32 to what is stored."""
         return stochastic_round(bits, value, self.dtype) if self.stochastic else value.astype(self.dtype)
 
     def decode(self, stored: jax.Array, _: jax.Array | None) -> jax.Array:
+        """Returns the numbers that are stored, in float32."""
         return stored.astype(FLOAT32)
 
 
@@ -123,10 +129,12 @@ class Log:
         _check_highest(self.highest)
 
     def encode(self, value: jax.Array, bits: jax.Array, _: jax.Array | None) -> jax.Array:
+        """Rounds float32 to what is stored."""
         code = _to_code(jnp.maximum(value, 0), bits, self.highest - 63, 254)
         return jnp.where(jnp.isfinite(value), code, 255).astype(jnp.uint8)
 
     def decode(self, stored: jax.Array, _: jax.Array | None) -> jax.Array:
+        """Returns the numbers that are stored, in float32."""
         return jnp.where(stored == 255, jnp.nan, _from_code(stored.astype(jnp.uint32), self.highest - 63))
 
 
@@ -155,11 +163,13 @@ class SignedLog:
         _check_highest(self.highest)
 
     def encode(self, value: jax.Array, bits: jax.Array, _: jax.Array | None) -> jax.Array:
+        """Rounds float32 to what is stored."""
         code = _to_code(jnp.abs(value), bits, self.highest - 31, 127)
         signed = jnp.where((value < 0) & (code > 0), code + 128, code)
         return jnp.where(jnp.isfinite(value), signed, 128).astype(jnp.uint8)
 
     def decode(self, stored: jax.Array, _: jax.Array | None) -> jax.Array:
+        """Returns the numbers that are stored, in float32."""
         code = stored.astype(jnp.uint32)
         magnitude = _from_code(code & np.uint32(127), self.highest - 31)
         return jnp.where(code == 128, jnp.nan, jnp.where(code > 128, -magnitude, magnitude))
@@ -193,6 +203,7 @@ class Ratio:
             raise InvalidStorageError(f"bound must be a number between 0 and 2**40, got {quote(self.bound)}.")
 
     def encode(self, value: jax.Array, bits: jax.Array, other: jax.Array | None) -> jax.Array:
+        """Rounds float32 to what is stored."""
         largest = self.bound * jnp.sqrt(_known(other))
         relative = jnp.minimum(jnp.abs(value) / jnp.maximum(largest, _TINY), 1)
         below = jnp.minimum(jnp.floor(_LEVELS * 2 * relative / (1 + relative)), _LEVELS - 1)
@@ -203,6 +214,7 @@ class Ratio:
         return jnp.where(jnp.isfinite(value) & jnp.isfinite(largest), signed, -128).astype(jnp.int8)
 
     def decode(self, stored: jax.Array, other: jax.Array | None) -> jax.Array:
+        """Returns the numbers that are stored, in float32."""
         code = stored.astype(FLOAT32)
         relative = jnp.sign(code) * _softsign(jnp.abs(code))
         return jnp.where(stored == -128, jnp.nan, relative * (self.bound * jnp.sqrt(_known(other))))
