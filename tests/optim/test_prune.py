@@ -182,6 +182,7 @@ def test_polynomial_schedule_is_the_one_of_zhu_and_gupta():
 PAIRS = [("float32", "float32"), ("bfloat16", "float32"), ("float16", "float32"), ("bfloat16", "bfloat16")]
 
 
+@pytest.mark.filterwarnings("ignore:Parameters of 16 bits")
 @forms
 @pytest.mark.parametrize(
     ("dtype", "grad_dtype"), [PAIRS[0], *(pytest.param(*pair, marks=pytest.mark.slow) for pair in PAIRS[1:])]
