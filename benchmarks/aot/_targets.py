@@ -104,14 +104,24 @@ def devices(target: str, count: int = 1) -> list[jax.Device]:
     return list(topology.devices[:count])
 
 
-def compiled(function: Callable[..., Any], shapes: Any, device: jax.Device, **options: Any) -> Any:
-    """Compiles a function of arrays of these shapes for a device that need not exist, with options of XLA's."""
+def compiled(
+    function: Callable[..., Any], shapes: Any, device: jax.Device, *, donate: tuple[int, ...] = (), **options: Any
+) -> Any:
+    """Compiles a function of arrays of these shapes for a device that need not exist, with options of XLA's.
+
+    Args:
+      function: what to compile.
+      shapes: of its arguments.
+      device: see `devices`.
+      donate: numbers of the arguments that are donated.
+      **options: for the compiler.
+    """
     sharding = jax.sharding.SingleDeviceSharding(device)
 
     def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    return jax.jit(function).lower(*jax.tree.map(abstract, shapes)).compile(options)
+    return jax.jit(function, donate_argnums=donate).lower(*jax.tree.map(abstract, shapes)).compile(options)
 
 
 def for_each(targets: Sequence[str], report: Callable[[str], None]) -> None:

@@ -28,24 +28,13 @@ COMPILERS = {"h100": ("jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12"), "tpu": ("li
 TREES = ("one", "65", "300")
 
 
-def compiled(scheme: _storage.Scheme, tree: str, device: jax.Device) -> jax.stages.Compiled:
-    """The step, with parameters and state donated in the order in which it returns them."""
-    sharding = jax.sharding.SingleDeviceSharding(device)
-    arguments = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), _storage.abstract(scheme, tree)
-    )
-    platform = "tpu" if device.platform == "tpu" else "cuda"
-    step = jax.jit(scheme.step, donate_argnums=(0, 1))
-    return step.trace(*arguments).lower(lowering_platforms=(platform,)).compile()
-
-
 def row(
     name: str, scheme: _storage.Scheme, tree: str, device: jax.Device, bare: int
 ) -> tuple[list[str], dict[str, float]]:
     """The figures of one scheme as cells, and those that limits are set for."""
     params, state, grads = _storage.abstract(scheme, tree)
     count = _measure.parameter_count(params)
-    program = compiled(scheme, tree, device)
+    program = _targets.compiled(scheme.step, (params, state, grads), device, donate=(0, 1))
     module = _hlo.parse(program.as_text())
     cost = _cost.cost(module)
     resident = _storage.nbytes((params, state))
