@@ -39,6 +39,8 @@ ACCEPTED_NAMES = ", ".join(["half", *name_to_dtype])
 FLOAT32 = np.dtype(np.float32)
 #: The formats that a policy casts even when it does not name them.
 STANDARD_FORMATS = frozenset({np.dtype(jnp.bfloat16), np.dtype(np.float16), FLOAT32})
+#: Those of 16 bits.
+NARROW_FORMATS = STANDARD_FORMATS - {FLOAT32}
 #: Formats of which two numbers are stored in one byte, though NumPy holds each in one of its own.
 OF_4_BITS = frozenset(map(np.dtype, (jnp.int4, jnp.uint4, jnp.float4_e2m1fn)))
 

@@ -101,20 +101,16 @@ def stochastic_round(bits: jax.Array, x: Any, dtype: DType) -> jax.Array:
         Gupta et al., "Deep Learning with Limited Numerical Precision", arXiv:1502.02551.
     """
     if dtype == jnp.bfloat16:
-        return truncated_at_random(bits, jnp.asarray(x).astype(FLOAT32), 16).astype(dtype)
+        return _bfloat16_at_random(bits, jnp.asarray(x).astype(FLOAT32))
     return _rounded(x, dtype, functools.partial(stochastic_floor, bits))
 
 
-def truncated_at_random(bits: jax.Array, x: jax.Array, dropped: int) -> jax.Array:
-    """Rounds float32 to numbers whose last ``dropped`` bits are 0, up or down, so that the expected value is ``x``.
-
-    Adding as many random bits before they are cut off is exact, subnormal numbers included.
-    """
+def _bfloat16_at_random(bits: jax.Array, x: jax.Array) -> jax.Array:
+    """Adds as many random bits as are cut off then, which is exact, subnormal numbers included."""
     word = lax.bitcast_convert_type(x, jnp.uint32)
-    kept = np.uint32(2**32 - 2**dropped)
     largest = np.uint32(0x7F7FFFFF) | (word & np.uint32(0x80000000))
-    raised = jnp.minimum(word + (bits >> (32 - dropped)), largest)
-    return lax.bitcast_convert_type(jnp.where(jnp.isfinite(x), raised & kept, word), FLOAT32)
+    raised = jnp.minimum(word + (bits >> 16), largest) & np.uint32(0xFFFF0000)
+    return lax.bitcast_convert_type(jnp.where(jnp.isfinite(x), raised, word), FLOAT32).astype(jnp.bfloat16)
 
 
 def nearest_round(x: Any, dtype: DType) -> jax.Array:

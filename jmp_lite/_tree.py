@@ -16,6 +16,7 @@ import numpy as np
 from jmp_lite._compat import INLINE
 from jmp_lite._dtypes import (
     FLOAT32,
+    NARROW_FORMATS,
     STANDARD_FORMATS,
     DType,
     at_least_float32,
@@ -70,6 +71,11 @@ def is_inexact(leaf: Any) -> bool:
     if is_array(leaf):
         return bool(jnp.issubdtype(leaf.dtype, jnp.inexact))
     return isinstance(leaf, (float, complex))
+
+
+def is_narrow(leaf: Any) -> bool:
+    """Whether a leaf is an array of a floating dtype of 16 bits."""
+    return is_array(leaf) and leaf.dtype in NARROW_FORMATS
 
 
 def is_number(leaf: Any) -> bool:

@@ -70,8 +70,8 @@ def from_bytes(template: T, data: bytes, *, policy: PolicyLike, migrate: bool = 
         data: The bytes.
         policy: The policy that training goes on with.
         migrate: Lets the policy change. Arrays are cast to the template's floating dtypes, and loss scales of another
-            class or with other fields are the template's own; a run in
-            float32 goes on where the template has the state of ``optim.stored``. Everything else must match.
+            class or with other fields are the template's own; a run in float32 goes on where the template has the state
+            of ``optim.stored``. Everything else must match.
 
     Returns:
         The saved state, with every array compared with the digest that was taken when it was saved.

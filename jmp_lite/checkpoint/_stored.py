@@ -6,19 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jmp_lite._dtypes import FLOAT32
+from jmp_lite._dtypes import FLOAT32, NARROW_FORMATS
 from jmp_lite._tree import Path, path_string
 from jmp_lite.errors import CheckpointMismatchError
 from jmp_lite.optim._full_precision import halves
-from jmp_lite.optim._stored import NARROW, StoredState, decoded, encoded_at_first
-
-
-def _is_stored(node: Any) -> bool:
-    return isinstance(node, StoredState)
-
-
-def _unchanged(read: Any) -> Any:
-    return read
+from jmp_lite.optim._stored import StoredState, decoded, encoded_at_first
+from jmp_lite.scaling._in_state import is_stored
 
 
 def _sharded_like(wide: Any, leaf: Any) -> Any:
@@ -46,16 +39,16 @@ def without_stored(saved: Any, template: Any) -> tuple[Any, Callable[[Any], Any]
     Raises:
         CheckpointMismatchError: If two leaves could be the parameter that has low bits.
     """
-    nodes = jax.tree_util.tree_leaves_with_path(template, is_leaf=_is_stored)
+    nodes = jax.tree_util.tree_leaves_with_path(template, is_leaf=is_stored)
     found = {
         path: node
         for path, node in nodes
-        if _is_stored(node) and not any(f"{name}/".startswith(f"{path_string(path)}/inner_state/") for name in saved)
+        if is_stored(node) and not any(f"{name}/".startswith(f"{path_string(path)}/inner_state/") for name in saved)
     }
     if not found:
-        return template, _unchanged
+        return template, lambda read: read
     low = {path: leaf for node in found.values() for path, leaf in jax.tree_util.tree_leaves_with_path(node.low)}
-    leaves = {path: leaf for path, leaf in nodes if getattr(leaf, "dtype", None) in NARROW}
+    leaves = {path: leaf for path, leaf in nodes if getattr(leaf, "dtype", None) in NARROW_FORMATS}
     owner = {own: _parameter(own, leaf, leaves) for own, leaf in low.items()}
     own_of = {param: own for own, param in owner.items()}
 
@@ -79,9 +72,9 @@ def without_stored(saved: Any, template: Any) -> tuple[Any, Callable[[Any], Any]
             inner_state = encoded_at_first(value, node.layout)
             return StoredState(inner_state, kept, jnp.zeros((), jnp.uint32), node.layout)
 
-        return jax.tree_util.tree_map_with_path(put, template, read, is_leaf=_is_stored)
+        return jax.tree_util.tree_map_with_path(put, template, read, is_leaf=is_stored)
 
-    return jax.tree_util.tree_map_with_path(replace, template, is_leaf=_is_stored), put_back
+    return jax.tree_util.tree_map_with_path(replace, template, is_leaf=is_stored), put_back
 
 
 def _parameter(own: Path, low: Any, leaves: dict[Path, Any]) -> Path:

@@ -10,19 +10,16 @@ import optax
 from jmp_lite._dtypes import FLOAT32
 from jmp_lite._messages import described
 from jmp_lite._policy import PolicyLike, get_policy
-from jmp_lite._tree import Path, describe
+from jmp_lite._tree import Path, describe, is_narrow
 from jmp_lite.errors import InvalidStorageError
-from jmp_lite.optim._stored import StoredState, decoded, encoded_at_first, is_narrow, stored_states
+from jmp_lite.optim._stored import decoded, encoded_at_first, stored_states
 from jmp_lite.optim._weights import format_of
-
-
-def _is_stored(node: Any) -> bool:
-    return isinstance(node, StoredState)
+from jmp_lite.scaling._in_state import is_stored
 
 
 def _low_bits(opt_state: Any) -> dict[Path, Any]:
     """Low bits by path of the parameter; several ``stored``, each for some of them, have theirs."""
-    states = list(stored_states(opt_state))
+    states = stored_states(opt_state)
     if not states:
         raise InvalidStorageError(
             f"No full precision in the state, which is of type {type(opt_state).__name__}. Pass the state of an "
@@ -103,11 +100,11 @@ def from_full_precision(
     given = dict(jax.tree_util.tree_leaves_with_path(low))
 
     def fill(node: Any) -> Any:
-        if not _is_stored(node):
+        if not is_stored(node):
             return node
         return node._replace(low=jax.tree_util.tree_map_with_path(lambda path, _: given[path], node.low))
 
-    return seen, jax.tree.map(fill, state, is_leaf=_is_stored)
+    return seen, jax.tree.map(fill, state, is_leaf=is_stored)
 
 
 def halves(full: Any, low: Any, dtype: Any) -> tuple[jax.Array, Any]:
@@ -120,13 +117,13 @@ def _filled(state: Any, opt_state: Any) -> Any:
     """A state with the numbers of one in float32, which has that of the inner optimizer where this has ``stored``."""
 
     def fill(node: Any, given: Any) -> Any:
-        if not _is_stored(node):
+        if not is_stored(node):
             return given
         inner_state = _like(given, decoded(node.inner_state, node.layout))
         return node._replace(inner_state=encoded_at_first(inner_state, node.layout))
 
     try:
-        return jax.tree.map(fill, state, opt_state, is_leaf=_is_stored)
+        return jax.tree.map(fill, state, opt_state, is_leaf=is_stored)
     except (ValueError, TypeError) as error:
         raise InvalidStorageError(
             f"opt_state is no state of this optimizer without stored: {described(error)} Pass what the optimizer of "

@@ -117,7 +117,7 @@ def slots(inner_state: Any, params: Any) -> dict[Path, Slot]:
     found = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(inner_state):
         is_moment = is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
-        fields = [i for i, entry in enumerate(path) if isinstance(entry, jax.tree_util.GetAttrKey) and is_moment]
+        fields = [i for i, entry in enumerate(path) if _is_field(entry) and is_moment]
         field = next((i for i in fields if shapes.get(path[i + 1 :]) == leaf.shape), None)
         if field is not None:
             found[path] = Slot(path, field, type(_node_at(inner_state, path[:field])).__name__)
@@ -285,23 +285,19 @@ def _growth(inner: Any, params: Any) -> dict[Path, tuple[float, float]]:
     """
     small = jax.tree.map(lambda x: np.ones((1,) * np.ndim(x), np.float32) if is_inexact(x) else x, params)
 
-    def tried(size: float) -> dict[Path, float]:
+    def tried(size: float) -> dict[Path, tuple[Slot, float]]:
         grads = jax.tree.map(lambda x: x * np.float32(size) if is_inexact(x) else x, small)
         state = inner.init(small)
         for _ in range(2):
             _, state = inner.update(grads, state, small, value=0.0)
-        return {path: float(np.ravel(_leaf(state, path))[0]) for path in slots(state, small)}
+        leaves = dict(jax.tree_util.tree_leaves_with_path(state))
+        return {path: (slot, float(np.ravel(leaves[path])[0])) for path, slot in slots(state, small).items()}
 
     try:
         with jax.ensure_compile_time_eval(), jax.numpy_dtype_promotion("standard"):
             once, twice = tried(2.0**-10), tried(2.0**-9)
-            found = slots(inner.init(small), small)
     except Exception:  # noqa: BLE001 (in code that is not ours)
         return {}
-    grown = {path: twice[path] / value for path, value in once.items() if value}
-    pairs = {slot.path[: slot.field]: (path, slot.neighbor("nu")) for path, slot in found.items() if slot.kind == "mu"}
-    return {node: (grown[mu], grown[nu]) for node, (mu, nu) in pairs.items() if mu in grown and nu in grown}
-
-
-def _leaf(tree: Any, path: Path) -> Any:
-    return dict(jax.tree_util.tree_leaves_with_path(tree))[path]
+    grown = {path: twice[path][1] / value for path, (_, value) in once.items() if value}
+    pairs = [(slot.path[: slot.field], path, slot.neighbor("nu")) for path, (slot, _) in once.items()]
+    return {node: (grown[mu], grown[nu]) for node, mu, nu in pairs if once[mu][0].kind == "mu" and {mu, nu} <= {*grown}}

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import operator
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -15,14 +14,14 @@ from jmp_lite._compat import register_flax_serialization, varying_axes
 from jmp_lite._dtypes import FLOAT32
 from jmp_lite._messages import nearest, quote
 from jmp_lite._rounding import counted_bits, key_at, step_key
-from jmp_lite._tree import describe, is_array, is_inexact, path_string
+from jmp_lite._tree import cast_to_full, describe, is_array, is_inexact, is_narrow, path_string
 from jmp_lite.errors import InvalidStorageError, MissingAxisError
 from jmp_lite.optim._moments import StateFormat
 from jmp_lite.optim._slots import Formats, Layout, check_formats, choose
 from jmp_lite.optim._weights import WEIGHT_FORMATS, WeightFormat
+from jmp_lite.scaling._in_state import is_stored, nodes
 from jmp_lite.scaling._loss_scaled import check_optimizer
 
-NARROW = frozenset({np.dtype(jnp.bfloat16), np.dtype(jnp.float16)})
 #: The step for whose bits state is made; no step has this number.
 _BEFORE = 2**32 - 1
 
@@ -53,11 +52,6 @@ class StoredState(NamedTuple):
     def params_in_float32(self) -> frozenset[str]:
         """Asked by ``loss_scaled``: paths of parameters of 16 bits that it need not take care of."""
         return self.layout.params
-
-
-def is_narrow(leaf: Any) -> bool:
-    """Whether a leaf is an array of a floating dtype of 16 bits."""
-    return is_array(leaf) and leaf.dtype in NARROW
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,9 +105,9 @@ class _Stored:
         if params is None:
             raise InvalidStorageError("stored needs the parameters: call update(updates, state, params).")
         bits = self._bits(state.step)
-        self._refuse_forgotten_specs(params, state.step)
+        _refuse_forgotten_specs(params, bits)
         full = self._full(params, state.low)
-        grads = jax.tree.map(_widened, updates)
+        grads = cast_to_full(updates)
         steps, inner_state = self.inner.update(grads, decoded(state.inner_state, state.layout), full, **extra_args)
 
         def stepped(path: Any, param: Any, wide: Any, step: Any, low: Any) -> Any:
@@ -152,16 +146,17 @@ class _Stored:
                 "float32. Cast it, or keep it out with optax.masked."
             )
 
-    def _refuse_forgotten_specs(self, params: Any, step: jax.Array) -> None:
-        known = self._bits(step).specs
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-            axes = varying_axes(leaf) - varying_axes(step) if is_array(leaf) else frozenset()
-            if axes and path_string(path) not in known:
-                raise MissingAxisError(
-                    f"Parameter {path_string(path)!r} is sharded over {' and '.join(map(repr, sorted(axes)))}, and its "
-                    "shards would all be rounded with the same random bits. Write stored(..., specs=...), with the "
-                    "PartitionSpecs that shard_map has for the parameters."
-                )
+
+def _refuse_forgotten_specs(params: Any, bits: _Bits) -> None:
+    """Raises where parameters are sharded over axes that the step is not, and nobody said how."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        axes = varying_axes(leaf) - varying_axes(bits.key) if is_array(leaf) else frozenset()
+        if axes and path_string(path) not in bits.specs:
+            raise MissingAxisError(
+                f"Parameter {path_string(path)!r} is sharded over {' and '.join(map(repr, sorted(axes)))}, and its "
+                "shards would all be rounded with the same random bits. Write stored(..., specs=...), with the "
+                "PartitionSpecs that shard_map has for the parameters."
+            )
 
 
 def _no_low(weights: WeightFormat, param: Any) -> Any:
@@ -173,10 +168,6 @@ def _no_low(weights: WeightFormat, param: Any) -> Any:
 
 def _narrow_leaves(params: Any) -> list[tuple[Any, Any]]:
     return [(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params) if is_narrow(leaf)]
-
-
-def _widened(leaf: Any) -> Any:
-    return leaf.astype(FLOAT32) if is_narrow(leaf) else leaf
 
 
 def _check_some_narrow(params: Any, name: str) -> None:
@@ -244,10 +235,9 @@ def decoded(inner_state: Any, layout: Layout) -> Any:
     return jax.tree.unflatten(treedef, leaves)
 
 
-def stored_states(opt_state: Any) -> Iterator[StoredState]:
-    """Yields what ``stored`` keeps, wherever it is in a state."""
-    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, StoredState))
-    return (node for node in nodes if isinstance(node, StoredState))
+def stored_states(opt_state: Any) -> list[StoredState]:
+    """Returns what ``stored`` keeps, wherever it is in a state."""
+    return [node for _, node in nodes(opt_state, is_stored)]
 
 
 def stored(

@@ -32,12 +32,12 @@ def _sum(param: jax.Array, update: jax.Array) -> jax.Array:
     return (param.astype(wide) + update.astype(wide)).astype(param.dtype)
 
 
-def _apply(params: P, updates: Any, opt_state: Any) -> tuple[P, jax.Array]:
+def _apply(params: P, updates: Any, stored: frozenset[str]) -> tuple[P, jax.Array]:
     """Returns new parameters, and whether their updates are finite.
 
-    Elements that an update would make infinite or NaN stay as they are; leaves without an update are ``None``.
+    Elements that an update would make infinite or NaN stay as they are; leaves without an update are ``None``. Of
+    parameters at the paths ``stored`` the optimizer takes care by itself.
     """
-    stored = stored_params(opt_state)
     seen: list[tuple[Any, jax.Array]] = []
 
     def apply(path: Any, leaf: Any, update: Any) -> Any:
@@ -124,15 +124,15 @@ def apply_gradients(
     """
     check_optimizer(tx, "apply_gradients")
     _check_trees(grads, params)
-    update = tx.update
+    update, stored = tx.update, stored_params(opt_state)
     if not isinstance(update, LossScaledUpdate):
         loss_scaled_states(opt_state)
         updates, opt_state = optax.with_extra_args_support(tx).update(grads, opt_state, params, **extra_args)
-        return _merged(params, _apply(params, updates, opt_state)[0]), opt_state
+        return _merged(params, _apply(params, updates, stored)[0]), opt_state
 
     def step() -> tuple[tuple[P, Any], jax.Array]:
         updates, inner_state = update.inner_update(grads, opt_state, params, extra_args)
-        new, updates_finite = _apply(params, updates, inner_state)
+        new, updates_finite = _apply(params, updates, stored)
         return (new, inner_state), updates_finite
 
     finite = update.verdict(grads, opt_state)
@@ -142,7 +142,5 @@ def apply_gradients(
         old: P = jax.tree.map(lambda param, new: None if new is None else jnp.asarray(param), params, applied)
         return old, opt_state.inner_state
 
-    (applied, inner_state), updates_finite = step_or_skip(
-        finite, step, skip, update.axis_name, is_stored=bool(stored_params(opt_state.inner_state))
-    )
+    (applied, inner_state), updates_finite = step_or_skip(finite, step, skip, update.axis_name, is_stored=bool(stored))
     return _merged(params, applied), update.next_state(opt_state, inner_state, finite, updates_finite)

@@ -11,7 +11,7 @@ import optax
 
 from jmp_lite._dtypes import FLOAT32
 from jmp_lite._messages import first_few, quote
-from jmp_lite._tree import describe, is_array, is_finite, is_inexact, is_number, path_string
+from jmp_lite._tree import cast_leaf, describe, is_array, is_finite, is_inexact, is_narrow, is_number, path_string
 from jmp_lite.errors import InvalidLossScaleError, InvalidStepError, LossScaleNotFoundError, LostUpdatesWarning
 from jmp_lite.scaling._in_state import is_loss_scale, is_stored, nodes, stored_params
 from jmp_lite.scaling._loss_scale import DynamicLossScale, LossScale, register_serialization
@@ -67,21 +67,17 @@ def loss_scaled_states(opt_state: Any) -> list[tuple[str, LossScaledState]]:
     return found
 
 
-def _is_narrow(leaf: Any) -> bool:
-    return is_array(leaf) and leaf.dtype in (jnp.float16, jnp.bfloat16)
-
-
-def _widened(leaf: Any) -> Any:
-    """Beside float32 gradients an optimizer computes in float32: an eps of 1e-8 is 0 in float16."""
-    return leaf.astype(FLOAT32) if _is_narrow(leaf) else leaf
-
-
 def _held_in_float32(inner_state: Any, params: Any) -> tuple[Any, Any]:
-    """State and parameters in float32, but for what ``optim.stored`` takes care of."""
+    """State and parameters in float32, but for what ``optim.stored`` takes care of.
+
+    Beside float32 gradients an optimizer computes in float32: an eps of 1e-8 is 0 in float16.
+    """
     stored = stored_params(inner_state)
-    wide = jax.tree.map(lambda node: node if is_stored(node) else _widened(node), inner_state, is_leaf=is_stored)
+    wide = jax.tree.map(
+        lambda node: node if is_stored(node) else cast_leaf(node, FLOAT32), inner_state, is_leaf=is_stored
+    )
     return wide, jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf if jax.tree_util.keystr(path) in stored else _widened(leaf), params
+        lambda path, leaf: leaf if jax.tree_util.keystr(path) in stored else cast_leaf(leaf, FLOAT32), params
     )
 
 
@@ -144,7 +140,7 @@ class LossScaledUpdate:
         if "grad" in extra_args:  # what line searches ask for, beside the value of the loss
             extra_args = {**extra_args, "grad": unscale(trainable(extra_args["grad"]), state.loss_scale)}
         held = state.inner_state, trainable(params)
-        if any(map(_is_narrow, jax.tree.leaves(params))):
+        if any(map(is_narrow, jax.tree.leaves(params))):
             held = _held_in_float32(*held)
         updates, inner_state = self.inner.update(unscaled, *held, **extra_args)
         return updates, jax.tree.map(_like_old, inner_state, state.inner_state)
@@ -198,7 +194,7 @@ def _warn_of_lost_updates(params: Any, inner_state: Any) -> None:
     leaves = jax.tree_util.tree_leaves_with_path(params)
     stored = stored_params(inner_state)
     rest = [(path, leaf) for path, leaf in leaves if jax.tree_util.keystr(path) not in stored]
-    narrow = [f"{path_string(path)!r} ({leaf.dtype})" for path, leaf in rest if _is_narrow(leaf)]
+    narrow = [f"{path_string(path)!r} ({leaf.dtype})" for path, leaf in rest if is_narrow(leaf)]
     if narrow:
         warnings.warn(
             f"Parameters of 16 bits, {first_few(narrow)}, lose all updates below half a unit in their last place. "
