@@ -152,6 +152,11 @@ def scope_names(name_stack: Any) -> str:
     return "/".join(entry.name for entry in name_stack.stack if type(entry).__name__ == "Scope")
 
 
+def is_transposed(name_stack: Any) -> bool:
+    """Whether an equation belongs to a backward pass."""
+    return any(entry.name == "transpose" for entry in name_stack.stack if type(entry).__name__ == "Transform")
+
+
 def source_line(eqn: Equation) -> str:
     """Returns the user's file and line that an equation comes from."""
     from jax.extend import source_info_util

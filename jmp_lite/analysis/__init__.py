@@ -1,0 +1,4 @@
+"""What runs in which precision, where it breaks, what it costs, and the policy that fixes it.
+
+Read ``_sites`` first, a program as a tree of equations; then ``_finding``, what an analysis has to say.
+"""
