@@ -1,4 +1,4 @@
-"""The formats that numbers are judged for, and the magnitudes at which one of them starts to treat numbers otherwise."""
+"""The formats that numbers are judged for, and the magnitudes at which these begin to treat numbers otherwise."""
 
 import functools
 from typing import Any, NamedTuple
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-#: Formats that statistics say the fate of numbers in, from wide to narrow. Numbers in ``int8`` have one scale per array.
+#: Formats that statistics tell the fate of numbers in. Numbers in ``int8`` have one scale per array.
 FORMATS = ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 INT8 = "int8"
 #: Classes of magnitudes that share a binary exponent.
@@ -84,7 +84,7 @@ def class_table() -> np.ndarray[Any, np.dtype[np.uint32]]:
 
 @functools.cache
 def class_starts() -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Returns ``int64[EXPONENTS * CLASSES]``: the bits of the least magnitude of each class; -1 for one that is empty."""
+    """Returns ``int64[EXPONENTS * CLASSES]``: the bits of the least magnitude of each class, -1 for an empty one."""
     first = (np.arange(EXPONENTS, dtype=np.int64) << 23)[:, None]
     rest = class_table().T.astype(np.int64)
     return np.concatenate([first, np.where(rest == 0xFFFFFFFF, -1, rest)], axis=1).reshape(-1)

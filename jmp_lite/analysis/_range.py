@@ -112,4 +112,3 @@ def range_of(counted: Tally) -> Range:
         exponents={int(e) - 127: int(n) for e, n in enumerate(by_exponent[:-1]) if n},
         fates={name: fates[name] for name in ROUNDED},
     )
-

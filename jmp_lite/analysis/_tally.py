@@ -162,4 +162,3 @@ def _sum(x: jax.Array) -> jax.Array:
             x = jnp.sum(x.reshape(*x.shape[:axis], rows, -1, *x.shape[axis + 1 :]), axis=axis)
         x = jnp.squeeze(x, axis)
     return x
-

@@ -11,7 +11,7 @@ from jmp_lite.analysis._formats import FORMATS
 from jmp_lite.analysis._range import range_of
 from jmp_lite.analysis._tally import merged, tally
 
-#: Sums go in rounds of 16, each number through at most 15 additions per round: 5 rounds for 2**20 of them, and errors of
+#: Sums go in rounds of 16, each number through at most 15 additions per round: 5 rounds for 2**20 of them. Errors of
 #: one sign would be 75 * 2**-24; those of rounding are of both.
 MOMENTS = 1e-6
 
@@ -112,7 +112,9 @@ def test_int8_is_rounded_by_a_scale_from_the_largest(rng):
 def test_tallies_of_parts_add_up_to_that_of_the_whole(rng):
     parts = [wide(rng, 1000).astype(np.float32), normal(rng, 500).astype(np.float32), np.zeros(7, np.float32)]
     whole = range_of(tally(jnp.asarray(np.concatenate(parts))))
-    summed = range_of(jax.jit(merged)(tally(jnp.asarray(parts[0])), merged(*(tally(jnp.asarray(p)) for p in parts[1:]))))
+    summed = range_of(
+        jax.jit(merged)(tally(jnp.asarray(parts[0])), merged(*(tally(jnp.asarray(p)) for p in parts[1:])))
+    )
     for name in ("count", "zero", "largest", "smallest", "exponents"):
         assert getattr(summed, name) == getattr(whole, name)
     assert summed.rms == pytest.approx(whole.rms, rel=MOMENTS)
