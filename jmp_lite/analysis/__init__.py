@@ -4,7 +4,11 @@ Read ``_sites`` first, a program as a tree of equations; then ``_evaluate``, whi
 value, and ``_finding``, what an analysis has to say. Each analysis is a file of its own.
 """
 
+from jmp_lite.analysis._bundle import Replayed as Replayed
+from jmp_lite.analysis._bundle import replay as replay
 from jmp_lite.analysis._collect import collect as collect
+from jmp_lite.analysis._nonfinite import NonFinite as NonFinite
+from jmp_lite.analysis._nonfinite import first_nonfinite as first_nonfinite
 from jmp_lite.analysis._range import Fate as Fate
 from jmp_lite.analysis._range import Range as Range
 from jmp_lite.analysis._ranges import Ranges as Ranges
@@ -12,4 +16,16 @@ from jmp_lite.analysis._ranges import Row as Row
 from jmp_lite.analysis._ranges import ranges as ranges
 from jmp_lite.analysis._sites import Site as Site
 
-__all__ = ["Fate", "Range", "Ranges", "Row", "Site", "collect", "ranges"]
+__all__ = [
+    "Fate",
+    "NonFinite",
+    "Range",
+    "Ranges",
+    "Replayed",
+    "Row",
+    "Site",
+    "collect",
+    "first_nonfinite",
+    "ranges",
+    "replay",
+]
