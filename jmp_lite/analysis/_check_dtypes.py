@@ -1,0 +1,163 @@
+"""Checks of dtypes that are wider than they need be: leaks, kernels, collectives, and settings that did nothing."""
+
+from collections.abc import Iterator
+
+from jmp_lite._messages import first_few
+from jmp_lite.analysis._census import bytes_of, collectives_of, kernels_of, widest, width
+from jmp_lite.analysis._finding import Finding
+from jmp_lite.analysis._flow import Node, Value, moves
+from jmp_lite.analysis._subject import Subject, found, is_16_bits, is_decided
+from jmp_lite.autocast._explain import Explanation
+from jmp_lite.autocast._ops import PRODUCTS, OpClass, asked_precision, classify
+from jmp_lite.errors import UnmatchedRuleWarning
+
+#: Reasons of autocast that are the author's own.
+_ASKED = ("rule for ", "in a ", "compute dtype of the policy")
+_NOT_DECIDED = "not a product of float32 arrays"
+_ELEMENTWISE = frozenset({"add", "add_any", "sub", "mul", "div", "neg", "sqrt", "rsqrt", "max", "min", "integer_pow", "square"})
+
+
+def leaks(subject: Subject) -> Iterator[Finding]:
+    """Finds products in float32 beside those in 16 bits; names where float32 came in."""
+    if not subject.has_low_products():
+        return
+    groups: dict[tuple[str, str], list[tuple[Node, float, Node]]] = {}
+    forward = dict[str, tuple[Node, str]]()
+    for node, share in subject.products():
+        if widest(node) != 4 or is_decided(node):
+            continue
+        kind, message = why_wide(node, subject.explanation)
+        if kind and kind != "float32-leak":
+            yield found(kind, node, message, share)
+        if kind != "float32-leak":
+            continue
+        entry = forward.get(node.site.source) or origin(subject, node)
+        forward.setdefault(node.site.source, entry)
+        groups.setdefault((entry[0].site.source, entry[1]), []).append((node, share, entry[0]))
+    for (_, what), members in groups.items():
+        lines = list(dict.fromkeys(node.site.source for node, _, _ in members))
+        share = sum(share for _, share, _ in members)
+        count = f"{len(members)} product{'s run' if len(members) > 1 else ' runs'}"
+        message = f"{count} in float32, {share:.1%} of FLOPs, because {what}: {first_few(lines)}."
+        yield found("float32-leak", members[0][2], message, share)
+
+
+def why_wide(node: Node, explanation: Explanation | None) -> tuple[str, str]:
+    """Returns the kind of finding that a product in float32 is worth, empty if none, and what to say."""
+    op, reason = classify(node.eqn, {})
+    asked = asked_precision(node.eqn)
+    if asked:
+        return "highest-precision", f"A product runs in float32, because it asks for precision={asked}."
+    if op is not OpClass.ALLOW:
+        return "", ""
+    if explanation is None:
+        return "float32-leak", ""
+    for record in explanation:
+        if record.primitive == node.name and record.source == node.site.source and record.group == "float32":
+            reason = record.reason
+            if reason.startswith(_ASKED):
+                return "", ""
+            if not reason.startswith(_NOT_DECIDED):
+                return "float32-as-written", f"A product runs in float32: {reason}."
+    return "float32-leak", ""
+
+
+def origin(subject: Subject, product: Node) -> tuple[Node, str]:
+    """Returns where the float32 of a product came in, and what happened there."""
+    flow = subject.flow
+    casts, results, others = list[Node](), list[Node](), list[Value]()
+
+    def goes_on(node: Node, position: int) -> bool:
+        return not _enters(node) and width(flow.dtype(node.operands[position])) >= 4
+
+    for operand in product.operands[:2]:
+        if width(flow.dtype(operand)) < 4:
+            continue
+        for value, node in flow.backward(operand, goes_on):
+            if node is None:
+                others.append(value)
+            elif _enters(node):
+                (casts if node.name == "convert_element_type" else results).append(node)
+    if casts:
+        first = min(casts, key=lambda node: node.site.index)
+        return first, f"{first.site.in_dtypes[0]} is cast or promoted to {first.site.out_dtypes[0]}"
+    if results:
+        first = min(results, key=lambda node: node.site.index)
+        return first, f"{first.name} returns {first.site.out_dtypes[0]}"
+    wide = [value for value in others if flow.size(value) > 1] or others
+    dtype = flow.dtype(wide[0]) if wide else "float32"
+    return product, f"{subject.name_of(wide[0]) if wide else 'what is made in the program'} is {dtype}"
+
+
+def _enters(node: Node) -> bool:
+    """Whether an equation makes something wide of something narrow alone."""
+    is_narrow = node.name not in PRODUCTS or widest(node) < 4
+    return is_narrow and width(node.site.out_dtypes[0]) >= 4 and any(is_16_bits(dtype) for dtype in node.site.in_dtypes)
+
+
+def kernels(subject: Subject) -> Iterator[Finding]:
+    """Finds kernels on float32 arrays in a program of 16 bits."""
+    if not subject.has_low_products():
+        return
+    for node in kernels_of(subject.flow):
+        wide = [v for v in node.operands if width(subject.flow.dtype(v)) == 4 and subject.flow.size(v) > 1]
+        if wide and not is_decided(node):
+            yield found("float32-kernel", node, f"{node.name} takes {len(wide)} arrays of float32.")
+
+
+def collectives(subject: Subject) -> Iterator[Finding]:
+    """Finds float32 arrays that are sent between devices in a program of 16 bits."""
+    flow = subject.flow
+    if not subject.has_low_products():
+        return
+    for node in collectives_of(flow):
+        for operand in dict.fromkeys(node.operands):
+            if width(flow.dtype(operand)) != 4 or flow.size(operand) == 1 or is_decided(node):
+                continue
+            message = f"{node.name} sends {bytes_of(flow, operand)} bytes of float32."
+            makers = [made for _, made in flow.backward(operand, _is_elementwise) if made is not None]
+            if any(made.site.is_backward for made in makers) or node.site.is_backward:
+                yield found("float32-gradient-collective", node, message)
+            elif not any(made.name.startswith("reduce_") for made in makers):
+                yield found("float32-collective", node, message)
+
+
+def _is_elementwise(node: Node, position: int) -> bool:
+    return moves(node, position) or node.name in _ELEMENTWISE
+
+
+def doubles(subject: Subject) -> Iterator[Finding]:
+    """Finds float64 in a program of 16 bits; the first equation that makes some."""
+    flow = subject.flow
+    if not any(is_16_bits(flow.dtype(value)) for value in range(len(flow.avals))):
+        return
+    made = [node for node in flow.nodes if "float64" in node.site.out_dtypes]
+    taken = [node for node in flow.nodes if "float64" in node.site.in_dtypes]
+    first = min([*made, *taken], key=lambda node: node.site.index, default=None)
+    if first is not None:
+        yield found("x64", first, f"{len(made) or len(taken)} operations are in float64; the first is {first.name}.")
+
+
+def settings(subject: Subject) -> Iterator[Finding]:
+    """Finds what was asked of autocast and did not happen."""
+    for warning in subject.said:
+        if issubclass(warning.category, UnmatchedRuleWarning):
+            yield Finding("unmatched-rule", str(warning.message).partition(" jmp.explain")[0])
+    if subject.explanation is None:
+        return
+    summary = subject.explanation.summary
+    products = {group: count for group, (count, _) in summary.products.items() if count}
+    if products and not products.keys() & {"low", "replaced"} and "float32" in products:
+        reasons = list(dict.fromkeys(record.reason for record in summary.float32))
+        message = f"None of {sum(products.values())} products runs in 16 bits: {first_few(reasons)}."
+        yield Finding("nothing-low", message, summary.float32[0].source, summary.float32[0].scope, 1.0)
+    if summary.not_replaced:
+        first, replaced = summary.not_replaced[0], products.get("replaced", 0)
+        reasons = list(dict.fromkeys(record.reason.rpartition("; ")[2] for record in summary.not_replaced))
+        count = sum(record.trips for record in summary.not_replaced)
+        message = f"dot= replaces {replaced} products and leaves {count}: {first_few(reasons)}."
+        kind = "recipe-partly-applied" if replaced else "recipe-not-applied"
+        yield Finding(kind, message, first.source, first.scope)
+
+
+CHECKS = (leaks, kernels, collectives, doubles, settings)

@@ -1,0 +1,116 @@
+"""The program that an analysis looks at: traced, under autocast if there is a policy, a loss with its gradient."""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jmp_lite._messages import quote
+from jmp_lite._tree import combine, partition, path_string
+from jmp_lite.analysis._sites import traced
+from jmp_lite.autocast._api import Traced, is_traced, wrap
+from jmp_lite.autocast._explain import Explanation, explained
+from jmp_lite.autocast._rules import Settings
+from jmp_lite.errors import SlowDtypeWarning, UnmatchedRuleWarning
+
+#: What NumPy says of literals that JAX rounds to infinity: a finding, with its line.
+_OVERFLOW = "overflow encountered in cast"
+
+
+class Program(NamedTuple):
+    """A traced call."""
+
+    jaxpr: Any
+    arguments: tuple[str, ...]
+    """Names of the arrays among the arguments."""
+    is_loss: bool
+    """Whether it is a loss with its gradient."""
+    residual_bytes: dict[str, int]
+    """Of a loss: what is kept for the backward pass, arguments not counted, by dtype."""
+    explanation: Explanation | None
+    said: tuple[warnings.WarningMessage, ...]
+
+
+def traced_program(
+    fun: Callable[..., Any], settings: Settings | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Program:
+    """Traces what runs when a function is called, and computes nothing.
+
+    Args:
+        fun: A function.
+        settings: Those of autocast; ``None`` for the function as it is written.
+        args: Arrays, or shapes in their place.
+        kwargs: More of them.
+    """
+    with _caught() as said:
+        explanation = explained(fun, settings, args, kwargs)[0] if settings else None
+    runs = fun if settings is None else wrap(fun, settings, "all")
+    with _caught() as said_again:
+        plain = traced(runs, args, kwargs)
+        is_loss = _returns_loss(plain) and bool(_floats(args[:1])[0])
+        jaxpr = traced(_with_gradient(runs), args, kwargs).jaxpr if is_loss else plain.jaxpr
+        residuals = _residual_bytes(runs, args, kwargs) if is_loss else {}
+    said = said or said_again
+    return Program(jaxpr, _names(args, kwargs), is_loss, residuals, explanation, tuple(said))
+
+
+@contextlib.contextmanager
+def _caught() -> Iterator[list[warnings.WarningMessage]]:
+    """Catches the warnings that become findings; others are passed on."""
+    kept: list[warnings.WarningMessage] = []
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        yield kept
+    for warning in said:
+        if issubclass(warning.category, UnmatchedRuleWarning):
+            kept.append(warning)
+        elif _OVERFLOW not in str(warning.message) and not issubclass(warning.category, SlowDtypeWarning):
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
+def _returns_loss(plain: Traced) -> bool:
+    avals = plain.jaxpr.out_avals
+    if len(avals) != 1 or avals[0].shape or not jnp.issubdtype(avals[0].dtype, jnp.floating):
+        return False
+    return plain.output([avals[0]]) is avals[0]
+
+
+def _is_float(leaf: Any) -> bool:
+    is_array = is_traced(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
+    return is_array and bool(jnp.issubdtype(leaf.dtype, jnp.floating))
+
+
+def _floats(tree: Any) -> tuple[list[Any], list[Any], Any]:
+    return partition(tree, _is_float)
+
+
+def _with_gradient(fun: Callable[..., Any]) -> Callable[..., Any]:
+    def value_and_grad(first: Any, *args: Any, **kwargs: Any) -> Any:
+        floats, others, layout = _floats(first)
+        loss = lambda floats: fun(combine(floats, others, layout), *args, **kwargs)  # noqa: E731
+        return jax.value_and_grad(loss)(floats)
+
+    return value_and_grad
+
+
+def _residual_bytes(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, int]:
+    def residuals(first: Any, *args: Any, **kwargs: Any) -> list[Any]:
+        floats, others, layout = _floats(first)
+        _, pullback = jax.vjp(lambda floats: fun(combine(floats, others, layout), *args, **kwargs), floats)
+        return list(jax.tree.leaves(pullback))
+
+    jaxpr = traced(residuals, args, kwargs).jaxpr
+    arguments, kept = set(jaxpr.jaxpr.invars), dict[str, int]()
+    for v in {id(v): v for v in jaxpr.jaxpr.outvars}.values():
+        if not hasattr(v, "val") and v not in arguments and hasattr(v.aval.dtype, "itemsize"):
+            kept[str(v.aval.dtype)] = kept.get(str(v.aval.dtype), 0) + v.aval.size * v.aval.dtype.itemsize
+    return kept
+
+
+def _names(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:
+    leaves, _ = jax.tree.flatten_with_path((args, kwargs))
+    named = [(path, leaf) for path, leaf in leaves if is_traced(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)]
+    return tuple(quote(path_string(path[1:])) for path, _ in named)

@@ -1,0 +1,73 @@
+"""What the checks of ``audit`` look at, and the questions that several of them ask."""
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from jmp_lite.analysis._census import is_low, products_of
+from jmp_lite.analysis._finding import Finding
+from jmp_lite.analysis._flow import Flow, Node, Value
+from jmp_lite.autocast import _regions
+from jmp_lite.autocast._explain import Explanation
+
+#: Dtypes of 16 bits, with the largest number up to which they hold every integer.
+EXACT_INTEGERS = {"bfloat16": 1 << 8, "float16": 1 << 11}
+#: A sum of as many terms in 16 bits loses digits that one would miss.
+LONG = 16
+
+
+class Subject(NamedTuple):
+    """A program, and what is known about it."""
+
+    flow: Flow
+    arguments: tuple[str, ...]
+    """Names of the inputs of the program."""
+    explanation: Explanation | None
+    """What autocast decided about it; ``None`` for a program as it is written."""
+    said: tuple[warnings.WarningMessage, ...] = ()
+    """What was warned of while it was traced."""
+
+    def products(self) -> list[tuple[Node, float]]:
+        """Returns the products, each with its share of all FLOPs."""
+        return list(_shares(self.flow))
+
+    def has_low_products(self) -> bool:
+        """Whether a product has operands of 16 bits or fewer."""
+        return any(is_low(node) for node, _ in self.products())
+
+    def name_of(self, value: Value) -> str:
+        """Returns what a value that no equation makes is called."""
+        if value in self.flow.inputs:
+            return f"argument {self.arguments[self.flow.inputs.index(value)]}"
+        return "a number" if self.flow.size(value) == 1 else "an array that the function closes over"
+
+
+Check = Callable[[Subject], Iterator[Finding]]
+
+
+@functools.lru_cache(maxsize=8)
+def _shares(flow: Flow) -> tuple[tuple[Node, float], ...]:
+    products = products_of(flow)
+    total = max(sum(flops for _, flops in products), 1)
+    return tuple((node, flops / total) for node, flops in products)
+
+
+def found(kind: str, node: Node, message: str, share: float = 0.0) -> Finding:
+    """Returns a finding at an equation."""
+    return Finding(kind, message, node.site.source, node.site.scope, share)
+
+
+def is_decided(node: Node) -> bool:
+    """Whether the author said with a region in which precision this runs."""
+    return _regions.innermost(node.site.scope) is not None
+
+
+def is_16_bits(dtype: str) -> bool:
+    """Whether a dtype is a floating one of 16 bits."""
+    return dtype in EXACT_INTEGERS
+
+
+def terms(flow: Flow, node: Node) -> int:
+    """Returns how many terms a reduction adds up for each of its results."""
+    return max(flow.size(node.operands[0]) // max(flow.size(node.results[0]), 1), 1)
