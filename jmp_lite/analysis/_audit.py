@@ -28,7 +28,7 @@ class Audit:
     Example:
         >>> x, w = jnp.ones((8, 16), jnp.bfloat16), jnp.ones((16, 4), jnp.bfloat16)
         >>> audit = jmp.analysis.audit(lambda w, x: x @ w)(w, x)
-        >>> [(row.operands, row.result, row.count) for row in audit.products], audit.findings
+        >>> [(row.operands, row.result, row.times) for row in audit.products], audit.findings
         ([(('bfloat16', 'bfloat16'), 'bfloat16', 1)], ())
     """
 
@@ -51,7 +51,7 @@ class Audit:
     def verdict(self) -> str:
         """One paragraph on it all."""
         what = "The loss and its gradient have" if self.is_loss else "The program has"
-        count = sum(row.count for row in self.products)
+        count = sum(row.times for row in self.products)
         low = sum(row.flop_share for row in self.products if _is_low(row.operands))
         figures = f"{what} {count} matrix products and convolutions"
         figures += f", {low:.1%} of their FLOPs on operands of 16 bits or fewer." if count else "."
@@ -120,11 +120,14 @@ def audit(
         InvalidRuleError: As ``autocast``, and so for the other errors.
 
     Example:
-        >>> def loss(w, x):
-        ...     x = x * np.float32(0.5)  # an array of float32, which promotes
-        ...     return jnp.mean((x @ w[0] @ w[1].astype(jnp.float32)).astype(jnp.float32))
-        >>> w, x = [jnp.ones((16, 16), jnp.bfloat16)] * 2, jnp.ones((8, 16), jnp.bfloat16)
-        >>> audit = jmp.analysis.audit(loss)(w, x)
+        >>> def model(w, x):
+        ...     with jax.named_scope("body"):
+        ...         x = (x @ w).astype(jnp.float32)
+        ...     with jax.named_scope("head"):
+        ...         return x @ w.astype(jnp.float32)
+        >>> [found] = jmp.analysis.audit(model)(*[jax.ShapeDtypeStruct((8, 8), jnp.bfloat16)] * 2).findings
+        >>> print(found.kind, found.scope, found.message)
+        float32-leak body 1 product runs in float32, 50.0% of FLOPs, because bfloat16 is cast or promoted to float32...
 
     References:
         Micikevicius et al., "Mixed Precision Training", arXiv:1710.03740, section 3.3, on sums. Chan, Golub and
@@ -149,7 +152,7 @@ def settings_of(policy: str | Policy | PolicyMap | None, **settings: Any) -> Set
 def audited(program: Program) -> Audit:
     """Counts what a program is made of, and checks it."""
     flow = Flow(program.jaxpr)
-    subject = Subject(flow, program.arguments, program.explanation, program.said)
+    subject = Subject(flow, program.arguments, program.explanation, program.said, program.no_gradient)
     findings = ordered(finding for check in CHECKS for finding in check(subject))
     tables = census(flow)
     return Audit(

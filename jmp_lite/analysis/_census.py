@@ -13,7 +13,17 @@ from jmp_lite.autocast._record import _flops
 #: Primitives that send arrays between devices.
 COLLECTIVES = frozenset(
     {
-        *("psum", "psum2", "psum_invariant", "pmax", "pmin", "ppermute", "all_to_all", "reduce_scatter", "psum_scatter"),
+        *(
+            "psum",
+            "psum2",
+            "psum_invariant",
+            "pmax",
+            "pmin",
+            "ppermute",
+            "all_to_all",
+            "reduce_scatter",
+            "psum_scatter",
+        ),
         *("all_gather", "all_gather_invariant", "all_gather_reduced", "unreduced_psum", "unreduced_reduce_scatter"),
     }
 )
@@ -32,7 +42,7 @@ class ProductRow(NamedTuple):
     """The dtype in which the result is used."""
     is_backward: bool
     """Whether they belong to a backward pass."""
-    count: int
+    times: int
     """How many there are; one in a scan counts as often as it runs."""
     flop_share: float
     """Their share of the FLOPs of all products."""
@@ -44,7 +54,7 @@ class KernelRow(NamedTuple):
     primitive: str
     operands: tuple[str, ...]
     """Dtypes of the operands."""
-    count: int
+    times: int
     """How often they run."""
 
 
@@ -53,7 +63,7 @@ class CastRow(NamedTuple):
 
     source: str
     result: str
-    count: int
+    times: int
     """How often they run."""
     bytes: int
     """Of their results."""
@@ -64,7 +74,7 @@ class CollectiveRow(NamedTuple):
 
     primitive: str
     dtype: str
-    count: int
+    times: int
     """How often they run."""
     bytes: int
     """Of their operands."""
@@ -134,8 +144,8 @@ def census(flow: Flow) -> Census:
     total = max(sum(flops for _, flops in products.values()), 1)
     rows = [(key, count, flops / total) for key, (count, flops) in products.items()]
     return Census(
-        tuple(ProductRow(*key, count, share) for key, count, share in sorted(rows, key=lambda row: -row[2])),
-        tuple(KernelRow(*key, count) for key, count in kernels.items()),
+        tuple(ProductRow._make((*key, count, share)) for key, count, share in sorted(rows, key=lambda row: -row[2])),
+        tuple(KernelRow._make((*key, count)) for key, count in kernels.items()),
         tuple(CastRow(*key, *figures) for key, figures in _largest_first(casts)),
         tuple(CollectiveRow(*key, *figures) for key, figures in _largest_first(collectives)),
     )

@@ -14,7 +14,9 @@ from jmp_lite.errors import UnmatchedRuleWarning
 #: Reasons of autocast that are the author's own.
 _ASKED = ("rule for ", "in a ", "compute dtype of the policy")
 _NOT_DECIDED = "not a product of float32 arrays"
-_ELEMENTWISE = frozenset({"add", "add_any", "sub", "mul", "div", "neg", "sqrt", "rsqrt", "max", "min", "integer_pow", "square"})
+_ELEMENTWISE = frozenset(
+    {"add", "add_any", "sub", "mul", "div", "neg", "sqrt", "rsqrt", "max", "min", "integer_pow", "square"}
+)
 
 
 def leaks(subject: Subject) -> Iterator[Finding]:
@@ -143,6 +145,10 @@ def settings(subject: Subject) -> Iterator[Finding]:
     for warning in subject.said:
         if issubclass(warning.category, UnmatchedRuleWarning):
             yield Finding("unmatched-rule", str(warning.message).partition(" jmp.explain")[0])
+    if subject.no_gradient:
+        yield Finding(
+            "no-gradient", f"JAX has no gradient of this function, so only its value counts: {subject.no_gradient}"
+        )
     if subject.explanation is None:
         return
     summary = subject.explanation.summary

@@ -45,7 +45,7 @@ def _overflows(flow: Flow, node: Node, dtype: str) -> Iterator[Finding]:
 def _has_uses(flow: Flow, node: Node) -> bool:
     """Whether a number is more than the bound of a clamp, beyond which infinity does no harm."""
     return any(
-        not moves(user, i) and user.name not in ("min", "max", "clamp", *_COMPARISONS) or user.name == "select_n"
+        (not moves(user, i) and user.name not in ("min", "max", "clamp", *_COMPARISONS)) or user.name == "select_n"
         for user, i in flow.forward(node.results[0], lambda user, i: moves(user, i) and user.name != "select_n")
     )
 
@@ -61,7 +61,7 @@ def _of_number(flow: Flow, node: Node, position: int, number: Number, dtype: str
     tiny = float(jnp.finfo(dtype).tiny)  # type: ignore[no-untyped-call]
     is_rounded_literal = is_literal(node.eqn.invars[position]) and math.isinf(number.written)
     if is_rounded_literal and node.name in _ARITHMETIC:
-        yield found("literal-out-of-range", node, f"An infinite {dtype} is what JAX made of the number here, or of -inf.")
+        yield found("literal-out-of-range", node, f"The number here, as JAX rounded it, is infinite in {dtype}.")
     if node.name == "select_n" and dtype == "float16" and math.isinf(number.written) and position:
         yield found("infinite-mask", node, "Minus infinity fills a float16 array: a softmax of nothing else is NaN.")
     if node.name in ("add", "max") and 0 <= number.held < tiny and (number.written or _was_rounded(node, position)):
@@ -132,7 +132,8 @@ def integers(subject: Subject) -> Iterator[Finding]:
         if largest is None or largest <= EXACT_INTEGERS[dtype]:
             continue
         if any(use.name in _ARITHMETIC | PRODUCTS for use, _ in flow.forward(node.results[0], moves)):
-            message = f"Integers up to {largest} become {dtype}, which holds every integer up to {EXACT_INTEGERS[dtype]} only."
+            limit = EXACT_INTEGERS[dtype]
+            message = f"Integers up to {largest} become {dtype}, which holds all of them up to {limit} only."
             yield found("integer-rounded", node, message)
 
 

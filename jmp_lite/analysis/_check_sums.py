@@ -17,7 +17,7 @@ _MILD = frozenset({"add", "sub", "mul", "div", "neg", "max", "min", "tanh", "log
 
 
 def softmaxes(subject: Subject) -> Iterator[Finding]:
-    """Finds exponentials of 16 bits that are divided by a sum of 16 bits, or that a logarithm of 16 bits is taken of."""
+    """Finds exponentials of 16 bits whose sum is rounded to 16 bits before it divides them or is taken a log of."""
     flow = subject.flow
     for node in flow.nodes:
         if node.name == "exp" and is_16_bits(node.site.out_dtypes[0]) and not is_decided(node):
@@ -79,7 +79,7 @@ def cancellations(subject: Subject) -> Iterator[Finding]:
         if not squares or not _is_squared_mean(flow, node.operands[1]):
             continue
         if is_16_bits(node.site.out_dtypes[0]):
-            message = f"The mean of squares minus the square of the mean, in {node.site.out_dtypes[0]}, may be negative."
+            message = f"The mean of squares minus the square of the mean cancels in {node.site.out_dtypes[0]}."
             yield found("cancellation", node, message)
         elif narrow := next((dtype for square in squares for dtype in _narrow(flow, square)), None):
             message = f"The variance of {narrow} values is the mean of their squares minus the square of their mean."
@@ -131,7 +131,7 @@ def accumulations(subject: Subject) -> Iterator[Finding]:
         if node.name in _RUNNING:
             length = int(flow.avals[node.operands[0]].shape[node.eqn.params["axis"]])
             what = f"A running sum of {length} terms is held in {dtype}."
-        elif node.name in _SCATTERED and not _replaces(flow, node):
+        elif node.name in _SCATTERED and not _replaces(node):
             length = flow.size(node.operands[2])
             what = f"Up to {length} terms are added up in places of a {dtype} array."
         if length >= LONG:
@@ -140,7 +140,7 @@ def accumulations(subject: Subject) -> Iterator[Finding]:
     yield from _carried_sums(flow)
 
 
-def _replaces(flow: Flow, node: Node) -> bool:
+def _replaces(node: Node) -> bool:
     """Whether places are said to be distinct, so that nothing is added to another term."""
     return bool(node.eqn.params.get("unique_indices"))
 

@@ -30,40 +30,48 @@ KINDS: Mapping[str, Kind] = {
     "integer-rounded": Kind(
         "error", "Keep integers in int32 or float32, and cast what is computed from them; or index instead of counting."
     ),
-    "narrow-accumulation": Kind("warning", "Start the sum in float32, such as jnp.zeros(shape, jnp.float32), and cast once."),
+    "narrow-accumulation": Kind(
+        "warning", "Start the sum in float32, jnp.zeros(shape, jnp.float32), and cast it once."
+    ),
     "statistics-in-16-bits": Kind(
-        "warning", "Compute the statistics in float32: x.astype(jnp.float32) before, and a cast back after; or jmp.autocast."
+        "warning",
+        "Compute the statistics of x.astype(jnp.float32) and cast them back, or use jmp.autocast.",
     ),
     "softmax-in-16-bits": Kind(
-        "warning", "Compute the softmax in float32: jax.nn.softmax(x.astype(jnp.float32)).astype(x.dtype); or jmp.autocast."
+        "warning",
+        "Write jax.nn.softmax(x.astype(jnp.float32)).astype(x.dtype), or use jmp.autocast.",
     ),
     "epsilon-subnormal": Kind("warning", "Use at least jnp.finfo(x.dtype).tiny, or compute this in float32."),
     "scores-rounded": Kind(
-        "warning", "Take the scores in float32: preferred_element_type=jnp.float32, or jmp.Rule(scope, result=jnp.float32)."
+        "warning",
+        "Ask for them in float32: preferred_element_type, or jmp.Rule(scope, result=jnp.float32).",
     ),
     "nothing-low": Kind("warning", "See jmp.explain(fun, policy)(*args) for the reason of every product."),
-    "recipe-not-applied": Kind("warning", "See the reasons; products=\"all\" or a jmp.Rule(scope, dot=...) widens a recipe."),
+    "recipe-not-applied": Kind("warning", 'A recipe with products="all" or jmp.Rule(scope, dot=recipe) reaches more.'),
     "unmatched-rule": Kind("warning", "Correct the pattern, or delete it."),
     "float32-leak": Kind(
         "warning",
-        "Cast there to the dtype of what it meets, or run the function under jmp.autocast; if float32 is meant, say so: "
-        "precision=HIGHEST or jmp.full_precision.",
+        "Cast there to the dtype of what it meets, or use jmp.autocast. Where float32 is meant, "
+        "precision=HIGHEST or jmp.full_precision says so.",
     ),
     "float32-kernel": Kind("warning", "Cast around the kernel: jmp.with_policy(kernel, policy)."),
     "float32-collective": Kind("warning", "Cast before sending: jmp.distributed.gather_params does for parameters."),
     "x64": Kind("warning", "Give dtypes to np arrays and scalars, or leave jax_enable_x64 off."),
     "gradient-sum-in-16-bits": Kind(
-        "note", "Cast weights where they are used, not before, as jmp.autocast does: their gradients then add up in float32."
+        "note",
+        "Under jmp.autocast the gradients of weights add up in float32.",
     ),
     "logits-rounded": Kind(
-        "note", "Where digits matter, take them in float32: preferred_element_type, or jmp.Rule(scope, result=jnp.float32)."
+        "note",
+        "Where digits matter, use preferred_element_type, or jmp.Rule(scope, result=jnp.float32).",
     ),
-    "cancellation-in-float32": Kind("note", "Harmless while means are no larger than deviations; else use_fast_variance=False."),
-    "one-hot-product": Kind("note", "Index the table, table[ids], or give jmp.Rule(scope, precision=\"full\")."),
+    "cancellation-in-float32": Kind("note", "Where means are larger than deviations, use_fast_variance=False."),
+    "one-hot-product": Kind("note", 'Index the table, table[ids], or give jmp.Rule(scope, precision="full").'),
     "infinite-mask": Kind("note", "Use jnp.finfo(x.dtype).min, or leave no row without an element."),
-    "recipe-partly-applied": Kind("note", "If more is meant, products=\"all\" or a jmp.Rule(scope, dot=...) widens a recipe."),
+    "recipe-partly-applied": Kind("note", 'A recipe with products="all" or jmp.Rule(scope, dot=recipe) reaches more.'),
     "highest-precision": Kind("note", "Without precision=, it would run in 16 bits."),
     "float32-as-written": Kind("note", "It is so for a reason; jmp.explain shows the operands."),
+    "no-gradient": Kind("note", "Audit what trains: jax.grad(loss) or the training step."),
     "float32-gradient-collective": Kind(
         "note", "It keeps sums of gradients exact; a policy with reduce_dtype of 16 bits sends half the bytes."
     ),

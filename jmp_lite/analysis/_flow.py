@@ -4,7 +4,7 @@ A value inside a body is one of the values that are handed in: the operand of th
 the iteration before. So one search, backward or forward, goes through ``jit``, ``scan``, ``cond`` and derivative rules.
 """
 
-import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from jmp_lite._compat import Equation, Jaxpr, is_literal, program
 from jmp_lite.analysis._sites import Site, Step, steps_of
 from jmp_lite.autocast import _ops
 from jmp_lite.autocast._programs import programs_of
+from jmp_lite.autocast._record import as_count
 
 #: Number of a value in the graph.
 Value = int
@@ -24,9 +25,13 @@ Through = Callable[["Node", int], bool]
 
 #: Larger constants are not looked at.
 _LARGEST = 1 << 16
-#: Primitives that move values, and at which operand the values are.
-_MOVES = {"dynamic_slice": 0, "gather": 0, "pad": 0, "concatenate": None, "select_n": None, "stack": None} | dict.fromkeys(
-    ["convert_element_type", "split", "unstack", "name", "tile", "optimization_barrier", "device_put", "reduce_precision"]
+#: Primitives that move values: those of the first operand, or of any.
+_AT_FIRST = frozenset({"dynamic_slice", "gather", "pad"})
+_ANYWHERE = frozenset(
+    {
+        *("concatenate", "stack", "convert_element_type", "split", "unstack", "name", "tile", "optimization_barrier"),
+        *("device_put", "reduce_precision"),
+    }
 )
 
 
@@ -135,8 +140,7 @@ class Flow:
 
     def size(self, value: Value) -> int:
         """Returns the number of elements; a symbolic size counts as 1."""
-        sizes = [size if isinstance(size, int) else 1 for size in getattr(self.avals[value], "shape", ())]
-        return functools.reduce(int.__mul__, sizes, 1)
+        return math.prod([as_count(size) for size in getattr(self.avals[value], "shape", ())])
 
     def roots(self, value: Value) -> tuple[Value, ...]:
         """Returns the values outside of bodies, or made inside, that a value is one of."""
@@ -195,17 +199,20 @@ class Flow:
         if node is None:
             return _uniform(self.constants.get(root), self.dtype(root))
         if moves(node, 0) and node.operands and (found := self.number(node.operands[0])):
-            others = [self.number(operand) for operand in node.operands[1:] if node.name not in ("gather", "dynamic_slice")]
-            if all(other == found for other in others):
+            others = [operand for i, operand in enumerate(node.operands) if i and moves(node, i)]
+            if all(self.number(other) == found for other in others):
                 return found._replace(held=rounded(found.held, self.dtype(root)))
         return None
 
 
 def moves(node: Node, position: int) -> bool:
     """Whether an operand comes back as it is, moved or cast."""
-    if node.name in _MOVES:
-        at = _MOVES[node.name]
-        return position == at if at is not None else not (node.name == "select_n" and position == 0)
+    if node.name in _AT_FIRST:
+        return position == 0
+    if node.name == "select_n":
+        return position > 0
+    if node.name in _ANYWHERE:
+        return True
     return _ops.moves_whole_arrays(node.name)
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jmp_lite._messages import quote
+from jmp_lite._messages import described, quote
 from jmp_lite._tree import combine, partition, path_string
 from jmp_lite.analysis._sites import traced
 from jmp_lite.autocast._api import Traced, is_traced, wrap
@@ -32,6 +32,9 @@ class Program(NamedTuple):
     """Of a loss: what is kept for the backward pass, arguments not counted, by dtype."""
     explanation: Explanation | None
     said: tuple[warnings.WarningMessage, ...]
+    """Warnings that are worth a finding."""
+    no_gradient: str = ""
+    """Why JAX has no gradient of what looks like a loss."""
 
 
 def traced_program(
@@ -50,11 +53,20 @@ def traced_program(
     runs = fun if settings is None else wrap(fun, settings, "all")
     with _caught() as said_again:
         plain = traced(runs, args, kwargs)
-        is_loss = _returns_loss(plain) and bool(_floats(args[:1])[0])
-        jaxpr = traced(_with_gradient(runs), args, kwargs).jaxpr if is_loss else plain.jaxpr
-        residuals = _residual_bytes(runs, args, kwargs) if is_loss else {}
-    said = said or said_again
-    return Program(jaxpr, _names(args, kwargs), is_loss, residuals, explanation, tuple(said))
+        found = Program(
+            plain.jaxpr, _names(args, kwargs), is_loss=False, residual_bytes={}, explanation=explanation, said=()
+        )
+        if _returns_loss(plain) and _floats(args[:1])[0]:
+            found = _differentiated(found, runs, args, kwargs)
+    return found._replace(said=tuple(said or said_again))
+
+
+def _differentiated(plain: Program, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
+    try:
+        jaxpr = traced(_with_gradient(fun), args, kwargs).jaxpr
+    except (ValueError, TypeError, NotImplementedError) as error:  # the function itself could be traced
+        return plain._replace(no_gradient=described(error))
+    return plain._replace(jaxpr=jaxpr, is_loss=True, residual_bytes=_residual_bytes(fun, args, kwargs))
 
 
 @contextlib.contextmanager

@@ -27,6 +27,8 @@ class Subject(NamedTuple):
     """What autocast decided about it; ``None`` for a program as it is written."""
     said: tuple[warnings.WarningMessage, ...] = ()
     """What was warned of while it was traced."""
+    no_gradient: str = ""
+    """Why it is a loss without its gradient."""
 
     def products(self) -> list[tuple[Node, float]]:
         """Returns the products, each with its share of all FLOPs."""
