@@ -140,7 +140,7 @@ class Flow:
 
     def size(self, value: Value) -> int:
         """Returns the number of elements; a symbolic size counts as 1."""
-        return math.prod([as_count(size) for size in getattr(self.avals[value], "shape", ())])
+        return int(math.prod([as_count(size) for size in getattr(self.avals[value], "shape", ())]))
 
     def roots(self, value: Value) -> tuple[Value, ...]:
         """Returns the values outside of bodies, or made inside, that a value is one of."""
