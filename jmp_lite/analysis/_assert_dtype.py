@@ -123,7 +123,6 @@ def _line(subject: Subject, node: Node, share: float) -> str:
     flow = subject.flow
     shapes = [str(list(flow.avals[v].shape)).replace(" ", "") for v in node.operands[:2]]
     operands = ", ".join(f"{d}{s}" for d, s in zip(operand_dtypes(node), shapes, strict=False))
-    entry, what = origin(subject, node)
-    return (
-        f"  {_described(node)}: {operands}, {share:.1%} of FLOPs, because {what} at {entry.site.source or 'its call'}"
-    )
+    entry = origin(subject, node)
+    where = entry.source or "its call"
+    return f"  {_described(node)}: {operands}, {share:.1%} of FLOPs, because {entry.what} at {where}"

@@ -1,9 +1,10 @@
 """Checks of dtypes that are wider than they need be: leaks, kernels, collectives, and settings that did nothing."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 from jmp_lite._messages import first_few
-from jmp_lite.analysis._census import bytes_of, collectives_of, kernels_of, widest, width
+from jmp_lite.analysis._census import bytes_of, collectives_of, is_low, kernels_of, widest, width
 from jmp_lite.analysis._finding import Finding
 from jmp_lite.analysis._flow import Node, Value, moves
 from jmp_lite.analysis._subject import Subject, found, is_16_bits, is_decided
@@ -19,12 +20,28 @@ _ELEMENTWISE = frozenset(
 )
 
 
+class Entry(NamedTuple):
+    """Where something wide came in."""
+
+    what: str
+    """What happened there."""
+    source: str
+    scope: str
+    kind: str = "float32-leak"
+
+    @classmethod
+    def at(cls, node: Node, what: str, kind: str = "float32-leak") -> "Entry":
+        """Returns what happened at an equation."""
+        return cls(what, node.site.source, node.site.scope, kind)
+
+
 def leaks(subject: Subject) -> Iterator[Finding]:
     """Finds products in float32 beside those in 16 bits; names where float32 came in."""
     if not subject.has_low_products():
         return
-    groups: dict[tuple[str, str], list[tuple[Node, float, Node]]] = {}
-    forward = dict[str, tuple[Node, str]]()
+    groups: dict[Entry, list[tuple[Node, float]]] = {}
+    forward = dict[str, Entry]()
+    asked = {node.site.source: node for node, _ in subject.products() if _returns_wide(node)}
     for node, share in subject.products():
         if widest(node) != 4 or is_decided(node):
             continue
@@ -33,15 +50,25 @@ def leaks(subject: Subject) -> Iterator[Finding]:
             yield found(kind, node, message, share)
         if kind != "float32-leak":
             continue
-        entry = forward.get(node.site.source) or origin(subject, node)
+        entry = forward.get(node.site.source) or _of_cotangents(asked, node) or origin(subject, node)
         forward.setdefault(node.site.source, entry)
-        groups.setdefault((entry[0].site.source, entry[1]), []).append((node, share, entry[0]))
-    for (_, what), members in groups.items():
-        lines = list(dict.fromkeys(node.site.source for node, _, _ in members))
-        share = sum(share for _, share, _ in members)
+        groups.setdefault(entry, []).append((node, share))
+    for entry, members in groups.items():
+        lines = list(dict.fromkeys(node.site.source for node, _ in members))
+        share = sum(share for _, share in members)
         count = f"{len(members)} product{'s run' if len(members) > 1 else ' runs'}"
-        message = f"{count} in float32, {share:.1%} of FLOPs, because {what}: {first_few(lines)}."
-        yield found("float32-leak", members[0][2], message, share)
+        message = f"{count} in float32, {share:.1%} of FLOPs, because {entry.what}: {first_few(lines)}."
+        yield Finding(entry.kind, message, entry.source, entry.scope, share)
+
+
+def _returns_wide(node: Node) -> bool:
+    return is_low(node) and not node.site.is_backward and width(node.site.out_dtypes[0]) == 4
+
+
+def _of_cotangents(asked: Mapping[str, Node], node: Node) -> Entry | None:
+    """Returns the product that a product of a backward pass belongs to, if that asks for a result of float32."""
+    made = asked.get(node.site.source) if node.site.is_backward else None
+    return made and Entry.at(made, "it multiplies the cotangents of a result of float32", "float32-cotangents")
 
 
 def why_wide(node: Node, explanation: Explanation | None) -> tuple[str, str]:
@@ -64,7 +91,7 @@ def why_wide(node: Node, explanation: Explanation | None) -> tuple[str, str]:
     return "float32-leak", ""
 
 
-def origin(subject: Subject, product: Node) -> tuple[Node, str]:
+def origin(subject: Subject, product: Node) -> Entry:
     """Returns where the float32 of a product came in, and what happened there."""
     flow = subject.flow
     casts, results, others = list[Node](), list[Node](), list[Value]()
@@ -82,13 +109,13 @@ def origin(subject: Subject, product: Node) -> tuple[Node, str]:
                 (casts if node.name == "convert_element_type" else results).append(node)
     if casts:
         first = min(casts, key=lambda node: node.site.index)
-        return first, f"{first.site.in_dtypes[0]} is cast or promoted to {first.site.out_dtypes[0]}"
+        return Entry.at(first, f"{first.site.in_dtypes[0]} is cast or promoted to {first.site.out_dtypes[0]}")
     if results:
         first = min(results, key=lambda node: node.site.index)
-        return first, f"{first.name} returns {first.site.out_dtypes[0]}"
+        return Entry.at(first, f"{first.name} returns {first.site.out_dtypes[0]}")
     wide = [value for value in others if flow.size(value) > 1] or others
     dtype = flow.dtype(wide[0]) if wide else "float32"
-    return product, f"{subject.name_of(wide[0]) if wide else 'what is made in the program'} is {dtype}"
+    return Entry.at(product, f"{subject.name_of(wide[0]) if wide else 'what is made in the program'} is {dtype}")
 
 
 def _enters(node: Node) -> bool:

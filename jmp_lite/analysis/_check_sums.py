@@ -7,6 +7,7 @@ from jmp_lite.analysis._finding import Finding
 from jmp_lite.analysis._flow import Flow, Node, Value, moves
 from jmp_lite.analysis._subject import LONG, Subject, found, is_16_bits, is_decided, terms
 from jmp_lite.autocast._ops import CHOOSES, PRODUCTS
+from jmp_lite.autocast._record import as_count
 
 _SCATTERED = frozenset({"scatter-add", "scatter-sub"})
 _RUNNING = frozenset({"cumsum", "cumlogsumexp", "cumprod"})
@@ -54,13 +55,19 @@ def statistics(subject: Subject) -> Iterator[Finding]:
         made = [made for _, made in flow.backward(node.operands[0], moves) if made is not None]
         if is_16_bits(dtype) and length >= LONG:
             kind = "gradient-sum-in-16-bits" if node.site.is_backward else "statistics-in-16-bits"
-            if not any(each.name == "exp" for each in made):
+            if not any(each.name == "exp" or _is_tie(flow, each) for each in made):
                 yield found(kind, node, f"A sum of {length} terms is added up in {dtype}.", length)
         elif not node.site.is_backward:
             squares = [each for each in made if _is_square(flow, each) and each.site.out_dtypes[0] == "float16"]
             for square in squares:
                 what = f"Squares in float16, {length} of which are added up, are infinite from 256 on."
                 yield found("statistics-in-16-bits", square, what, length)
+
+
+def _is_tie(flow: Flow, node: Node) -> bool:
+    """Whether an equation finds the places of a maximum: the derivative of it counts them."""
+    makers = [made for operand in node.operands for _, made in flow.backward(operand, moves) if made is not None]
+    return node.name == "eq" and any(made.name in ("reduce_max", "reduce_min") for made in makers)
 
 
 def _is_square(flow: Flow, node: Node) -> bool:
@@ -129,20 +136,24 @@ def accumulations(subject: Subject) -> Iterator[Finding]:
             continue
         length = 0
         if node.name in _RUNNING:
-            length = int(flow.avals[node.operands[0]].shape[node.eqn.params["axis"]])
+            length = as_count(flow.avals[node.operands[0]].shape[node.eqn.params["axis"]])
             what = f"A running sum of {length} terms is held in {dtype}."
-        elif node.name in _SCATTERED and not _replaces(node):
-            length = flow.size(node.operands[2])
-            what = f"Up to {length} terms are added up in places of a {dtype} array."
+        elif node.name in _SCATTERED:
+            length = _times(flow, node)
+            what = f"Up to {length} terms are added up in each place of a {dtype} array."
         if length >= LONG:
             kind = "gradient-sum-in-16-bits" if node.site.is_backward else "narrow-accumulation"
             yield found(kind, node, what, length)
     yield from _carried_sums(flow)
 
 
-def _replaces(node: Node) -> bool:
-    """Whether places are said to be distinct, so that nothing is added to another term."""
-    return bool(node.eqn.params.get("unique_indices"))
+def _times(flow: Flow, node: Node) -> int:
+    """Returns how many terms may be added up in one place."""
+    if node.eqn.params.get("unique_indices"):
+        return 1
+    *shape, _ = flow.avals[node.operands[1]].shape
+    batched = node.eqn.params["dimension_numbers"].scatter_indices_batching_dims
+    return math.prod(as_count(size) for axis, size in enumerate(shape) if axis not in batched)
 
 
 def _carried_sums(flow: Flow) -> Iterator[Finding]:

@@ -54,6 +54,9 @@ KINDS: Mapping[str, Kind] = {
         "Cast there to the dtype of what it meets, or use jmp.autocast. Where float32 is meant, "
         "precision=HIGHEST or jmp.full_precision says so.",
     ),
+    "float32-cotangents": Kind(
+        "warning", "Under jmp.autocast, products of float32 arrays have operands of 16 bits in the backward pass too."
+    ),
     "float32-kernel": Kind("warning", "Cast around the kernel: jmp.with_policy(kernel, policy)."),
     "float32-collective": Kind("warning", "Cast before sending: jmp.distributed.gather_params does for parameters."),
     "x64": Kind("warning", "Give dtypes to np arrays and scalars, or leave jax_enable_x64 off."),

@@ -75,7 +75,9 @@ class Flow:
         inner, _ = program(jaxpr)
         self.steps = steps_of(jaxpr)
         self.inputs = [self._value(v.aval) for v in inner.invars]
-        self._add(jaxpr, self.steps, self.inputs)
+        self._needed: list[Value] = []
+        self._needed += self._add(jaxpr, self.steps, self.inputs)
+        self._drop_unused()
 
     # --- Building ---
 
@@ -118,6 +120,7 @@ class Flow:
             for value, operand in zip(inside, body.operands, strict=True):
                 self._join(operands[operand], value)
             outcome = self._add(body.jaxpr, steps, inside)
+            self._needed += outcome if body.results is None else []
             for value, result in zip(outcome, body.results or (), strict=False):
                 self._join(value, results[result])
                 for operand, carried in programs.carried.items():
@@ -125,11 +128,25 @@ class Flow:
                         before = inside[body.operands.index(operand)]
                         self._join(value, before)
                         self.carries.append((before, value))
+        if programs.choice is not None:
+            self._needed.append(operands[programs.choice])
         if not programs.bodies:
             node = Node(step.site, step.eqn, tuple(operands), tuple(results))
             self.nodes.append(node)
             self._made_by.update(dict.fromkeys(results, node))
-            for operand in dict.fromkeys(operands):
+            self._needed += operands if step.eqn.effects else []
+
+    def _drop_unused(self) -> None:
+        """Leaves out equations whose results reach nothing, such as derivatives that nobody asked for."""
+        queue, used = list(self._needed), set(self._needed)
+        for value in queue:
+            made = self._made_by.get(value)
+            new = [v for v in (*self._sources.get(value, ()), *(made.operands if made else ())) if v not in used]
+            used.update(new)
+            queue += new
+        self.nodes = [node for node in self.nodes if node.eqn.effects or used & set(node.results)]
+        for node in self.nodes:
+            for operand in dict.fromkeys(node.operands):
                 self._used_by.setdefault(operand, []).append(node)
 
     # --- Asking ---

@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jmp_lite._compat import is_literal, program
 from jmp_lite._messages import described, quote
 from jmp_lite._tree import combine, partition, path_string
 from jmp_lite.analysis._sites import traced
 from jmp_lite.autocast._api import Traced, is_traced, wrap
 from jmp_lite.autocast._explain import Explanation, explained
+from jmp_lite.autocast._record import as_count
 from jmp_lite.autocast._rules import Settings
 from jmp_lite.errors import SlowDtypeWarning, UnmatchedRuleWarning
 
@@ -99,26 +101,40 @@ def _floats(tree: Any) -> tuple[list[Any], list[Any], Any]:
     return partition(tree, _is_float)
 
 
+def _of_floats(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Any]]:
+    """Returns a function of the floating arrays of the first argument alone, and these.
+
+    Arguments are put together anew for each call, so that modules among them may change inside of it.
+    """
+    floats, others, layout = _floats(args[0])
+    rest, layout_of_rest = jax.tree.flatten((args[1:], kwargs))
+
+    def of_floats(floats: list[Any]) -> Any:
+        more, named = jax.tree.unflatten(layout_of_rest, rest)
+        return fun(combine(floats, others, layout), *more, **named)
+
+    return of_floats, floats
+
+
 def _with_gradient(fun: Callable[..., Any]) -> Callable[..., Any]:
-    def value_and_grad(first: Any, *args: Any, **kwargs: Any) -> Any:
-        floats, others, layout = _floats(first)
-        loss = lambda floats: fun(combine(floats, others, layout), *args, **kwargs)  # noqa: E731
+    def value_and_grad(*args: Any, **kwargs: Any) -> Any:
+        loss, floats = _of_floats(fun, args, kwargs)
         return jax.value_and_grad(loss)(floats)
 
     return value_and_grad
 
 
 def _residual_bytes(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, int]:
-    def residuals(first: Any, *args: Any, **kwargs: Any) -> list[Any]:
-        floats, others, layout = _floats(first)
-        _, pullback = jax.vjp(lambda floats: fun(combine(floats, others, layout), *args, **kwargs), floats)
+    def residuals(*args: Any, **kwargs: Any) -> list[Any]:
+        _, pullback = jax.vjp(*_of_floats(fun, args, kwargs))
         return list(jax.tree.leaves(pullback))
 
-    jaxpr = traced(residuals, args, kwargs).jaxpr
-    arguments, kept = set(jaxpr.jaxpr.invars), dict[str, int]()
-    for v in {id(v): v for v in jaxpr.jaxpr.outvars}.values():
-        if not hasattr(v, "val") and v not in arguments and hasattr(v.aval.dtype, "itemsize"):
-            kept[str(v.aval.dtype)] = kept.get(str(v.aval.dtype), 0) + v.aval.size * v.aval.dtype.itemsize
+    inner, _ = program(traced(residuals, args, kwargs).jaxpr)
+    arguments, kept = set(inner.invars), dict[str, int]()
+    for v in {id(v): v for v in inner.outvars}.values():
+        itemsize = getattr(v.aval.dtype, "itemsize", 0)
+        if not is_literal(v) and v not in arguments and itemsize:
+            kept[str(v.aval.dtype)] = kept.get(str(v.aval.dtype), 0) + as_count(v.aval.size) * itemsize
     return kept
 
 

@@ -1,5 +1,6 @@
 """Programs with one mistake each, on the line that ends in ``# fault``, and what ``audit`` is to call it."""
 
+import contextlib
 import dataclasses
 import inspect
 from collections.abc import Callable
@@ -16,6 +17,13 @@ from jax.experimental import pallas as pl
 import jmp_lite as jmp
 
 BF16, F16, F32, I32 = jnp.bfloat16, jnp.float16, jnp.float32, jnp.int32
+
+
+@contextlib.contextmanager
+def as_users_have_it():
+    """The promotion of dtypes and shapes that JAX has by default."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
 
 
 def array(dtype, *shape):
@@ -195,6 +203,11 @@ def accumulated_and_kept(x, w):
     return jnp.tanh(x) @ w
 
 
+def cotangents(w, x):
+    scores = lax.dot(x, w.astype(BF16), preferred_element_type=F32)  # fault
+    return jax.nn.log_softmax(scores)[:, 0].mean()
+
+
 def kernel(x, w):
     def double(x_ref, o_ref):
         o_ref[...] = x_ref[...] * 2
@@ -303,7 +316,7 @@ class EquinoxPooling(eqx.Module):
 
 
 def linen(cls):
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    with as_users_have_it():
         variables = jax.eval_shape(cls().init, jax.random.key(0), array(F32, 32, 16))
     return cls().apply, (variables, array(BF16, 32, 16))
 
@@ -355,6 +368,7 @@ FAULTS = {
     "island": Fault("float32-leak", island_without_a_way_back, (X, W)),
     "scan": Fault("float32-leak", leak_in_scan, (X, array(BF16, 3, 16, 16))),
     "accumulation": Fault("float32-leak", accumulated_and_kept, (X, W)),
+    "cotangents": Fault("float32-cotangents", cotangents, (W32, X)),
     "kernel": Fault("float32-kernel", kernel, (array(BF16, 8, 16), W)),
     "all_gather": Fault("float32-collective", gathered, (X, W32)),
     "psum of gradients": Fault("float32-gradient-collective", reduced_gradients, (W32, X)),
