@@ -5,6 +5,8 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
+
 from jmp_lite._dtypes import dtype_or_none
 from jmp_lite._functions import check_function
 from jmp_lite._messages import quote
@@ -74,7 +76,7 @@ def assert_compute_dtype(
     """
     check_function(fun, "assert_compute_dtype")
     widest_allowed = dtype_or_none(dtype)
-    if widest_allowed is None:
+    if widest_allowed is None or not jnp.issubdtype(widest_allowed, jnp.floating):
         raise InvalidRuleError(f"dtype must be a floating dtype, got {quote(dtype)}. Write for example jnp.bfloat16.")
     allowed = (allow,) if isinstance(allow, str) else tuple(allow)
     for pattern in allowed:
@@ -84,7 +86,7 @@ def assert_compute_dtype(
     def check(*args: Any, **kwargs: Any) -> None:
         program = traced_program(fun, settings, args, kwargs)
         subject = Subject(Flow(program.jaxpr), program.arguments, program.explanation)
-        nodes = [*subject.products(), *((node, 0.0) for node in kernels_of(subject.flow))]
+        nodes = [*subject.products, *((node, 0.0) for node in kernels_of(subject.flow))]
         wide = [(node, share) for node, share in nodes if widest(node) > widest_allowed.itemsize]
         _warn_of_unused(allowed, [node for node, _ in wide])
         refused = [(node, share) for node, share in wide if not any(re.search(p, _described(node)) for p in allowed)]

@@ -37,12 +37,12 @@ class Entry(NamedTuple):
 
 def leaks(subject: Subject) -> Iterator[Finding]:
     """Finds products in float32 beside those in 16 bits; names where float32 came in."""
-    if not subject.has_low_products():
+    if not subject.has_low_products:
         return
     groups: dict[Entry, list[tuple[Node, float]]] = {}
     forward = dict[str, Entry]()
-    asked = {node.site.source: node for node, _ in subject.products() if _returns_wide(node)}
-    for node, share in subject.products():
+    asked = {node.site.source: node for node, _ in subject.products if _returns_wide(node)}
+    for node, share in subject.products:
         if widest(node) != 4 or is_decided(node):
             continue
         kind, message = why_wide(node, subject.explanation)
@@ -126,7 +126,7 @@ def _enters(node: Node) -> bool:
 
 def kernels(subject: Subject) -> Iterator[Finding]:
     """Finds kernels on float32 arrays in a program of 16 bits."""
-    if not subject.has_low_products():
+    if not subject.has_low_products:
         return
     for node in kernels_of(subject.flow):
         wide = [v for v in node.operands if width(subject.flow.dtype(v)) == 4 and subject.flow.size(v) > 1]
@@ -137,7 +137,7 @@ def kernels(subject: Subject) -> Iterator[Finding]:
 def collectives(subject: Subject) -> Iterator[Finding]:
     """Finds float32 arrays that are sent between devices in a program of 16 bits."""
     flow = subject.flow
-    if not subject.has_low_products():
+    if not subject.has_low_products:
         return
     for node in collectives_of(flow):
         for operand in dict.fromkeys(node.operands):

@@ -176,7 +176,7 @@ def _largest_of(flow: Flow, node: Node, depth: int) -> int | None:
 def one_hot_products(subject: Subject) -> Iterator[Finding]:
     """Finds products that look something up: one operand is a comparison with positions."""
     flow = subject.flow
-    for node, share in subject.products():
+    for node, share in subject.products:
         for operand, dtype in zip(node.operands[:2], node.site.in_dtypes, strict=False):
             if not is_16_bits(dtype) or node.site.is_backward:
                 continue

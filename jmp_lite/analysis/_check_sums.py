@@ -184,7 +184,7 @@ def scores(subject: Subject) -> Iterator[Finding]:
     def through(node: Node, position: int) -> bool:
         return moves(node, position) or node.name in _MILD
 
-    for node, share in subject.products():
+    for node, share in subject.products:
         dtype = node.site.out_dtypes[0]
         if not is_16_bits(dtype) or node.site.is_backward or node.name not in PRODUCTS:
             continue

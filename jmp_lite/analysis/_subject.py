@@ -1,9 +1,9 @@
 """What the checks of ``audit`` look at, and the questions that several of them ask."""
 
+import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 from jmp_lite.analysis._census import is_low, products_of
 from jmp_lite.analysis._finding import Finding
@@ -17,7 +17,8 @@ EXACT_INTEGERS = {"bfloat16": 1 << 8, "float16": 1 << 11}
 LONG = 16
 
 
-class Subject(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Subject:
     """A program, and what is known about it."""
 
     flow: Flow
@@ -30,13 +31,17 @@ class Subject(NamedTuple):
     no_gradient: str = ""
     """Why it is a loss without its gradient."""
 
+    @functools.cached_property
     def products(self) -> list[tuple[Node, float]]:
-        """Returns the products, each with its share of all FLOPs."""
-        return list(_shares(self.flow))
+        """The matrix products and convolutions, each with its share of all FLOPs."""
+        products = products_of(self.flow)
+        total = max(sum(flops for _, flops in products), 1)
+        return [(node, flops / total) for node, flops in products]
 
+    @functools.cached_property
     def has_low_products(self) -> bool:
         """Whether a product has operands of 16 bits or fewer."""
-        return any(is_low(node) for node, _ in self.products())
+        return any(is_low(node) for node, _ in self.products)
 
     def name_of(self, value: Value) -> str:
         """Returns what a value that no equation makes is called."""
@@ -46,13 +51,6 @@ class Subject(NamedTuple):
 
 
 Check = Callable[[Subject], Iterator[Finding]]
-
-
-@functools.lru_cache(maxsize=8)
-def _shares(flow: Flow) -> tuple[tuple[Node, float], ...]:
-    products = products_of(flow)
-    total = max(sum(flops for _, flops in products), 1)
-    return tuple((node, flops / total) for node, flops in products)
 
 
 def found(kind: str, node: Node, message: str, share: float = 0.0) -> Finding:
