@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import jmp_lite as jmp
-from jmp_lite import errors, export
+from jmp_lite import analysis, errors, export
 
 BASES = {
     "UnknownDtypeError": ValueError,
@@ -123,8 +123,8 @@ NO_FUNCTIONS = {
 TAKERS = {
     "autocast": lambda fun: jmp.autocast(fun, "mixed_bfloat16"),
     "explain": lambda fun: jmp.explain(fun, "mixed_bfloat16"),
-    "audit": jmp.analysis.audit,
-    "assert_compute_dtype": lambda fun: jmp.analysis.assert_compute_dtype(fun, "bfloat16"),
+    "audit": analysis.audit,
+    "assert_compute_dtype": lambda fun: analysis.assert_compute_dtype(fun, "bfloat16"),
     "with_policy": lambda fun: jmp.with_policy(fun, "mixed_bfloat16"),
     "scaled_value_and_grad": lambda fun: jmp.scaled_value_and_grad(fun, loss_scale=jmp.NoOpLossScale()),
     "accumulate_gradients": lambda fun: jmp.accumulate_gradients(fun, 2, loss_scale=jmp.NoOpLossScale()),

@@ -10,23 +10,13 @@ from jmp_lite.analysis._flow import Flow, Node
 from jmp_lite.autocast._ops import PRODUCTS, is_kernel
 from jmp_lite.autocast._record import _flops
 
-#: Primitives that send arrays between devices.
-COLLECTIVES = frozenset(
-    {
-        *(
-            "psum",
-            "psum2",
-            "psum_invariant",
-            "pmax",
-            "pmin",
-            "ppermute",
-            "all_to_all",
-            "reduce_scatter",
-            "psum_scatter",
-        ),
-        *("all_gather", "all_gather_invariant", "all_gather_reduced", "unreduced_psum", "unreduced_reduce_scatter"),
-    }
-)
+#: Primitives that send arrays to other devices as they are, so that a cast before loses nothing that one after keeps.
+MOVING = frozenset({"ppermute", "all_to_all", "all_gather", "all_gather_invariant", "all_gather_reduced"})
+#: Those that send arrays between devices.
+COLLECTIVES = MOVING | {
+    *("psum", "psum2", "psum_invariant", "pmax", "pmin", "reduce_scatter", "unreduced_psum"),
+    "unreduced_reduce_scatter",
+}
 
 
 class ProductRow(NamedTuple):

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from jmp_lite._messages import first_few
-from jmp_lite.analysis._census import bytes_of, collectives_of, is_low, kernels_of, widest, width
+from jmp_lite.analysis._census import MOVING, bytes_of, collectives_of, is_low, kernels_of, widest, width
 from jmp_lite.analysis._finding import Finding
 from jmp_lite.analysis._flow import Node, Value, moves
 from jmp_lite.analysis._subject import Subject, found, is_16_bits, is_decided
@@ -135,7 +135,7 @@ def kernels(subject: Subject) -> Iterator[Finding]:
 
 
 def collectives(subject: Subject) -> Iterator[Finding]:
-    """Finds float32 arrays that are sent between devices in a program of 16 bits."""
+    """Finds float32 arrays that are sent between devices in a program of 16 bits; sums may be meant to be exact."""
     flow = subject.flow
     if not subject.has_low_products:
         return
@@ -145,9 +145,10 @@ def collectives(subject: Subject) -> Iterator[Finding]:
                 continue
             message = f"{node.name} sends {bytes_of(flow, operand)} bytes of float32."
             makers = [made for _, made in flow.backward(operand, _is_elementwise) if made is not None]
-            if any(made.site.is_backward for made in makers) or node.site.is_backward:
-                yield found("float32-gradient-collective", node, message)
-            elif not any(made.name.startswith("reduce_") for made in makers):
+            is_of_gradient = node.site.is_backward or any(made.site.is_backward for made in makers)
+            if is_of_gradient or node.name not in MOVING:
+                yield found("float32-reduction", node, message)
+            else:
                 yield found("float32-collective", node, message)
 
 

@@ -75,8 +75,8 @@ KINDS: Mapping[str, Kind] = {
     "highest-precision": Kind("note", "Without precision=, it would run in 16 bits."),
     "float32-as-written": Kind("note", "It is so for a reason; jmp.explain shows the operands."),
     "no-gradient": Kind("note", "Audit what trains: jax.grad(loss) or the training step."),
-    "float32-gradient-collective": Kind(
-        "note", "It keeps sums of gradients exact; a policy with reduce_dtype of 16 bits sends half the bytes."
+    "float32-reduction": Kind(
+        "note", "It keeps sums over devices exact; a cast before, or a reduce_dtype of 16 bits, halves what is sent."
     ),
 }
 

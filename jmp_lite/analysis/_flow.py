@@ -91,7 +91,7 @@ class Flow:
 
     def _add(self, jaxpr: Jaxpr, steps: Sequence[Step], arguments: Sequence[Value]) -> list[Value]:
         inner, consts = program(jaxpr)
-        values = dict(zip(inner.invars, arguments, strict=True))
+        values: dict[Any, Value] = dict(zip(inner.invars, arguments, strict=True))
         for v, const in zip(inner.constvars, consts, strict=False):
             values[v] = self._value(v.aval)
             if getattr(const, "size", _LARGEST) < _LARGEST and not isinstance(const, jax.core.Tracer):

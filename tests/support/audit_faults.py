@@ -371,7 +371,7 @@ FAULTS = {
     "cotangents": Fault("float32-cotangents", cotangents, (W32, X)),
     "kernel": Fault("float32-kernel", kernel, (array(BF16, 8, 16), W)),
     "all_gather": Fault("float32-collective", gathered, (X, W32)),
-    "psum of gradients": Fault("float32-gradient-collective", reduced_gradients, (W32, X)),
+    "psum of gradients": Fault("float32-reduction", reduced_gradients, (W32, X)),
     "bias": Fault("gradient-sum-in-16-bits", gradient_of_bias, ((W, array(BF16, 16)), X)),
     "highest": Fault("highest-precision", highest, (X32, W32), kwargs={"policy": "mixed_bfloat16"}),
     "Linen scale": Fault("float32-leak", *linen(LinenBlock), LinenBlock),
