@@ -85,7 +85,7 @@ def assert_compute_dtype(
 
     def check(*args: Any, **kwargs: Any) -> None:
         program = traced_program(fun, settings, args, kwargs)
-        subject = Subject(Flow(program.jaxpr), program.arguments, program.explanation)
+        subject = Subject(Flow(program.jaxpr), program)
         nodes = [*subject.products, *((node, 0.0) for node in kernels_of(subject.flow))]
         wide = [(node, share) for node, share in nodes if widest(node) > widest_allowed.itemsize]
         _warn_of_unused(allowed, [node for node, _ in wide])

@@ -152,7 +152,7 @@ def settings_of(policy: str | Policy | PolicyMap | None, **settings: Any) -> Set
 def audited(program: Program) -> Audit:
     """Counts what a program is made of, and checks it."""
     flow = Flow(program.jaxpr)
-    subject = Subject(flow, program.arguments, program.explanation, program.said, program.no_gradient)
+    subject = Subject(flow, program)
     findings = ordered(finding for check in CHECKS for finding in check(subject))
     tables = census(flow)
     return Audit(

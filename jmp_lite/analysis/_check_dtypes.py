@@ -45,7 +45,7 @@ def leaks(subject: Subject) -> Iterator[Finding]:
     for node, share in subject.products:
         if widest(node) != 4 or is_decided(node):
             continue
-        kind, message = why_wide(node, subject.explanation)
+        kind, message = why_wide(node, subject.program.explanation)
         if kind and kind != "float32-leak":
             yield found(kind, node, message, share)
         if kind != "float32-leak":
@@ -170,18 +170,19 @@ def doubles(subject: Subject) -> Iterator[Finding]:
 
 def settings(subject: Subject) -> Iterator[Finding]:
     """Finds what was asked of autocast and did not happen."""
-    for warning in subject.said:
+    for warning in subject.program.said:
         if issubclass(warning.category, UnmatchedRuleWarning):
             yield Finding("unmatched-rule", str(warning.message).partition(" jmp.explain")[0])
-    if subject.no_gradient:
+    if subject.program.no_gradient:
         yield Finding(
-            "no-gradient", f"JAX has no gradient of this function, so only its value counts: {subject.no_gradient}"
+            "no-gradient",
+            f"JAX has no gradient of this function, so only its value counts: {subject.program.no_gradient}",
         )
-    if subject.explanation is None:
+    if subject.program.explanation is None:
         return
-    summary = subject.explanation.summary
+    summary = subject.program.explanation.summary
     products = {group: count for group, (count, _) in summary.products.items() if count}
-    if products and not products.keys() & {"low", "replaced"} and "float32" in products:
+    if subject.program.asks_16_bits and not products.keys() & {"low", "replaced"} and "float32" in products:
         reasons = list(dict.fromkeys(record.reason for record in summary.float32))
         message = f"None of {sum(products.values())} products runs in 16 bits: {first_few(reasons)}."
         yield Finding("nothing-low", message, summary.float32[0].source, summary.float32[0].scope, 1.0)

@@ -2,7 +2,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -28,13 +28,16 @@ class Program(NamedTuple):
     jaxpr: Any
     arguments: tuple[str, ...]
     """Names of the arrays among the arguments."""
-    is_loss: bool
+    is_loss: bool = False
     """Whether it is a loss with its gradient."""
-    residual_bytes: dict[str, int]
+    residual_bytes: Mapping[str, int] = {}
     """Of a loss: what is kept for the backward pass, arguments not counted, by dtype."""
-    explanation: Explanation | None
-    said: tuple[warnings.WarningMessage, ...]
+    explanation: Explanation | None = None
+    """What autocast decided about it; ``None`` for a program as it is written."""
+    said: tuple[warnings.WarningMessage, ...] = ()
     """Warnings that are worth a finding."""
+    asks_16_bits: bool = False
+    """Whether a policy or a rule asks for 16 bits."""
     no_gradient: str = ""
     """Why JAX has no gradient of what looks like a loss."""
 
@@ -55,9 +58,8 @@ def traced_program(
     runs = fun if settings is None else wrap(fun, settings, "all")
     with _caught() as said_again:
         plain = traced(runs, args, kwargs)
-        found = Program(
-            plain.jaxpr, _names(args, kwargs), is_loss=False, residual_bytes={}, explanation=explanation, said=()
-        )
+        found = Program(plain.jaxpr, _names(args, kwargs), explanation=explanation)
+        found = found._replace(asks_16_bits=bool(settings and settings.dtypes))
         if _returns_loss(plain) and _floats(args[:1])[0]:
             found = _differentiated(found, runs, args, kwargs)
     return found._replace(said=tuple(said or said_again))

@@ -2,14 +2,13 @@
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Callable, Iterator
 
 from jmp_lite.analysis._census import is_low, products_of
 from jmp_lite.analysis._finding import Finding
 from jmp_lite.analysis._flow import Flow, Node, Value
+from jmp_lite.analysis._programs import Program
 from jmp_lite.autocast import _regions
-from jmp_lite.autocast._explain import Explanation
 
 #: Dtypes of 16 bits, with the largest number up to which they hold every integer.
 EXACT_INTEGERS = {"bfloat16": 1 << 8, "float16": 1 << 11}
@@ -22,14 +21,8 @@ class Subject:
     """A program, and what is known about it."""
 
     flow: Flow
-    arguments: tuple[str, ...]
-    """Names of the inputs of the program."""
-    explanation: Explanation | None
-    """What autocast decided about it; ``None`` for a program as it is written."""
-    said: tuple[warnings.WarningMessage, ...] = ()
-    """What was warned of while it was traced."""
-    no_gradient: str = ""
-    """Why it is a loss without its gradient."""
+    """The program as a graph."""
+    program: Program
 
     @functools.cached_property
     def products(self) -> list[tuple[Node, float]]:
@@ -46,7 +39,7 @@ class Subject:
     def name_of(self, value: Value) -> str:
         """Returns what a value that no equation makes is called."""
         if value in self.flow.inputs:
-            return f"argument {self.arguments[self.flow.inputs.index(value)]}"
+            return f"argument {self.program.arguments[self.flow.inputs.index(value)]}"
         return "a number" if self.flow.size(value) == 1 else "an array that the function closes over"
 
 

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import autocast_models, linen_models
+from flax import nnx
+from support import autocast_models, linen_models, nnx_models
 from support.audit_clean import BY_HAND, UNDER_AUTOCAST, Clean, as_loss, step_case
 from support.audit_faults import BF16, F32, FAULTS, Fault, array, as_users_have_it
 
@@ -124,6 +125,17 @@ def test_recipe_that_is_applied_in_part_is_noted_with_the_reason():
     [partly] = [f for f in found.findings if f.kind == "recipe-partly-applied"]
     assert 'products="weights"' in partly.message
     assert partly.severity == "note"
+
+
+def test_policy_of_float32_asks_for_nothing():
+    assert analysis.audit(head, "float32")(*ARRAYS).findings == ()
+
+
+@pytest.mark.parametrize("fun", [jax.nn.softmax, lambda x: jnp.cumsum(x, axis=0)])
+def test_region_is_a_decision(fun):
+    """What the author put into a region is as it was meant."""
+    assert analysis.audit(fun)(array(BF16, 32, 16)).findings != ()
+    assert analysis.audit(jmp.low_precision(fun))(array(BF16, 32, 16)).findings == ()
 
 
 def test_product_that_autocast_leaves_is_noted_with_the_reason():
@@ -260,6 +272,15 @@ def test_nothing_is_compiled_or_run(caplog):
 
 def compilations(caplog):
     return [text for record in caplog.records if (text := record.getMessage()).startswith("Compiling ")]
+
+
+def test_module_among_the_arguments_stays_as_it_is():
+    """An NNX module is traced like any other tree of arrays; its statistics do not move."""
+    model = nnx_models.MODELS["image"](nnx.Rngs(0))
+    before = jax.tree.map(np.asarray, nnx.state(model))
+    found = analysis.audit(lambda model, x: jnp.square(model(x)).mean(), "mixed_bfloat16")(model, array(F32, 8, 16))
+    assert found.is_loss
+    assert jax.tree.all(jax.tree.map(np.array_equal, before, jax.tree.map(np.asarray, nnx.state(model))))
 
 
 def test_arguments_that_are_no_arrays_stay_what_they_are():
