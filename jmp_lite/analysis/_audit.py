@@ -127,7 +127,7 @@ def audit(
         ...         return x @ w.astype(jnp.float32)
         >>> [found] = jmp.analysis.audit(model)(*[jax.ShapeDtypeStruct((8, 8), jnp.bfloat16)] * 2).findings
         >>> print(found.kind, found.scope, found.message)
-        float32-leak body 1 product runs in float32, 50.0% of FLOPs, because bfloat16 is cast or promoted to float32...
+        float32-leak body 1 product runs in float32 (50.0% of FLOPs; ...), because bfloat16 is cast or promoted to ...
 
     References:
         Micikevicius et al., "Mixed Precision Training", arXiv:1710.03740, section 3.3, on sums. Chan, Golub and

@@ -57,7 +57,7 @@ def leaks(subject: Subject) -> Iterator[Finding]:
         lines = list(dict.fromkeys(node.site.source for node, _ in members))
         share = sum(share for _, share in members)
         count = f"{len(members)} product{'s run' if len(members) > 1 else ' runs'}"
-        message = f"{count} in float32, {share:.1%} of FLOPs, because {entry.what}: {first_few(lines)}."
+        message = f"{count} in float32 ({share:.1%} of FLOPs; {first_few(lines)}), because {entry.what}."
         yield Finding(entry.kind, message, entry.source, entry.scope, share)
 
 
@@ -109,13 +109,28 @@ def origin(subject: Subject, product: Node) -> Entry:
                 (casts if node.name == "convert_element_type" else results).append(node)
     if casts:
         first = min(casts, key=lambda node: node.site.index)
-        return Entry.at(first, f"{first.site.in_dtypes[0]} is cast or promoted to {first.site.out_dtypes[0]}")
+        return Entry.at(
+            first,
+            f"{first.site.in_dtypes[0]} is cast or promoted to {first.site.out_dtypes[0]}{_promoter(subject, first)}",
+        )
     if results:
         first = min(results, key=lambda node: node.site.index)
         return Entry.at(first, f"{first.name} returns {first.site.out_dtypes[0]}")
     wide = [value for value in others if flow.size(value) > 1] or others
     dtype = flow.dtype(wide[0]) if wide else "float32"
     return Entry.at(product, f"{subject.name_of(wide[0]) if wide else 'what is made in the program'} is {dtype}")
+
+
+def _promoter(subject: Subject, cast: Node) -> str:
+    """Names the argument or constant that a value was promoted for, if there is one on the same line."""
+    flow = subject.flow
+    for use, position in flow.consumers(cast.results[0]):
+        others = [v for i, v in enumerate(use.operands) if i != position and use.site.source == cast.site.source]
+        for operand in others:
+            for value, node in flow.backward(operand, moves):
+                if node is None and width(flow.dtype(value)) >= 4:
+                    return f", which {subject.name_of(value)} is"
+    return ""
 
 
 def _enters(node: Node) -> bool:

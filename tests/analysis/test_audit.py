@@ -54,6 +54,41 @@ def test_every_kind_is_planted():
     assert len(CHECKS) == 13
 
 
+@pytest.mark.parametrize(
+    ("name", "culprit"),
+    [
+        ("constant", "which an array that the function closes over is"),
+        ("weight", "argument '2' is float32"),
+        ("Linen scale", "which argument '0/params/scale' is"),
+        ("island", "bfloat16 is cast or promoted to float32."),
+        ("accumulation", "dot_general returns float32"),
+    ],
+)
+def test_leak_names_what_made_it_wide(name, culprit):
+    """An argument, a constant, a cast or a product that asks for float32."""
+    [leak] = [f for f in audited(FAULTS[name]).findings if f.kind == "float32-leak"]
+    assert culprit in leak.message
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("1e5 in float16", "infinite in float16"),
+        ("mask of -1e9", "-1e+09 is infinite in float16, which ends at 65504."),
+        ("epsilon of zero", "0 in float16, and keeps rsqrt from nothing"),
+        ("bound of one", "The bound 0.999 is exactly 1 in bfloat16, so that log of 1 - x meets 0."),
+        ("positions", "Integers up to 999 become bfloat16, which holds all of them up to 256 only."),
+        ("mean", "A sum of 64 terms is added up in float16."),
+        ("carried sum", "A sum of 32 terms is carried in bfloat16"),
+        ("segment_sum", "Up to 32 terms are added up in each place of a bfloat16 array."),
+        ("kernel", "pallas_call takes 1 arrays of float32."),
+    ],
+)
+def test_message_has_the_figures(name, said):
+    fault = FAULTS[name]
+    assert said in " ".join(f.message for f in audited(fault).findings if f.kind == fault.kind)
+
+
 # --- Clean programs ---
 
 MODELS = ["Linen transformer", "Linen ResNet", "Linen LSTM", "NNX transformer", "NNX ResNet", "Equinox transformer"]

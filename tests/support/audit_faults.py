@@ -244,11 +244,6 @@ def highest(x, w):
     return jnp.dot(x, w, precision="highest")  # fault
 
 
-def mixed_as_written(x, w, head):
-    x = jnp.tanh(x @ w).astype(BF16)
-    return x @ head  # fault
-
-
 # --- Models ---
 
 
