@@ -146,7 +146,9 @@ def kernels(subject: Subject) -> Iterator[Finding]:
     for node in kernels_of(subject.flow):
         wide = [v for v in node.operands if width(subject.flow.dtype(v)) == 4 and subject.flow.size(v) > 1]
         if wide and not is_decided(node):
-            yield found("float32-kernel", node, f"{node.name} takes {len(wide)} arrays of float32.")
+            yield found(
+                "float32-kernel", node, f"{node.name} takes float32 in {len(wide)} of {len(node.operands)} operands."
+            )
 
 
 def collectives(subject: Subject) -> Iterator[Finding]:
@@ -180,7 +182,9 @@ def doubles(subject: Subject) -> Iterator[Finding]:
     taken = [node for node in flow.nodes if "float64" in node.site.in_dtypes]
     first = min([*made, *taken], key=lambda node: node.site.index, default=None)
     if first is not None:
-        yield found("x64", first, f"{len(made) or len(taken)} operations are in float64; the first is {first.name}.")
+        yield found(
+            "x64", first, f"Operations in float64: {len(made) or len(taken)}, the first of which is {first.name}."
+        )
 
 
 def settings(subject: Subject) -> Iterator[Finding]:

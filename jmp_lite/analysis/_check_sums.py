@@ -134,7 +134,7 @@ def accumulations(subject: Subject) -> Iterator[Finding]:
         dtype = node.site.out_dtypes[0] if node.site.out_dtypes else ""
         if not is_16_bits(dtype) or is_decided(node):
             continue
-        length = 0
+        length, what = 0, ""
         if node.name in _RUNNING:
             length = as_count(flow.avals[node.operands[0]].shape[node.eqn.params["axis"]])
             what = f"A running sum of {length} terms is held in {dtype}."

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -12,7 +13,8 @@ from flax import nnx
 from jax import lax
 
 import jmp_lite as jmp
-from support.audit_faults import BF16, F16, F32, I32, array, as_users_have_it
+from jmp_lite import analysis
+from support.audit_faults import BF16, F16, F32, I32, Fault, array, as_users_have_it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +25,18 @@ class Clean:
     args: tuple
     policy: str | None = None
     kwargs: dict = dataclasses.field(default_factory=dict)
+
+
+def audited(case):
+    """What ``audit`` says about a case, with the promotion of JAX as users have it."""
+    with as_users_have_it():
+        if isinstance(case, Fault):
+            return analysis.audit(case.fun, **case.kwargs)(*case.args)
+        return analysis.audit(functools.partial(case.fun, **case.kwargs), case.policy)(*case.args)
+
+
+def lines_of(findings, kind):
+    return {int(re.search(r":(\d+)", finding.source)[1]) for finding in findings if finding.kind == kind}
 
 
 # --- Written by hand: islands of float32 in a stream of 16 bits ---
