@@ -13,6 +13,8 @@ from jmp_lite.analysis._subject import EXACT_INTEGERS, Subject, found, is_16_bit
 from jmp_lite.autocast._ops import PRODUCTS
 
 _ARITHMETIC = frozenset({"add", "sub", "mul", "div", "add_any", "rem"})
+#: Numbers of this share of the smallest normal one have five bits fewer, and are off by some percent.
+_FEW_BITS = 1 / 32
 _COMPARISONS = frozenset({"eq", "ne", "lt", "le", "gt", "ge"})
 
 
@@ -64,13 +66,17 @@ def _of_number(flow: Flow, node: Node, position: int, number: Number, dtype: str
         yield found("literal-out-of-range", node, f"The number here, as JAX rounded it, is infinite in {dtype}.")
     if node.name == "select_n" and dtype == "float16" and math.isinf(number.written) and position:
         yield found("infinite-mask", node, "Minus infinity fills a float16 array: a softmax of nothing else is NaN.")
-    if node.name in ("add", "max") and 0 <= number.held < tiny and (number.written or _was_rounded(node, position)):
+    if (
+        node.name in ("add", "max")
+        and 0 <= number.held < tiny * _FEW_BITS
+        and (number.written or _was_rounded(node, position))
+    ):
         is_zero = number.held == 0
         user = _divides(flow, node, is_strict=node.name == "max" and is_zero)
         if user is not None:
             kind = "literal-out-of-range" if is_zero else "epsilon-subnormal"
             said = f"{number.written:g} is" if number.written else "The number added is"
-            what = "0" if is_zero else "subnormal, which devices may flush to 0,"
+            what = "0" if is_zero else "subnormal, with few digits and none on devices that flush it to 0,"
             yield found(kind, node, f"{said} {what} in {dtype}, and keeps {user.name} from nothing.")
     is_bound = node.name == "min" or (node.name == "clamp" and position == 2)
     if is_bound and number.held == 1:

@@ -41,7 +41,7 @@ KINDS: Mapping[str, Kind] = {
         "warning",
         "Write jax.nn.softmax(x.astype(jnp.float32)).astype(x.dtype), or use jmp.autocast.",
     ),
-    "epsilon-subnormal": Kind("warning", "Use at least jnp.finfo(x.dtype).tiny, or compute this in float32."),
+    "epsilon-subnormal": Kind("warning", "Use a number near jnp.finfo(x.dtype).tiny, or compute this in float32."),
     "scores-rounded": Kind(
         "warning",
         "Ask for them in float32: preferred_element_type, or jmp.Rule(scope, result=jnp.float32).",

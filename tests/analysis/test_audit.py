@@ -101,6 +101,18 @@ def test_autocast_of_a_model_raises_no_alarm(name, policy, rng):
     assert {row.operands for row in found.products} >= {(jmp.get_policy(policy).compute_dtype.name,) * 2}
 
 
+def test_autocast_keeps_numbers_that_16_bits_do_not_hold():
+    """What is a mistake in a model written for float16 is none in one that autocast runs in it."""
+
+    def fun(x, w, mask):
+        y = x @ w
+        y = jnp.where(mask, y, -1e9) * 1e5 + y / (jnp.abs(y) + 1e-8)
+        return jax.nn.softmax(y / (jnp.sqrt(jnp.sum(y * y, -1, keepdims=True)) + 1e-5)) @ w
+
+    found = analysis.audit(fun, "mixed_float16")(array(F32, 64, 64), array(F32, 64, 64), array(bool, 64, 64))
+    assert found.findings == ()
+
+
 def test_training_step_raises_no_alarm():
     """A whole step: autocast, loss scaling, Adam."""
     found = audited(step_case())
