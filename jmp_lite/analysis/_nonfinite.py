@@ -179,7 +179,8 @@ def _producers(steps: Sequence[Step], wanted: Step) -> tuple[Site, ...]:
         for v in step.eqn.invars:
             maker = None if is_literal(v) else makers.get(v)
             if maker and maker.site.index not in found:
-                found[maker.site.index] = maker.site
+                inside = [step.site for step in flat([maker]) if not step.bodies]
+                found |= {site.index: site for site in inside or [maker.site]}
                 front.append(maker)
     return tuple(found[index] for index in sorted(found, reverse=True)[:_PRODUCERS])
 

@@ -28,9 +28,8 @@ DEPTH = 5
 
 
 def layer(x, index, fault, hit):
-    with jax.named_scope(f"layer_{index}"):
-        with jax.named_scope("fault"):
-            return 0.5 * x + 0.1 * FAULTS[fault][0](x, hit)
+    with jax.named_scope(f"layer_{index}"), jax.named_scope("fault"):
+        return 0.5 * x + 0.1 * FAULTS[fault][0](x, hit)
 
 
 @jax.custom_vjp
