@@ -33,6 +33,7 @@
     ├── SecondDerivativeError     NotImplementedError  a second derivative through quantized products
     ├── InvalidOpError            TypeError       something that cannot stand for a primitive in autocast
     ├── InvalidRuleError          ValueError      a rule or a setting of autocast that means nothing
+    ├── InvalidAnalysisError      ValueError      an analysis of something that does not exist, or with too little
     └── ComputeDtypeError         AssertionError  products in a wider dtype than asserted
     NonFiniteUpdateWarning        UserWarning     an optimizer made infinities of finite gradients
     SlowDtypeWarning              UserWarning     a format that this accelerator cannot run fast
@@ -435,6 +436,16 @@ class InvalidRuleError(JmpLiteError, ValueError):
         jmp_lite.errors.InvalidRuleError: precision must be 'auto', 'full', 'low', or stand for float32 or ...
         >>> jmp.Rule("head", precision="full").precision
         'full'
+    """
+
+
+class InvalidAnalysisError(JmpLiteError, ValueError):
+    """A device, a format or a setting of an analysis that does not exist, or too little to analyze.
+
+    Example:
+        >>> jmp.analysis.recommend(lambda w, x: jnp.sum(x @ w), jnp.ones((2, 2)), [(jnp.ones((1, 2)),)])
+        Traceback (most recent call last):
+        jmp_lite.errors.InvalidAnalysisError: recommend needs two batches or more, ...
     """
 
 

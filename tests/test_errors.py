@@ -44,6 +44,7 @@ BASES = {
     "SecondDerivativeError": NotImplementedError,
     "InvalidOpError": TypeError,
     "InvalidRuleError": ValueError,
+    "InvalidAnalysisError": ValueError,
     "ComputeDtypeError": AssertionError,
 }
 WARNINGS = [

@@ -10,30 +10,60 @@ from jmp_lite.analysis._audit import audit as audit
 from jmp_lite.analysis._bundle import Replayed as Replayed
 from jmp_lite.analysis._bundle import replay as replay
 from jmp_lite.analysis._collect import collect as collect
+from jmp_lite.analysis._compare import Comparison as Comparison
+from jmp_lite.analysis._compare import EquationError as EquationError
+from jmp_lite.analysis._compare import PolicyErrors as PolicyErrors
+from jmp_lite.analysis._compare import ResultError as ResultError
+from jmp_lite.analysis._compare import compare as compare
+from jmp_lite.analysis._diff import Difference as Difference
+from jmp_lite.analysis._diff import diff as diff
 from jmp_lite.analysis._finding import Finding as Finding
 from jmp_lite.analysis._nonfinite import NonFinite as NonFinite
 from jmp_lite.analysis._nonfinite import first_nonfinite as first_nonfinite
+from jmp_lite.analysis._perturb import Sensitivities as Sensitivities
+from jmp_lite.analysis._perturb import Sensitivity as Sensitivity
+from jmp_lite.analysis._perturb import perturb as perturb
 from jmp_lite.analysis._range import Fate as Fate
 from jmp_lite.analysis._range import Range as Range
 from jmp_lite.analysis._ranges import Ranges as Ranges
 from jmp_lite.analysis._ranges import Row as Row
 from jmp_lite.analysis._ranges import ranges as ranges
+from jmp_lite.analysis._recommend import Line as Line
+from jmp_lite.analysis._recommend import Recommendation as Recommendation
+from jmp_lite.analysis._recommend import recommend as recommend
 from jmp_lite.analysis._sites import Site as Site
+from jmp_lite.analysis._updates import LostUpdates as LostUpdates
+from jmp_lite.analysis._updates import lost_updates as lost_updates
 
 __all__ = [
     "Audit",
+    "Comparison",
+    "Difference",
+    "EquationError",
     "Fate",
     "Finding",
+    "Line",
+    "LostUpdates",
     "NonFinite",
+    "PolicyErrors",
     "Range",
     "Ranges",
+    "Recommendation",
     "Replayed",
+    "ResultError",
     "Row",
+    "Sensitivities",
+    "Sensitivity",
     "Site",
     "assert_compute_dtype",
     "audit",
     "collect",
+    "compare",
+    "diff",
     "first_nonfinite",
+    "lost_updates",
+    "perturb",
     "ranges",
+    "recommend",
     "replay",
 ]

@@ -78,6 +78,15 @@ KINDS: Mapping[str, Kind] = {
     "float32-reduction": Kind(
         "note", "It keeps sums over devices exact; a cast before, or a reduce_dtype of 16 bits, halves what is sent."
     ),
+    # Of a run, beside float32.
+    "gradient-turned": Kind(
+        "warning", 'Keep what adds most error in float32: jmp.Rule(scope, precision="full"); see the equations.'
+    ),
+    "error-amplified": Kind(
+        "warning",
+        'Compute this and what it takes in float32: jmp.full_precision, or jmp.Rule(scope, precision="full").',
+    ),
+    "updates-lost": Kind("warning", "Keep parameters in float32, or wrap the optimizer in jmp.optim.stored."),
 }
 
 _ORDER = {"error": 0, "warning": 1, "note": 2}

@@ -60,14 +60,14 @@ def traced_program(
         plain = traced(runs, args, kwargs)
         found = Program(plain.jaxpr, _names(args, kwargs), explanation=explanation)
         found = found._replace(asks_16_bits=bool(settings and settings.dtypes))
-        if _returns_loss(plain) and _floats(args[:1])[0]:
+        if returns_loss(plain) and floats_of(args[:1])[0]:
             found = _differentiated(found, runs, args, kwargs)
     return found._replace(said=tuple(said or said_again))
 
 
 def _differentiated(plain: Program, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
     try:
-        jaxpr = traced(_with_gradient(fun), args, kwargs).jaxpr
+        jaxpr = traced(with_gradient(fun), args, kwargs).jaxpr
     except (ValueError, TypeError, NotImplementedError) as error:  # the function itself could be traced
         return plain._replace(no_gradient=described(error))
     return plain._replace(jaxpr=jaxpr, is_loss=True, residual_bytes=_residual_bytes(fun, args, kwargs))
@@ -87,7 +87,8 @@ def _caught() -> Iterator[list[warnings.WarningMessage]]:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
-def _returns_loss(plain: Traced) -> bool:
+def returns_loss(plain: Traced) -> bool:
+    """Whether a call returns one floating scalar and nothing else."""
     avals = plain.jaxpr.out_avals
     if len(avals) != 1 or avals[0].shape or not jnp.issubdtype(avals[0].dtype, jnp.floating):
         return False
@@ -99,28 +100,31 @@ def _is_float(leaf: Any) -> bool:
     return is_array and bool(jnp.issubdtype(leaf.dtype, jnp.floating))
 
 
-def _floats(tree: Any) -> tuple[list[Any], list[Any], Any]:
+def floats_of(tree: Any) -> tuple[list[Any], list[Any], Any]:
+    """Splits the leaves of a tree into floating arrays, the others, and how they stand together."""
     return partition(tree, _is_float)
 
 
-def _of_floats(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Any]]:
+def _offloats_of(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Any]]:
     """Returns a function of the floating arrays of the first argument alone, and these.
 
     Arguments are put together anew for each call, so that modules among them may change inside of it.
     """
-    floats, others, layout = _floats(args[0])
+    floats, others, layout = floats_of(args[0])
     rest, layout_of_rest = jax.tree.flatten((args[1:], kwargs))
 
-    def of_floats(floats: list[Any]) -> Any:
+    def offloats_of(floats: list[Any]) -> Any:
         more, named = jax.tree.unflatten(layout_of_rest, rest)
         return fun(combine(floats, others, layout), *more, **named)
 
-    return of_floats, floats
+    return offloats_of, floats
 
 
-def _with_gradient(fun: Callable[..., Any]) -> Callable[..., Any]:
+def with_gradient(fun: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a function that returns a loss and a list: its gradient in the floating arrays of the first argument."""
+
     def value_and_grad(*args: Any, **kwargs: Any) -> Any:
-        loss, floats = _of_floats(fun, args, kwargs)
+        loss, floats = _offloats_of(fun, args, kwargs)
         return jax.value_and_grad(loss)(floats)
 
     return value_and_grad
@@ -128,7 +132,7 @@ def _with_gradient(fun: Callable[..., Any]) -> Callable[..., Any]:
 
 def _residual_bytes(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, int]:
     def residuals(*args: Any, **kwargs: Any) -> list[Any]:
-        _, pullback = jax.vjp(*_of_floats(fun, args, kwargs))
+        _, pullback = jax.vjp(*_offloats_of(fun, args, kwargs))
         return list(jax.tree.leaves(pullback))
 
     inner, _ = program(traced(residuals, args, kwargs).jaxpr)

@@ -1,0 +1,39 @@
+"""Matrix products by the name scope that they stand in: the groups that rules can tell apart."""
+
+from collections.abc import Mapping, Sequence
+
+from jmp_lite.analysis._sites import Site, Step, flat
+from jmp_lite.autocast._ops import PRODUCTS
+from jmp_lite.autocast._record import _flops
+
+
+def groups_of(steps: Sequence[Step], depth: int | None = None) -> tuple[str, ...]:
+    """Returns the scopes of the matrix products in a forward pass, in the order of the program.
+
+    Args:
+        steps: Of a program.
+        depth: How many scopes from the outermost to tell groups apart by; ``None`` for all.
+    """
+    sites = [step.site for step in flat(steps) if step.site.primitive in PRODUCTS and not step.site.is_backward]
+    return tuple(dict.fromkeys(_cut(site.scope, depth) for site in sites))
+
+
+def group_of(site: Site, groups: Sequence[str]) -> str | None:
+    """Returns the group of a product; that of a backward pass may stand in scopes around it too."""
+    inside = [group for group in groups if f"/{group}/" in f"/{site.scope}/" or not group]
+    return max(inside, key=len, default=None)
+
+
+def flop_shares(steps: Sequence[Step], groups: Sequence[str]) -> Mapping[str, float]:
+    """Returns the share of each group of the work of all products."""
+    work = dict.fromkeys(groups, 0)
+    for step in flat(steps):
+        group = group_of(step.site, groups) if step.site.primitive in PRODUCTS else None
+        if group is not None:
+            work[group] += _flops(step.eqn) * step.site.trips
+    total = max(sum(work.values()), 1)
+    return {group: flops / total for group, flops in work.items()}
+
+
+def _cut(scope: str, depth: int | None) -> str:
+    return scope if depth is None else "/".join(scope.split("/")[:depth])

@@ -1,0 +1,161 @@
+"""What is recommended is measured: it keeps what needs float32, and nothing else, within the tolerance."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jmp_lite as jmp
+from jmp_lite.analysis import perturb, recommend
+
+WIDTH = 32
+
+
+def mlp(params, x, fragile):
+    """Six layers. In a fragile one, what the next one uses is the small difference of two large products."""
+    for index, w in enumerate(params):
+        with jax.named_scope(f"layer_{index}"):
+            if index in fragile:
+                shifted = jnp.concatenate([x, jnp.full_like(x, 300.0)], axis=1)
+                large = shifted @ jnp.concatenate([w, jnp.eye(WIDTH)])
+                x = jnp.tanh(large - 300.0)
+            else:
+                x = jnp.tanh(x @ w)
+    return x
+
+
+def problem(rng, fragile, count=6):
+    params = [jnp.asarray(rng.normal(size=(WIDTH, WIDTH)).astype(np.float32)) / WIDTH**0.5 for _ in range(count)]
+    batches = [(jnp.asarray(rng.normal(size=(64, WIDTH)).astype(np.float32)),) for _ in range(3)]
+    target = jnp.asarray(rng.normal(size=(64, WIDTH)).astype(np.float32))
+    return lambda params, x: jnp.mean((mlp(params, x, fragile) - target) ** 2), params, batches
+
+
+@pytest.mark.parametrize("fragile", [(1, 4), (0, 5), (2, 3), (3,), ()], ids=str)
+def test_the_layers_that_need_float32_are_found_and_no_others(fragile, rng):
+    loss, params, batches = problem(rng, fragile)
+    found = recommend(loss, params, batches, tolerance=0.03)
+    assert [line.scope for line in found.lines if line.format == "float32"] == [f"layer_{i}" for i in fragile]
+    assert found.error <= 0.03
+    assert all("would change the gradient" in line.reason for line in found.lines if line.format == "float32")
+
+
+def test_printed_code_runs_as_it_is(rng):
+    loss, params, batches = problem(rng, (1, 4))
+    found = recommend(loss, params, batches, tolerance=0.03)
+    names = {"loss_fn": loss}
+    exec(found.policy(), names)  # noqa: S102  # it is ours
+    by_code, by_method = (jax.jit(jax.grad(f))(params, *batches[-1]) for f in (names["loss_fn"], found.autocast(loss)))
+    for a, b in zip(by_code, by_method, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert found.policy("other").rstrip().endswith('other = jmp.autocast(other, "mixed_bfloat16", rules=rules)')
+
+
+def test_what_overflows_float16_is_kept_and_named(rng):
+    w = jnp.asarray(rng.normal(size=(WIDTH, WIDTH)).astype(np.float32))
+
+    def loss(params, x):
+        with jax.named_scope("small"):
+            x = jnp.tanh(x @ params["a"])
+        with jax.named_scope("large"):
+            return jnp.mean(jnp.tanh(((1e4 * x) @ (params["b"] * 100)) * 1e-7) ** 2)
+
+    batches = [(jnp.asarray(rng.normal(size=(16, WIDTH)).astype(np.float32)),) for _ in range(3)]
+    found = recommend(loss, {"a": w, "b": w}, batches, tolerance=0.05, formats=["float16"])
+    assert [line.format for line in found.lines] == ["float16", "float32"]
+    assert "does not fit float16" in found.lines[1].reason
+    both = recommend(loss, {"a": w, "b": w}, batches, tolerance=0.05, formats=["float16", "bfloat16"])
+    assert both.low_share == pytest.approx(1)
+
+
+def test_a_loss_scale_for_float16_leaves_room(rng):
+    loss, params, batches = problem(rng, ())
+    found = recommend(lambda p, x: loss(p, x) * 1e-4, params, batches, tolerance=0.05, formats=["float16"])
+    scaled = jax.grad(lambda p: loss(p, *batches[0]) * 1e-4 * found.loss_scale)(params)
+    largest = max(float(jnp.max(jnp.abs(g))) for g in scaled)
+    assert np.log2(found.loss_scale) == int(np.log2(found.loss_scale))
+    assert largest < 65504 / 4
+    assert found.loss_scale >= 2.0**16
+
+
+@pytest.mark.parametrize("tolerance", [1e-6, 0.004, 0.5])
+def test_errors_are_within_the_tolerance_on_batches_held_out(tolerance, rng):
+    loss, params, batches = problem(rng, (2,), count=4)
+    found = recommend(loss, params, batches, tolerance=tolerance)
+    assert found.error <= tolerance
+    exact, low = (jax.jit(jax.grad(f))(params, *batches[-1]) for f in (loss, found.autocast(loss)))
+    norm = np.sqrt(sum(np.sum(np.square(np.asarray(g, np.float64))) for g in exact))
+    error = np.sqrt(sum(np.sum(np.square(np.asarray(a - b, np.float64))) for a, b in zip(low, exact, strict=True)))
+    assert error / norm <= tolerance * 1.01 + 1e-6
+    assert found.low_share == (0 if tolerance == 1e-6 else pytest.approx(1) if tolerance == 0.5 else found.low_share)
+
+
+def test_casts_are_bounded(rng):
+    loss, params, batches = problem(rng, (), count=4)
+    free = recommend(loss, params, batches, tolerance=0.5)
+    bounded = recommend(loss, params, batches, tolerance=0.5, max_casts=free.casts - 1)
+    assert bounded.casts < free.casts
+    assert 0 < bounded.low_share < 1
+    assert any("little work for its casts" in line.reason for line in bounded.lines)
+
+
+def test_the_same_arguments_get_the_same_answer(rng):
+    loss, params, batches = problem(rng, (1,), count=3)
+    first, second = (recommend(loss, params, batches, tolerance=0.03) for _ in range(2))
+    assert first.to_dict() == second.to_dict()
+    assert str(first) == str(second)
+
+
+def test_recipes_are_chosen_beside_formats(rng):
+    loss, params, batches = problem(rng, (), count=3)
+    low = recommend(loss, params, batches, tolerance=0.5, formats=["w8a8", "bfloat16"])
+    assert {line.format for line in low.lines} == {"w8a8"}
+    names = {"loss_fn": loss}
+    exec(low.policy(), names)  # noqa: S102
+    jax.jit(jax.grad(names["loss_fn"]))(params, *batches[0])
+
+
+def test_outliers_of_a_layer_keep_it_from_int8(rng):
+    loss, params, batches = problem(rng, (), count=3)
+    params[1] = params[1].at[0].multiply(200.0)
+
+    def smooth(params, x):
+        return loss(params, x)
+
+    found = recommend(smooth, params, batches, tolerance=0.1, formats=["w8a8", "bfloat16"])
+    assert found.error <= 0.1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batches": []}, "two batches or more"),
+        ({"batches": [jnp.ones(3), jnp.ones(3)]}, "each a tuple"),
+        ({"tolerance": 0}, "tolerance must be positive, got 0"),
+        ({"loss_fn": lambda p, x: jnp.sum(p[0])}, "no matrix product"),
+    ],
+)
+def test_what_cannot_be_recommended(change, message, rng):
+    loss, params, batches = problem(rng, ())
+    arguments = {"loss_fn": loss, "params": params, "batches": batches} | change
+    with pytest.raises(jmp.errors.InvalidAnalysisError, match=message):
+        recommend(**arguments)
+
+
+def test_unknown_formats_are_refused(rng):
+    loss, params, batches = problem(rng, ())
+    with pytest.raises(jmp.errors.InvalidRecipeError, match="fp9"):
+        recommend(loss, params, batches, formats=["fp9"])
+
+
+def test_sensitivities_follow_the_condition_of_products(rng):
+    loss, params, batches = problem(rng, (2,))
+    found = perturb(loss)(params, *batches[0])
+    assert next(iter(found)) == "layer_2"
+    assert found["layer_2"].gradient > 10 * found["layer_4"].gradient
+    assert set(perturb(loss, depth=1)(params, *batches[0])) == set(found)
+
+
+def test_perturb_takes_losses():
+    with pytest.raises(jmp.errors.InvalidFunctionError, match="perturb takes a loss"):
+        perturb(lambda x: x)(jnp.ones(3))
