@@ -1,10 +1,11 @@
 """Variants that train in turns: their speed, memory, loss and time to compile."""
 
+import contextlib
 import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -160,20 +161,13 @@ def rotated(items: Sequence[int], by: int) -> list[int]:
     return [*items[start:], *items[:start]]
 
 
-class _noted:  # noqa: N801  # reads as a statement
+@contextlib.contextmanager
+def _noted(run: Run) -> Iterator[None]:
     """Around what may fail: compilers and devices do in as many ways as there are of them."""
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> bool:
-        if not isinstance(error, Exception):
-            return False
-        self.run.error = described(error)
-        return True
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001
+        run.error = described(error)
 
 
 def _take_turn(run: Run, program: _Program, steps: int, *, is_first: bool) -> None:

@@ -49,7 +49,7 @@ class Model(NamedTuple):
             lambda path, shape: _initial(path[-1].key, shape, rng), self.shapes, is_leaf=_is_shape
         )
 
-    def count(self) -> int:
+    def parameter_count(self) -> int:
         """Number of parameters."""
         return sum(map(math.prod, jax.tree.leaves(self.shapes, is_leaf=_is_shape)))
 
@@ -69,7 +69,7 @@ def _initial(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.
 
 
 def _dense(x: jax.Array, weight: jax.Array) -> jax.Array:
-    return x @ weight.astype(x.dtype)
+    return jnp.matmul(x, weight.astype(x.dtype))
 
 
 def _normalized(x: jax.Array, p: Any, axes: tuple[int, ...]) -> jax.Array:
@@ -78,7 +78,8 @@ def _normalized(x: jax.Array, p: Any, axes: tuple[int, ...]) -> jax.Array:
     centered = high - high.mean(axes, keepdims=True)
     normal = centered * lax.rsqrt(jnp.square(centered).mean(axes, keepdims=True) + 1e-5)
     ones = (1,) * (x.ndim - 1)
-    return (normal * p["scale"].reshape(*ones, -1) + p["bias"].reshape(*ones, -1)).astype(x.dtype)
+    shifted: jax.Array = normal * p["scale"].reshape(*ones, -1) + p["bias"].reshape(*ones, -1)
+    return shifted.astype(x.dtype)
 
 
 def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -91,7 +92,7 @@ def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def gpt(*, depth: int, width: int, heads: int, vocabulary: int, time: int, batch: int) -> Model:
-    """A decoder as GPT-2, its blocks in a scan: learned positions, norms first, tied embedding; no biases, no dropout."""
+    """A decoder as GPT-2, its blocks in a scan: positions are learned, norms stand first; no biases, no dropout."""
     norm = {"scale": (depth, width), "bias": (depth, width)}
     shapes = {
         "embedding": (vocabulary, width),
@@ -120,7 +121,7 @@ def gpt(*, depth: int, width: int, heads: int, vocabulary: int, time: int, batch
 
         return loss
 
-    size = f"{depth} layers of {width}, {vocabulary} tokens, {batch} x {time}"
+    size = f"{depth} layers, width {width}, vocabulary {vocabulary}, batch of {batch} x {time} tokens"
     return Model("GPT", size, "tokens", batch * time, shapes, tokens, loss_in)
 
 
@@ -166,7 +167,7 @@ def resnet(*, stages: tuple[tuple[int, int], ...], stem: int, classes: int, pixe
 
         return loss
 
-    size = f"{2 * len(blocks) + 2} layers, {pixels} x {pixels} pixels, {batch} images"
+    size = f"{2 * len(blocks) + 2} layers, up to {channels} channels, batch of {batch} images of {pixels} x {pixels}"
     return Model("ResNet", size, "images", batch, shapes, images, loss_in)
 
 

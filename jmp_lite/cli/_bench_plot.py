@@ -5,34 +5,34 @@ from typing import Any, NamedTuple
 
 from jmp_lite._messages import naming_extra
 from jmp_lite.cli._bench_measure import Run, baseline_of
-from jmp_lite.cli._bench_report import Setting, megabytes, significant
+from jmp_lite.cli._bench_report import Setting, memory_source, peak, significant
 
 _INK, _MUTED, _BASE, _OURS = "#1f2933", "#6b7785", "#a3adb8", "#2563a8"
 
 
 class _Panel(NamedTuple):
-    """One column of panels: a figure of a run, and how its bars are labeled."""
+    """A figure of a run beside that of float32: how long its bar is, and what stands at its end."""
 
     title: str
     value: Callable[[Run, Run], float]
-    label: Callable[[Run, Run], str]
+    label: Callable[[Run, Run, Sequence[Run]], str]
 
 
 _PANELS = (
     _Panel(
-        "Speed (× float32)",
+        "Speed over that of float32",
         lambda run, base: run.ratio_to(base),
-        lambda run, base: f"{run.ratio_to(base):.2f}   {significant(run.rate)} {run.model.unit}/s",
+        lambda run, base, _: f"{run.ratio_to(base):.2f}   {significant(run.rate)} {run.model.unit}/s",
     ),
     _Panel(
-        "Peak memory (× float32)",
+        "Peak memory over that of float32",
         lambda run, base: run.peak_bytes / base.peak_bytes,
-        lambda run, base: f"{run.peak_bytes / base.peak_bytes:.2f}   {megabytes(run.peak_bytes)}",
+        lambda run, base, all_: f"{run.peak_bytes / base.peak_bytes:.2f}   {peak(run, all_)}",
     ),
     _Panel(
-        "Final loss (difference from float32)",
-        lambda run, base: abs(run.loss / base.loss - 1) * 100,
-        lambda run, base: f"{run.loss / base.loss - 1:+.2%}   {run.loss:.4f}",
+        "Loss in the end, distance from float32",
+        lambda run, base: abs(run.loss / base.loss - 1),
+        lambda run, base, _: f"{run.loss:.4f}" + ("" if run is base else f"   {run.loss / base.loss - 1:+.2%}"),
     ),
 )
 
@@ -44,7 +44,7 @@ def require_matplotlib() -> None:
         ModuleNotFoundError: It names the extra.
     """
     with naming_extra("jmp-lite bench --png", "analysis"):
-        import matplotlib  # noqa: F401
+        import matplotlib as mpl  # noqa: F401
 
 
 def draw(path: str, setting: Setting, runs: Sequence[Run]) -> None:
@@ -57,37 +57,38 @@ def draw(path: str, setting: Setting, runs: Sequence[Run]) -> None:
     """
     from matplotlib.figure import Figure
 
-    models = list(dict.fromkeys(run.model.name for run in runs))
+    models = dict.fromkeys(run.model.name for run in runs)
     of_model = [[run for run in runs if run.model.name == name] for name in models]
-    height = sum(0.34 * len(of) + 0.95 for of in of_model) + 0.75
-    figure = Figure(figsize=(13.5, height), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)  # type: ignore[union-attr]
+    heights = [0.33 * len(of) + 0.9 for of in of_model]
+    figure = Figure(figsize=(13.5, sum(heights) + 0.8), layout="constrained")
     figure.suptitle(setting.title(), x=0.012, ha="left", fontsize=14, fontweight="bold", color=_INK)
-    axes = figure.subplots(len(models), len(_PANELS), squeeze=False, height_ratios=[len(of) for of in of_model])
-    for row, of in zip(axes, of_model, strict=True):
-        for column, (axis, panel) in enumerate(zip(row, _PANELS, strict=True)):
-            _fill(axis, panel, of, has_names=column == 0)
-        row[0].set_title(f"{of[0].model.name}: {of[0].model.size}\n", loc="left", fontsize=11, color=_INK)
-    figure.savefig(path, dpi=150, format="png")
+    figure.supxlabel(_note(setting, runs), x=0.012, ha="left", fontsize=9, color=_MUTED)
+    parts = figure.subfigures(len(models), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for part, of in zip(parts, of_model, strict=True):
+        part.suptitle(f"{of[0].model.name}: {of[0].model.size}", x=0.012, ha="left", fontsize=11, color=_INK)
+        for index, (axis, panel) in enumerate(zip(part.subplots(1, len(_PANELS)), _PANELS, strict=True)):
+            _fill(axis, panel, of, has_names=index == 0)
+    figure.savefig(path, dpi=150, format="png", bbox_inches="tight", pad_inches=0.25)
+
+
+def _note(setting: Setting, runs: Sequence[Run]) -> str:
+    speed = f"Speed: median of {setting.rounds} rounds in turns" + ("" if setting.is_optimized else ", not optimized")
+    return f"{speed}. Peak memory: {memory_source(runs)}. Loss: at step {setting.steps} on one batch of random data."
 
 
 def _fill(axis: Any, panel: _Panel, runs: Sequence[Run], *, has_names: bool) -> None:
     """Draws the bars of one panel."""
-    pairs = [(run, baseline_of(runs, run)) for run in runs]
-    is_known = [bool(run.rates and base.rates and not run.error) for run, base in pairs]
-    values = [panel.value(*pair) if known else 0.0 for pair, known in zip(pairs, is_known, strict=True)]
-    places = range(len(runs))
-    colors = [_BASE if run is base else _OURS for run, base in pairs]
-    axis.barh(places, values, height=0.68, color=colors)
-    for place, pair, known, value in zip(places, pairs, is_known, values, strict=True):
-        text = panel.label(*pair) if known else "failed"
-        axis.annotate(
-            text, (value, place), (5, 0), textcoords="offset points", va="center", fontsize=9, color=_INK
-        )
-    axis.set_xlim(0, max([*values, 1e-9]) * 1.75)  # room for the labels
+    base = baseline_of(runs, runs[0])
+    values = [0.0 if run.error or base.error else panel.value(run, base) for run in runs]
+    axis.barh(range(len(runs)), values, height=0.68, color=[_BASE if run is base else _OURS for run in runs])
+    for place, (run, value) in enumerate(zip(runs, values, strict=True)):
+        text = "failed" if run.error else "float32 failed" if base.error else panel.label(run, base, runs)
+        at = {"xy": (value, place), "xytext": (5, 0), "textcoords": "offset points"}
+        axis.annotate(text, **at, va="center", fontsize=9, color=_INK)
+    axis.set_xlim(0, max(*values, 1e-9) * 1.75)  # room for the labels
     axis.set_ylim(len(runs) - 0.4, -0.6)
-    axis.set_yticks(places, [run.variant for run in runs] if has_names else [""] * len(runs), fontsize=10, color=_INK)
-    axis.set_xlabel(panel.title, fontsize=10, color=_MUTED, loc="left")
+    axis.set_yticks(range(len(runs)), [run.variant if has_names else "" for run in runs], fontsize=10, color=_INK)
+    axis.set_title(panel.title, fontsize=10, color=_MUTED, loc="left")
     axis.set_xticks([])
     axis.tick_params(length=0)
     axis.spines[["top", "right", "bottom"]].set_visible(False)

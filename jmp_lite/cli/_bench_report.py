@@ -52,40 +52,53 @@ class Setting(NamedTuple):
 
 def as_text(setting: Setting, runs: Sequence[Run]) -> str:
     """Lays out the figures as a table, with what the columns mean below it."""
-    rows = [_row(run, baseline_of(runs, run)) for run in runs]
+    rows = [_row(run, runs) for run in runs]
     drawn = table(setting.title(), _HEADER, rows, is_right=[False, False, *[True] * 7])
-    models = dict.fromkeys(f"{run.model.name}: {run.model.size}; {run.model.count() / 1e6:.3g} M parameters." for run in runs)
+    models = dict.fromkeys(
+        f"{run.model.name}: {run.model.size}; {run.model.parameter_count() / 1e6:.3g} M parameters." for run in runs
+    )
     failures = [f"{run.model.name}, {run.variant}: {run.error}" for run in runs if run.error]
     return "\n".join([drawn, "", *models, *_legend(setting, runs), *failures])
 
 
 def _legend(setting: Setting, runs: Sequence[Run]) -> list[str]:
-    counted = {run.counted_by_device for run in runs if run.peak_bytes}
-    reserved = "what the compiler reserves for a step (memory_analysis)"
-    memory = {
-        frozenset({True}): "the largest that the device counted (memory_stats)",
-        frozenset({True, False}): f"the largest that the device counted (memory_stats); with *, {reserved}",
-    }.get(frozenset(counted), f"{reserved}; this device counts none")
     lines = [
         f"per second: median of {setting.rounds} rounds in turns; spread: fastest less slowest, over the median.",
         "x float32: median of the ratios within a round.",
-        f"peak memory: {memory}.",
-        f"loss: at step {setting.steps} on one batch of random data, in all variants the same.",
+        f"peak memory: {memory_source(runs)}.",
+        f"loss: at step {setting.steps} on one batch of random data, the same in all variants.",
     ]
     if not setting.is_optimized:
-        lines.append("Compiled without optimization: the figures show that all runs, not how fast.")
+        lines.append("Compiled without optimization: the figures show that everything runs, not how fast.")
     return lines
 
 
-def _row(run: Run, base: Run) -> tuple[str, ...]:
-    star = "*" if run.peak_bytes and not run.counted_by_device and base.counted_by_device else ""
+def memory_source(runs: Sequence[Run]) -> str:
+    """Says who counted the memory; some runs may not have raised the peak that the device knows of its whole life."""
+    counted = {run.counted_by_device for run in runs if run.peak_bytes}
+    reserved = "what the compiler reserves for a step (memory_analysis)"
+    if True not in counted:
+        return reserved
+    return "counted by the device (memory_stats)" + (f"; with *, {reserved}" if False in counted else "")
+
+
+def peak(run: Run, runs: Sequence[Run]) -> str:
+    """Writes the memory of a run, with a star where the device counted others and not this one."""
+    if not run.peak_bytes:
+        return "-"
+    star = "*" if not run.counted_by_device and any(other.counted_by_device for other in runs) else ""
+    return f"{significant(run.peak_bytes / 1e6)} MB{star}"
+
+
+def _row(run: Run, runs: Sequence[Run]) -> tuple[str, ...]:
+    base = baseline_of(runs, run)
     return (
         run.model.name,
         run.variant,
         f"{significant(run.rate)} {run.model.unit}" if run.rates else "-",
         _known(run.spread, ".1%"),
         _known(run.ratio_to(base), ".2f"),
-        f"{megabytes(run.peak_bytes)}{star}" if run.peak_bytes else "-",
+        peak(run, runs),
         _known(run.loss, ".4f"),
         _known(run.loss / base.loss, ".4f"),
         _known(run.compile_seconds, ".1f"),
@@ -106,11 +119,6 @@ def significant(value: float) -> str:
     """
     digits = max(0, 2 - math.floor(math.log10(value))) if value >= 1 else 3
     return f"{value:,.{digits}f}"
-
-
-def megabytes(size: float) -> str:
-    """Writes a number of bytes in MB, of 10**6."""
-    return f"{significant(size / 1e6)} MB"
 
 
 def as_json(setting: Setting, runs: Sequence[Run]) -> str:
@@ -136,7 +144,7 @@ def _fields(run: Run, base: Run) -> dict[str, Any]:
     return {
         "model": run.model.name,
         "size": run.model.size,
-        "parameters": run.model.count(),
+        "parameters": run.model.parameter_count(),
         "variant": run.variant,
         "unit": run.model.unit,
         **{name: value if math.isfinite(value) else None for name, value in figures.items()},

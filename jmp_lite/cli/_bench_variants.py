@@ -1,7 +1,7 @@
 """The ways to train that are compared, one row each."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jmp_lite.scaling._loss_scaled import loss_scaled
 
 #: (params, opt_state, batch) -> (params, opt_state, loss)
 Step = Callable[[Any, Any, Any], tuple[Any, Any, jax.Array]]
-Optimizer = optax.GradientTransformation
+Optimizer: TypeAlias = optax.GradientTransformation
 
 
 def _adamw() -> Optimizer:

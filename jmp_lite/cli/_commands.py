@@ -50,8 +50,8 @@ COMMANDS: tuple[Command, ...] = (
         "local devices, and formats that are slow on them",
         devices,
         (_argument("--measure", action="store_true", help="time matrix products of each dtype, and a copy"),),
-        "With --measure, one device of each kind multiplies square matrices that keep it busy for about 20 ms, and copies "
-        "an array; the best of several runs counts. It takes a few seconds.",
+        "With --measure, one device of each kind multiplies square matrices that keep it busy for about 20 ms, and "
+        "copies an array; the best of several runs counts. It takes a few seconds.",
     ),
     Command(
         "policy",
@@ -79,8 +79,8 @@ COMMANDS: tuple[Command, ...] = (
             _argument("--png", metavar="PATH", help="draw them; needs pip install 'jmp-lite[analysis]'"),
         ),
         "Trains a GPT and a ResNet on random data: in float32, in bfloat16 by hand, under autocast in bfloat16 and in "
-        "float16 with a loss scale, with FP8 products, and with parameters and optimizer state in fewer bytes. The sizes "
-        "follow the device: about the GPT-2 of 124 M parameters on a GPU, small models on a CPU; it takes about five "
-        "minutes. Variants take turns, so that a machine that slows down slows all of them.",
+        "float16 with a loss scale, with FP8 products, and with parameters and optimizer state in fewer bytes. On a "
+        "GPU they have the sizes of GPT-2 (124 M parameters) and ResNet-18, on a CPU they are small; it takes about "
+        "five minutes. Variants take turns, so that a machine that slows down slows all of them.",
     ),
 )

@@ -49,4 +49,6 @@ def _measured(device: jax.Device) -> str:
         copied = copied_bytes_per_second()
     products = aligned(["product of", "TFLOP/s", "matrices"], rows, is_right=[False, True, False])
     what = f"Device {device.id}, {device.device_kind}"
-    return f"{what}\n{products}\nCopy: {copied.per_second / 1e9:.3g} GB/s, read and written, of {copied.size / 1e6:.0f} MB"
+    return (
+        f"{what}\n{products}\nCopy: {copied.per_second / 1e9:.3g} GB/s, read and written, of {copied.size / 1e6:.0f} MB"
+    )

@@ -31,7 +31,7 @@ def with_call(verb: str, target: str, use: Callable[..., T]) -> T:
         >>> from jmp_lite.cli._target import with_call
         >>> with_call("explain", "math", lambda fun: fun)
         Traceback (most recent call last):
-        jmp_lite.errors.JmpLiteError: Cannot explain 'math': AttributeError: module 'math' has no attribute ''. Write ...
+        jmp_lite.errors.JmpLiteError: Cannot explain 'math': AttributeError: module 'math' has no attribute ''...
     """
     module, _, name = target.partition(":")
     path = list(sys.path)
