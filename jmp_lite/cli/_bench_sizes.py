@@ -50,8 +50,8 @@ CPU = Size(
         gpt(depth=4, width=256, heads=4, vocabulary=2048, time=128, batch=8),
         resnet(stages=((32, 1), (64, 1), (128, 1)), stem=1, classes=10, pixels=32, batch=32),
     ),
-    steps=10,
-    rounds=5,
+    steps=6,
+    rounds=3,
 )
 #: For accelerators of less than ``_LARGE`` bytes, and for the others.
 SMALL = Size("small accelerator", lambda: (_gpt2(512, 4), _resnet18(32)), steps=20, rounds=5)
