@@ -24,7 +24,7 @@ def bench(*, tiny: bool = False, json: str | None = None, png: str | None = None
         A table.
 
     Raises:
-        JmpLiteError: If a file is to be where no folder is.
+        JmpLiteError: If a file cannot be written.
         PartlyFailedError: If a variant did not run, or its loss is not finite.
         ModuleNotFoundError: If there is no matplotlib to draw with.
     """
@@ -63,7 +63,8 @@ def bench(*, tiny: bool = False, json: str | None = None, png: str | None = None
 
 def _check_path(path: str) -> None:
     """Raises now for what would fail when minutes have passed."""
-    file = Path(path)
-    if file.is_dir() or not file.parent.is_dir():
-        what = "is a folder" if file.is_dir() else f"has no folder {str(file.parent)!r}"
-        raise JmpLiteError(f"Cannot write {path!r}: it {what}. Name a file in a folder that is there.")
+    try:
+        Path(path).open("ab").close()
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise JmpLiteError(f"Cannot write {path!r}: {reason}. Name a file in a folder that you may write to.") from error

@@ -1,9 +1,7 @@
 """How large the models are, by the device."""
 
 from collections.abc import Callable
-from typing import NamedTuple
-
-import jax
+from typing import Any, NamedTuple
 
 from jmp_lite.cli._bench_models import Model, gpt, resnet
 
@@ -59,7 +57,7 @@ LARGE = Size("accelerator", lambda: (_gpt2(1024, 8), _resnet18(128)), steps=20, 
 _LARGE = 38e9  # of 40 GB, what a process can have
 
 
-def size_for(device: jax.Device) -> Size:
+def size_for(device: Any) -> Size:
     """Chooses what a device trains in minutes and can hold in float32."""
     if device.platform == "cpu":
         return CPU

@@ -1,5 +1,7 @@
 """The devices of this process: ``devices``."""
 
+from typing import Any
+
 import jax
 import numpy as np
 
@@ -23,7 +25,7 @@ def devices(*, measure: bool = False) -> str:
     return "\n\n".join([known, *map(_measured, reversed(first_of_kind.values()))])
 
 
-def _row(device: jax.Device) -> list[str]:
+def _row(device: Any) -> list[str]:
     capability = getattr(device, "compute_capability", None)
     verdicts = []
     for scalar_type in dtype_to_names:
@@ -35,7 +37,7 @@ def _row(device: jax.Device) -> list[str]:
     return [str(device.id), device.platform, device.device_kind, formats]
 
 
-def _measured(device: jax.Device) -> str:
+def _measured(device: Any) -> str:
     """Rates of one device as text; what it cannot do says why."""
     rows = []
     with jax.default_device(device):

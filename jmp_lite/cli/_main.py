@@ -61,16 +61,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     arguments = vars(parser.parse_args(argv))
     run = {command.name: command.run for command in COMMANDS}[arguments.pop("command")]
+    failure: Exception | None = None
     try:
-        print(run(**arguments), flush=True)
+        try:
+            text = run(**arguments)
+        except PartlyFailedError as error:
+            text, failure = error.text, error
+        print(text, flush=True)
     except BrokenPipeError:  # of a reader such as head, which has seen enough
         _write_nowhere()
     except Exception as error:  # noqa: BLE001  # no device, a policy with a typing error: people need no traceback
         if isinstance(error, OSError):
             _write_nowhere()
-        if isinstance(error, PartlyFailedError):
-            print(error.text, flush=True)
-        parser.exit(2, f"jmp-lite: {described(error)}\n")
+        failure = error
+    if failure:
+        parser.exit(2, f"jmp-lite: {described(failure)}\n")
     return 0
 
 

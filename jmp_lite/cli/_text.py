@@ -51,9 +51,10 @@ def _drawn(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], is_
         title=rich.markup.escape(title), title_justify="left", title_style="bold", box=rich.box.SIMPLE_HEAD
     )
     for name, right in zip(header, is_right, strict=True):
-        drawn.add_column(name, justify="right" if right else "left", overflow="fold")
+        drawn.add_column(name, justify="right" if right else "left")
     for row in rows:
         drawn.add_row(*map(rich.markup.escape, row))
     page = io.StringIO()
-    rich.console.Console(file=page, force_terminal=True).print(drawn)
+    wide = 1000  # a terminal that is too narrow breaks lines, which reads better than cells of three letters
+    rich.console.Console(file=page, force_terminal=True, width=wide).print(drawn)
     return page.getvalue().rstrip()

@@ -266,10 +266,10 @@ def complaint(capsys, *arguments):
 @pytest.mark.parametrize("option", ["--json", "--png"])
 def test_a_path_that_cannot_be_written_is_refused_before_anything_runs(capsys, tmp_path, option):
     """In one line that quotes it."""
-    for path, why in ((tmp_path, "is a folder"), (tmp_path / "no" / "a", "has no folder")):
+    for path, why in ((tmp_path, "Is a directory."), (tmp_path / "no" / "a", "No such file or directory.")):
         printed = complaint(capsys, option, str(path))
         assert (printed.out, printed.err.count("\n")) == ("", 1)
-        assert f"jmp-lite: Cannot write '{path}': it {why}" in printed.err
+        assert f"jmp-lite: Cannot write '{path}': {why}" in printed.err
 
 
 def test_missing_matplotlib_names_the_extra(capsys, monkeypatch, tmp_path):
