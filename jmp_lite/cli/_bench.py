@@ -67,4 +67,4 @@ def _check_path(path: str) -> None:
         Path(path).open("ab").close()
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        raise JmpLiteError(f"Cannot write {path!r}: {reason}. Name a file in a folder that you may write to.") from error
+        raise JmpLiteError(f"Cannot write {path!r}: {reason}. Name a file that you may write.") from error
