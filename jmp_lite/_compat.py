@@ -20,6 +20,13 @@ if jax.__version_info__ >= (0, 11):
 
 T = TypeVar("T")
 
+#: For XLA on CPUs: compiles several times faster, to programs that are slow.
+QUICK_COMPILATION: Mapping[str, Any] = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    **({"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else {}),
+}
+
 #: From jax 0.11 on, ``Jaxpr`` is both: a program, and a program with the arrays it closed over.
 Jaxpr: TypeAlias = Any
 Equation: TypeAlias = Any
