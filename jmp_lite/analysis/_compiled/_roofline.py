@@ -1,20 +1,18 @@
 """How long a compiled program takes if every launch is bound by memory or by its matrix unit, and by nothing else."""
 
-from __future__ import annotations
-
 import math
 import re
 from typing import NamedTuple
 
-from benchmarks import _cost, _hlo
+from jmp_lite.analysis._compiled import _cost, _hlo
 
 
 class Device(NamedTuple):
     """What a device can do at best.
 
     Attributes:
-      bandwidth: bytes per second of its memory.
-      peak: floating operations per second of its matrix unit, by HLO's name of the dtype of the operands.
+        bandwidth: Bytes per second of its memory.
+        peak: Floating operations per second of its matrix unit, by HLO's name of the dtype of the operands.
     """
 
     bandwidth: float

@@ -1,16 +1,12 @@
-"""The benchmarks' counter of bytes: what is not touched does not count, and what runs often counts as often."""
+"""The counter of bytes: what is not touched does not count, and what runs often counts as often."""
 
-import pathlib
 import re
-import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # benchmarks are not installed
-
-from benchmarks import _cost, _hlo
+from jmp_lite.analysis._compiled import _cost, _hlo
 
 ROWS = 16 * 64 * 4
 STEPS, SLICE = 8, 16 * 64 * 4
