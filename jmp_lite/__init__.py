@@ -42,6 +42,7 @@ from jmp_lite.scaling._loss_scale import NoOpLossScale as NoOpLossScale
 from jmp_lite.scaling._loss_scale import StaticLossScale as StaticLossScale
 
 if TYPE_CHECKING:
+    from jmp_lite import analysis as analysis
     from jmp_lite import checkpoint as checkpoint
     from jmp_lite import distributed as distributed
     from jmp_lite import export as export
@@ -58,7 +59,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 # Loaded on first use (PEP 562), so that ``import jmp_lite`` needs neither Optax nor Flax nor Orbax.
-_CHAPTERS = frozenset({"checkpoint", "distributed", "export", "linen", "nnx", "optim", "quant"})
+_CHAPTERS = frozenset({"analysis", "checkpoint", "distributed", "export", "linen", "nnx", "optim", "quant"})
 _HOMES = {
     "LossScaledState": "jmp_lite.scaling._loss_scaled",
     "apply_gradients": "jmp_lite.scaling._apply",
@@ -80,6 +81,7 @@ __all__ = [
     "StaticLossScale",
     "accumulate_gradients",
     "all_finite",
+    "analysis",
     "apply_gradients",
     "autocast",
     "cast_to_full",

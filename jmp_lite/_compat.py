@@ -68,6 +68,16 @@ def varying_axes(array: Any) -> frozenset[Any]:
     return axes
 
 
+def varied(tree: T, axes: frozenset[Any]) -> T:
+    """Marks the arrays in a tree as different along some manual mesh axes."""
+
+    def mark(array: Any) -> Any:
+        missing = tuple(sorted(axes - varying_axes(array), key=str))
+        return jax.lax.pcast(array, missing, to="varying") if missing else array
+
+    return jax.tree.map(mark, tree) if axes else tree
+
+
 def sharding_in_type(aval: Any) -> Any:
     """Returns the sharding that is part of the type of an array, under an explicit mesh; ``None`` elsewhere."""
     if not mesh_is_explicit():

@@ -1,4 +1,15 @@
 """What runs in which precision, where it breaks, what it costs, and the policy that fixes it.
 
-Read ``_sites`` first, a program as a tree of equations; then ``_finding``, what an analysis has to say.
+Read ``_sites`` first, a program as a tree of equations; then ``_evaluate``, which runs one with something beside each
+value, and ``_finding``, what an analysis has to say. Each analysis is a file of its own.
 """
+
+from jmp_lite.analysis._collect import collect as collect
+from jmp_lite.analysis._range import Fate as Fate
+from jmp_lite.analysis._range import Range as Range
+from jmp_lite.analysis._ranges import Ranges as Ranges
+from jmp_lite.analysis._ranges import Row as Row
+from jmp_lite.analysis._ranges import ranges as ranges
+from jmp_lite.analysis._sites import Site as Site
+
+__all__ = ["Fate", "Range", "Ranges", "Row", "Site", "collect", "ranges"]
