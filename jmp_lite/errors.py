@@ -31,6 +31,7 @@
     ├── InvalidPruningError       ValueError      a way to prune that does not exist
     ├── InvalidStorageError       ValueError      parameters or state that cannot be kept as asked
     ├── SecondDerivativeError     NotImplementedError  a second derivative through quantized products
+    ├── InvalidEstimateError      ValueError      a device or a precision whose costs cannot be estimated
     ├── InvalidOpError            TypeError       something that cannot stand for a primitive in autocast
     └── InvalidRuleError          ValueError      a rule or a setting of autocast that means nothing
     NonFiniteUpdateWarning        UserWarning     an optimizer made infinities of finite gradients
@@ -400,6 +401,17 @@ class InvalidStorageError(JmpLiteError, ValueError):
         >>> jmp.optim.stored(optax.adam(1e-3), params="splt8")
         Traceback (most recent call last):
         jmp_lite.errors.InvalidStorageError: params='splt8' is no format of parameters. Did you mean 'split8'? ...
+    """
+
+
+class InvalidEstimateError(JmpLiteError, ValueError):
+    """A device that is in no table, one that nothing compiles for, or a precision that does not exist.
+
+    Example:
+        >>> jmp.analysis.estimate(jnp.sum, device="h10")
+        Traceback (most recent call last):
+        jmp_lite.errors.InvalidEstimateError: Unknown device 'h10'. Did you mean 'h100'?...
+        >>> estimate = jmp.analysis.estimate(jnp.sum, device="h100")
     """
 
 

@@ -5,6 +5,8 @@ value, and ``_finding``, what an analysis has to say. Each analysis is a file of
 """
 
 from jmp_lite.analysis._collect import collect as collect
+from jmp_lite.analysis._estimate import estimate as estimate
+from jmp_lite.analysis._estimated import Estimate as Estimate
 from jmp_lite.analysis._range import Fate as Fate
 from jmp_lite.analysis._range import Range as Range
 from jmp_lite.analysis._ranges import Ranges as Ranges
@@ -12,4 +14,4 @@ from jmp_lite.analysis._ranges import Row as Row
 from jmp_lite.analysis._ranges import ranges as ranges
 from jmp_lite.analysis._sites import Site as Site
 
-__all__ = ["Fate", "Range", "Ranges", "Row", "Site", "collect", "ranges"]
+__all__ = ["Estimate", "Fate", "Range", "Ranges", "Row", "Site", "collect", "estimate", "ranges"]

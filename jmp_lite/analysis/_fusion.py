@@ -105,8 +105,8 @@ class Fusion:
 
     def read(self, roots: Iterable[int]) -> dict[int, float]:
         """Returns how many elements of which arrays in memory are read to compute some: slices and rows alone."""
-        wanted = collections.Counter[int]()
-        found = collections.Counter[int]()
+        wanted = collections.defaultdict[int, float](float)
+        found = collections.defaultdict[int, float](float)
         waiting: list[int] = []
 
         def ask(node: Node) -> None:

@@ -1,54 +1,70 @@
 """What an operation is to a compiler: computed where it is used, added up, written in place, or a launch of its own."""
 
+import itertools
 import math
+from collections.abc import Mapping
+from typing import NamedTuple
 
 from jmp_lite.analysis._dataflow import Array, Node
 from jmp_lite.autocast._ops import PRODUCTS
 from jmp_lite.autocast._record import as_count
 
-#: An element of a result takes few of each operand: computed where it is used.
-_POINTWISE = frozenset(
-    """abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e bitcast_convert_type
-    broadcast_in_dim broadcast_to cbrt ceil clamp clz complex concatenate conj convert_element_type copy copy_p cos cosh
-    digamma div dynamic_slice empty empty_like eq eq_to erf erf_inv erfc exp exp2 expand_dims expm1 floor gather ge gt
-    imag integer_pow iota iota_2x32_shape is_finite le le_to lgamma log log1p log2 logistic lt lt_to max min mul mul_add
-    mulhi name ne neg nextafter not one_minus_square optimization_barrier or pad population_count polynomial pow
-    quantize_to_bits random_bits random_fold_in random_seed random_split random_unwrap random_wrap real
-    reduce_precision relayout rem reshape rev round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical
-    sign sin sinh slice split sqrt square squeeze stack stop_gradient sub symmetric_product tan tanh threefry2x32 tile
-    transpose unstack xor zeros_like""".split()
-)
-_REDUCTIONS = frozenset(
-    """reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax argmin""".split()
-)
-#: Write a part of their first operand in place; and which operand is that part.
-_UPDATES = {name: 2 for name in ("scatter", "scatter-add", "scatter-mul", "scatter-min", "scatter-max")} | {
-    "dynamic_update_slice": 1
+
+class Family(NamedTuple):
+    """Primitives that are alike to a compiler."""
+
+    reason: str
+    primitives: str
+
+
+_FAMILIES: Mapping[str, Family] = {
+    "pointwise": Family(
+        "an element of the result takes few of each operand: computed where it is used",
+        """abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e bitcast_convert_type
+        broadcast_in_dim broadcast_to cbrt ceil clamp clz complex concatenate conj convert_element_type copy copy_p cos
+        cosh digamma div dynamic_slice empty empty_like eq eq_to erf erf_inv erfc exp exp2 expand_dims expm1 floor
+        gather ge gt imag integer_pow iota iota_2x32_shape is_finite le le_to lgamma log log1p log2 logistic lt lt_to
+        max min mul mul_add mulhi name ne neg nextafter not one_minus_square optimization_barrier or pad
+        population_count polynomial pow quantize_to_bits random_bits random_fold_in random_seed random_split
+        random_unwrap random_wrap real reduce_precision relayout rem reshape rev round rsqrt select_n shift_left
+        shift_right_arithmetic shift_right_logical sign sin sinh slice split sqrt square squeeze stack stop_gradient sub
+        symmetric_product tan tanh threefry2x32 tile transpose unstack xor zeros_like""",
+    ),
+    "reduction": Family(
+        "adds up: its result lies in memory",
+        "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax argmin",
+    ),
+    "update": Family(
+        "writes a part of its first operand, in place",
+        "scatter scatter-add scatter-mul scatter-min scatter-max dynamic_update_slice",
+    ),
+    "dear": Family(
+        "its arithmetic outweighs two bytes: computed once, and the result kept",
+        "exp exp2 expm1 log log1p log2 tanh logistic erf erfc erf_inv pow rsqrt sqrt cbrt sin cos tan div",
+    ),
 }
-#: Functions whose arithmetic outweighs two bytes: a compiler computes them once and keeps the result.
-_DEAR = frozenset(
-    """exp exp2 expm1 log log1p log2 tanh logistic erf erfc erf_inv pow rsqrt sqrt cbrt sin cos tan div""".split()
-)
+_BY_FAMILY = {name: frozenset(family.primitives.split()) for name, family in _FAMILIES.items()}
 #: The longest row that one launch holds while it adds it up and computes with the sum.
 ROW = 4096
 #: Columns of more rows are added up in two stages, of which the first joins other launches.
 COLUMN = 8192
+#: Round to 8 bits, or copy what is rounded.
 QUANTIZES = frozenset({"quantize_to_bits", "relayout"})
 
 
 def is_pointwise(node: Node) -> bool:
     """Whether it is computed where it is used."""
-    return node.primitive in _POINTWISE or is_one_hot(node)
+    return node.primitive in _BY_FAMILY["pointwise"] or is_one_hot(node)
 
 
 def is_reduction(node: Node) -> bool:
     """Whether it adds up."""
-    return node.primitive in _REDUCTIONS
+    return node.primitive in _BY_FAMILY["reduction"]
 
 
 def is_update(node: Node) -> bool:
     """Whether it writes into its operand in place."""
-    return node.primitive in _UPDATES and not is_one_hot(node)
+    return node.primitive in _BY_FAMILY["update"] and not is_one_hot(node)
 
 
 def is_product(node: Node) -> bool:
@@ -58,7 +74,7 @@ def is_product(node: Node) -> bool:
 
 def is_dear(node: Node) -> bool:
     """Whether it is better computed once."""
-    return node.primitive in _DEAR
+    return node.primitive in _BY_FAMILY["dear"]
 
 
 def is_heavy(node: Node) -> bool:
@@ -86,7 +102,7 @@ def is_view(node: Node) -> bool:
         return False
     shape = _shape(node, 0)
     axes = [axis for axis in node.eqn.params["permutation"] if shape[axis] != 1]
-    return sum(after != before + 1 for before, after in zip(axes, axes[1:], strict=False)) <= 1
+    return sum(after != before + 1 for before, after in itertools.pairwise(axes)) <= 1
 
 
 def is_row_maximum(node: Node) -> bool:
@@ -107,7 +123,7 @@ def rows_of_columns(node: Node) -> int:
 
 def updated(node: Node) -> int:
     """Returns how many elements are written in place."""
-    return math.prod(_shape(node, _UPDATES[node.primitive]))
+    return math.prod(_shape(node, 1 if node.primitive == "dynamic_update_slice" else 2))
 
 
 def wants_last(node: Node, index: int) -> bool:
@@ -119,7 +135,7 @@ def wants_last(node: Node, index: int) -> bool:
     aval = node.eqn.invars[index].aval
     if node.primitive != "dot_general" or "float8" not in str(aval.dtype):
         return False
-    contracted = node.eqn.params["dimension_numbers"][0][index]
+    contracted: tuple[int, ...] = tuple(node.eqn.params["dimension_numbers"][0][index])
     axes = [axis for axis, size in enumerate(_shape(node, index)) if size != 1]
     return bool(axes) and axes[-1] not in contracted
 

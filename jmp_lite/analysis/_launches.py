@@ -40,7 +40,7 @@ class Launch(NamedTuple):
 
 
 def launches(flow: Dataflow, trips: int = 1) -> Iterator[Launch]:
-    """Yields the launches of a program; of a ``cond`` those of its dearest branch, of a ``while`` loop one iteration."""
+    """Yields the launches of a program; of a ``cond`` those of its dearest branch, a ``while`` loop once."""
     fusion = Fusion(flow)
     for at, node in enumerate(fusion.nodes):
         if node.bodies:
@@ -103,6 +103,10 @@ class _Group:
         self.nodes: list[Node] = []
         self.columns = 0
 
+    def takes(self, space: tuple[int, bool], *, is_column: bool) -> bool:
+        """Whether it goes through as many elements, and these are worth it."""
+        return self.space == space and 4 * space[0] >= SMALL and not (is_column and self.columns >= _COLUMNS)
+
     def launch(self, fusion: Fusion, trips: int) -> Launch:
         return Launch(self.part(fusion), fusion.bytes(self.reads) + fusion.bytes(self.writes), trips)
 
@@ -147,7 +151,8 @@ def _grouped(fusion: Fusion) -> Sequence[_Group]:
         if not roots:
             continue
         reads, space, rows = fusion.read(roots), _space(fusion, node, roots), _kinds.rows_of_columns(node)
-        group = _partner(fusion, groups, of, reads, space, bool(rows))
+        fitting = [] if space is None else [group for group in groups if group.takes(space, is_column=bool(rows))]
+        group = _partner(fusion, fitting, of, reads)
         if group is None:
             group = _Group(space)
             groups.append(group)
@@ -177,24 +182,13 @@ def _space(fusion: Fusion, node: Node, roots: Sequence[int]) -> tuple[int, bool]
     return fusion.arrays[first].elements, 0 < _kinds.rows_of_columns(node) <= _kinds.COLUMN
 
 
-def _partner(
-    fusion: Fusion,
-    groups: Sequence[_Group],
-    of: dict[int, _Group],
-    reads: dict[int, float],
-    space: tuple[int, bool] | None,
-    is_column: bool,
-) -> _Group | None:
-    """Returns the group that shares most with a launch and can take it in."""
-    if space is None or space[0] < SMALL // 4:
-        return None
+def _partner(fusion: Fusion, groups: Sequence[_Group], of: dict[int, _Group], reads: dict[int, float]) -> _Group | None:
+    """Returns the group that shares most with a launch and does not wait for what the launch waits for."""
     large = {array: count * fusion.arrays[array].width for array, count in reads.items()}
     large = {array: size for array, size in large.items() if size >= SMALL}
     makers = {id(of[array]): of[array] for array in reads if array in of}.values()
     best, most = None, 0.0
     for group in reversed(groups):
-        if group.space != space or (is_column and group.columns >= _COLUMNS):
-            continue
         shared = math.fsum(size for array, size in large.items() if array in group.reads or array in group.writes)
         adds_up = any(
             _kinds.is_reduction(fusion.nodes[fusion.maker[array]]) for array in reads if array in group.writes

@@ -74,6 +74,11 @@ def _installed(module: str) -> bool:
         return False
 
 
+def absent(target: str) -> list[str]:
+    """Returns the modules that a target's compiler needs and that are not installed."""
+    return [module for module in _MODULES[target] if not _installed(module)]
+
+
 def devices(target: str, count: int = 1) -> list[jax.Device]:
     """Devices to compile for: ``count`` of one ``target``, none of which need exist.
 
@@ -87,10 +92,9 @@ def devices(target: str, count: int = 1) -> list[jax.Device]:
     """
     if target not in TARGETS:
         raise ValueError(f"unknown target {target!r}: expected one of {sorted(TARGETS)}")
-    absent = [module for module in _MODULES[target] if not _installed(module)]
-    if absent:
+    if missing := absent(target):
         raise TargetUnavailableError(
-            f"compiling for {TARGETS[target]} needs {', '.join(absent)}; "
+            f"compiling for {TARGETS[target]} needs {', '.join(missing)}; "
             "install the compilers with: pip install 'jmp_lite[aot]'"
         )
     if target == "h100":
