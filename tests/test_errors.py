@@ -41,6 +41,7 @@ BASES = {
     "InvalidRecipeError": ValueError,
     "InvalidPruningError": ValueError,
     "InvalidStorageError": ValueError,
+    "InvalidEstimateError": ValueError,
     "SecondDerivativeError": NotImplementedError,
     "InvalidOpError": TypeError,
     "InvalidRuleError": ValueError,

@@ -13,5 +13,19 @@ from jmp_lite.analysis._ranges import Ranges as Ranges
 from jmp_lite.analysis._ranges import Row as Row
 from jmp_lite.analysis._ranges import ranges as ranges
 from jmp_lite.analysis._sites import Site as Site
+from jmp_lite.analysis._storage import StorageEstimate as StorageEstimate
+from jmp_lite.analysis._storage import estimate_storage as estimate_storage
 
-__all__ = ["Estimate", "Fate", "Range", "Ranges", "Row", "Site", "collect", "estimate", "ranges"]
+__all__ = [
+    "Estimate",
+    "Fate",
+    "Range",
+    "Ranges",
+    "Row",
+    "Site",
+    "StorageEstimate",
+    "collect",
+    "estimate",
+    "estimate_storage",
+    "ranges",
+]

@@ -150,7 +150,8 @@ class Fusion:
             if not self._joins(at, user, array, others, added):
                 break
             if self.nodes[user].primitive in ("add", "add_any"):
-                added.append(self._vector(others[0]) or others[0])
+                vector = self._vector(others[0], array)
+                added.append(others[0] if vector is None else vector)
             members.append(user)
             array = self.nodes[user].results[0]
         return Epilogue(array, tuple(added), tuple(members)) if members else None
@@ -164,22 +165,22 @@ class Fusion:
             return all(arrays[other].elements == 1 for other in others)
         if node.primitive not in ("add", "add_any") or not others:
             return _kinds.is_view(node)
+        if self._vector(others[0], array) is not None:
+            return not added
         if arrays[others[0]].elements != arrays[array].elements:
             return False
-        if self._vector(others[0]) is not None:
-            return not added
         is_first = all(arrays[one].elements != arrays[array].elements for one in added)
         return is_first and self.maker.get(others[0], -1) < at
 
-    def _vector(self, array: int) -> int | None:
-        """Returns the vector that an array repeats, if it does."""
-        first = array
+    def _vector(self, array: int, result: int) -> int | None:
+        """Returns the vector that is added to all rows of a result, if it is one."""
         while array in self.maker:
             node = self.nodes[self.maker[array]]
             if node.primitive not in ("broadcast_in_dim", "convert_element_type") or not node.operands:
                 break
             array = node.operands[0]
-        return array if array != first and _kinds.is_vector(self.arrays[array]) else None
+        is_smaller = self.arrays[array].elements < self.arrays[result].elements
+        return array if is_smaller and _kinds.is_vector(self.arrays[array]) else None
 
     def _is_better_held(self, at: int, array: int) -> bool:
         """Whether to write an array costs fewer bytes than to compute it for every launch that uses it."""
