@@ -33,7 +33,8 @@
     ├── SecondDerivativeError     NotImplementedError  a second derivative through quantized products
     ├── InvalidEstimateError      ValueError      a device or a precision whose costs cannot be estimated
     ├── InvalidOpError            TypeError       something that cannot stand for a primitive in autocast
-    └── InvalidRuleError          ValueError      a rule or a setting of autocast that means nothing
+    ├── InvalidRuleError          ValueError      a rule or a setting of autocast that means nothing
+    └── ComputeDtypeError         AssertionError  products in a wider dtype than asserted
     NonFiniteUpdateWarning        UserWarning     an optimizer made infinities of finite gradients
     SlowDtypeWarning              UserWarning     a format that this accelerator cannot run fast
     UnmatchedRuleWarning          UserWarning     a rule or a key of a PolicyMap that matches nothing
@@ -446,6 +447,18 @@ class InvalidRuleError(JmpLiteError, ValueError):
         jmp_lite.errors.InvalidRuleError: precision must be 'auto', 'full', 'low', or stand for float32 or ...
         >>> jmp.Rule("head", precision="full").precision
         'full'
+    """
+
+
+class ComputeDtypeError(JmpLiteError, AssertionError):
+    """A product, a convolution or a kernel has wider operands than was asserted.
+
+    Example:
+        >>> check = jmp.analysis.assert_compute_dtype(jnp.matmul, "bfloat16")
+        >>> check(jnp.ones((8, 8)), jnp.ones((8, 8)))
+        Traceback (most recent call last):
+        jmp_lite.errors.ComputeDtypeError: 1 of 1 products and kernels has operands wider than bfloat16...
+        >>> check(jnp.ones((8, 8), jnp.bfloat16), jnp.ones((8, 8), jnp.bfloat16))
     """
 
 

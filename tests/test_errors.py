@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import jmp_lite as jmp
-from jmp_lite import errors, export
+from jmp_lite import analysis, errors, export
 
 BASES = {
     "UnknownDtypeError": ValueError,
@@ -45,6 +45,7 @@ BASES = {
     "SecondDerivativeError": NotImplementedError,
     "InvalidOpError": TypeError,
     "InvalidRuleError": ValueError,
+    "ComputeDtypeError": AssertionError,
 }
 WARNINGS = [
     "SlowDtypeWarning",
@@ -78,10 +79,10 @@ def test_error_is_caught_as_ours_and_as_a_builtin(name):
     assert [BASES[name].__name__] == [words[2] for words in documented]
 
 
-def test_only_the_predicate_error_is_an_assertion():
-    """``AssertionError`` is kept for the one place where tests of jmp ask for it."""
+def test_only_the_predicate_error_and_what_asserts_are_assertions():
+    """``AssertionError`` is kept for the one place where tests of jmp ask for it, and for a function named so."""
     assertions = [name for name, error in defined().items() if issubclass(error, AssertionError)]
-    assert ["InvalidSelectionError"] == assertions
+    assert {"InvalidSelectionError", "ComputeDtypeError"} == set(assertions)
 
 
 @pytest.mark.parametrize("name", WARNINGS)
@@ -123,6 +124,8 @@ NO_FUNCTIONS = {
 TAKERS = {
     "autocast": lambda fun: jmp.autocast(fun, "mixed_bfloat16"),
     "explain": lambda fun: jmp.explain(fun, "mixed_bfloat16"),
+    "audit": analysis.audit,
+    "assert_compute_dtype": lambda fun: analysis.assert_compute_dtype(fun, "bfloat16"),
     "with_policy": lambda fun: jmp.with_policy(fun, "mixed_bfloat16"),
     "scaled_value_and_grad": lambda fun: jmp.scaled_value_and_grad(fun, loss_scale=jmp.NoOpLossScale()),
     "accumulate_gradients": lambda fun: jmp.accumulate_gradients(fun, 2, loss_scale=jmp.NoOpLossScale()),

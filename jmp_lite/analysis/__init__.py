@@ -4,9 +4,18 @@ Read ``_sites`` first, a program as a tree of equations; then ``_evaluate``, whi
 value, and ``_finding``, what an analysis has to say. Each analysis is a file of its own.
 """
 
+from jmp_lite.analysis._assert_dtype import assert_compute_dtype as assert_compute_dtype
+from jmp_lite.analysis._audit import Audit as Audit
+from jmp_lite.analysis._audit import audit as audit
+from jmp_lite.analysis._bundle import Replayed as Replayed
+from jmp_lite.analysis._bundle import replay as replay
 from jmp_lite.analysis._collect import collect as collect
 from jmp_lite.analysis._estimate import estimate as estimate
+from jmp_lite.analysis._estimated import Configuration as Configuration
 from jmp_lite.analysis._estimated import Estimate as Estimate
+from jmp_lite.analysis._finding import Finding as Finding
+from jmp_lite.analysis._nonfinite import NonFinite as NonFinite
+from jmp_lite.analysis._nonfinite import first_nonfinite as first_nonfinite
 from jmp_lite.analysis._range import Fate as Fate
 from jmp_lite.analysis._range import Range as Range
 from jmp_lite.analysis._ranges import Ranges as Ranges
@@ -17,15 +26,24 @@ from jmp_lite.analysis._storage import StorageEstimate as StorageEstimate
 from jmp_lite.analysis._storage import estimate_storage as estimate_storage
 
 __all__ = [
+    "Audit",
+    "Configuration",
     "Estimate",
     "Fate",
+    "Finding",
+    "NonFinite",
     "Range",
     "Ranges",
+    "Replayed",
     "Row",
     "Site",
     "StorageEstimate",
+    "assert_compute_dtype",
+    "audit",
     "collect",
     "estimate",
     "estimate_storage",
+    "first_nonfinite",
     "ranges",
+    "replay",
 ]

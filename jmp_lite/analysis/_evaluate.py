@@ -192,14 +192,15 @@ class Evaluator:
         def specs(specs: Sequence[Any]) -> Any:
             return [Value(spec, spec if analysis.per_iteration else nowhere) for spec in specs]
 
-        results: tuple[list[Value], State] = jax.shard_map(
+        mapped = jax.shard_map(
             body,
             mesh=params["mesh"],
             in_specs=(specs(params["in_specs"]), nowhere),
             out_specs=(specs(params["out_specs"]), nowhere),
             axis_names=manual_axes(params),
             check_vma=params["check_vma"],
-        )(operands, state)
+        )
+        results: tuple[list[Value], State] = jax.jit(mapped)(operands, state)
         return results
 
 

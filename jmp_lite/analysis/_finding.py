@@ -19,7 +19,66 @@ class Kind(NamedTuple):
 
 
 #: Every kind of finding, the worst first.
-KINDS: Mapping[str, Kind] = {}
+KINDS: Mapping[str, Kind] = {
+    # Of a program, as it is written.
+    "literal-out-of-range": Kind(
+        "error", "Write the number for the dtype it meets, from jnp.finfo(x.dtype), or compute this in float32."
+    ),
+    "cancellation": Kind(
+        "error", "Subtract the mean before squaring, or compute the statistics in float32: x.astype(jnp.float32)."
+    ),
+    "integer-rounded": Kind(
+        "error", "Keep integers in int32 or float32, and cast what is computed from them; or index instead of counting."
+    ),
+    "narrow-accumulation": Kind(
+        "warning", "Start the sum in float32, jnp.zeros(shape, jnp.float32), and cast it once."
+    ),
+    "statistics-in-16-bits": Kind(
+        "warning",
+        "Compute the statistics of x.astype(jnp.float32) and cast them back, or use jmp.autocast.",
+    ),
+    "softmax-in-16-bits": Kind(
+        "warning",
+        "Write jax.nn.softmax(x.astype(jnp.float32)).astype(x.dtype), or use jmp.autocast.",
+    ),
+    "epsilon-subnormal": Kind("warning", "Use a number near jnp.finfo(x.dtype).tiny, or compute this in float32."),
+    "scores-rounded": Kind(
+        "warning",
+        "Ask for them in float32: preferred_element_type, or jmp.Rule(scope, result=jnp.float32).",
+    ),
+    "nothing-low": Kind("warning", "See jmp.explain(fun, policy)(*args) for the reason of every product."),
+    "recipe-not-applied": Kind("warning", 'A recipe with products="all" or jmp.Rule(scope, dot=recipe) reaches more.'),
+    "unmatched-rule": Kind("warning", "Correct the pattern, or delete it."),
+    "float32-leak": Kind(
+        "warning",
+        "Cast there to the dtype of what it meets, or use jmp.autocast. Where float32 is meant, "
+        "precision=HIGHEST or jmp.full_precision says so.",
+    ),
+    "float32-cotangents": Kind(
+        "warning", "Under jmp.autocast, products of float32 arrays have operands of 16 bits in the backward pass too."
+    ),
+    "float32-kernel": Kind("warning", "Cast around the kernel: jmp.with_policy(kernel, policy)."),
+    "float32-collective": Kind("warning", "Cast before sending: jmp.distributed.gather_params does for parameters."),
+    "x64": Kind("warning", "Give dtypes to np arrays and scalars, or leave jax_enable_x64 off."),
+    "gradient-sum-in-16-bits": Kind(
+        "note",
+        "Under jmp.autocast the gradients of weights add up in float32.",
+    ),
+    "logits-rounded": Kind(
+        "note",
+        "Where digits matter, use preferred_element_type, or jmp.Rule(scope, result=jnp.float32).",
+    ),
+    "cancellation-in-float32": Kind("note", "Where means are larger than deviations, use_fast_variance=False."),
+    "one-hot-product": Kind("note", 'Index the table, table[ids], or give jmp.Rule(scope, precision="full").'),
+    "infinite-mask": Kind("note", "Use jnp.finfo(x.dtype).min, or leave no row without an element."),
+    "recipe-partly-applied": Kind("note", 'A recipe with products="all" or jmp.Rule(scope, dot=recipe) reaches more.'),
+    "highest-precision": Kind("note", "Without precision=, it would run in 16 bits."),
+    "float32-as-written": Kind("note", "It is so for a reason; jmp.explain shows the operands."),
+    "no-gradient": Kind("note", "Audit what trains: jax.grad(loss) or the training step."),
+    "float32-reduction": Kind(
+        "note", "It keeps sums over devices exact; a cast before, or a reduce_dtype of 16 bits, halves what is sent."
+    ),
+}
 
 _ORDER = {"error": 0, "warning": 1, "note": 2}
 

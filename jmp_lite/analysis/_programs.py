@@ -1,0 +1,146 @@
+"""The program that an analysis looks at: traced, under autocast if there is a policy, a loss with its gradient."""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jmp_lite._compat import is_literal, program
+from jmp_lite._messages import described, quote
+from jmp_lite._tree import combine, partition, path_string
+from jmp_lite.analysis._sites import traced
+from jmp_lite.autocast._api import Traced, is_traced, wrap
+from jmp_lite.autocast._explain import Explanation, explained
+from jmp_lite.autocast._record import as_count
+from jmp_lite.autocast._rules import Settings
+from jmp_lite.errors import SlowDtypeWarning, UnmatchedRuleWarning
+
+#: What NumPy says of literals that JAX rounds to infinity: a finding, with its line.
+_OVERFLOW = "overflow encountered in cast"
+
+
+class Program(NamedTuple):
+    """A traced call."""
+
+    jaxpr: Any
+    arguments: tuple[str, ...]
+    """Names of the arrays among the arguments."""
+    is_loss: bool = False
+    """Whether it is a loss with its gradient."""
+    residual_bytes: Mapping[str, int] = {}
+    """Of a loss: what is kept for the backward pass, arguments not counted, by dtype."""
+    explanation: Explanation | None = None
+    """What autocast decided about it; ``None`` for a program as it is written."""
+    said: tuple[warnings.WarningMessage, ...] = ()
+    """Warnings that are worth a finding."""
+    asks_16_bits: bool = False
+    """Whether a policy or a rule asks for 16 bits."""
+    no_gradient: str = ""
+    """Why JAX has no gradient of what looks like a loss."""
+
+
+def traced_program(
+    fun: Callable[..., Any], settings: Settings | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Program:
+    """Traces what runs when a function is called, and computes nothing.
+
+    Args:
+        fun: A function.
+        settings: Those of autocast; ``None`` for the function as it is written.
+        args: Arrays, or shapes in their place.
+        kwargs: More of them.
+    """
+    with _caught() as said:
+        explanation = explained(fun, settings, args, kwargs)[0] if settings else None
+    runs = fun if settings is None else wrap(fun, settings, "all")
+    with _caught() as said_again:
+        plain = traced(runs, args, kwargs)
+        found = Program(plain.jaxpr, _names(args, kwargs), explanation=explanation)
+        found = found._replace(asks_16_bits=bool(settings and settings.dtypes))
+        if _returns_loss(plain) and _floats(args[:1])[0]:
+            found = _differentiated(found, runs, args, kwargs)
+    return found._replace(said=tuple(said or said_again))
+
+
+def _differentiated(plain: Program, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
+    try:
+        jaxpr = traced(_with_gradient(fun), args, kwargs).jaxpr
+    except (ValueError, TypeError, NotImplementedError) as error:  # the function itself could be traced
+        return plain._replace(no_gradient=described(error))
+    return plain._replace(jaxpr=jaxpr, is_loss=True, residual_bytes=_residual_bytes(fun, args, kwargs))
+
+
+@contextlib.contextmanager
+def _caught() -> Iterator[list[warnings.WarningMessage]]:
+    """Catches the warnings that become findings; others are passed on."""
+    kept: list[warnings.WarningMessage] = []
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        yield kept
+    for warning in said:
+        if issubclass(warning.category, UnmatchedRuleWarning):
+            kept.append(warning)
+        elif _OVERFLOW not in str(warning.message) and not issubclass(warning.category, SlowDtypeWarning):
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
+def _returns_loss(plain: Traced) -> bool:
+    avals = plain.jaxpr.out_avals
+    if len(avals) != 1 or avals[0].shape or not jnp.issubdtype(avals[0].dtype, jnp.floating):
+        return False
+    return plain.output([avals[0]]) is avals[0]
+
+
+def _is_float(leaf: Any) -> bool:
+    is_array = is_traced(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
+    return is_array and bool(jnp.issubdtype(leaf.dtype, jnp.floating))
+
+
+def _floats(tree: Any) -> tuple[list[Any], list[Any], Any]:
+    return partition(tree, _is_float)
+
+
+def _of_floats(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Any]]:
+    """Returns a function of the floating arrays of the first argument alone, and these.
+
+    Arguments are put together anew for each call, so that modules among them may change inside of it.
+    """
+    floats, others, layout = _floats(args[0])
+    rest, layout_of_rest = jax.tree.flatten((args[1:], kwargs))
+
+    def of_floats(floats: list[Any]) -> Any:
+        more, named = jax.tree.unflatten(layout_of_rest, rest)
+        return fun(combine(floats, others, layout), *more, **named)
+
+    return of_floats, floats
+
+
+def _with_gradient(fun: Callable[..., Any]) -> Callable[..., Any]:
+    def value_and_grad(*args: Any, **kwargs: Any) -> Any:
+        loss, floats = _of_floats(fun, args, kwargs)
+        return jax.value_and_grad(loss)(floats)
+
+    return value_and_grad
+
+
+def _residual_bytes(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, int]:
+    def residuals(*args: Any, **kwargs: Any) -> list[Any]:
+        _, pullback = jax.vjp(*_of_floats(fun, args, kwargs))
+        return list(jax.tree.leaves(pullback))
+
+    inner, _ = program(traced(residuals, args, kwargs).jaxpr)
+    arguments, kept = set(inner.invars), dict[str, int]()
+    for v in {id(v): v for v in inner.outvars}.values():
+        itemsize = getattr(v.aval.dtype, "itemsize", 0)
+        if not is_literal(v) and v not in arguments and itemsize:
+            kept[str(v.aval.dtype)] = kept.get(str(v.aval.dtype), 0) + as_count(v.aval.size) * itemsize
+    return kept
+
+
+def _names(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:
+    leaves, _ = jax.tree.flatten_with_path((args, kwargs))
+    named = [(path, leaf) for path, leaf in leaves if is_traced(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)]
+    return tuple(quote(path_string(path[1:])) for path, _ in named)
