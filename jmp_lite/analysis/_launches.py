@@ -12,7 +12,7 @@ from jmp_lite._compat import scan_counts
 from jmp_lite.analysis import _kinds
 from jmp_lite.analysis._dataflow import Dataflow, Node
 from jmp_lite.analysis._fusion import SMALL, Fusion
-from jmp_lite.autocast._record import flops
+from jmp_lite.autocast._record import _flops
 
 #: Sums over columns that one launch holds.
 _COLUMNS = 2
@@ -57,7 +57,8 @@ def _alone(fusion: Fusion, at: int, trips: int) -> Launch:
     if not _kinds.is_product(node):
         return Launch("other", moved, trips)
     dtypes = tuple(str(v.aval.dtype) for v in node.eqn.invars[:2])
-    return Launch("products", moved, trips, flops(node.eqn), dtypes, "HIGHEST" in str(node.eqn.params.get("precision")))
+    exact = "HIGHEST" in str(node.eqn.params.get("precision"))
+    return Launch("products", moved, trips, _flops(node.eqn), dtypes, exact)
 
 
 def _of_programs(fusion: Fusion, node: Node, trips: int) -> Iterator[Launch]:

@@ -117,7 +117,7 @@ def _measured(record: Record, eqn: Equation, *, is_replaced: bool, has_dot: bool
     if record.primitive not in PRODUCTS:
         return record._replace(group="kernel" if is_kernel(record.primitive) else "")
     group = "replaced" if is_replaced else _group(record)
-    return record._replace(group=group, flops=flops(eqn), skips_dot=has_dot and group not in ("replaced", "other"))
+    return record._replace(group=group, flops=_flops(eqn), skips_dot=has_dot and group not in ("replaced", "other"))
 
 
 def _group(record: Record) -> str:
@@ -129,7 +129,7 @@ def _group(record: Record) -> str:
     return "float32" if any(dtype.itemsize == 4 for dtype in dtypes) else "low"
 
 
-def flops(eqn: Equation) -> int:
+def _flops(eqn: Equation) -> int:
     """Returns two for each multiplication of a product; those with the zeros that dilation puts in do not count."""
     lhs, rhs, result = ([as_count(n) for n in v.aval.shape] for v in (*eqn.invars[:2], eqn.outvars[0]))
     params = eqn.params
