@@ -101,7 +101,7 @@ class _Builder:
     def built(self, jaxpr: Jaxpr) -> Dataflow:
         inner, _ = program(jaxpr)
         inputs = tuple(self.new(v.aval) for v in (*inner.constvars, *inner.invars))
-        env = dict(zip((*inner.constvars, *inner.invars), inputs, strict=True))
+        env: dict[Any, int | None] = dict(zip((*inner.constvars, *inner.invars), inputs, strict=True))
         outputs = self.inlined(inner, env, 0)
         used = {index for index in outputs if index is not None}
         kept = []

@@ -42,7 +42,7 @@ def estimate(
     into one launch: within 10 % of what XLA compiles for H100 for most models (benchmarks/RESULTS.md, "Estimates").
     The time is a roofline: every launch takes as long as its bytes at 0.85 of the bandwidth or its FLOPs at 0.7 of the
     peak, whichever is longer. Launch overheads, collectives and what kernels do inside do not count; a ``while`` loop
-    counts once, and of a ``cond`` the dearest branch.
+    counts once, of a ``cond`` the dearest branch, in a ``shard_map`` one device.
 
     Args:
         fun: A loss in float32: a function of parameters and other arguments that returns a scalar.
@@ -159,13 +159,15 @@ def _programs(
 
 def in_precision(fun: Callable[..., Any], policy: Any) -> Callable[..., Any]:
     """Returns a loss in a precision."""
-    recipe = policy if isinstance(policy, DotRecipe) else None
+    recipe = policy
     if isinstance(policy, str):
         try:
             recipe = get_recipe(policy)
         except InvalidRecipeError:
             return autocast(fun, policy)
-    if recipe is not None:
+    if isinstance(recipe, DotRecipe):
         return autocast(fun, "mixed_bfloat16", dot=recipe)
-    is_loss = callable(policy) and not isinstance(policy, (Policy, PolicyMap))
-    return policy if is_loss else autocast(fun, policy)
+    if isinstance(policy, (Policy, PolicyMap)) or not callable(policy):
+        return autocast(fun, policy)
+    loss: Callable[..., Any] = policy
+    return loss

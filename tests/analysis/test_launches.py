@@ -141,3 +141,50 @@ def test_parts_are_told_apart():
         return jnp.tanh(x @ w)
 
     assert sorted(launch.part for launch in of(fun, X, X)) == ["casts", "casts", "other", "products"]
+
+
+# --- Programs of every kind ---
+
+
+def dropped(x):
+    return jnp.where(jax.random.bernoulli(jax.random.key(0), 0.5, x.shape), x, 0)
+
+
+def sharded(x):
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.P("data")
+    return jax.shard_map(lambda x: lax.psum(x @ x.T, "data"), mesh=mesh, in_specs=spec, out_specs=jax.P())(x)
+
+
+@jax.custom_vjp
+def straight(x):
+    return jnp.round(x)
+
+
+straight.defvjp(lambda x: (straight(x), None), lambda _, g: (g,))
+
+PROGRAMS = {
+    "random bits": dropped,
+    "several devices": sharded,
+    "a rule of its own": jax.grad(lambda x: straight(x).sum()),
+    "recomputation": jax.grad(lambda x: jax.checkpoint(lambda x: jnp.tanh(x @ x))(x).sum()),
+    "linear algebra": lambda x: jnp.linalg.solve(x @ x.T, x),
+    "sorting": lambda x: jnp.sort(x)[: N // 2],
+    "cumulative sums": lambda x: jnp.cumsum(x, 0),
+    "groups of rows": lambda x: lax.ragged_dot(x, jnp.ones((2, N, N)), jnp.array([3, N - 3], jnp.int32)),
+    "transforms": lambda x: jnp.fft.fft(x).real,
+    "a callback": lambda x: jax.pure_callback(lambda x: x, jax.ShapeDtypeStruct((N, N), jnp.float32), x),
+    "a result that is an input": lambda x: (x, 1.0),
+    "nothing": lambda _: 1.0,
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_any_program_has_launches(name):
+    found = of(PROGRAMS[name], X)
+    moved, count = total(found)
+    if name in ("nothing", "a result that is an input"):
+        assert (moved, count) == (0, 0)
+    else:
+        assert moved >= SIZE // 2
+        assert count >= 1

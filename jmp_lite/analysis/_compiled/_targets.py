@@ -79,7 +79,7 @@ def absent(target: str) -> list[str]:
     return [module for module in _MODULES[target] if not _installed(module)]
 
 
-def devices(target: str, count: int = 1) -> list[jax.Device]:
+def devices(target: str, count: int = 1) -> list[Any]:
     """Devices to compile for: ``count`` of one ``target``, none of which need exist.
 
     Args:
@@ -107,7 +107,7 @@ def devices(target: str, count: int = 1) -> list[jax.Device]:
 
 
 def compiled(
-    function: Callable[..., Any], shapes: Any, device: jax.Device, *, donate: tuple[int, ...] = (), **options: Any
+    function: Callable[..., Any], shapes: Any, device: Any, *, donate: tuple[int, ...] = (), **options: Any
 ) -> Any:
     """Compiles a function of arrays of these shapes for a device that need not exist, with options of XLA's.
 
