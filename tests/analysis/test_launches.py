@@ -71,6 +71,12 @@ CASES = {
     ),
     "a gather reads its rows alone": (picked, [f32(1000, N), i32(N, 1)], 2 * SIZE + ROW, 1),
     "a slice reads its part alone": (lambda x: x[: N // 2] * 2, [X], SIZE, 1),
+    "one element per row of zeros is a comparison": (
+        lambda index, g: jax.vjp(lambda x: jnp.take_along_axis(x, index, 1), jnp.zeros((N, N)))[1](g)[0],
+        [i32(N, 1), f32(N, 1)],
+        SIZE + 2 * ROW,
+        1,
+    ),
     "an update in place touches its part alone": (
         lambda x, row: lax.dynamic_update_slice(x, row, (0, 0)),
         [X, f32(1, N)],
