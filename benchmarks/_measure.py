@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import _cost, _designs, _hlo
+from benchmarks import _designs
+from jmp_lite.analysis._compiled import _cost, _hlo
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,14 +14,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from benchmarks.aot import _targets
+from jmp_lite.analysis._compiled import _targets
 
 _targets.configure()
 
 import jax  # noqa: E402
 
-from benchmarks import _command, _cost, _hlo, _models, _precisions, _report, autocast  # noqa: E402
+from benchmarks import _command, _models, _precisions, _report, autocast  # noqa: E402
 from benchmarks.aot.step import COMPILERS  # noqa: E402
+from jmp_lite.analysis._compiled import _cost, _hlo  # noqa: E402
 
 MODULE = "benchmarks.aot.autocast"
 FIGURES = ("MB", "/ hand", "temp MB", "/ hand", "kernels", "XLA's MB")

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from benchmarks.aot import _targets
+from jmp_lite.analysis._compiled import _targets
 
 _targets.configure()
 
@@ -29,8 +29,9 @@ import optax  # noqa: E402
 from jax.sharding import AxisType, Mesh  # noqa: E402
 
 import jmp_lite as jmp  # noqa: E402
-from benchmarks import _collectives, _command, _hlo, _report, _wire_designs  # noqa: E402
+from benchmarks import _collectives, _command, _report, _wire_designs  # noqa: E402
 from benchmarks._wire_designs import AXIS, MODES, PARAMETERS, Mode  # noqa: E402
+from jmp_lite.analysis._compiled import _hlo  # noqa: E402
 
 MODULE = "benchmarks.aot.collectives"
 COMPILERS = {"h100": ("jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12"), "tpu": ("libtpu",)}

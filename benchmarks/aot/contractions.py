@@ -11,15 +11,16 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from benchmarks.aot import _targets
+from jmp_lite.analysis._compiled import _targets
 
 _targets.configure("--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true")
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
-from benchmarks import _command, _cost, _hlo, _report  # noqa: E402
+from benchmarks import _command, _report  # noqa: E402
 from benchmarks.aot.step import COMPILERS  # noqa: E402
+from jmp_lite.analysis._compiled import _cost, _hlo  # noqa: E402
 
 MODULE = "benchmarks.aot.contractions"
 TARGET = "h100"

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import jax
 
 import jmp_lite as jmp
-from benchmarks import _command, _cost, _hlo, _models, _products, _report
-from benchmarks.aot import _targets
+from benchmarks import _command, _models, _products, _report
 from jmp_lite import quant
+from jmp_lite.analysis._compiled import _cost, _hlo, _targets
 
 MODULE = "benchmarks.aot.gemm"
 TARGET = "h100"

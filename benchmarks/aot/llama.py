@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from benchmarks.aot import _targets
+from jmp_lite.analysis._compiled import _targets
 
 _targets.configure("--xla_gpu_enable_triton_gemm=false")
 
@@ -18,10 +18,12 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
 import jmp_lite as jmp  # noqa: E402
-from benchmarks import _command, _cost, _hlo, _layers, _report, _roofline  # noqa: E402
+from benchmarks import _command, _layers, _report  # noqa: E402
 from benchmarks import _text_models as text  # noqa: E402
 from benchmarks.aot import gemm  # noqa: E402
 from jmp_lite import quant  # noqa: E402
+from jmp_lite.analysis._compiled import _cost, _hlo, _roofline  # noqa: E402
+from jmp_lite.analysis._devices import DEVICES  # noqa: E402
 
 MODULE = "benchmarks.aot.llama"
 WIDTH, HIDDEN, VOCABULARY, BATCH, TIME = 2048, 5632, 32000, 4, 2048
@@ -74,7 +76,7 @@ class Program(NamedTuple):
         found, cost = gemm.products(module), _cost.cost(module)
         float8 = sum(product.formats[0].startswith("f8") for product in found)
         temp = compiled.memory_analysis().temp_size_in_bytes
-        return cls(len(found), float8, cost.launches, cost.bytes, temp, _roofline.seconds(module, _roofline.H100))
+        return cls(len(found), float8, cost.launches, cost.bytes, temp, _roofline.seconds(module, DEVICES["h100"]))
 
     def cells(self, name: str, base: Program) -> list[str]:
         """The row as text, in the order of `HEADER`."""

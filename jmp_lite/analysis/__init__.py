@@ -17,6 +17,9 @@ from jmp_lite.analysis._compare import ResultError as ResultError
 from jmp_lite.analysis._compare import compare as compare
 from jmp_lite.analysis._diff import Difference as Difference
 from jmp_lite.analysis._diff import diff as diff
+from jmp_lite.analysis._estimate import estimate as estimate
+from jmp_lite.analysis._estimated import Configuration as Configuration
+from jmp_lite.analysis._estimated import Estimate as Estimate
 from jmp_lite.analysis._finding import Finding as Finding
 from jmp_lite.analysis._nonfinite import NonFinite as NonFinite
 from jmp_lite.analysis._nonfinite import first_nonfinite as first_nonfinite
@@ -32,14 +35,18 @@ from jmp_lite.analysis._recommend import Line as Line
 from jmp_lite.analysis._recommend import Recommendation as Recommendation
 from jmp_lite.analysis._recommend import recommend as recommend
 from jmp_lite.analysis._sites import Site as Site
+from jmp_lite.analysis._storage import StorageEstimate as StorageEstimate
+from jmp_lite.analysis._storage import estimate_storage as estimate_storage
 from jmp_lite.analysis._updates import LostUpdates as LostUpdates
 from jmp_lite.analysis._updates import lost_updates as lost_updates
 
 __all__ = [
     "Audit",
     "Comparison",
+    "Configuration",
     "Difference",
     "EquationError",
+    "Estimate",
     "Fate",
     "Finding",
     "Line",
@@ -55,11 +62,14 @@ __all__ = [
     "Sensitivities",
     "Sensitivity",
     "Site",
+    "StorageEstimate",
     "assert_compute_dtype",
     "audit",
     "collect",
     "compare",
     "diff",
+    "estimate",
+    "estimate_storage",
     "first_nonfinite",
     "lost_updates",
     "perturb",

@@ -1,7 +1,5 @@
 """Accelerators to compile for on a machine that has none."""
 
-from __future__ import annotations
-
 import importlib.util
 import math
 import os
@@ -76,23 +74,27 @@ def _installed(module: str) -> bool:
         return False
 
 
-def devices(target: str, count: int = 1) -> list[jax.Device]:
-    """Devices to compile for: `count` of one `target`, none of which need exist.
+def absent(target: str) -> list[str]:
+    """Returns the modules that a target's compiler needs and that are not installed."""
+    return [module for module in _MODULES[target] if not _installed(module)]
+
+
+def devices(target: str, count: int = 1) -> list[Any]:
+    """Devices to compile for: ``count`` of one ``target``, none of which need exist.
 
     Args:
-      target: a key of `TARGETS`.
-      count: number of devices: up to 8 of one host, or 64 or 256 of several.
+        target: A key of ``TARGETS``.
+        count: Number of devices: up to 8 of one host, or 64 or 256 of several.
 
     Raises:
-      TargetUnavailableError: the compiler's wheels are absent; the text says how to get them.
-      ValueError: an unknown target.
+        TargetUnavailableError: The compiler's wheels are absent; the text says how to get them.
+        ValueError: An unknown target.
     """
     if target not in TARGETS:
         raise ValueError(f"unknown target {target!r}: expected one of {sorted(TARGETS)}")
-    absent = [module for module in _MODULES[target] if not _installed(module)]
-    if absent:
+    if missing := absent(target):
         raise TargetUnavailableError(
-            f"compiling for {TARGETS[target]} needs {', '.join(absent)}; "
+            f"compiling for {TARGETS[target]} needs {', '.join(missing)}; "
             "install the compilers with: pip install 'jmp_lite[aot]'"
         )
     if target == "h100":
@@ -105,16 +107,16 @@ def devices(target: str, count: int = 1) -> list[jax.Device]:
 
 
 def compiled(
-    function: Callable[..., Any], shapes: Any, device: jax.Device, *, donate: tuple[int, ...] = (), **options: Any
+    function: Callable[..., Any], shapes: Any, device: Any, *, donate: tuple[int, ...] = (), **options: Any
 ) -> Any:
     """Compiles a function of arrays of these shapes for a device that need not exist, with options of XLA's.
 
     Args:
-      function: what to compile.
-      shapes: of its arguments.
-      device: see `devices`.
-      donate: numbers of the arguments that are donated.
-      **options: for the compiler.
+        function: What to compile.
+        shapes: Of its arguments.
+        device: See ``devices``.
+        donate: Numbers of the arguments that are donated.
+        **options: For the compiler.
     """
     sharding = jax.sharding.SingleDeviceSharding(device)
 

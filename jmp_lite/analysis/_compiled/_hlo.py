@@ -1,7 +1,5 @@
 """The optimized HLO text of a compiled XLA program as data: its computations, their lines, and the shapes on them."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re
@@ -22,9 +20,9 @@ class Instruction:
     """One line of HLO.
 
     Attributes:
-      operands: names of the lines that give them.
-      attributes: what follows the operands.
-      position: of a parameter, from 0; -1 for any other line.
+        operands: Names of the lines that give them.
+        attributes: What follows the operands.
+        position: Of a parameter, from 0; -1 for any other line.
     """
 
     name: str
@@ -36,7 +34,7 @@ class Instruction:
     position: int = -1
 
     def called(self, key: str) -> tuple[str, ...]:
-        """Names of the computations given in attribute `key`, in order; empty when it is absent."""
+        """Names of the computations given in attribute ``key``, in order; empty when it is absent."""
         found = re.search(rf"\b{key}=(?:\{{([^}}]*)\}}|%?([\w.\-]+))", self.attributes)
         if not found:
             return ()
@@ -79,17 +77,17 @@ def arrays(shape: str) -> Iterator[tuple[str, int, bool]]:
 
 
 def shape_bytes(shape: str) -> float:
-    """Bytes of the arrays of `shape` that lie in main memory."""
+    """Bytes of the arrays of ``shape`` that lie in main memory."""
     return sum(element_bytes(dtype) * n for dtype, n, on_chip in arrays(shape) if not on_chip)
 
 
 def shape_elements(shape: str) -> int:
-    """Number of elements of all arrays in `shape`."""
+    """Number of elements of all arrays in ``shape``."""
     return sum(elements for _, elements, _ in arrays(shape))
 
 
 def _closing(text: str, start: int) -> int:
-    """Index of the parenthesis that closes the one at `start`."""
+    """Index of the parenthesis that closes the one at ``start``."""
     depth = 0
     for index in range(start, len(text)):
         depth += {"(": 1, ")": -1}.get(text[index], 0)
@@ -115,10 +113,10 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def parse(text: str) -> Module:
-    """Parses the text of an optimized HLO module (`compiled.as_text()`).
+    """Parses the text of an optimized HLO module (``compiled.as_text()``).
 
     Raises:
-      ValueError: the text holds no entry computation.
+        ValueError: The text holds no entry computation.
     """
     computations: dict[str, list[Instruction]] = {}
     entry = ""

@@ -1,16 +1,12 @@
-"""The benchmarks' counter of bytes: what is not touched does not count, and what runs often counts as often."""
+"""The counter of bytes: what is not touched does not count, and what runs often counts as often."""
 
-import pathlib
 import re
-import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # benchmarks are not installed
-
-from benchmarks import _cost, _hlo
+from jmp_lite.analysis._compiled import _cost, _hlo, _roofline
 
 ROWS = 16 * 64 * 4
 STEPS, SLICE = 8, 16 * 64 * 4
@@ -229,3 +225,67 @@ def test_what_xla_makes_of_a_scan_is_counted_by_its_slices():
     counted = cost_of(text).bytes
     # At most: slices of weights copied and read, states written by the product, by tanh and into the stack, zeros.
     assert weights + 2 * states <= counted <= 3.5 * weights + 9 * states
+
+
+# --- FLOPs ---
+
+PRODUCTS = {
+    "a product": ("f32[128,32]", "f8e4m3fn[128,64]", "f8e5m2[64,32]", "__cublas$lt$matmul$f8", 128 * 64 * 32, "float8"),
+    "a convolution": (
+        "bf16[2,8,8,16]",
+        "bf16[2,10,10,4]",
+        "bf16[16,3,3,4]",
+        "__cudnn$convForward",
+        4608 * 16,
+        "bfloat16",
+    ),
+    "its input": (
+        "f32[2,10,10,4]",
+        "f32[2,8,8,16]",
+        "f32[16,3,3,4]",
+        "__cudnn$convBackwardInput",
+        4608 * 16,
+        "float32",
+    ),
+    "its kernel": (
+        "f16[16,3,3,4]",
+        "f16[2,10,10,4]",
+        "f16[2,8,8,16]",
+        "__cudnn$convBackwardFilter",
+        4608 * 16,
+        "float16",
+    ),
+    "another call": ("f32[4]", "f32[4]", "f32[4]", "other", 0, None),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_flops_of_what_libraries_compute(name):
+    """Multiplications, by hand: 2 images of 8 x 8 results, 3 x 3 positions, 4 channels to 16."""
+    result, lhs, rhs, target, multiplications, dtype = PRODUCTS[name]
+    text = f"""HloModule test
+
+ENTRY %main (x: f32[]) -> f32[] {{
+  %a = {lhs} parameter(0)
+  %b = {rhs} parameter(1)
+  ROOT %out = ({result}, u8[0]) custom-call(%a, %b), dim_labels=b01f_o01i->b01f, custom_call_target="{target}"
+}}
+"""
+    [launch] = _roofline.launches(_hlo.parse(text))
+    assert (launch.flops, launch.dtypes) == (2 * multiplications, (dtype,) if dtype else ())
+    assert launch.part == ("products" if dtype else "other")
+
+
+PARTS = {
+    "quantize": ("f8e4m3fn[16,64]", "f32[16,64]", "convert(%p0)"),
+    "casts": ("bf16[16,64]", "f32[16,64]", "convert(%p0)"),
+    "other": ("f32[16,64]", "f32[16,64]", "negate(%p0)"),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_parts_of_a_compiled_program(part):
+    result, operand, computed = PARTS[part]
+    body = f"\n  %p0 = {operand} parameter(0)\n  ROOT %out = {result} {computed}"
+    [launch] = _roofline.launches(_hlo.parse(fused(body, [operand], result)))
+    assert launch.part == part

@@ -1,28 +1,26 @@
 """What a compiled XLA program moves and launches, read from its optimized HLO text.
 
-XLA's own `cost_analysis` is absent when compiling for a GPU that is not there, and does not say
+XLA's own ``cost_analysis`` is absent when compiling for a GPU that is not there, and does not say
 which launches copy, so the figures are counted here, by the same rules for CPU, GPU and TPU:
 
 * every instruction that becomes a launch (fusion, custom call, copy, reduction, ...) costs the bytes
   that it reads of its operands and writes of its result: slices, rows and updates, not whole arrays;
 * parameters, constants, tuples, bitcasts and the waiting half of an asynchronous pair are free, and
   so is what a library takes to work in;
-* `call`, `while` and asynchronous wrappers are looked into; the body of a loop counts as often as it
+* ``call``, ``while`` and asynchronous wrappers are looked into; the body of a loop counts as often as it
   runs, or once where XLA does not know;
 * a conditional costs its dearest branch; its cheapest branch gives the cost of the step not taken;
 * an asynchronous transfer is not a launch;
 * arrays that live in a TPU's on-chip memory are free.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from benchmarks import _hlo, _touched
-from benchmarks._hlo import Instruction, Module
+from jmp_lite.analysis._compiled import _hlo, _touched
+from jmp_lite.analysis._compiled._hlo import Instruction, Module
 
 _FREE = frozenset(
     {
@@ -43,13 +41,13 @@ class Cost:
     """What one run of a program does.
 
     Attributes:
-      bytes: bytes read and written by all launches, taking the dearest branch of each conditional.
-      skipped_bytes: the same, taking the cheapest branch.
-      launches: number of launches.
-      large_launches: launches that touch an array of at least `LARGE_ELEMENTS` elements.
-      copies: launches that only copy such an array.
-      copied_bytes: bytes read and written by these copies.
-      conditionals: conditionals executed.
+        bytes: Bytes read and written by all launches, taking the dearest branch of each conditional.
+        skipped_bytes: The same, taking the cheapest branch.
+        launches: Number of launches.
+        large_launches: Launches that touch an array of at least ``LARGE_ELEMENTS`` elements.
+        copies: Launches that only copy such an array.
+        copied_bytes: Bytes read and written by these copies.
+        conditionals: Conditionals executed.
     """
 
     bytes: float = 0.0
@@ -60,11 +58,11 @@ class Cost:
     copied_bytes: float = 0.0
     conditionals: int = 0
 
-    def __add__(self, other: Cost) -> Cost:
+    def __add__(self, other: "Cost") -> "Cost":
         fields = (field.name for field in dataclasses.fields(Cost))
         return Cost(**{name: getattr(self, name) + getattr(other, name) for name in fields})
 
-    def times(self, count: int) -> Cost:
+    def times(self, count: int) -> "Cost":
         """Of so many runs."""
         return Cost(**{name: count * value for name, value in dataclasses.asdict(self).items()})
 
@@ -156,9 +154,9 @@ class Launch(NamedTuple):
     """An instruction that becomes a launch, and what all its runs move.
 
     Attributes:
-      instruction: its line.
-      times: how often it runs.
-      bytes: of all its runs.
+        instruction: Its line.
+        times: How often it runs.
+        bytes: Of all its runs.
     """
 
     instruction: Instruction

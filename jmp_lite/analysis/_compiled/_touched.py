@@ -4,16 +4,14 @@ A launch computes what its results need and no more: of an array that it slices 
 the rows that it takes; of an array that it updates in place, it touches what is updated. A fusion is seen through.
 """
 
-from __future__ import annotations
-
+import collections
 import dataclasses
 import math
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from benchmarks import _hlo
-from benchmarks._hlo import Instruction
+from jmp_lite.analysis._compiled import _hlo
+from jmp_lite.analysis._compiled._hlo import Instruction
 
 _SEEN_THROUGH = frozenset({"bitcast", "get-tuple-element"})
 _UPDATES = frozenset({"dynamic-update-slice", "scatter"})
@@ -42,9 +40,9 @@ def touched(module: _hlo.Module, launch: Instruction, shapes: Mapping[str, str])
     """What a launch reads and writes.
 
     Args:
-      module: where the computations of fusions are.
-      launch: an instruction that is not free and calls no program but a fused one.
-      shapes: of the lines of its computation, by name.
+        module: Where the computations of fusions are.
+        launch: An instruction that is not free and calls no program but a fused one.
+        shapes: Of the lines of its computation, by name.
     """
     seen = _Launch.of(module, launch, shapes)
     return [*seen.read(), *seen.written()]
@@ -55,10 +53,10 @@ class _Launch:
     """A launch as lines in order, the last ones its results.
 
     Attributes:
-      lines: those of a fusion, also of one within it; any other launch is one line.
-      arguments: names of the arrays from outside.
-      shapes: of both.
-      root: name of the line that is the result.
+        lines: Those of a fusion, also of one within it; any other launch is one line.
+        arguments: Names of the arrays from outside.
+        shapes: Of both.
+        root: Name of the line that is the result.
     """
 
     lines: Mapping[str, Instruction]
@@ -67,8 +65,8 @@ class _Launch:
     root: str
 
     @classmethod
-    def of(cls, module: _hlo.Module, launch: Instruction, shapes: Mapping[str, str]) -> _Launch:
-        """See `touched`."""
+    def of(cls, module: _hlo.Module, launch: Instruction, shapes: Mapping[str, str]) -> "_Launch":
+        """See ``touched``."""
         lines = {line.name: line for line in _expanded(module, launch)}
         held = {name: line.shape for name, line in lines.items()}
         if launch.opcode == "fusion":
@@ -109,9 +107,9 @@ class _Launch:
 
     def read(self) -> Iterator[Part]:
         """The arrays from outside."""
-        wanted: Counter[str] = Counter({self.root: math.inf})
+        wanted = collections.defaultdict[str, float](float, {self.root: math.inf})
         results = set(self.outputs())
-        for name, line in reversed(self.lines.items()):
+        for name, line in reversed(list(self.lines.items())):
             amount = min(wanted[name], _hlo.shape_elements(line.shape))
             updated = self.updated(name) if name in results else 0
             for operand, needed in zip(line.operands, _needed(line, amount, updated), strict=True):
