@@ -40,7 +40,7 @@ class Bundle:
     def save(self, path: Any, report: str) -> None:
         """Writes it to a file."""
         with naming_extra("NonFinite.save", "export"):
-            import flatbuffers as _  # noqa: F401  # what jax.export serializes with
+            import flatbuffers as _  # type: ignore[import-untyped]  # noqa: F401  # what jax.export serializes with
         from jax import export
 
         eqn = self.eqn
@@ -52,22 +52,13 @@ class Bundle:
 
         avals = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in self.operands]
         program = export.export(jax.jit(run), platforms=("cpu", "cuda", "tpu"))(*avals).serialize()
-        about = {"report": report, "dtypes": [x.dtype.name for x in self.operands]}
-        arrays = {
-            f"operand_{i}": x.view(np.uint8) if x.ndim else x.reshape(1).view(np.uint8)
-            for i, x in enumerate(self.operands)
-        }
-        shapes = {f"shape_{i}": np.array(x.shape, np.int64) for i, x in enumerate(self.operands)}
+        about = json.dumps({"report": report, "dtypes": [x.dtype.name for x in self.operands]}).encode()
+        arrays = {_PROGRAM: np.frombuffer(program, np.uint8), _ABOUT: np.frombuffer(about, np.uint8)}
+        for i, x in enumerate(self.operands):
+            arrays[f"operand_{i}"] = np.frombuffer(x.tobytes(), np.uint8)
+            arrays[f"shape_{i}"] = np.array(x.shape, np.int64)
         with pathlib.Path(path).open("wb") as file:
-            np.savez(
-                file,
-                **{
-                    _PROGRAM: np.frombuffer(program, np.uint8),
-                    _ABOUT: np.frombuffer(json.dumps(about).encode(), np.uint8),
-                },
-                **arrays,
-                **shapes,
-            )
+            np.savez(file, allow_pickle=False, **arrays)
 
 
 def replay(path: Any) -> Replayed:

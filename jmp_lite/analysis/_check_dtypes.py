@@ -108,13 +108,13 @@ def origin(subject: Subject, product: Node) -> Entry:
             elif _enters(node):
                 (casts if node.name == "convert_element_type" else results).append(node)
     if casts:
-        first = min(casts, key=lambda node: node.site.index)
+        first = min(casts, key=lambda node: node.site.number)
         return Entry.at(
             first,
             f"{first.site.in_dtypes[0]} is cast or promoted to {first.site.out_dtypes[0]}{_promoter(subject, first)}",
         )
     if results:
-        first = min(results, key=lambda node: node.site.index)
+        first = min(results, key=lambda node: node.site.number)
         return Entry.at(first, f"{first.name} returns {first.site.out_dtypes[0]}")
     wide = [value for value in others if flow.size(value) > 1] or others
     dtype = flow.dtype(wide[0]) if wide else "float32"
@@ -180,7 +180,7 @@ def doubles(subject: Subject) -> Iterator[Finding]:
         return
     made = [node for node in flow.nodes if "float64" in node.site.out_dtypes]
     taken = [node for node in flow.nodes if "float64" in node.site.in_dtypes]
-    first = min([*made, *taken], key=lambda node: node.site.index, default=None)
+    first = min([*made, *taken], key=lambda node: node.site.number, default=None)
     if first is not None:
         yield found(
             "x64", first, f"Operations in float64: {len(made) or len(taken)}, the first of which is {first.name}."

@@ -73,7 +73,7 @@ def collect(
         refuse_modules(fun, args, kwargs, "collect")
         call = traced(fun, args, kwargs)
         steps = steps_of(call.jaxpr)
-        roles = {step.site.index: _roles(step) for step in flat(steps) if _is_chosen(step, where)}
+        roles = {step.site.number: _roles(step) for step in flat(steps) if _is_chosen(step, where)}
         looks = _Collecting(roles, Copies(call.jaxpr, steps))
         if where is not None and not roles:
             _warn(where)
@@ -93,7 +93,7 @@ def collect(
         output = call.output(results)
         inputs, outputs = named("argument", args), named("result", output)
         ends = [only_if(condition, tally(array)) for _, array in (*inputs, *outputs)]
-        sites = {step.site.index: step.site for step in flat(steps)}
+        sites = {step.site.number: step.site for step in flat(steps)}
         rows = [Row("equation", role, sites[index]) for index, role in state]
         tallies = [*ends[: len(inputs)], *state.values(), *ends[len(inputs) :]]
         return output, Ranges((*(row for row, _ in inputs), *rows, *(row for row, _ in outputs)), tallies)
@@ -123,7 +123,7 @@ def _warn(where: str) -> None:
 
 
 class _Key(NamedTuple):
-    index: int
+    site: int
     role: str
 
 
@@ -140,10 +140,10 @@ class _Collecting(Analysis):
     def equation(
         self, step: Step, operands: list[Value], results: list[Any], state: State
     ) -> tuple[list[Value], State]:
-        index = step.site.index
+        index = step.site.number
         taken = list(zip([value.array for value in operands], self.copies.operands[index], strict=True))
         made = list(zip(results, self.copies.results[index], strict=True))
-        found = {}
+        found: dict[_Key, Tally] = {}
         for role in self.roles.get(index, ()):
             key = _Key(index, role)
             for array, copies in {"lhs": taken[:1], "rhs": taken[1:2], "out": made}[role]:

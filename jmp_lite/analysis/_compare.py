@@ -218,7 +218,7 @@ def _errors(call: Traced, paths: Sequence[str], reference: Sequence[Any]) -> Pol
     values, errors = evaluated(call.jaxpr, steps, call.arrays)
     pairs = zip(paths, values, reference, strict=True)
     results = [_result(path, value.array, wanted) for path, value, wanted in pairs if is_floating(wanted)]
-    sites = {step.site.index: step.site for step in flat(steps)}
+    sites = {step.site.number: step.site for step in flat(steps)}
     equations = [
         EquationError(sites[index], *(math.sqrt(float(total) / float(one.runs)) for total in one[:3]))
         for index, one in errors.items()

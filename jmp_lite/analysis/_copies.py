@@ -37,8 +37,8 @@ class Copies:
             made = (
                 self._bodies(step, taken, manual) if step.bodies else [_made(step.eqn, taken)] * len(step.eqn.outvars)
             )
-            self.operands[step.site.index] = [manual - axes for axes in taken]
-            self.results[step.site.index] = [manual - axes for axes in made]
+            self.operands[step.site.number] = [manual - axes for axes in taken]
+            self.results[step.site.number] = [manual - axes for axes in made]
             known.update(zip(step.eqn.outvars, made, strict=True))
         return read(inner.outvars)
 

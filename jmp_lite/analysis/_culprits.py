@@ -93,7 +93,7 @@ class _Clock(Analysis):
     ) -> tuple[list[Value], State]:
         del operands
         time, found = state
-        found = jnp.where(time == self.at, jnp.int32(step.site.index), found)
+        found = jnp.where(time == self.at, jnp.int32(step.site.number), found)
         return list(map(Value, results)), (time + 1, found)
 
     def left(self, before: State, after: State, axes: tuple[Any, ...]) -> State:
@@ -105,7 +105,7 @@ def step_at(jaxpr: Jaxpr, steps: Sequence[Step], arrays: Sequence[Any], time: in
     """Evaluates a program, and returns the step that ran at some time."""
     start = (jnp.int32(0), jnp.int32(-1))
     _, (_, index) = Evaluator(_Clock(time)).run(jaxpr, steps, list(map(Value, arrays)), start)
-    return next(step for step in flat(steps) if step.site.index == int(index))
+    return next(step for step in flat(steps) if step.site.number == int(index))
 
 
 class Capture(NamedTuple):
@@ -147,7 +147,7 @@ class _Capturing(Analysis):
     def equation(
         self, step: Step, operands: list[Value], results: list[Any], state: State
     ) -> tuple[list[Value], State]:
-        if step.site.index != self.step.site.index:
+        if step.site.number != self.step.site.number:
             return list(map(Value, results)), state._replace(time=state.time + 1)
         is_now = (state.time == self.at) & _any(map(is_any_not_finite, map(_numbers, results)))
         taken = [value.array for v, value in zip(step.eqn.invars, operands, strict=True) if _is_kept(v)]
@@ -183,7 +183,7 @@ def captured(jaxpr: Jaxpr, steps: Sequence[Step], arrays: Sequence[Any], step: S
     """Evaluates a program again, and returns what one of its equations took and made at some time."""
     waiting = _Capturing(step, _axes_around(steps, step), time)
     _, state = Evaluator(waiting).run(jaxpr, steps, list(map(Value, arrays)), waiting.start())
-    found = jax.device_get(state)
+    found: Capture = jax.device_get(state)
     dtypes = [[v.aval.dtype for v in atoms if _is_kept(v)] for atoms in (step.eqn.invars, step.eqn.outvars)]
     operands, results = (
         [np.asarray(array).astype(dtype) for array, dtype in zip(arrays, of, strict=True)]
@@ -196,7 +196,7 @@ def _axes_around(steps: Sequence[Step], wanted: Step) -> list[Any]:
     """Returns the axes of the maps that a step is in."""
     for step in steps:
         for body in step.bodies:
-            if any(inner.site.index == wanted.site.index for inner in flat(body)):
+            if any(inner.site.number == wanted.site.number for inner in flat(body)):
                 own = manual_axes(step.eqn.params) if step.site.primitive == "shard_map" else ()
                 return [*sorted(own, key=str), *_axes_around(body, wanted)]
     return []

@@ -201,8 +201,8 @@ class Flow:
         """Yields the equations that a value reaches, the nearest first, each with the position of the operand."""
         queue, seen = self.consumers(value), set[tuple[int, int]]()
         for node, position in queue:
-            if (node.site.index, position) not in seen:
-                seen.add((node.site.index, position))
+            if (node.site.number, position) not in seen:
+                seen.add((node.site.number, position))
                 yield node, position
                 if through(node, position):
                     queue += [use for result in node.results for use in self.consumers(result)]

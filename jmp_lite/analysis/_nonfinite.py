@@ -126,7 +126,7 @@ def first_nonfinite(fun: Callable[..., Any]) -> Callable[..., NonFinite | None]:
         call = traced(fun, args, kwargs)
         steps = steps_of(call.jaxpr)
         codes = codes_of_results(call.jaxpr, steps, call.arrays)
-        first = min(codes, default=NEVER)
+        first = min(codes, default=int(NEVER))
         if first == NEVER:
             return None
         results = tuple(path for path, code in zip(_paths(call, codes), codes, strict=True) if code != NEVER)
@@ -178,17 +178,17 @@ def _producers(steps: Sequence[Step], wanted: Step) -> tuple[Site, ...]:
         step = front.pop(0)
         for v in step.eqn.invars:
             maker = None if is_literal(v) else makers.get(v)
-            if maker and maker.site.index not in found:
+            if maker and maker.site.number not in found:
                 inside = [step.site for step in flat([maker]) if not step.bodies]
-                found |= {site.index: site for site in inside or [maker.site]}
+                found |= {site.number: site for site in inside or [maker.site]}
                 front.append(maker)
     return tuple(found[index] for index in sorted(found, reverse=True)[:_PRODUCERS])
 
 
 def _body_of(steps: Sequence[Step], wanted: Step) -> Sequence[Step]:
     for step in steps:
-        if step.site.index == wanted.site.index:
+        if step.site.number == wanted.site.number:
             return steps
-    holders = [step for step in steps if step.site.index < wanted.site.index]
-    bodies = [body for body in holders[-1].bodies if any(s.site.index == wanted.site.index for s in flat(body))]
+    holders = [step for step in steps if step.site.number < wanted.site.number]
+    bodies = [body for body in holders[-1].bodies if any(s.site.number == wanted.site.number for s in flat(body))]
     return _body_of(bodies[0], wanted)

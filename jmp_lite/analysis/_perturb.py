@@ -83,7 +83,7 @@ class _Perturbing(Analysis):
         wanted, key = state
         size = jnp.where(wanted == self.groups.index(group), self.scale, 0)
         changed = [
-            _changed(value.array, size, key_at(key, f"{step.site.index}/{side}")) if side < 2 else value.array
+            _changed(value.array, size, key_at(key, f"{step.site.number}/{side}")) if side < 2 else value.array
             for side, value in enumerate(operands)
         ]
         return list(map(Value, bind(step.eqn, changed, step.eqn.params))), state
@@ -141,8 +141,8 @@ def perturb(
         plain = traced(fun, args, kwargs)
         if not args or not returns_loss(plain) or not floats_of(args[0])[0]:
             raise InvalidFunctionError(
-                "perturb takes a loss: a function that returns one floating scalar and whose first argument has floating "
-                f"arrays. This one returns {len(plain.jaxpr.out_avals)} arrays."
+                "perturb takes a loss: a function that returns one floating scalar and whose first argument has "
+                f"floating arrays. This one returns {len(plain.jaxpr.out_avals)} arrays."
             )
         call = traced(with_gradient(fun), args, kwargs)
         steps = steps_of(call.jaxpr)

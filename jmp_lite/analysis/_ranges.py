@@ -197,5 +197,6 @@ def _summed(one: Tally) -> Tally:
 
 def _merged_on_host(first: Tally, second: Tally) -> Tally:
     """As ``merged``, without an end to counts."""
-    summed = jax.device_get(merged(*(one._replace(classes=jnp.zeros(0, jnp.uint32)) for one in (first, second))))
-    return summed._replace(classes=np.asarray(first.classes, np.int64) + np.asarray(second.classes, np.int64))
+    summed: Tally = jax.device_get(merged(*(one._replace(classes=jnp.zeros(0, jnp.uint32)) for one in (first, second))))
+    classes: Any = np.asarray(first.classes, np.int64) + np.asarray(second.classes, np.int64)
+    return summed._replace(classes=classes)

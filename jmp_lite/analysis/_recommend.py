@@ -158,8 +158,8 @@ def recommend(
         Search under a constraint on accuracy, with groups: Rubio-Gonzalez et al., "Precimonious", SC 2013; a bound on
         casts: Chiang et al., "Rigorous Floating-Point Mixed-Precision Tuning", POPL 2017.
     """
-    choices, measuring, held_out = choices_of(formats), *_split(batches, tolerance)
-    search = _Search(loss_fn, params, measuring, held_out, choices, depth)
+    choices, (measuring, held_out) = choices_of(formats), _split(batches, tolerance)
+    search = _Search(loss_fn, params, choices, (measuring, held_out), depth=depth)
     raises = search.raises()
     count = search.fewest(raises, tolerance)
     plan, reasons = search.lowered(raises[:count], tolerance)
@@ -168,9 +168,7 @@ def recommend(
         Line(scope, choice.name, search.shares[scope], search.error(scope, choices[0]), reasons[scope])
         for scope, choice in plan.choices.items()
     )
-    is_float16 = any(choice.dtype == "float16" for choice in plan.choices.values())
-    scale = search.loss_scale() if is_float16 else 1.0
-    return Recommendation(lines, plan, search.measured(plan), tolerance, search.casts(plan), scale)
+    return Recommendation(lines, plan, search.measured(plan), tolerance, search.casts(plan), search.scale_for(plan))
 
 
 def _split(batches: Iterable[Sequence[Any]], tolerance: float) -> tuple[list[Any], list[Any]]:
@@ -193,11 +191,12 @@ class _Search:
         self,
         loss_fn: Callable[..., Any],
         params: Any,
-        measuring: Sequence[Any],
-        held_out: Sequence[Any],
         choices: Sequence[Choice],
+        batches: tuple[Sequence[Any], Sequence[Any]],
+        *,
         depth: int | None,
     ) -> None:
+        measuring, held_out = batches
         self.loss_fn, self.params, self.held_out, self.choices = loss_fn, params, held_out, choices
         batch = measuring[0]
         steps = steps_of(traced(with_gradient(loss_fn), (params, *batch), {}).jaxpr)
@@ -232,7 +231,7 @@ class _Search:
     def raises(self) -> list[tuple[str, Choice]]:
         """Returns all steps from the narrowest formats to float32: those first that save most error for the work."""
         level = dict.fromkeys(self.groups, 0)
-        order = []
+        order: list[tuple[str, Choice]] = []
         while True:
             open_groups = [scope for scope in self.groups if level[scope] < len(self.choices) - 1]
             if not open_groups:
@@ -255,9 +254,10 @@ class _Search:
         """Runs a plan on the batches held out, and returns its worst error."""
         key = tuple(plan.choices.values())
         if key not in self._measured:
-            low = jax.jit(with_gradient(autocast(self.loss_fn, plan.policy, rules=plan.rules)))
-            errors = [_error(low(self.params, *b), e) for b, e in zip(self.held_out, self.exact, strict=True)]
-            self._measured[key] = max(errors)
+            low, scale = autocast(self.loss_fn, plan.policy, rules=plan.rules), self.scale_for(plan)
+            run = jax.jit(with_gradient(lambda params, *batch: low(params, *batch) * scale))
+            found = [jax.tree.map(lambda x: x / scale, run(self.params, *batch)) for batch in self.held_out]
+            self._measured[key] = max(map(_error, found, self.exact))
         return self._measured[key]
 
     def fewest(self, raises: Sequence[tuple[str, Choice]], tolerance: float) -> int:
@@ -311,8 +311,10 @@ class _Search:
         explained = explain(with_gradient(self.loss_fn), plan.policy, rules=plan.rules)
         return explained(self.params, *self.held_out[0]).summary.casts
 
-    def loss_scale(self) -> float:
-        """Returns a scale with which gradients use the range of float16, and leave room."""
+    def scale_for(self, plan: Plan) -> float:
+        """Returns a loss scale with which gradients use the range of float16 and leave room; 1 without float16."""
+        if all(choice.dtype != "float16" for choice in plan.choices.values()):
+            return 1.0
         gradients = [
             one.largest
             for row, one in self.ranges.pairs
@@ -325,4 +327,4 @@ class _Search:
 def _error(found: tuple[Any, list[Any]], exact: tuple[Any, list[Any]]) -> float:
     """The error of a gradient, or that of the loss if it is larger; infinite for what is not finite."""
     errors = [distance([found[0]], [exact[0]]), distance(found[1], exact[1])]
-    return float(np.nan_to_num(max(errors), nan=np.inf)) if np.all(np.isfinite(errors)) else math.inf
+    return max(errors) if np.all(np.isfinite(errors)) else math.inf

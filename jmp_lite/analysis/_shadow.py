@@ -48,10 +48,10 @@ class _Shadowing(Analysis):
         exact = _in_float32(step, [_wide(x.array) for x in operands]) if _rounds(step) else results
         pairs = zip(results, shadows, strict=True)
         values = [Value(x, _wide(shadow) if is_floating(x) else ()) for x, shadow in pairs]
-        if step.site.index in state:
+        if step.site.number in state:
             made = [three for three in zip(results, exact, shadows, strict=True) if is_floating(three[0])]
             taken = [value for value in operands if is_floating(value.array)]
-            state = {**state, step.site.index: _added(state[step.site.index], taken, made)}
+            state = {**state, step.site.number: _added(state[step.site.number], taken, made)}
         return values, state
 
     def entered(self, state: State) -> State:
@@ -65,7 +65,7 @@ def evaluated(jaxpr: Jaxpr, steps: Sequence[Step], arrays: Sequence[Any]) -> tup
     """Evaluates a program, equation by equation; returns its results with their shadows, and the errors by number."""
     zero = jnp.float32(0)
     state = {
-        step.site.index: Errors(zero, zero, zero, zero)
+        step.site.number: Errors(zero, zero, zero, zero)
         for step in flat(steps)
         if not step.bodies and any(is_floating(v.aval) for v in step.eqn.outvars)
     }

@@ -89,7 +89,8 @@ def merged(first: Tally, second: Tally) -> Tally:
     def added(field: str, base: float) -> jax.Array:
         shift = np.log2(base)
         a, b = (getattr(one, field) * jnp.exp2(shift * (one.power - power)) for one in (first, second))
-        return a + b
+        summed: jax.Array = a + b
+        return summed
 
     return Tally(
         first.classes + second.classes,
@@ -106,25 +107,28 @@ def merged(first: Tally, second: Tally) -> Tally:
 def across(local: Tally, axes: Any) -> Tally:
     """Adds up the tallies of the devices along mesh axes."""
     power = lax.pmax(local.power, axes)
-    shift = local.power - power
-    sums = (local.total * jnp.exp2(shift), local.square * jnp.exp2(2 * shift), local.errors * jnp.exp2(2 * shift))
+    unit = jnp.exp2(local.power - power)
     return Tally(
         lax.psum(local.classes, axes),
         lax.pmax(local.largest, axes),
         lax.pmin(local.smallest, axes),
         power,
-        *(lax.psum(one, axes) for one in sums),
+        lax.psum(local.total * unit, axes),
+        lax.psum(local.square * unit**2, axes),
+        lax.psum(local.errors * unit**2, axes),
         lax.psum(local.lost_in_int8, axes),
     )
 
 
 def only_if(condition: Any, found: Tally) -> Tally:
     """Returns a tally, or that of nothing."""
-    return jax.tree.map(lambda one, nothing: jnp.where(condition, one, nothing), found, empty())
+    chosen: Tally = jax.tree.map(lambda one, nothing: jnp.where(condition, one, nothing), found, empty())
+    return chosen
 
 
 def _exponent(bits: jax.Array) -> jax.Array:
-    return (bits >> jnp.uint32(23)).astype(jnp.int32) - 127
+    exponent: jax.Array = (bits >> jnp.uint32(23)).astype(jnp.int32) - 127
+    return exponent
 
 
 def _power_of_two(exponent: jax.Array) -> jax.Array:

@@ -95,7 +95,8 @@ def lost_updates(params: Any, updates: Any) -> LostUpdates:
     References:
         Parameters in bfloat16 that stall: Zamirai et al., "Revisiting BFloat16 Training", arXiv:2010.06192.
     """
-    if jax.tree.structure(params) != jax.tree.structure(updates):
+    layout: Any = jax.tree.structure(params)
+    if layout != jax.tree.structure(updates):
         raise InvalidStepError(
             f"updates are of another structure than params: {first_few(_paths(updates))} instead of "
             f"{first_few(_paths(params))}. Give what the optimizer returned for these parameters."
