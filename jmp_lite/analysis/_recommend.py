@@ -11,6 +11,8 @@ import numpy as np
 from jmp_lite._messages import quote
 from jmp_lite.analysis._choices import FLOAT32, Choice, Plan, choices_of
 from jmp_lite.analysis._collect import collect
+from jmp_lite.analysis._estimate import Precision, estimate
+from jmp_lite.analysis._estimated import Estimate
 from jmp_lite.analysis._groups import flop_shares, group_of, groups_of
 from jmp_lite.analysis._perturb import distance, perturb
 from jmp_lite.analysis._programs import with_gradient
@@ -36,7 +38,8 @@ class Line:
         scope: Name scope of the group.
         format: ``float32``, or one of the formats that were given.
         flop_share: Share of the work of all products.
-        predicted: Error of the gradient that the narrowest format would make here, from ranges and sensitivity.
+        predicted: Error of the gradient that the narrowest format that applies would make here, from ranges and
+            sensitivity.
         reason: Why.
     """
 
@@ -57,6 +60,7 @@ class Recommendation:
         error: Error of the gradient, or of the loss if that is larger, on the batches held out; the worst of them.
         tolerance: What was asked for.
         casts: How many operands are cast.
+        cost: Estimated for a device: float32, and what is recommended.
         loss_scale: For float16, the largest power of two that leaves gradients room to grow fourfold; otherwise 1.
     """
 
@@ -65,6 +69,7 @@ class Recommendation:
     error: float
     tolerance: float
     casts: int
+    cost: Estimate
     loss_scale: float
 
     @property
@@ -87,7 +92,8 @@ class Recommendation:
     def to_dict(self) -> dict[str, Any]:
         """Returns everything as dictionaries, lists, strings and numbers, as JSON has them."""
         about = {name: getattr(self, name) for name in ("error", "tolerance", "casts", "loss_scale", "low_share")}
-        return {**about, "lines": [dataclasses.asdict(line) for line in self.lines], "code": self.policy()}
+        lines = [dataclasses.asdict(line) for line in self.lines]
+        return {**about, "lines": lines, "code": self.policy(), "cost": self.cost.to_dict()}
 
     def table(self) -> str:
         """Returns the lines as text."""
@@ -101,7 +107,10 @@ class Recommendation:
         verdict = f"{self.low_share:.1%} of the FLOPs of products run in fewer than 32 bits, with an error of "
         verdict += f"{self.error:.2e} on batches held out (tolerance {self.tolerance:g}). Casts: {self.casts}."
         scale = f" Loss scale: {self.loss_scale:g}." if self.loss_scale != 1 else ""
-        return f"{verdict}{scale}\n\n{self.table()}\n\n{self.policy()}"
+        before, after = self.cost.rows
+        saved = f"On {self.cost.device.title} an estimated {before.bytes / max(after.bytes, 1):.2f}x fewer bytes and "
+        saved += f"{after.speedup:.2f}x the speed of float32."
+        return f"{verdict}{scale} {saved}\n\n{self.table()}\n\n{self.policy()}"
 
     __repr__ = __str__
 
@@ -115,6 +124,7 @@ def recommend(
     formats: Sequence[str] = ("bfloat16",),
     max_casts: int | None = None,
     depth: int | None = None,
+    device: str = "h100",
 ) -> Recommendation:
     """Finds a policy and rules under which a loss and its gradient stay near those in float32, by measuring.
 
@@ -133,6 +143,7 @@ def recommend(
             ``jmp.quant`` such as ``"fp8"`` and ``"w8a8"``.
         max_casts: How many operands may be cast at most. Groups with the least work are raised until that holds.
         depth: How many name scopes, from the outermost, to tell groups apart by; ``None`` for all.
+        device: What bytes and time are estimated for; see ``estimate``.
 
     Returns:
         A ``Recommendation``; ``print(recommendation.policy())`` prints its code. The same for the same arguments.
@@ -165,10 +176,15 @@ def recommend(
     plan, reasons = search.lowered(raises[:count], tolerance)
     plan, reasons = search.with_few_casts(plan, reasons, max_casts)
     lines = tuple(
-        Line(scope, choice.name, search.shares[scope], search.error(scope, choices[0]), reasons[scope])
+        Line(scope, choice.name, search.shares[scope], search.error(scope, search.narrowest(scope)), reasons[scope])
         for scope, choice in plan.choices.items()
     )
-    return Recommendation(lines, plan, search.measured(plan), tolerance, search.casts(plan), search.scale_for(plan))
+    low = autocast(loss_fn, plan.policy, rules=plan.rules)
+    both: dict[str, Precision] = {"float32": "float32", "recommended": low}
+    cost = estimate(loss_fn, device=device, policies=both, compiled=False)(params, *measuring[0])
+    return Recommendation(
+        lines, plan, search.measured(plan), tolerance, search.casts(plan), cost, search.scale_for(plan)
+    )
 
 
 def _split(batches: Iterable[Sequence[Any]], tolerance: float) -> tuple[list[Any], list[Any]]:
@@ -209,6 +225,7 @@ class _Search:
         found = perturb(loss_fn, depth=depth)(params, *batch)
         self.sensitivities = {scope: max(found[scope].gradient, found[scope].loss) for scope in self.groups}
         self.operands = self._operands()
+        self.first = self._first((params, *batch))
         self._measured: dict[tuple[Choice, ...], float] = {}
         with jax.default_matmul_precision("highest"):
             self.exact = [jax.jit(with_gradient(loss_fn))(params, *batch) for batch in held_out]
@@ -221,6 +238,23 @@ class _Search:
                 found[group].append((row.name, one))
         return found
 
+    def _first(self, args: tuple[Any, ...]) -> dict[str, int]:
+        """Returns for each group the number of the narrowest choice that takes any of its products."""
+        first = dict.fromkeys(self.groups, len(self.choices) - 1)
+        for number, choice in reversed([*enumerate(self.choices)]):
+            records = explain(self.loss_fn, f"mixed_{choice.dtype}", dot=choice.recipe)(*args) if choice.recipe else ()
+            taken = {record.scope for record in records if record.group == "replaced"}
+            first |= {
+                scope: number
+                for scope in self.groups
+                if choice.recipe is None or any(f"/{scope}/" in f"/{found}/" or not scope for found in taken)
+            }
+        return first
+
+    def narrowest(self, scope: str) -> Choice:
+        """Returns the narrowest choice for a group."""
+        return self.choices[self.first[scope]]
+
     def error(self, scope: str, choice: Choice) -> float:
         """Predicts the error of the gradient that a format makes in a group; infinite if a number does not fit."""
         operands = [choice.error(one) for name, one in self.operands[scope] if name != "out"]
@@ -230,7 +264,7 @@ class _Search:
 
     def raises(self) -> list[tuple[str, Choice]]:
         """Returns all steps from the narrowest formats to float32: those first that save most error for the work."""
-        level = dict.fromkeys(self.groups, 0)
+        level = dict(self.first)
         order: list[tuple[str, Choice]] = []
         while True:
             open_groups = [scope for scope in self.groups if level[scope] < len(self.choices) - 1]
@@ -248,7 +282,7 @@ class _Search:
 
     def plan(self, raises: Sequence[tuple[str, Choice]]) -> Plan:
         """Returns the narrowest formats with some steps taken."""
-        return Plan({**dict.fromkeys(self.groups, self.choices[0]), **dict(raises)})
+        return Plan({scope: dict(raises).get(scope, self.narrowest(scope)) for scope in self.groups})
 
     def measured(self, plan: Plan) -> float:
         """Runs a plan on the batches held out, and returns its worst error."""
@@ -274,22 +308,26 @@ class _Search:
     def lowered(self, raises: Sequence[tuple[str, Choice]], tolerance: float) -> tuple[Plan, dict[str, str]]:
         """Takes steps back that turn out to be none too many, the least sensitive groups first."""
         plan = self.plan(raises)
-        reasons = dict.fromkeys(self.groups, "within tolerance")
-        raised = sorted(dict(raises), key=lambda scope: self.error(scope, self.choices[0]))
+        reasons = {scope: self._why_low(scope) for scope in self.groups}
+        raised = sorted(dict(raises), key=lambda scope: self.error(scope, self.narrowest(scope)))
         for scope in raised[:_TRIALS]:
             lower = dataclasses.replace(plan, choices={**plan.choices, scope: self._below(plan.choices[scope])})
             if self.measured(lower) <= tolerance:
                 plan = lower
         for scope in raised:
-            if plan.choices[scope] != self.choices[0]:
+            if plan.choices[scope] != self.narrowest(scope):
                 reasons[scope] = self._reason(scope)
         return plan, reasons
 
     def _below(self, choice: Choice) -> Choice:
         return self.choices[self.choices.index(choice) - 1]
 
+    def _why_low(self, scope: str) -> str:
+        recipe = self.choices[0].name
+        return "within tolerance" if not self.first[scope] else f"{recipe} applies to no product here"
+
     def _reason(self, scope: str) -> str:
-        narrowest = self.choices[0]
+        narrowest = self.narrowest(scope)
         predicted = self.error(scope, narrowest)
         if math.isinf(predicted):
             largest = max(one.largest for _, one in self.operands[scope])

@@ -115,6 +115,22 @@ def test_recipes_are_chosen_beside_formats(rng):
     jax.jit(jax.grad(names["loss_fn"]))(params, *batches[0])
 
 
+def test_what_a_recipe_does_not_apply_to_is_said(rng):
+    def loss(w, x):
+        with jax.named_scope("weights"):
+            x = jnp.tanh(x @ w)
+        with jax.named_scope("scores"):
+            return jnp.mean(jnp.tanh(x @ x.T) ** 2)
+
+    w = jnp.asarray(rng.normal(size=(WIDTH, WIDTH)).astype(np.float32))
+    batches = [(jnp.asarray(rng.normal(size=(16, WIDTH)).astype(np.float32)),) for _ in range(2)]
+    found = recommend(loss, w, batches, tolerance=0.9, formats=["fp8", "bfloat16"])
+    assert {line.scope: line.format for line in found.lines} == {"weights": "fp8", "scores": "bfloat16"}
+    assert found.lines[1].reason == "fp8 applies to no product here"
+    before, after = found.cost.rows
+    assert after.bytes < before.bytes
+
+
 def test_outliers_of_a_layer_keep_it_from_int8(rng):
     loss, params, batches = problem(rng, (), count=3)
     params[1] = params[1].at[0].multiply(200.0)
