@@ -443,9 +443,6 @@ class InvalidAnalysisError(JmpLiteError, ValueError):
     """A device, a format or a setting of an analysis that does not exist, or too little to analyze.
 
     Example:
-        >>> jmp.analysis.recommend(lambda w, x: jnp.sum(x @ w), jnp.ones((2, 2)), [(jnp.ones((1, 2)),)])
-        Traceback (most recent call last):
-        jmp_lite.errors.InvalidAnalysisError: recommend needs two batches or more, ...
         >>> jmp.analysis.estimate(jnp.sum, device="h10")
         Traceback (most recent call last):
         jmp_lite.errors.InvalidAnalysisError: Unknown device 'h10'. Did you mean 'h100'?...

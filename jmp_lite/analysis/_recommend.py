@@ -120,7 +120,7 @@ def recommend(
     params: Any,
     batches: Iterable[Sequence[Any]],
     *,
-    tolerance: float = 0.02,
+    tolerance: float = 0.1,
     formats: Sequence[str] = ("bfloat16",),
     max_casts: int | None = None,
     depth: int | None = None,
@@ -138,7 +138,7 @@ def recommend(
         params: Parameters: a pytree with floating arrays.
         batches: Two or more tuples of the other arguments. The last third, one at least, is held out.
         tolerance: Largest error of the gradient: norm of the difference over the norm, all parameters together; and of
-            the loss, relative.
+            the loss, relative. Before training, mixed bfloat16 makes 0.05 in a small ResNet and 0.006 in a small GPT.
         formats: What to choose from, besides float32: ``"bfloat16"``, ``"float16"``, and names of recipes of
             ``jmp.quant`` such as ``"fp8"`` and ``"w8a8"``.
         max_casts: How many operands may be cast at most. Groups with the least work are raised until that holds.
