@@ -9,6 +9,7 @@ from jmp_lite.analysis._audit import Audit as Audit
 from jmp_lite.analysis._audit import audit as audit
 from jmp_lite.analysis._bundle import Replayed as Replayed
 from jmp_lite.analysis._bundle import replay as replay
+from jmp_lite.analysis._check_ranges import diagnose as diagnose
 from jmp_lite.analysis._collect import collect as collect
 from jmp_lite.analysis._finding import Finding as Finding
 from jmp_lite.analysis._nonfinite import NonFinite as NonFinite
@@ -33,6 +34,7 @@ __all__ = [
     "assert_compute_dtype",
     "audit",
     "collect",
+    "diagnose",
     "first_nonfinite",
     "ranges",
     "replay",

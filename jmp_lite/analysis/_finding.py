@@ -78,6 +78,17 @@ KINDS: Mapping[str, Kind] = {
     "float32-reduction": Kind(
         "note", "It keeps sums over devices exact; a cast before, or a reduce_dtype of 16 bits, halves what is sent."
     ),
+    # Of the numbers that it computes.
+    "nan": Kind("error", "jmp.analysis.first_nonfinite(fun)(*args) names the equation that made the first."),
+    "overflow": Kind(
+        "error", 'Keep this in float32, PolicyMap({scope: "full"}, default=policy), use bfloat16, or scale it down.'
+    ),
+    "gradient-underflow": Kind("warning", "Scale the loss, jmp.loss_scaled(tx) finds how much, or use bfloat16."),
+    "exploding": Kind("warning", "Normalize between the layers, or start with smaller weights."),
+    "lost-in-int8": Kind(
+        "warning", "Move outliers into the weights with jmp.quant.smooth, or use scales for rows or tiles."
+    ),
+    "dead": Kind("warning", "Nothing is learned there: see what feeds it, its ReLU or its mask."),
 }
 
 _ORDER = {"error": 0, "warning": 1, "note": 2}
