@@ -33,6 +33,7 @@
     ├── SecondDerivativeError     NotImplementedError  a second derivative through quantized products
     ├── InvalidOpError            TypeError       something that cannot stand for a primitive in autocast
     ├── InvalidRuleError          ValueError      a rule or a setting of autocast that means nothing
+    ├── InvalidReportError        TypeError       something that no report has a place for
     └── ComputeDtypeError         AssertionError  products in a wider dtype than asserted
     NonFiniteUpdateWarning        UserWarning     an optimizer made infinities of finite gradients
     SlowDtypeWarning              UserWarning     a format that this accelerator cannot run fast
@@ -435,6 +436,18 @@ class InvalidRuleError(JmpLiteError, ValueError):
         jmp_lite.errors.InvalidRuleError: precision must be 'auto', 'full', 'low', or stand for float32 or ...
         >>> jmp.Rule("head", precision="full").precision
         'full'
+    """
+
+
+class InvalidReportError(JmpLiteError, TypeError):
+    """Something that can be no part of a report, or that takes no scalars.
+
+    Example:
+        >>> jmp.analysis.report(3.0)
+        Traceback (most recent call last):
+        jmp_lite.errors.InvalidReportError: 3.0 can be no part of a report. Give what an analysis returned, ...
+        >>> print(jmp.analysis.report({"loss_scale": 2.0}).verdict)
+        Found nothing.
     """
 
 

@@ -44,6 +44,7 @@ BASES = {
     "SecondDerivativeError": NotImplementedError,
     "InvalidOpError": TypeError,
     "InvalidRuleError": ValueError,
+    "InvalidReportError": TypeError,
     "ComputeDtypeError": AssertionError,
 }
 WARNINGS = [

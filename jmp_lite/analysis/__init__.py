@@ -19,6 +19,8 @@ from jmp_lite.analysis._range import Range as Range
 from jmp_lite.analysis._ranges import Ranges as Ranges
 from jmp_lite.analysis._ranges import Row as Row
 from jmp_lite.analysis._ranges import ranges as ranges
+from jmp_lite.analysis._report import Report as Report
+from jmp_lite.analysis._report import report as report
 from jmp_lite.analysis._sites import Site as Site
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "Range",
     "Ranges",
     "Replayed",
+    "Report",
     "Row",
     "Site",
     "assert_compute_dtype",
@@ -38,4 +41,5 @@ __all__ = [
     "first_nonfinite",
     "ranges",
     "replay",
+    "report",
 ]

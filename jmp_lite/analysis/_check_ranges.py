@@ -64,8 +64,21 @@ def diagnose(ranges: Ranges, *, format: str = "float16") -> tuple[Finding, ...]:
         Micikevicius et al., "Mixed Precision Training", arXiv:1710.03740, section 3.2, on gradients that underflow in
         float16 and the scale that moves them.
     """
-    view = _View.of(ranges, _format(format))
+    view = _View.of(ranges, parse_format(format))
     return ordered(finding for check in CHECKS for finding in check(view))
+
+
+def parse_format(name: str) -> str:
+    """Returns the full name of a format that ranges tell the fate of numbers in.
+
+    Raises:
+        UnknownDtypeError: If it is none of these.
+    """
+    dtype = dtype_or_none(name)
+    known = name if name == INT8 else dtype.name if dtype is not None else ""
+    if known not in ROUNDED:
+        raise UnknownDtypeError(f"Unknown format {quote(name)}. Accepted: {', '.join(ROUNDED)}.")
+    return known
 
 
 class _View(NamedTuple):
@@ -97,14 +110,6 @@ class _View(NamedTuple):
     def gradients(self) -> Iterator[tuple[Row, Range]]:
         """What the format holds of the backward pass: its products make gradients and cotangents."""
         return ((row, r) for row, r in self.held if _is_gradient(row))
-
-
-def _format(name: str) -> str:
-    dtype = dtype_or_none(name)
-    known = name if name == INT8 else dtype.name if dtype is not None else ""
-    if known not in ROUNDED:
-        raise UnknownDtypeError(f"Unknown format {quote(name)}. Accepted: {', '.join(ROUNDED)}.")
-    return known
 
 
 def _is_product(row: Row) -> bool:
