@@ -176,6 +176,28 @@ def _underflow(view: _View) -> Iterator[Finding]:
     yield _finding("gradient-underflow", f"{said}; {_scale(view.format, gradients)}.", row, share)
 
 
+def _all_lost(view: _View) -> Iterator[Finding]:
+    """Cotangents that are zero where a product of the format takes them, although gradients elsewhere are not."""
+    if jnp.dtype(view.format).itemsize != 2:
+        return
+    zeros = [
+        (row, r)
+        for row, r in view.held
+        if row.site and row.site.is_backward and row.name != "out" and r.zero == r.count
+        if view.format in row.site.in_dtypes
+    ]
+    small = [
+        (row, r)
+        for row, r in view.pairs
+        if (row.kind == "result" or _is_gradient(row)) and r.fates[view.format].underflow > _LOST
+    ]
+    if zeros and small:
+        row, r = zeros[0]
+        said = f"All {r.count} numbers of {row} are zero in {view.format}, where {small[0][0]} has magnitudes of "
+        said += f"{small[0][1].largest:.3g}; {_scale(view.format, small)}."
+        yield _finding("gradient-underflow", said, row, 1.0)
+
+
 def _lost(row: Row, r: Range, name: str) -> float:
     """Of the numbers other than zero, the share that becomes zero.
 
@@ -198,14 +220,15 @@ def _scale(name: str, gradients: Iterable[tuple[Row, Range]]) -> str:
 
 
 def _exploding(view: _View) -> Iterator[Finding]:
-    """Compares layers whose scopes differ in their numbers alone, in the order of the program."""
-    families: dict[tuple[str, str, bool], dict[str, tuple[float, Row]]] = {}
+    """Compares layers in the order of the program: scopes that differ in their numbers alone, or are the same."""
+    families: dict[tuple[str, str, bool], dict[object, tuple[float, Row]]] = {}
     for row, r in view.pairs:
-        if row.site is None or row.name != "out" or not re.search(r"\d", row.site.scope):
+        if row.site is None or row.name != "out":
             continue
         family = (re.sub(r"\d+", "*", row.site.scope), row.site.primitive, row.site.is_backward)
         layers = families.setdefault(family, {})
-        layers[row.site.scope] = max(layers.get(row.site.scope, (0.0, row)), (r.largest, row), key=lambda one: one[0])
+        layer = row.site.scope if re.search(r"\d", row.site.scope) else row.site.number
+        layers[layer] = max(layers.get(layer, (0.0, row)), (r.largest, row), key=lambda one: one[0])
     for layers in families.values():
         in_order = list(layers.values())
         for (before, first), (after, row) in itertools.pairwise(in_order):
@@ -245,6 +268,7 @@ CHECKS: tuple[Callable[[_View], Iterable[Finding]], ...] = (
     _infinities,
     _overflow,
     _underflow,
+    _all_lost,
     _exploding,
     _int8,
     _dead,
