@@ -42,12 +42,10 @@ def tests(session):
 
 @nox.session(python=PYTHONS)
 def coverage(session):
-    """The suite again, slow tests included, under branch coverage."""
+    """The suite under branch coverage."""
     session.install("-e", ".[test]")
     session.env["COVERAGE_FILE"] = str(pathlib.Path(session.create_tmp()) / "coverage")
-    session.run(
-        "pytest", "-m", "not soak and not zoo", "--cov", "--cov-branch", "--cov-fail-under=95", *session.posargs
-    )
+    session.run("pytest", "--cov", "--cov-branch", "--cov-fail-under=95", *session.posargs)
 
 
 @nox.session(python=PYTHONS)

@@ -26,9 +26,9 @@ def page(report: "Report") -> str:
     sections = [
         _section("Findings", _findings(report.findings)),
         *(_section(table.title, _table(table)) for table in report.tables if table.rows),
-        *_figures("Exponents", f"What {report.format} treats worst comes first.", histogram_pictures, report),
-        *_figures("Modules by steps", "", heat_map_pictures, report),
-        *_figures("Loss scale", "", lambda entries, _: timeline_pictures(entries), report),
+        *_figures("Exponents", "grid", histogram_pictures(report.histories, report.format)),
+        *_figures("Modules by steps", "wide", heat_map_pictures(report.histories, report.format)),
+        *_figures("Loss scale by steps", "wide", timeline_pictures(report.entries)),
     ]
     return "\n".join(
         [
@@ -99,11 +99,7 @@ def _cell(column: str, value: Any) -> str:
     return f'<td class="n" data-v="{number}">{text}</td>'
 
 
-def _figures(title: str, said: str, draw: Any, report: "Report") -> Iterator[str]:
-    pictures: Iterable[Picture] = draw(report.entries, report.format)
+def _figures(title: str, layout: str, pictures: Iterable[Picture]) -> Iterator[str]:
     figures = [f'<figure aria-label="{html.escape(one.title)}">{one.svg}</figure>' for one in pictures]
     if figures:
-        kind = "grid" if title == "Exponents" else "wide"
-        yield _section(
-            title, f'{f"<p>{html.escape(said)}</p>" if said else ""}<div class="{kind}">{"".join(figures)}</div>'
-        )
+        yield _section(title, f'<div class="{layout}">{"".join(figures)}</div>')

@@ -16,7 +16,7 @@ from jmp_lite._messages import naming_extra
 from jmp_lite.analysis._formats import FORMATS
 from jmp_lite.analysis._range import Range
 from jmp_lite.analysis._ranges import Row
-from jmp_lite.analysis._rows import Entry, shortened
+from jmp_lite.analysis._rows import Entry, History, shortened
 from jmp_lite.analysis._series import HeatMap, Timeline, heat_maps_of, histograms_of, timelines_of
 
 #: Okabe and Ito's colors, which all kinds of color vision tell apart.
@@ -57,10 +57,12 @@ class Picture(NamedTuple):
     svg: str
 
 
-def save_png(entries: Sequence[Entry], name: str, folder: pathlib.Path) -> tuple[pathlib.Path, ...]:
+def save_png(
+    entries: Sequence[Entry], histories: Sequence[History], name: str, folder: pathlib.Path
+) -> tuple[pathlib.Path, ...]:
     """Draws everything there is to draw, and returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
-    pairs, maps, lines = histograms_of(entries, name), [*heat_maps_of(entries, name)], [*timelines_of(entries)]
+    pairs, maps, lines = histograms_of(histories, name), [*heat_maps_of(histories, name)], [*timelines_of(entries)]
     figures: list[tuple[str, str, Callable[[], Any]]] = []
     if pairs:
         figures.append(("histograms", f"Exponents, the worst for {name} first", lambda: _histograms(pairs, name)))
@@ -79,17 +81,17 @@ def save_png(entries: Sequence[Entry], name: str, folder: pathlib.Path) -> tuple
     return tuple(files)
 
 
-def histogram_pictures(entries: Sequence[Entry], name: str) -> Iterator[Picture]:
+def histogram_pictures(histories: Sequence[History], name: str) -> Iterator[Picture]:
     """Draws one histogram of exponents for each row."""
-    pairs = histograms_of(entries, name)
+    pairs = histograms_of(histories, name)
     span = _span(pairs, name)
     for row, r in pairs:
         yield Picture(str(row), _svg(functools.partial(_one_histogram, row, r, name, span)))
 
 
-def heat_map_pictures(entries: Sequence[Entry], name: str) -> Iterator[Picture]:
+def heat_map_pictures(histories: Sequence[History], name: str) -> Iterator[Picture]:
     """Draws modules by steps."""
-    for one in heat_maps_of(entries, name):
+    for one in heat_maps_of(histories, name):
         yield Picture("Modules by steps", _svg(functools.partial(_heat_map, one, name)))
 
 
@@ -225,15 +227,11 @@ def _heat_map(found: HeatMap, name: str) -> Any:
     count = len(found.modules)
     figure = _figure(13, 1.6 + 0.24 * max(count, 6))
     left, right = figure.subplots(1, 2, sharey=True)
-    lost = np.ma.masked_equal(100 * found.lost, 0)
+    largest, lost = np.ma.masked_invalid(found.largest), np.ma.masked_equal(100 * found.lost, 0)
+    share = {"cmap": "YlOrRd", "vmin": 0, "vmax": max(1.0, 100 * float(found.lost.max()))}
     for axis, values, label, style in (
-        (left, np.ma.masked_invalid(found.largest), "Largest magnitude, binary logarithm", {"cmap": "cividis"}),
-        (
-            right,
-            lost,
-            f"Lost in {name}, % of the numbers",
-            {"cmap": "YlOrRd", "vmin": 0, "vmax": max(1.0, 100 * found.lost.max())},
-        ),
+        (left, largest, "Largest magnitude, binary logarithm", {"cmap": "cividis"}),
+        (right, lost, f"Lost in {name}, % of the numbers", share),
     ):
         mesh = axis.pcolormesh(values, edgecolors="face", linewidth=0.4, rasterized=values.size > 5000, **style)
         figure.colorbar(mesh, ax=axis, pad=0.01, aspect=30)

@@ -15,6 +15,7 @@ from jmp_lite.analysis._finding import Finding, ordered
 from jmp_lite.analysis._ranges import Ranges
 from jmp_lite.analysis._rows import (
     Entry,
+    History,
     Table,
     cell,
     entries_of,
@@ -43,12 +44,14 @@ class Report:
         format: The format that ranges are judged by.
         findings: Of all parts, the worst first.
         entries: The parts, each with the step of training that it is of.
+        histories: The ranges among them, by programs.
     """
 
     title: str
     format: str
     findings: tuple[Finding, ...]
-    entries: tuple[Entry, ...] = dataclasses.field(repr=False)
+    entries: tuple[Entry, ...]
+    histories: tuple[History, ...]
 
     @property
     def verdict(self) -> str:
@@ -65,12 +68,14 @@ class Report:
     @functools.cached_property
     def tables(self) -> tuple[Table, ...]:
         """All but the findings."""
-        return tuple(tables_of(self.entries, self.format))
+        return tuple(tables_of(self.entries, self.histories, self.format))
 
     def __str__(self) -> str:
         table = _rich_table if importlib.util.find_spec("rich") else _plain_table
         parts = [self.title, self.verdict, *map(str, self.findings), *(table(one) for one in self.tables if one.rows)]
         return "\n\n".join(filter(None, parts))
+
+    __repr__ = __str__
 
     def to_dict(self) -> dict[str, Any]:
         """Returns everything as dictionaries, lists, strings and numbers."""
@@ -157,7 +162,7 @@ class Report:
         """
         from jmp_lite.analysis._plots import save_png
 
-        return save_png(self.entries, self.format, pathlib.Path(folder))
+        return save_png(self.entries, self.histories, self.format, pathlib.Path(folder))
 
     def save_html(self, path: Any) -> None:
         """Writes one page that needs no other file and no network: findings, tables that can be sorted, and figures.
@@ -202,8 +207,9 @@ def report(*parts: Any, title: str = "Mixed precision", format: str = "float16")
     entries = tuple(entries_of(parts))
     found = [entry.part for entry in entries if isinstance(entry.part, Finding)]
     found += [finding for entry in entries for finding in getattr(entry.part, "findings", ())]
-    found += [finding for history in histories_of(entries) for finding in diagnose(history.total, format=name)]
-    return Report(title, name, ordered(found), entries)
+    histories = histories_of(entries)
+    found += [finding for history in histories for finding in diagnose(history.total, format=name)]
+    return Report(title, name, ordered(found), entries, histories)
 
 
 def _scalars(part: Any, name: str) -> Iterator[tuple[str, float]]:

@@ -1,17 +1,24 @@
 """Parts of a report as flat rows: of tables to look at, of a CSV file, and as plain data."""
 
+import dataclasses
 import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from jmp_lite._messages import quote
 from jmp_lite.analysis._finding import Finding
 from jmp_lite.analysis._ranges import Ranges, _severity
+<<<<<<< HEAD
 from jmp_lite.errors import InvalidAnalysisError
+=======
+from jmp_lite.analysis._tally import Tally
+from jmp_lite.errors import InvalidReportError
+>>>>>>> an-report
 
 
 class Entry(NamedTuple):
@@ -29,16 +36,36 @@ class Table(NamedTuple):
     rows: tuple[tuple[Any, ...], ...]
 
 
-class History(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class History:
     """Ranges of one program, step after step."""
 
     steps: tuple[int | None, ...]
     ranges: tuple[Ranges, ...]
 
-    @property
+    @functools.cached_property
     def total(self) -> Ranges:
-        """Those of all steps."""
-        return functools.reduce(Ranges.__add__, self.ranges)
+        """Those of all steps, added up on the host, where a thousand arrays take no time."""
+        steps = [ranges.tallies for ranges in self.ranges]
+        return Ranges(self.ranges[0].rows, [_added(parts) for parts in zip(*jax.device_get(steps), strict=True)])
+
+
+def _added(parts: Sequence[Tally]) -> Tally:
+    """As ``merged``, of many tallies that are on the host."""
+    fields: list[Any] = [np.stack(field) for field in zip(*parts, strict=True)]
+    stacked = Tally(*fields)
+    power = stacked.power.max(0)
+    shift = stacked.power - power
+    return Tally(
+        stacked.classes.astype(np.int64).sum(0),
+        stacked.largest.max(0),
+        stacked.smallest.min(0),
+        power,
+        (stacked.total * np.exp2(shift)).sum(0),
+        (stacked.square * np.exp2(2 * shift)).sum(0),
+        (stacked.errors * np.exp2(2 * shift)[..., None]).sum(0),
+        stacked.lost_in_int8.astype(np.int64).sum(0),
+    )
 
 
 def entries_of(parts: Iterable[Any]) -> Iterator[Entry]:
@@ -89,7 +116,7 @@ def histories_of(entries: Iterable[Entry]) -> tuple[History, ...]:
                 found and None not in (entry.step, found[-1][-1].step) and found[-1][-1].part.rows == entry.part.rows
             )
             found[-1].append(entry) if is_next else found.append([entry])
-    return tuple(History(*zip(*entries, strict=True)) for entries in found)
+    return tuple(History(tuple(e.step for e in one), tuple(e.part for e in one)) for one in found)
 
 
 def metrics_of(entries: Iterable[Entry]) -> list[tuple[int, Mapping[str, Any]]]:
@@ -101,11 +128,12 @@ def metrics_of(entries: Iterable[Entry]) -> list[tuple[int, Mapping[str, Any]]]:
 # --- Tables to look at ---
 
 
-def tables_of(entries: Sequence[Entry], name: str) -> Iterator[Table]:
+def tables_of(entries: Sequence[Entry], histories: Sequence[History], name: str) -> Iterator[Table]:
     """Returns what is in a report, findings apart.
 
     Args:
         entries: Its parts.
+        histories: The ranges among them.
         name: The format to judge ranges by.
     """
     for step, part in entries:
@@ -113,7 +141,7 @@ def tables_of(entries: Sequence[Entry], name: str) -> Iterator[Table]:
             continue
         at = "" if step is None else f", step {step}"
         yield from _tables(f"{type(part).__name__}{at}", part.to_dict())
-    for history in histories_of(entries):
+    for history in histories:
         yield _table_of_ranges(history, name)
     metrics = metrics_of(entries)
     if metrics:

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from jmp_lite.analysis._nonfinite import NonFinite
 from jmp_lite.analysis._range import Range
 from jmp_lite.analysis._ranges import Ranges, Row, _severity
-from jmp_lite.analysis._rows import Entry, History, histories_of, metrics_of
+from jmp_lite.analysis._rows import Entry, History, metrics_of
 
 #: As many panels can be taken in at a glance.
 _PANELS = 12
@@ -56,9 +56,9 @@ class Timeline(NamedTuple):
     culprits: tuple[tuple[int, str], ...]
 
 
-def histograms_of(entries: Iterable[Entry], name: str) -> list[tuple[Row, Range]]:
+def histograms_of(histories: Sequence[History], name: str) -> list[tuple[Row, Range]]:
     """Returns what to draw histograms of: what a format treats worst, of all steps."""
-    pairs = [pair for history in histories_of(entries) for pair in history.total.pairs if pair[1].exponents]
+    pairs = [pair for history in histories for pair in history.total.pairs if pair[1].exponents]
     worst_first = sorted(pairs, key=lambda pair: _severity(pair[1], name), reverse=True)
     found: list[tuple[Row, Range]] = []
     for row, r in worst_first:
@@ -69,9 +69,9 @@ def histograms_of(entries: Iterable[Entry], name: str) -> list[tuple[Row, Range]
     return found
 
 
-def heat_maps_of(entries: Iterable[Entry], name: str) -> Iterator[HeatMap]:
+def heat_maps_of(histories: Sequence[History], name: str) -> Iterator[HeatMap]:
     """Returns modules by steps, for each program that was looked at in several."""
-    for history in histories_of(entries):
+    for history in histories:
         if len(history.steps) > 1:
             yield _heat_map(history, name)
 

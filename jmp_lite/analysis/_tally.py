@@ -78,7 +78,7 @@ def tally(x: jax.Array) -> Tally:
         _sum(scaled),
         _sum(scaled * scaled),
         jnp.stack([_sum((error * unit) ** 2) for error in rounding]),
-        jnp.sum(jnp.isfinite(x) & ~is_zero & (x == rounding[-1]), dtype=jnp.uint32),
+        jnp.sum(is_finite & ~is_zero & (x == rounding[-1]), dtype=jnp.uint32),
     )
 
 
