@@ -13,12 +13,8 @@ import numpy as np
 from jmp_lite._messages import quote
 from jmp_lite.analysis._finding import Finding
 from jmp_lite.analysis._ranges import Ranges, _severity
-<<<<<<< HEAD
-from jmp_lite.errors import InvalidAnalysisError
-=======
 from jmp_lite.analysis._tally import Tally
-from jmp_lite.errors import InvalidReportError
->>>>>>> an-report
+from jmp_lite.errors import InvalidAnalysisError
 
 
 class Entry(NamedTuple):

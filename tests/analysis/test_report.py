@@ -112,7 +112,7 @@ def test_part_is_in_every_form(name, tmp_path):
 
 @pytest.mark.parametrize("part", [3.0, "text", None, jnp.ones(2), {1: 3.0}, [Estimated(), 3.0]])
 def test_what_is_no_part_is_refused(part):
-    with pytest.raises(jmp.errors.InvalidReportError, match="can be no part of a report. Give what"):
+    with pytest.raises(jmp.errors.InvalidAnalysisError, match="can be no part of a report. Give what"):
         report(part)
 
 
@@ -211,7 +211,7 @@ def test_scalars_have_the_steps_of_their_parts(kind):
 
 
 def test_what_takes_no_scalars_is_refused():
-    with pytest.raises(jmp.errors.InvalidReportError, match="str has neither"):
+    with pytest.raises(jmp.errors.InvalidAnalysisError, match="str has neither"):
         report().to_tensorboard("run")
 
 
