@@ -135,7 +135,8 @@ def complaint_about_wheel(names: set[str]) -> str:
     """What is wrong with the files of a wheel; empty if nothing is."""
     package = {n for n in names if n.startswith("jmp_lite/")}
     metadata = {n for n in names if re.match(r"jmp_lite-[^/]+\.dist-info/", n)}
-    sources = {str(f.relative_to(ROOT)) for f in (ROOT / "jmp_lite").rglob("*.py")}
+    endings = ("*.py", "*.css", "*.js")
+    sources = {str(f.relative_to(ROOT)) for ending in endings for f in (ROOT / "jmp_lite").rglob(ending)}
     expected = sources | {"jmp_lite/py.typed"}
     complaints = {
         "not of the package": names - package - metadata,

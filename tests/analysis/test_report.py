@@ -16,8 +16,8 @@ import pytest
 
 import jmp_lite as jmp
 from jmp_lite.analysis import Finding, audit, collect, diagnose, first_nonfinite, ranges, report
-from jmp_lite.analysis._rows import metrics_of
-from jmp_lite.analysis._series import heat_maps_of, timelines_of
+from jmp_lite.analysis._reports._rows import metrics_of
+from jmp_lite.analysis._reports._series import heat_maps_of, timelines_of
 
 SCOPE = "<script>alert(1)</script>$x_&\"'"
 
@@ -283,5 +283,5 @@ def test_text_does_without_rich(monkeypatch):
 
 
 def test_assets_are_beside_the_code():
-    folder = pathlib.Path(jmp.analysis.__file__).parent
+    folder = pathlib.Path(jmp.analysis.__file__).parent / "_reports"
     assert {"report.css", "report.js"} <= {file.name for file in folder.iterdir()}
