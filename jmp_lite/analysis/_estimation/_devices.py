@@ -78,10 +78,10 @@ DEVICES: Mapping[str, Device] = {
     "h100": Device("NVIDIA H100 SXM", 80e9, 3.35e12, _HOPPER, 66.9e12, "NVIDIA H100 Tensor Core GPU datasheet", "h100"),
     # The same chip, so the same programs.
     "h200": Device("NVIDIA H200 SXM", 141e9, 4.8e12, _HOPPER, 66.9e12, "NVIDIA H200 Tensor Core GPU datasheet", "h100"),
-    "b200": Device("NVIDIA B200", 180e9, 8e12, _nvidia(1.1e15, 2.25e15, 4.5e15), 75e12, "NVIDIA DGX B200 datasheet"),
+    "b200": Device("NVIDIA B200", 180e9, 8e12, _nvidia(1.1e15, 2.25e15, 4.5e15), 80e12, "NVIDIA HGX B200 datasheet"),
     "tpu_v5e": Device("TPU v5e", 16e9, 819e9, _tpu(197e12), 197e12 / 6, "Google Cloud documentation, TPU v5e"),
     "tpu_v5p": Device("TPU v5p", 95e9, 2.765e12, _tpu(459e12), 459e12 / 6, "Google Cloud documentation, TPU v5p"),
-    "tpu_v6e": Device("TPU v6e", 32e9, 1.64e12, _tpu(918e12), 918e12 / 6, "Google Cloud documentation, TPU v6e"),
+    "tpu_v6e": Device("TPU v6e", 32e9, 1.638e12, _tpu(918e12), 918e12 / 6, "Google Cloud documentation, TPU v6e"),
 }
 
 
