@@ -131,6 +131,7 @@ def test_what_a_recipe_does_not_apply_to_is_said(rng):
     found = recommend(loss, w, batches, tolerance=0.9, formats=["fp8", "bfloat16"])
     assert {line.scope: line.format for line in found.lines} == {"weights": "fp8", "scores": "bfloat16"}
     assert found.lines[1].reason == "fp8 applies to no product here"
+    assert len(found.plan.rules) == 1  # a rule for scores would change nothing
     before, after = found.cost.rows
     assert after.bytes < before.bytes
 

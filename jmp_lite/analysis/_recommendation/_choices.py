@@ -64,14 +64,17 @@ class Plan:
 
     Attributes:
         choices: By the name scope of the group.
+        beyond: Groups that no recipe applies to, with rules or without.
     """
 
     choices: Mapping[str, Choice]
+    beyond: frozenset[str] = frozenset()
 
     @property
     def base(self) -> Choice:
-        """What most groups get."""
-        return collections.Counter(self.choices.values()).most_common(1)[0][0]
+        """What most groups get that have a choice."""
+        free = [choice for scope, choice in self.choices.items() if scope not in self.beyond]
+        return collections.Counter(free or self.choices.values()).most_common(1)[0][0]
 
     @property
     def policy(self) -> str:
@@ -80,7 +83,12 @@ class Plan:
 
     def exceptions(self) -> dict[str, Choice]:
         """Returns the groups that need a rule of their own, inner ones before those around them."""
-        differing = [scope for scope, choice in self.choices.items() if choice != self.base]
+        plain = Choice(self.base.dtype, self.base.dtype) if self.base.recipe else self.base
+        differing = [
+            scope
+            for scope, choice in self.choices.items()
+            if choice != self.base and not (scope in self.beyond and choice == plain)
+        ]
         inside = [
             scope
             for scope, choice in self.choices.items()

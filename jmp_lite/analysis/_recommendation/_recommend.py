@@ -282,7 +282,8 @@ class _Search:
 
     def plan(self, raises: Sequence[tuple[str, Choice]]) -> Plan:
         """Returns the narrowest formats with some steps taken."""
-        return Plan({scope: dict(raises).get(scope, self.narrowest(scope)) for scope in self.groups})
+        beyond = frozenset(scope for scope in self.groups if self.narrowest(scope).recipe is None)
+        return Plan({scope: dict(raises).get(scope, self.narrowest(scope)) for scope in self.groups}, beyond)
 
     def measured(self, plan: Plan) -> float:
         """Runs a plan on the batches held out, and returns its worst error."""
