@@ -210,8 +210,9 @@ def cell(column: str, value: Any) -> str:
 
 
 def shortened(text: str, limit: int) -> str:
-    """Returns text without its middle where it is long."""
-    return text if len(text) <= limit else f"{text[: limit // 2 - 1]}…{text[-(limit // 2) :]}"
+    """Returns text without some of what is after its beginning, where it is long: ends of paths tell them apart."""
+    head = limit // 5
+    return text if len(text) <= limit else f"{text[:head]}…{text[head + 1 - limit :]}"
 
 
 # --- Plain data ---

@@ -16,7 +16,7 @@ import pytest
 
 import jmp_lite as jmp
 from jmp_lite.analysis import Finding, audit, collect, diagnose, first_nonfinite, ranges, report
-from jmp_lite.analysis._rows import metrics_of
+from jmp_lite.analysis._rows import metrics_of, shortened
 from jmp_lite.analysis._series import heat_maps_of, timelines_of
 
 SCOPE = "<script>alert(1)</script>$x_&\"'"
@@ -158,6 +158,19 @@ def test_heat_map_has_modules_by_steps():
     assert [name.endswith("backward") for name in found.modules] == [False, False, True, True]
     assert found.largest[0].tolist() == pytest.approx(np.log2([1, 10, 100]), abs=1e-6)
     assert not found.broken.any()
+
+
+def test_layers_of_trees_are_in_the_order_of_their_numbers():
+    grads = {f"layer_{n}": {"w": X} for n in (10, 9, 1)}
+    [found] = heat_maps_of(report([ranges(grads, "gradient")] * 2).histories, "float16")
+    assert found.modules == ("layer_1/w", "layer_9/w", "layer_10/w")
+
+
+@pytest.mark.parametrize(
+    ("text", "short"), [("a/short", "a/short"), ("begin/of/a/path/layer_10/w", "beg…path/layer_10/w")]
+)
+def test_long_names_keep_their_ends(text, short):
+    assert shortened(text, 19) == short
 
 
 @pytest.mark.parametrize("every", [1, 3])
