@@ -66,8 +66,10 @@ def broken():
     return first_nonfinite(jnp.log)(-X)
 
 
-class Estimated:
-    """A part that the report has never heard of."""
+class Estimated(tuple):
+    """A part that the report has never heard of; that it is a sequence too does not matter."""
+
+    __slots__ = ()
 
     findings = (Finding("dead", "Nothing happens."),)
 
