@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.comparisons import slow_but_for
 
 import jmp_lite as jmp
 from jmp_lite.analysis import perturb, recommend
-from support.comparisons import slow_but_for
 
 WIDTH = 32
 
