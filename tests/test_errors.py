@@ -45,6 +45,7 @@ BASES = {
     "InvalidOpError": TypeError,
     "InvalidRuleError": ValueError,
     "InvalidAnalysisError": ValueError,
+    "InvalidReportError": TypeError,
     "ComputeDtypeError": AssertionError,
 }
 WARNINGS = [

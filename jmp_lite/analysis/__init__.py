@@ -9,6 +9,7 @@ from jmp_lite.analysis._audit import Audit as Audit
 from jmp_lite.analysis._audit import audit as audit
 from jmp_lite.analysis._bundle import Replayed as Replayed
 from jmp_lite.analysis._bundle import replay as replay
+from jmp_lite.analysis._check_ranges import diagnose as diagnose
 from jmp_lite.analysis._collect import collect as collect
 from jmp_lite.analysis._compare import Comparison as Comparison
 from jmp_lite.analysis._compare import EquationError as EquationError
@@ -34,6 +35,8 @@ from jmp_lite.analysis._ranges import ranges as ranges
 from jmp_lite.analysis._recommend import Line as Line
 from jmp_lite.analysis._recommend import Recommendation as Recommendation
 from jmp_lite.analysis._recommend import recommend as recommend
+from jmp_lite.analysis._report import Report as Report
+from jmp_lite.analysis._report import report as report
 from jmp_lite.analysis._sites import Site as Site
 from jmp_lite.analysis._storage import StorageEstimate as StorageEstimate
 from jmp_lite.analysis._storage import estimate_storage as estimate_storage
@@ -57,6 +60,7 @@ __all__ = [
     "Ranges",
     "Recommendation",
     "Replayed",
+    "Report",
     "ResultError",
     "Row",
     "Sensitivities",
@@ -67,6 +71,7 @@ __all__ = [
     "audit",
     "collect",
     "compare",
+    "diagnose",
     "diff",
     "estimate",
     "estimate_storage",
@@ -76,4 +81,5 @@ __all__ = [
     "ranges",
     "recommend",
     "replay",
+    "report",
 ]

@@ -87,6 +87,17 @@ KINDS: Mapping[str, Kind] = {
         'Compute this and what it takes in float32: jmp.full_precision, or jmp.Rule(scope, precision="full").',
     ),
     "updates-lost": Kind("warning", "Keep parameters in float32, or wrap the optimizer in jmp.optim.stored."),
+    # Of the numbers that it computes.
+    "nan": Kind("error", "jmp.analysis.first_nonfinite(fun)(*args) names the equation that made the first."),
+    "overflow": Kind(
+        "error", 'Keep this in float32, PolicyMap({scope: "full"}, default=policy), use bfloat16, or scale it down.'
+    ),
+    "gradient-underflow": Kind("warning", "Scale the loss, jmp.loss_scaled(tx) finds how much, or use bfloat16."),
+    "exploding": Kind("warning", "Normalize between the layers, or start with smaller weights."),
+    "lost-in-int8": Kind(
+        "warning", "Move outliers into the weights with jmp.quant.smooth, or use scales for rows or tiles."
+    ),
+    "dead": Kind("warning", "Nothing is learned there: see what feeds it, its ReLU or its mask."),
 }
 
 _ORDER = {"error": 0, "warning": 1, "note": 2}

@@ -13,6 +13,7 @@ from jmp_lite._functions import check_function, refuse_modules
 from jmp_lite._tree import path_string
 from jmp_lite.analysis._bundle import Bundle
 from jmp_lite.analysis._culprits import NEVER, WRITTEN, captured, codes_of_results, step_at
+from jmp_lite.analysis._finding import Finding
 from jmp_lite.analysis._range import Range, range_of
 from jmp_lite.analysis._ranges import is_floating
 from jmp_lite.analysis._sites import Site, Step, flat, steps_of, traced
@@ -22,6 +23,7 @@ from jmp_lite.scaling._in_state import is_loss_scale, nodes
 
 #: How many producers of the operands are named.
 _PRODUCERS = 8
+_FIGURES = ("count", "nan", "inf", "zero", "largest", "smallest")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +71,30 @@ class NonFinite:
             )
         self.bundle.save(path, str(self))
 
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """One, of kind ``nan`` or ``overflow``."""
+        kind = "nan" if self.made.nan else "overflow"
+        share = (self.made.nan + self.made.inf) / max(self.made.count, 1)
+        where = (self.site.source, self.site.scope) if self.site else ("", self.argument)
+        return (Finding(kind, str(self).splitlines()[0], *where, share=share),)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain data: the equation, what it made and took, and what made that."""
+        return {
+            "site": str(self.site) if self.site else None,
+            "argument": self.argument,
+            "run": self.run,
+            "device": {str(axis): index for axis, index in self.device.items()},
+            "results": list(self.results),
+            "loss_scales": dict(self.loss_scales),
+            "arrays": [
+                {"role": role, **{name: getattr(found, name) for name in _FIGURES}}
+                for role, found in (("made", self.made), *(("took", one) for one in self.operands))
+            ],
+            "producers": [{"before": str(site)} for site in self.producers],
+        }
+
     def __str__(self) -> str:
         kind = "NaN" if self.made.nan else "infinity"
         if self.site is None:
@@ -85,8 +111,8 @@ class NonFinite:
 
 def _described(found: Range) -> str:
     counts = [f"{n} {name}" for name, n in (("NaN", found.nan), ("infinite", found.inf), ("zero", found.zero)) if n]
-    parts = [f"{found.count} numbers", *counts, f"magnitudes from {found.smallest:.3g} to {found.largest:.3g}"]
-    return ", ".join(parts)
+    others = [f"magnitudes from {found.smallest:.3g} to {found.largest:.3g}"] if found.largest else []
+    return ", ".join([f"{found.count} numbers", *counts, *others])
 
 
 def first_nonfinite(fun: Callable[..., Any]) -> Callable[..., NonFinite | None]:
