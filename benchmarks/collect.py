@@ -95,9 +95,10 @@ def main() -> None:
             "hardware": f"{device.device_kind}; {_report.hardware()}",
             "run": f"{options.rounds} rounds of 2 steps each, in turns",
         }
-        note = f"""{task.title}, under `autocast(loss, "mixed_bfloat16")` and `loss_scaled(adamw)`; `collect` is around the gradient
-function. A program with `when=` holds the step twice, with counting and without; it is timed at a step that counts nothing and at
-one that does, and the last row is {EVERY - 1} of the one and one of the other. Ratios are medians of the ratios within a round."""
+        note = f"""{task.title}, under `autocast(loss, "mixed_bfloat16")` and `loss_scaled(adamw)`; `collect`
+is around the gradient function. A program with `when=` holds the step twice, with counting and without; it is timed at
+a step that counts nothing and at one that does, and the last row is {EVERY - 1} of the one and one of the other. Ratios
+are medians of the ratios within a round."""
         target = _report.Target(f"collect at one step of {EVERY} / bare", LIMIT, [amortized]).line()
         name = f"collect, {device.platform}"
         title = f"Collecting ranges in a training step on {device.platform.upper()}"

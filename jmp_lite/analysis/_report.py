@@ -43,6 +43,11 @@ class Report:
         format: The format that ranges are judged by.
         findings: Of all parts, the worst first.
         entries: The parts, each with the step of training that it is of.
+
+    Example:
+        >>> report = jmp.analysis.report(jmp.analysis.audit(jnp.matmul)(jnp.ones((2, 3)), jnp.ones((3, 2))))
+        >>> report.title, report.verdict
+        ('Mixed precision', 'Found nothing.')
     """
 
     title: str

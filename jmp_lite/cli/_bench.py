@@ -56,5 +56,5 @@ def bench(*, tiny: bool = False, json: str | None = None, png: str | None = None
         _bench_plot.draw(png, setting, runs)
     failed = [f"{run.model.name}, {run.variant}" for run in runs if run.error]
     if failed:
-        return Outcome(text, 2, f"{len(failed)} of {len(runs)} runs failed: {first_few(failed)}")
+        return Outcome(text, 2, f"{len(failed)} of {len(runs)} runs failed: {first_few(failed)}.")
     return Outcome(text)

@@ -1,4 +1,4 @@
-"""``audit``, ``analyze`` and ``estimate`` print what the analysis says, and end with a status that a script can read."""
+"""``audit``, ``analyze`` and ``estimate`` print what the analysis says, with a status that a script can read."""
 
 import json
 import sys
