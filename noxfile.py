@@ -42,12 +42,10 @@ def tests(session):
 
 @nox.session(python=PYTHONS)
 def coverage(session):
-    """The suite again, slow tests included, under branch coverage."""
+    """The suite under branch coverage."""
     session.install("-e", ".[test]")
     session.env["COVERAGE_FILE"] = str(pathlib.Path(session.create_tmp()) / "coverage")
-    session.run(
-        "pytest", "-m", "not soak and not zoo", "--cov", "--cov-branch", "--cov-fail-under=95", *session.posargs
-    )
+    session.run("pytest", "--cov", "--cov-branch", "--cov-fail-under=95", *session.posargs)
 
 
 @nox.session(python=PYTHONS)
@@ -137,7 +135,8 @@ def complaint_about_wheel(names: set[str]) -> str:
     """What is wrong with the files of a wheel; empty if nothing is."""
     package = {n for n in names if n.startswith("jmp_lite/")}
     metadata = {n for n in names if re.match(r"jmp_lite-[^/]+\.dist-info/", n)}
-    sources = {str(f.relative_to(ROOT)) for f in (ROOT / "jmp_lite").rglob("*.py")}
+    endings = ("*.py", "*.css", "*.js")
+    sources = {str(f.relative_to(ROOT)) for ending in endings for f in (ROOT / "jmp_lite").rglob(ending)}
     expected = sources | {"jmp_lite/py.typed"}
     complaints = {
         "not of the package": names - package - metadata,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from jmp_lite.analysis._compiled import _hlo
+from jmp_lite.analysis._estimation._compiled import _hlo
 
 _OPCODES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import _designs
-from jmp_lite.analysis._compiled import _cost, _hlo
+from jmp_lite.analysis._estimation._compiled import _cost, _hlo
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,7 +34,6 @@
     ├── InvalidOpError            TypeError       something that cannot stand for a primitive in autocast
     ├── InvalidRuleError          ValueError      a rule or a setting of autocast that means nothing
     ├── InvalidAnalysisError      ValueError      an analysis of something that does not exist, or with too little
-    ├── InvalidReportError        TypeError       something that no report has a place for
     └── ComputeDtypeError         AssertionError  products in a wider dtype than asserted
     NonFiniteUpdateWarning        UserWarning     an optimizer made infinities of finite gradients
     SlowDtypeWarning              UserWarning     a format that this accelerator cannot run fast
@@ -444,24 +443,9 @@ class InvalidAnalysisError(JmpLiteError, ValueError):
     """A device, a format or a setting of an analysis that does not exist, or too little to analyze.
 
     Example:
-        >>> jmp.analysis.recommend(lambda w, x: jnp.sum(x @ w), jnp.ones((2, 2)), [(jnp.ones((1, 2)),)])
-        Traceback (most recent call last):
-        jmp_lite.errors.InvalidAnalysisError: recommend needs two batches or more, ...
         >>> jmp.analysis.estimate(jnp.sum, device="h10")
         Traceback (most recent call last):
         jmp_lite.errors.InvalidAnalysisError: Unknown device 'h10'. Did you mean 'h100'?...
-    """
-
-
-class InvalidReportError(JmpLiteError, TypeError):
-    """Something that can be no part of a report, or that takes no scalars.
-
-    Example:
-        >>> jmp.analysis.report(3.0)
-        Traceback (most recent call last):
-        jmp_lite.errors.InvalidReportError: 3.0 can be no part of a report. Give what an analysis returned, ...
-        >>> print(jmp.analysis.report({"loss_scale": 2.0}).verdict)
-        Found nothing.
     """
 
 

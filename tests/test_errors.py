@@ -45,7 +45,6 @@ BASES = {
     "InvalidOpError": TypeError,
     "InvalidRuleError": ValueError,
     "InvalidAnalysisError": ValueError,
-    "InvalidReportError": TypeError,
     "ComputeDtypeError": AssertionError,
 }
 WARNINGS = [

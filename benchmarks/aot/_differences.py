@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import PurePath
 from typing import NamedTuple
 
-from jmp_lite.analysis._compiled import _cost, _hlo
+from jmp_lite.analysis._estimation._compiled import _cost, _hlo
 
 _LAYOUT = re.compile(r"\{[^}]*\}")
 _LIBRARY = re.compile(r'custom_call_target="([^"]*)"')

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from jmp_lite.analysis._compiled import _targets
+from jmp_lite.analysis._estimation._compiled import _targets
 
 _targets.configure()
 
@@ -22,7 +22,7 @@ import jax  # noqa: E402
 
 from benchmarks import _command, _models, _precisions, _report, autocast  # noqa: E402
 from benchmarks.aot.step import COMPILERS  # noqa: E402
-from jmp_lite.analysis._compiled import _cost, _hlo  # noqa: E402
+from jmp_lite.analysis._estimation._compiled import _cost, _hlo  # noqa: E402
 
 MODULE = "benchmarks.aot.autocast"
 FIGURES = ("MB", "/ hand", "temp MB", "/ hand", "kernels", "XLA's MB")

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from jmp_lite.analysis._compiled import _targets
+from jmp_lite.analysis._estimation._compiled import _targets
 
 _targets.configure()
 
@@ -31,7 +31,7 @@ from jax.sharding import AxisType, Mesh  # noqa: E402
 import jmp_lite as jmp  # noqa: E402
 from benchmarks import _collectives, _command, _report, _wire_designs  # noqa: E402
 from benchmarks._wire_designs import AXIS, MODES, PARAMETERS, Mode  # noqa: E402
-from jmp_lite.analysis._compiled import _hlo  # noqa: E402
+from jmp_lite.analysis._estimation._compiled import _hlo  # noqa: E402
 
 MODULE = "benchmarks.aot.collectives"
 COMPILERS = {"h100": ("jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12"), "tpu": ("libtpu",)}

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from jmp_lite.analysis._compiled import _targets
+from jmp_lite.analysis._estimation._compiled import _targets
 
 _targets.configure("--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true")
 
@@ -20,7 +20,7 @@ import jax.numpy as jnp  # noqa: E402
 
 from benchmarks import _command, _report  # noqa: E402
 from benchmarks.aot.step import COMPILERS  # noqa: E402
-from jmp_lite.analysis._compiled import _cost, _hlo  # noqa: E402
+from jmp_lite.analysis._estimation._compiled import _cost, _hlo  # noqa: E402
 
 MODULE = "benchmarks.aot.contractions"
 TARGET = "h100"

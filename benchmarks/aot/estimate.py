@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jmp_lite.analysis._compiled import _targets
+from jmp_lite.analysis._estimation._compiled import _targets
 
 _targets.configure(
     "--xla_gpu_enable_triton_gemm=false",
@@ -26,10 +26,10 @@ import jax.numpy as jnp  # noqa: E402
 from benchmarks import _command, _layers, _report, _zoo  # noqa: E402
 from benchmarks.aot.step import COMPILERS  # noqa: E402
 from jmp_lite import analysis, quant  # noqa: E402
-from jmp_lite.analysis._compiled import _hlo, _roofline  # noqa: E402
-from jmp_lite.analysis._devices import DEVICES  # noqa: E402
-from jmp_lite.analysis._estimate import configuration, in_precision  # noqa: E402
-from jmp_lite.analysis._estimated import Configuration  # noqa: E402
+from jmp_lite.analysis._estimation._compiled import _hlo, _roofline  # noqa: E402
+from jmp_lite.analysis._estimation._devices import DEVICES  # noqa: E402
+from jmp_lite.analysis._estimation._estimate import configuration, in_precision  # noqa: E402
+from jmp_lite.analysis._estimation._estimated import Configuration  # noqa: E402
 
 MODULE = "benchmarks.aot.estimate"
 TARGET = "h100"

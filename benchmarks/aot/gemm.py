@@ -16,7 +16,7 @@ import jax
 import jmp_lite as jmp
 from benchmarks import _command, _models, _products, _report
 from jmp_lite import quant
-from jmp_lite.analysis._compiled import _cost, _hlo, _targets
+from jmp_lite.analysis._estimation._compiled import _cost, _hlo, _targets
 
 MODULE = "benchmarks.aot.gemm"
 TARGET = "h100"

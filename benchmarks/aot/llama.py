@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jmp_lite.analysis._compiled import _targets
+from jmp_lite.analysis._estimation._compiled import _targets
 
 _targets.configure("--xla_gpu_enable_triton_gemm=false")
 
@@ -22,8 +22,8 @@ from benchmarks import _command, _layers, _report  # noqa: E402
 from benchmarks import _text_models as text  # noqa: E402
 from benchmarks.aot import gemm  # noqa: E402
 from jmp_lite import quant  # noqa: E402
-from jmp_lite.analysis._compiled import _cost, _hlo, _roofline  # noqa: E402
-from jmp_lite.analysis._devices import DEVICES  # noqa: E402
+from jmp_lite.analysis._estimation._compiled import _cost, _hlo, _roofline  # noqa: E402
+from jmp_lite.analysis._estimation._devices import DEVICES  # noqa: E402
 
 MODULE = "benchmarks.aot.llama"
 WIDTH, HIDDEN, VOCABULARY, BATCH, TIME = 2048, 5632, 32000, 4, 2048

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jmp_lite.analysis._compiled import _targets
+from jmp_lite.analysis._estimation._compiled import _targets
 
 # All products by cuBLAS, as casts that XLA puts into its own would not show; LLVM's part changes no figure.
 _targets.configure(
@@ -31,7 +31,7 @@ import jmp_lite as jmp  # noqa: E402
 from benchmarks import _command, _report, _zoo  # noqa: E402
 from benchmarks.aot import _differences, gemm  # noqa: E402
 from benchmarks.aot.step import COMPILERS  # noqa: E402
-from jmp_lite.analysis._compiled import _cost, _hlo  # noqa: E402
+from jmp_lite.analysis._estimation._compiled import _cost, _hlo  # noqa: E402
 
 MODULE = "benchmarks.aot.models"
 TARGET = "h100"

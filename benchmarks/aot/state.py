@@ -14,14 +14,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from jmp_lite.analysis._compiled import _targets
+from jmp_lite.analysis._estimation._compiled import _targets
 
 _targets.configure("--xla_backend_optimization_level=0")
 
 import jax  # noqa: E402
 
 from benchmarks import _command, _designs, _measure, _report, _storage  # noqa: E402
-from jmp_lite.analysis._compiled import _cost, _hlo  # noqa: E402
+from jmp_lite.analysis._estimation._compiled import _cost, _hlo  # noqa: E402
 
 MODULE = "benchmarks.aot.state"
 HEADER = ("scheme", "resident", "ideal", "moved", "/ ideal", "kernels", "/ bare", "large", "copies", "alias", "scratch")

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from jmp_lite.analysis._compiled import _targets
+from jmp_lite.analysis._estimation._compiled import _targets
 
 _targets.configure()
 

@@ -105,7 +105,8 @@ class Evaluator:
         row = PROGRAMS.get(step.eqn.primitive.name)
         name = step.eqn.primitive.name if row and row.kind == "loop" else row.kind if row else ""
         if name in _HANDLERS:
-            return _HANDLERS[name](self, step, operands, state)
+            handled: tuple[list[Value], State] = _HANDLERS[name](self, step, operands, state)
+            return handled
         arrays = [v.val if is_literal(v) else value.array for v, value in zip(step.eqn.invars, operands, strict=True)]
         results, state = self.analysis.equation(step, operands, bind(step.eqn, arrays, step.eqn.params), state)
         return [value._replace(beside=self._varied(value.beside)) for value in results], varied(state, self.axes)

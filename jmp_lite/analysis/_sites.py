@@ -17,7 +17,7 @@ class Site(NamedTuple):
     """An equation of a program, at the place where it stands.
 
     Attributes:
-        index: Its number, in the order of the program; the equations inside a loop or a call follow it.
+        number: Its number, in the order of the program; the equations inside a loop or a call follow it.
         primitive: Name of what is computed.
         scope: Name scopes, joined by slashes.
         source: The user's file, line, and function.
@@ -33,7 +33,7 @@ class Site(NamedTuple):
         ('log', ('float32',), (2,), 1)
     """
 
-    index: int
+    number: int
     primitive: str
     scope: str
     source: str

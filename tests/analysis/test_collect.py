@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from support.comparisons import assert_identical
+from support.comparisons import assert_identical, slow_but_for
 
 import jmp_lite as jmp
 from jmp_lite.analysis import collect, ranges
@@ -82,7 +82,7 @@ def sharded(mesh, *specs):
     return [NamedSharding(mesh, spec) for spec in specs]
 
 
-@pytest.mark.parametrize("n", [1, 2, 4, 8])
+@pytest.mark.parametrize("n", slow_but_for([8], [1, 2, 4, 8]))
 @pytest.mark.parametrize("way", ["jit", "shard_map", "shard_map of scan", "unchecked shard_map"])
 def test_sharded_is_as_unsharded(n, way, rng):
     x, w = (jnp.asarray(rng.normal(size=(8, 8)).astype(np.float32)) for _ in range(2))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jmp_lite.analysis._compiled import _cost, _hlo, _roofline
+from jmp_lite.analysis._estimation._compiled import _cost, _hlo, _roofline
 
 ROWS = 16 * 64 * 4
 STEPS, SLICE = 8, 16 * 64 * 4

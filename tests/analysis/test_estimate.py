@@ -11,8 +11,8 @@ from jax import lax
 
 import jmp_lite as jmp
 from jmp_lite.analysis import estimate, estimate_storage
-from jmp_lite.analysis._compiled import _child
-from jmp_lite.analysis._devices import DEVICES, kind_of
+from jmp_lite.analysis._estimation._compiled import _child
+from jmp_lite.analysis._estimation._devices import DEVICES, kind_of
 from jmp_lite.errors import InvalidAnalysisError, InvalidFunctionError, UnknownDtypeError
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))  # benchmarks are not installed

@@ -128,7 +128,7 @@ def cases(count):
         construct, way = pairs[number % len(pairs)]
         at = (int(rng.integers(4)), int(rng.integers(DEPTH)))
         yield pytest.param(
-            construct, way, str(rng.choice(list(FAULTS))), at, marks=[] if number < 12 else pytest.mark.slow
+            construct, way, str(rng.choice(list(FAULTS))), at, marks=[] if number % 7 == 0 else pytest.mark.slow
         )
 
 
@@ -233,7 +233,7 @@ def test_a_bundle_replays_in_a_fresh_process(dtype, tmp_path):
     found.save(path)
     here = replay(path)
     np.testing.assert_array_equal(here.operands[0].astype(np.float32), np.asarray(x, np.float32))
-    code = f"from jmp_lite import analysis as a; r = a.replay({str(path)!r}); print(r.report, r.results[0].dtype, r.results)"
+    code = f"from jmp_lite.analysis import replay; r = replay({str(path)!r}); print(r, r.results[0].dtype)"
     env = {**os.environ, "PYTHONPATH": str(pathlib.Path(jmp.__file__).parents[1])}
     out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
     assert "log" in out

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from jmp_lite.analysis._dataflow import dataflow
-from jmp_lite.analysis._launches import launches
+from jmp_lite.analysis._estimation._dataflow import dataflow
+from jmp_lite.analysis._estimation._launches import launches
 
 N = 64
 SIZE, ROW = N * N * 4, N * 4

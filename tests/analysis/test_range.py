@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jmp_lite.analysis._formats import FORMATS
-from jmp_lite.analysis._range import range_of
-from jmp_lite.analysis._tally import merged, tally
+from jmp_lite.analysis._ranges._formats import FORMATS
+from jmp_lite.analysis._ranges._range import range_of
+from jmp_lite.analysis._ranges._tally import merged, tally
 
 #: Sums go in rounds of 16, each number through at most 15 additions per round: 5 rounds for 2**20 of them. Errors of
 #: one sign would be 75 * 2**-24; those of rounding are of both.

@@ -49,6 +49,16 @@ def test_the_gradient_in_float16_is_finite_and_better_than_in_bfloat16(name):
     assert errors(name)[FP16] < errors(name)[BF16] or errors(name)[BF16] == errors(name)[FP16] == 0
 
 
+@each_model
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_an_audit_finds_nothing_wrong(name, policy):
+    """But that the test of an adaptive step depends on everything, so that nothing can be lower."""
+    model = MODELS[name]()
+    found = jmp.analysis.audit(model.loss, policy)(*model.draw(0)).findings
+    kinds = {finding.kind for finding in found if finding.severity != "note"}
+    assert kinds == ({"nothing-low"} if "adaptive" in name else set())
+
+
 # --- Text of GPT-2 ---
 
 

@@ -1,0 +1,203 @@
+"""Checks of numbers that 16 bits do not hold: literals, epsilons, bounds, integers."""
+
+import math
+from collections.abc import Iterator
+
+import jax.numpy as jnp
+import numpy as np
+
+from jmp_lite._compat import is_literal
+from jmp_lite.analysis._audit._flow import Flow, Node, Number, Value, moves
+from jmp_lite.analysis._audit._subject import EXACT_INTEGERS, Subject, found, is_16_bits
+from jmp_lite.analysis._finding import Finding
+from jmp_lite.autocast._ops import PRODUCTS
+
+_ARITHMETIC = frozenset({"add", "sub", "mul", "div", "add_any", "rem"})
+#: Numbers of this share of the smallest normal one have five bits fewer, and are off by some percent.
+_FEW_BITS = 1 / 32
+_COMPARISONS = frozenset({"eq", "ne", "lt", "le", "gt", "ge"})
+
+
+def literals(subject: Subject) -> Iterator[Finding]:
+    """Finds numbers that become infinite, zero or one in the 16 bits that they meet, and matter there."""
+    for node in subject.flow.nodes:
+        dtype = subject.flow.dtype(node.results[0]) if node.results else ""
+        if not is_16_bits(dtype):
+            continue
+        if node.name == "convert_element_type":
+            yield from _overflows(subject.flow, node, dtype)
+            continue
+        for position, operand in enumerate(node.operands):
+            number = subject.flow.number(operand)
+            if number is not None and not all(subject.flow.number(v) for v in node.operands):
+                yield from _of_number(subject.flow, node, position, number, dtype)
+
+
+def _overflows(flow: Flow, node: Node, dtype: str) -> Iterator[Finding]:
+    constant = _constant(flow, node.operands[0])
+    if constant is None or is_16_bits(flow.dtype(node.operands[0])) or not _has_uses(flow, node):
+        return
+    finite = np.abs(constant[np.isfinite(constant)])
+    largest = float(jnp.finfo(dtype).max)  # type: ignore[no-untyped-call]
+    if finite.size and float(finite.max()) > largest * (1 + float(jnp.finfo(dtype).eps) / 4):  # type: ignore[no-untyped-call]
+        worst = float(constant[np.isfinite(constant)][finite.argmax()])
+        yield found("literal-out-of-range", node, f"{worst:g} is infinite in {dtype}, which ends at {largest:g}.")
+
+
+def _has_uses(flow: Flow, node: Node) -> bool:
+    """Whether a number is more than the bound of a clamp, beyond which infinity does no harm."""
+    return any(
+        (not moves(user, i) and user.name not in ("min", "max", "clamp", *_COMPARISONS)) or user.name == "select_n"
+        for user, i in flow.forward(node.results[0], lambda user, i: moves(user, i) and user.name != "select_n")
+    )
+
+
+def _constant(flow: Flow, value: Value) -> np.ndarray | None:
+    roots = flow.roots(value)
+    if len(roots) != 1 or roots[0] not in flow.constants or "float" not in flow.dtype(roots[0]):
+        return None
+    return np.asarray(flow.constants[roots[0]]).astype(np.float64).ravel()
+
+
+def _of_number(flow: Flow, node: Node, position: int, number: Number, dtype: str) -> Iterator[Finding]:
+    tiny = float(jnp.finfo(dtype).tiny)  # type: ignore[no-untyped-call]
+    is_rounded_literal = is_literal(node.eqn.invars[position]) and math.isinf(number.written)
+    if is_rounded_literal and node.name in _ARITHMETIC:
+        yield found("literal-out-of-range", node, f"The number here, as JAX rounded it, is infinite in {dtype}.")
+    if node.name == "select_n" and dtype == "float16" and math.isinf(number.written) and position:
+        yield found("infinite-mask", node, "Minus infinity fills a float16 array: a softmax of nothing else is NaN.")
+    if (
+        node.name in ("add", "max")
+        and 0 <= number.held < tiny * _FEW_BITS
+        and (number.written or _was_rounded(node, position))
+    ):
+        is_zero = number.held == 0
+        user = _divides(flow, node, is_strict=node.name == "max" and is_zero)
+        if user is not None:
+            kind = "literal-out-of-range" if is_zero else "epsilon-subnormal"
+            said = f"{number.written:g} is" if number.written else "The number added is"
+            what = "0" if is_zero else "subnormal, with few digits and none on devices that flush it to 0,"
+            yield found(kind, node, f"{said} {what} in {dtype}, and keeps {user.name} from nothing.")
+    is_bound = node.name == "min" or (node.name == "clamp" and position == 2)
+    if is_bound and number.held == 1:
+        user = _takes_complement(flow, node)
+        if user is not None:
+            said = f"The bound {number.written:g} is exactly 1 in {dtype}" if number.written != 1 else "The bound is 1"
+            yield found("literal-out-of-range", node, f"{said}, so that {user.name} of 1 - x meets 0.")
+
+
+def _was_rounded(node: Node, position: int) -> bool:
+    """Whether a zero in the program may have been another number: nobody adds a literal zero."""
+    return node.name in ("add", "max") and is_literal(node.eqn.invars[position])
+
+
+def _is_singular(node: Node, position: int, *, is_strict: bool = False) -> bool:
+    """Whether an equation is infinite where the operand is 0, or has a slope that is."""
+    if node.name == "div":
+        return position == 1
+    if node.name == "integer_pow":
+        return bool(node.eqn.params["y"] < 0)
+    return node.name in ("log", "log2", "rsqrt") or (node.name == "sqrt" and not is_strict)
+
+
+def _divides(flow: Flow, node: Node, *, is_strict: bool) -> Node | None:
+    """Returns what is singular at 0 among the users of a value, through roots of it."""
+    uses = flow.forward(node.results[0], lambda user, i: moves(user, i) or user.name == "sqrt")
+    return next((user for user, i in uses if _is_singular(user, i, is_strict=is_strict)), None)
+
+
+def _takes_complement(flow: Flow, node: Node) -> Node | None:
+    """Returns what is singular where a bounded value is 1."""
+
+    def is_complement(user: Node, position: int) -> bool:
+        one = flow.number(user.operands[0]) if user.name == "sub" and position == 1 else None
+        return one is not None and one.held == 1
+
+    for user, position in flow.forward(node.results[0], lambda user, i: moves(user, i) or user.name == "neg"):
+        if user.name in ("atanh", "erf_inv"):
+            return user
+        if user.name == "log1p":
+            return user
+        if is_complement(user, position):
+            uses = flow.forward(user.results[0], moves)
+            singular = next((use for use, i in uses if _is_singular(use, i)), None)
+            if singular is not None:
+                return singular
+    return None
+
+
+def integers(subject: Subject) -> Iterator[Finding]:
+    """Finds integers that are rounded when they become 16 bits."""
+    flow = subject.flow
+    for node in flow.nodes:
+        dtype = flow.dtype(node.results[0]) if node.results else ""
+        is_made = node.name in ("iota", "convert_element_type") and dtype in EXACT_INTEGERS
+        if not is_made or (node.operands and is_16_bits(flow.dtype(node.operands[0]))):
+            continue
+        largest = None if flow.number(node.results[0]) else _largest_integer(flow, node.results[0])
+        if largest is None or largest <= EXACT_INTEGERS[dtype]:
+            continue
+        if any(use.name in _ARITHMETIC | PRODUCTS for use, _ in flow.forward(node.results[0], moves)):
+            limit = EXACT_INTEGERS[dtype]
+            message = f"Integers up to {largest} become {dtype}, which holds all of them up to {limit} only."
+            yield found("integer-rounded", node, message)
+
+
+def _largest_integer(flow: Flow, value: Value, depth: int = 0) -> int | None:
+    """Returns the largest magnitude that a value of integers can have, if the program says it."""
+    if flow.dtype(value) == "bool":
+        return 1
+    roots = flow.roots(value)
+    if len(roots) != 1 or depth > 50:
+        return None
+    number, made = flow.number(value), flow.producers(value)
+    if number is not None:
+        return abs(int(number.written)) if float(number.written).is_integer() else None
+    if not made:
+        return {"uint8": 255, "int8": 128}.get(flow.dtype(value))
+    return _largest_of(flow, made[0], depth)
+
+
+def _largest_of(flow: Flow, node: Node, depth: int) -> int | None:
+    def of(position: int) -> int | None:
+        return _largest_integer(flow, node.operands[position], depth + 1)
+
+    if node.name == "iota":
+        return int(node.eqn.params["shape"][node.eqn.params["dimension"]]) - 1
+    if node.name in ("argmax", "argmin"):
+        return max(int(flow.avals[node.operands[0]].shape[axis]) for axis in node.eqn.params["axes"]) - 1
+    if node.name in ("add", "sub", "mul"):
+        first, second = of(0), of(1)
+        if first is None or second is None:
+            return None
+        return first * second if node.name == "mul" else first + second
+    if node.name in ("min", "rem"):
+        return of(1) if of(0) is None else of(0)
+    if node.name in ("select_n", "concatenate", "stack"):
+        parts = [of(i) for i in range(len(node.operands)) if moves(node, i)]
+        return None if None in parts else max(part for part in parts if part is not None)
+    return of(0) if node.operands and moves(node, 0) else None
+
+
+def one_hot_products(subject: Subject) -> Iterator[Finding]:
+    """Finds products that look something up: one operand is a comparison with positions."""
+    flow = subject.flow
+    for node, share in subject.products:
+        for operand, dtype in zip(node.operands[:2], node.site.in_dtypes, strict=False):
+            if not is_16_bits(dtype) or node.site.is_backward:
+                continue
+            comparisons = [made for _, made in flow.backward(operand, moves) if made is not None and made.name == "eq"]
+            if any(_has_positions(flow, made) for made in comparisons):
+                message = f"A one-hot product looks rows of an array up, and returns them in {dtype}."
+                yield found("one-hot-product", node, message, share)
+
+
+def _has_positions(flow: Flow, comparison: Node) -> bool:
+    return any(
+        made is not None and made.name == "iota"
+        for operand in comparison.operands
+        for _, made in flow.backward(operand, moves)
+    )
+
+
+CHECKS = (literals, integers, one_hot_products)

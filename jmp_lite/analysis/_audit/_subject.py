@@ -1,0 +1,66 @@
+"""What the checks of ``audit`` look at, and the questions that several of them ask."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+
+from jmp_lite.analysis._audit._census import is_low, products_of
+from jmp_lite.analysis._audit._flow import Flow, Node, Value
+from jmp_lite.analysis._finding import Finding
+from jmp_lite.analysis._programs import Program
+from jmp_lite.autocast import _regions
+
+#: Dtypes of 16 bits, with the largest number up to which they hold every integer.
+EXACT_INTEGERS = {"bfloat16": 1 << 8, "float16": 1 << 11}
+#: A sum of as many terms in 16 bits loses digits that one would miss.
+LONG = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A program, and what is known about it."""
+
+    flow: Flow
+    """The program as a graph."""
+    program: Program
+
+    @functools.cached_property
+    def products(self) -> list[tuple[Node, float]]:
+        """The matrix products and convolutions, each with its share of all FLOPs."""
+        products = products_of(self.flow)
+        total = max(sum(flops for _, flops in products), 1)
+        return [(node, flops / total) for node, flops in products]
+
+    @functools.cached_property
+    def has_low_products(self) -> bool:
+        """Whether a product has operands of 16 bits or fewer."""
+        return any(is_low(node) for node, _ in self.products)
+
+    def name_of(self, value: Value) -> str:
+        """Returns what a value that no equation makes is called."""
+        if value in self.flow.inputs:
+            return f"argument {self.program.arguments[self.flow.inputs.index(value)]}"
+        return "a number" if self.flow.size(value) == 1 else "an array that the function closes over"
+
+
+Check = Callable[[Subject], Iterator[Finding]]
+
+
+def found(kind: str, node: Node, message: str, share: float = 0.0) -> Finding:
+    """Returns a finding at an equation."""
+    return Finding(kind, message, node.site.source, node.site.scope, share)
+
+
+def is_decided(node: Node) -> bool:
+    """Whether the author said with a region in which precision this runs."""
+    return _regions.innermost(node.site.scope) is not None
+
+
+def is_16_bits(dtype: str) -> bool:
+    """Whether a dtype is a floating one of 16 bits."""
+    return dtype in EXACT_INTEGERS
+
+
+def terms(flow: Flow, node: Node) -> int:
+    """Returns how many terms a reduction adds up for each of its results."""
+    return max(flow.size(node.operands[0]) // max(flow.size(node.results[0]), 1), 1)

@@ -1,0 +1,278 @@
+"""``compare``: what a policy does to results and gradients, beside float32, equation by equation."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jmp_lite._compat import run
+from jmp_lite._functions import check_function, refuse_modules
+from jmp_lite._policy import Policy, PolicyMap
+from jmp_lite._tree import path_string
+from jmp_lite.analysis._comparison._shadow import evaluated
+from jmp_lite.analysis._finding import Finding, ordered
+from jmp_lite.analysis._programs import floats_of, returns_loss, with_gradient
+from jmp_lite.analysis._ranges._ranges import is_floating
+from jmp_lite.analysis._sites import Site, flat, steps_of, traced
+from jmp_lite.analysis._text import table
+from jmp_lite.autocast._api import Traced, autocast
+from jmp_lite.errors import InvalidFunctionError
+
+Variant = str | Policy | PolicyMap | Callable[..., Any]
+
+#: A gradient that has turned further than this from that in float32 is said to have.
+_LEAST_COSINE = 0.99
+#: Results that are further from float32 than this, and so many times further than the operands, are said to be.
+_LARGE_ERROR, _AMPLIFIED = 0.1, 8
+
+
+class EquationError(NamedTuple):
+    """What an equation has to do with the error. Errors are root mean squares over those of what they concern.
+
+    Attributes:
+        site: Where it stands.
+        added: What rounding in it adds, were its operands exact.
+        taken: Distance of its operands from those in float32; of the furthest.
+        carried: Distance of its results from those in float32.
+
+    Example:
+        >>> w, x = jnp.linspace(0, 1, 64).reshape(16, 4), jnp.linspace(-1, 2, 64).reshape(4, 16)
+        >>> errors = jmp.analysis.compare(jnp.matmul)(x, w)["mixed_bfloat16"]
+        >>> sorted({error.site.primitive for error in errors.equations})
+        ['convert_element_type', 'dot_general']
+    """
+
+    site: Site
+    added: float
+    taken: float
+    carried: float
+
+
+class ResultError(NamedTuple):
+    """How far a result, or the gradient of a parameter, is from that in float32.
+
+    Attributes:
+        path: Of the result or of the parameter; ``loss`` for a loss.
+        cosine: Of the angle between both, as vectors; 1 if both are zero.
+        norm_ratio: Norm over that in float32; 1 if both are zero.
+        error: Norm of the difference over the norm in float32.
+
+    Example:
+        >>> w, x = jnp.linspace(0, 1, 64).reshape(16, 4), jnp.linspace(-1, 2, 64).reshape(4, 16)
+        >>> [result] = jmp.analysis.compare(jnp.matmul)(x, w)["mixed_bfloat16"].results
+        >>> 0 < result.error < 0.01 < 0.99 < result.cosine
+        True
+    """
+
+    path: str
+    cosine: float
+    norm_ratio: float
+    error: float
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyErrors:
+    """What one policy does.
+
+    Attributes:
+        results: The loss and the gradients, or the results; those furthest from float32 first.
+        equations: Those that add most error first.
+
+    Example:
+        >>> w, x = jnp.linspace(0, 1, 64).reshape(16, 4), jnp.linspace(-1, 2, 64).reshape(4, 16)
+        >>> jmp.analysis.compare(jnp.matmul, "float32")(x, w)["float32"].error < 1e-6
+        True
+    """
+
+    results: tuple[ResultError, ...]
+    equations: tuple[EquationError, ...]
+
+    @property
+    def error(self) -> float:
+        """The largest error of a result or a gradient."""
+        return max((result.error for result in self.results), default=0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What policies do to a function, beside float32.
+
+    Attributes:
+        policies: By name, in the order in which they were given.
+        findings: The worst first.
+
+    Example:
+        >>> w, x = jnp.linspace(0, 1, 64).reshape(16, 4), jnp.linspace(-1, 2, 64).reshape(4, 16)
+        >>> comparison = jmp.analysis.compare(jnp.matmul, ["mixed_bfloat16", "mixed_float16"])(x, w)
+        >>> list(comparison.policies), comparison["mixed_float16"].error < comparison["mixed_bfloat16"].error
+        (['mixed_bfloat16', 'mixed_float16'], True)
+    """
+
+    policies: Mapping[str, PolicyErrors]
+    findings: tuple[Finding, ...]
+
+    def __getitem__(self, name: str) -> PolicyErrors:
+        return self.policies[name]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns everything as dictionaries, lists, strings and numbers, as JSON has them."""
+        found = {
+            name: {
+                "results": [result._asdict() for result in errors.results],
+                "equations": [{**e._asdict(), "site": e.site._asdict()} for e in errors.equations],
+            }
+            for name, errors in self.policies.items()
+        }
+        return {"policies": found, "findings": [finding._asdict() for finding in self.findings]}
+
+    def table(self, limit: int = 8) -> str:
+        """Returns the errors as text, the largest first.
+
+        Args:
+            limit: How many results and equations to print of each policy.
+        """
+        parts = []
+        for name, errors in self.policies.items():
+            results = [(r.path, f"{r.error:.2e}", f"{r.cosine:.6f}", f"{r.norm_ratio:.4f}") for r in errors.results]
+            parts += [f"{name}: results and gradients", table(("of", "error", "cosine", "norm"), results[:limit])]
+            equations = [
+                (f"{e.added:.2e}", f"{e.taken:.2e}", f"{e.carried:.2e}", str(e.site)) for e in errors.equations[:limit]
+            ]
+            parts += [f"{name}: equations", table(("added", "taken", "carried", "where"), equations)]
+        return "\n".join(parts)
+
+    def __str__(self) -> str:
+        return "\n".join([self.table(), *map(str, self.findings)])
+
+    __repr__ = __str__
+
+
+def compare(
+    fun: Callable[..., Any], policies: Variant | Sequence[Variant] | Mapping[str, Variant] = "mixed_bfloat16"
+) -> Callable[..., Comparison]:
+    """Compares what policies make of a function with what float32 makes of it: results, gradients, every equation.
+
+    A function that returns one floating scalar is compared with its gradient in the floating arrays of its first
+    argument; any other by what it returns. Beside each value the function is evaluated once more without any rounding,
+    which tells what each equation adds to the error and what it was given. Products that are quantized through integers
+    count from there on as they are; results and gradients are always compared with a run of the plain function.
+
+    It runs equation by equation, compiles only loops, branches and maps, and takes three times the memory.
+
+    Args:
+        fun: The function, written for float32.
+        policies: Policies that ``autocast`` runs it under, or functions that stand for it, such as
+            ``{"fp8": jmp.autocast(loss, "mixed_bfloat16", dot=jmp.quant.FP8)}``; one, several, or by name.
+
+    Returns:
+        A function with the arguments of ``fun`` that returns a ``Comparison``.
+
+    Raises:
+        InvalidFunctionError: If one of the functions cannot be called, or returns something else than ``fun``.
+
+    Example:
+        >>> def loss(w, x):
+        ...     return jnp.mean(jax.nn.softmax(x @ w)[:, 0])
+        >>> w, x = jnp.arange(32.0).reshape(8, 4) / 32, jnp.linspace(-1, 1, 16).reshape(2, 8)
+        >>> comparison = jmp.analysis.compare(loss, ["mixed_bfloat16", "mixed_float16"])(w, x)
+        >>> [errors.error < 0.02 for errors in comparison.policies.values()]
+        [True, True]
+
+    References:
+        PyTorch's numeric suite compares two models layer by layer; shadow values are those of Benz et al., "A dynamic
+        program analysis to find floating-point accuracy problems", PLDI 2012.
+    """
+    check_function(fun, "compare")
+    variants = _named(fun, policies)
+
+    def comparing(*args: Any, **kwargs: Any) -> Comparison:
+        refuse_modules(fun, args, kwargs, "compare")
+        with jax.default_matmul_precision("highest"):
+            plain, paths = _prepared(fun, args, kwargs)
+            reference = jax.jit(lambda arrays: run(plain.jaxpr, *arrays))(plain.arrays)
+        found = {}
+        for name, variant in variants.items():
+            call = _checked(name, _prepared(variant, args, kwargs), paths)
+            found[name] = _errors(call, paths, reference)
+        return Comparison(found, ordered(f for name, errors in found.items() for f in _findings(name, errors)))
+
+    return comparing
+
+
+def _named(fun: Callable[..., Any], policies: Any) -> dict[str, Callable[..., Any]]:
+    if not isinstance(policies, Mapping):
+        several = [policies] if isinstance(policies, (str, Policy, PolicyMap)) or callable(policies) else list(policies)
+        policies = {getattr(one, "__name__", None) or str(one): one for one in several}
+    return {
+        name: autocast(fun, one) if isinstance(one, (str, Policy, PolicyMap)) else one for name, one in policies.items()
+    }
+
+
+def _prepared(fun: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Traced, list[str]]:
+    """Traces a loss with its gradient, or any other function; with the paths of its results."""
+    check_function(fun, "compare")
+    plain = traced(fun, args, kwargs)
+    if args and returns_loss(plain) and floats_of(args[0])[0]:
+        leaves = jax.tree_util.tree_leaves_with_path(args[0])
+        return traced(with_gradient(fun), args, kwargs), [
+            "loss",
+            *(path_string(path) for path, leaf in leaves if is_floating(leaf)),
+        ]
+    shapes = plain.output(plain.jaxpr.out_avals)
+    pairs = jax.tree_util.tree_leaves_with_path(shapes)
+    return plain, [path_string(path) for path, leaf in pairs if hasattr(leaf, "dtype")]
+
+
+def _checked(name: str, variant: tuple[Traced, list[str]], paths: list[str]) -> Traced:
+    call, own_paths = variant
+    if own_paths != paths:
+        raise InvalidFunctionError(
+            f"{name!r} returns {len(own_paths)} arrays, {own_paths[:5]}, and the function {len(paths)}, {paths[:5]}. "
+            "Give functions that return the same."
+        )
+    return call
+
+
+def _errors(call: Traced, paths: Sequence[str], reference: Sequence[Any]) -> PolicyErrors:
+    steps = steps_of(call.jaxpr)
+    values, errors = evaluated(call.jaxpr, steps, call.arrays)
+    pairs = zip(paths, values, reference, strict=True)
+    results = [_result(path, value.array, wanted) for path, value, wanted in pairs if is_floating(wanted)]
+    sites = {step.site.number: step.site for step in flat(steps)}
+    equations = [
+        EquationError(sites[index], *(math.sqrt(float(total) / float(one.runs)) for total in one[:3]))
+        for index, one in errors.items()
+        if one.runs
+    ]
+    return PolicyErrors(
+        tuple(sorted(results, key=lambda result: -result.error)),
+        tuple(sorted(equations, key=lambda equation: -equation.added)),
+    )
+
+
+def _result(path: str, found: Any, wanted: Any) -> ResultError:
+    a, b = (np.asarray(x, np.float64).ravel() for x in (found, wanted))
+    norms = float(np.linalg.norm(a)), float(np.linalg.norm(b))
+    if not all(norms):
+        both = float(norms == (0, 0))
+        return ResultError(path, both, both or (math.inf if norms[0] else 0.0), 0.0 if both else math.inf)
+    cosine = float(np.dot(a / norms[0], b / norms[1]))
+    return ResultError(path, cosine, norms[0] / norms[1], float(np.linalg.norm(a - b)) / norms[1])
+
+
+def _findings(name: str, errors: PolicyErrors) -> list[Finding]:
+    found = []
+    for result in errors.results:
+        if not result.cosine >= _LEAST_COSINE:
+            message = f"Under {name}, {result.path} has cosine {result.cosine:.4f} with that in float32, and its norm "
+            message += f"is {result.norm_ratio:.3g} times as large."
+            found.append(Finding("gradient-turned", message, "", result.path, 1 - result.cosine))
+    for e in errors.equations:
+        if e.carried > _LARGE_ERROR and e.carried > _AMPLIFIED * max(e.taken, 2**-12):
+            message = f"Under {name}, {e.site.primitive} makes an error of {e.carried:.1%} of operands that have "
+            message += f"{e.taken:.1%}."
+            found.append(Finding("error-amplified", message, e.site.source, e.site.scope, e.carried))
+    return found

@@ -1,0 +1,174 @@
+"""``estimate``: what a step costs on a device that is not there, in every precision asked for."""
+
+import collections
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from jmp_lite._compat import run
+from jmp_lite._functions import check_function
+from jmp_lite._messages import quote
+from jmp_lite._policy import Policy, PolicyMap
+from jmp_lite.analysis._estimation._compiled import _child, _hlo, _roofline
+from jmp_lite.analysis._estimation._dataflow import dataflow
+from jmp_lite.analysis._estimation._devices import DEVICES, Device, device_of, kind_of
+from jmp_lite.analysis._estimation._estimated import Configuration, Estimate, Part
+from jmp_lite.analysis._estimation._launches import Launch, launches
+from jmp_lite.analysis._sites import traced
+from jmp_lite.autocast._api import autocast
+from jmp_lite.errors import InvalidAnalysisError, InvalidRecipeError
+from jmp_lite.quant._recipes import DotRecipe, get_recipe
+
+#: What can stand for a precision.
+Precision = str | Policy | PolicyMap | DotRecipe | Callable[..., Any]
+DEFAULT = ("float32", "mixed_bfloat16", "fp8")
+AS_WRITTEN = "as written"
+
+
+def estimate(
+    fun: Callable[..., Any],
+    *,
+    device: str = "h100",
+    policies: Sequence[str | Policy | PolicyMap | DotRecipe] | Mapping[str, Precision] | None = DEFAULT,
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    compiled: bool | None = None,
+) -> Callable[..., Estimate]:
+    """Estimates what a training step costs on a device that need not be there: will 16 or 8 bits pay?
+
+    FLOPs are exact. Bytes are those of the program that the device's compiler makes, or by a model of what it joins
+    into one launch: mostly within 10 % of what XLA compiles for H100 for language models, MLPs and a ResNet, up to a
+    quarter less where sizes are no multiples of 8, as in a ViT, or arrays are small (benchmarks/RESULTS.md,
+    "Estimates"). The time is a roofline: every launch takes as long as its bytes at 0.85 of the bandwidth or its FLOPs
+    at 0.7 of the peak, whichever is longer. Launch overheads, collectives and what kernels do inside do not count; a
+    ``while`` loop counts once, of a ``cond`` the dearest branch, in a ``shard_map`` one device.
+
+    Args:
+        fun: A loss in float32: a function of parameters and other arguments that returns a scalar.
+        device: ``"a100"``, ``"l4"``, ``"h100"``, ``"h200"``, ``"b200"``, ``"tpu_v5e"``, ``"tpu_v5p"`` or ``"tpu_v6e"``.
+        policies: Precisions to compare, the first one with which the others are: policies as for ``autocast``, and
+            recipes of ``jmp.quant`` or their names, which stand for mixed bfloat16 with products by them. In a dict,
+            under names of your own, also losses that have their precision inside. ``None`` if ``fun`` is no loss but a
+            step, which is taken as it is.
+        argnums: Which arguments to differentiate by.
+        has_aux: Whether ``fun`` returns the loss and something else.
+        compiled: Whether to compile, without the device, in a process of its own: some seconds for each precision, and
+            ``pip install 'jmp-lite[aot]'``, for H100 and H200. ``None``: if that is installed.
+
+    Returns:
+        A function with the arguments of ``fun`` (arrays, or ``jax.ShapeDtypeStruct`` in their place) that returns an
+        ``Estimate``; printed, it is a verdict and a table.
+
+    Raises:
+        InvalidAnalysisError: If the device is not known, there is nothing to compare, or ``compiled`` is true for a
+            device that nothing compiles for.
+        InvalidFunctionError: If ``fun`` is no function.
+        UnknownDtypeError: If a policy cannot be parsed.
+        ModuleNotFoundError: If ``compiled`` is true and the compiler is not installed.
+
+    Example:
+        >>> def loss(w, x):
+        ...     return jnp.mean(jnp.square(jnp.tanh(x @ w)))
+        >>> w, x = (jax.ShapeDtypeStruct((4096, 4096), jnp.float32) for _ in range(2))
+        >>> found = jmp.analysis.estimate(loss, device="h100", compiled=False)(w, x)
+        >>> found["mixed_bfloat16"].flops
+        {'bfloat16': 274877906944}
+        >>> [round(row.speedup, 1) for row in found]
+        [1.0, 1.7, 2.3]
+
+    References:
+        Williams, Waterman and Patterson, "Roofline", Communications of the ACM 52, 2009. Figures of devices: their
+        datasheets.
+    """
+    check_function(fun, "estimate")
+    chosen = device_of(device)
+    compiles = _compiles(device, chosen, compiled)
+    programs = _programs(fun, policies, argnums, has_aux)
+
+    def estimated(*args: Any, **kwargs: Any) -> Estimate:
+        rows = []
+        for name, program in programs.items():
+            found = traced(program, args, kwargs)
+            costs = _compiled(found, chosen.compiler) if compiles else launches(dataflow(found.jaxpr))
+            rows.append(configuration(name, costs, chosen))
+        return Estimate(chosen, tuple(row.over(rows[0]) for row in rows), is_compiled=compiles)
+
+    return estimated
+
+
+def configuration(name: str, costs: Iterable[Launch], device: Device) -> Configuration:
+    """Adds up launches."""
+    flops, moved = collections.Counter[str](), collections.Counter[str]()
+    seconds = collections.defaultdict[str, float](float)
+    count, waiting = 0, 0.0
+    for launch in costs:
+        kind = kind_of(launch.dtypes, exact=launch.exact) if launch.flops else ""
+        took, is_memory = device.seconds(launch.bytes, launch.flops, kind)
+        count += launch.trips
+        moved[launch.part] += round(launch.bytes * launch.trips)
+        seconds[launch.part] += took * launch.trips
+        waiting += took * launch.trips * is_memory
+        if kind:
+            flops[kind] += launch.flops * launch.trips
+    total = sum(seconds.values())
+    parts = {part: Part(moved[part], seconds[part]) for part in sorted(moved)}
+    share = waiting / total if total else 0.0
+    return Configuration(name, sum(moved.values()), dict(sorted(flops.items())), count, total, share, 1.0, parts)
+
+
+def _compiled(found: Any, target: str) -> Iterable[Launch]:
+    shapes = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in found.arrays]
+    text = _child.compiled_text(functools.partial(run, found.jaxpr), shapes, target)
+    return _roofline.launches(_hlo.parse(text))
+
+
+def _compiles(name: str, device: Device, compiled: bool | None) -> bool:
+    """Whether to compile; refuses what cannot be done."""
+    if compiled is None:
+        return bool(device.compiler) and _child.is_available(device.compiler)
+    if compiled and not device.compiler:
+        able = [quote(other) for other, row in DEVICES.items() if row.compiler]
+        raise InvalidAnalysisError(
+            f"Nothing compiles for {name!r} here; for {', '.join(able)} something does. Leave compiled=True out to "
+            "estimate from the program as it is traced."
+        )
+    if compiled and not _child.is_available(device.compiler):
+        raise ModuleNotFoundError(
+            f"compiled=True for {name!r} needs its compiler, which is not installed. Run pip install 'jmp-lite[aot]'."
+        )
+    return bool(compiled)
+
+
+def _programs(
+    fun: Callable[..., Any],
+    policies: Sequence[Any] | Mapping[str, Any] | None,
+    argnums: int | Sequence[int],
+    has_aux: bool,
+) -> dict[str, Callable[..., Any]]:
+    """Returns what to estimate, by name."""
+    if policies is None:
+        return {AS_WRITTEN: fun}
+    if isinstance(policies, (str, Policy, PolicyMap, DotRecipe)) or not policies:
+        raise InvalidAnalysisError(
+            f"policies={quote(policies)} is nothing to compare. Give a list, such as {list(DEFAULT)}, or a dict."
+        )
+    named = policies.items() if isinstance(policies, Mapping) else [(str(policy), policy) for policy in policies]
+    return {name: jax.value_and_grad(in_precision(fun, policy), argnums, has_aux) for name, policy in named}
+
+
+def in_precision(fun: Callable[..., Any], policy: Any) -> Callable[..., Any]:
+    """Returns a loss in a precision."""
+    recipe = policy
+    if isinstance(policy, str):
+        try:
+            recipe = get_recipe(policy)
+        except InvalidRecipeError:
+            return autocast(fun, policy)
+    if isinstance(recipe, DotRecipe):
+        return autocast(fun, "mixed_bfloat16", dot=recipe)
+    if isinstance(policy, (Policy, PolicyMap)) or not callable(policy):
+        return autocast(fun, policy)
+    loss: Callable[..., Any] = policy
+    return loss

@@ -1,0 +1,1 @@
+"""Who made the first NaN or infinity."""

@@ -1,0 +1,1 @@
+"""The ranges of numbers, and what each format would make of them."""

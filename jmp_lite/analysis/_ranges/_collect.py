@@ -1,0 +1,167 @@
+"""``collect``: the ranges of arguments, results and matrix products, as extra results of a function."""
+
+import functools
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, ParamSpec, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from jmp_lite._compat import run
+from jmp_lite._functions import check_function, refuse_modules
+from jmp_lite._messages import quote
+from jmp_lite._patterns import matches
+from jmp_lite.analysis._evaluate import Analysis, Evaluator, State, Value
+from jmp_lite.analysis._ranges._copies import Axes, Copies
+from jmp_lite.analysis._ranges._ranges import Ranges, Row, is_floating, named
+from jmp_lite.analysis._ranges._tally import Tally, across, empty, merged, only_if, tally
+from jmp_lite.analysis._sites import Step, flat, steps_of, traced
+from jmp_lite.autocast._ops import PRODUCTS
+from jmp_lite.autocast._programs import PROGRAMS
+from jmp_lite.errors import UnmatchedRuleWarning
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def collect(
+    fun: Callable[P, R], *, where: str | None = None, when: Callable[..., Any] | None = None
+) -> Callable[P, tuple[R, Ranges]]:
+    """Makes a function also return the ranges of its numbers, and what each format would make of them.
+
+    The ranges are ordinary results: nothing calls back to the host, and the function can be jitted, sharded, mapped and
+    scanned. Give a gradient or a whole step to see the backward pass, gradients and updates. Wrap it in ``jax.jit`` to
+    call it more than once: each call outside of one traces and compiles.
+
+    Numbers that several devices hold copies of are counted once.
+
+    Args:
+        fun: The function, such as ``jax.value_and_grad(jmp.autocast(loss, policy))``.
+        where: Which equations to look at: a pattern for their name scopes followed by the primitive, as in
+            ``"mlp/.*"``, ``"exp"`` or ``".*"`` for all. By default matrix products and convolutions. Operands of these
+            are looked at too; arguments and results always.
+        when: When to look: a function of the same arguments that returns a boolean, such as ``lambda params, step:
+            step % 100 == 0``. At other times the function runs as it is and the ranges are empty.
+
+    Returns:
+        A function with the arguments of ``fun`` that returns what ``fun`` returns and ``Ranges``.
+
+    Raises:
+        InvalidFunctionError: If ``fun`` cannot be called, or takes an NNX module.
+        InvalidPatternError: If ``where`` is no regular expression.
+
+    Warns:
+        UnmatchedRuleWarning: If ``where`` matches nothing.
+
+    Example:
+        >>> def apply(w, x):
+        ...     return jax.nn.relu(x @ w)
+        >>> w, x = jnp.full((64, 8), 100.0), jnp.full((2, 64), 20.0)
+        >>> _, ranges = jmp.analysis.collect(apply)(w, x)
+        >>> product = ranges["dot_general out"]
+        >>> product.largest, product.fates["float16"].overflow
+        (128000.0, 1.0)
+
+    References:
+        TransformerEngine's ``LogTensorStats`` and ``LogFp8TensorStats`` count the same for layers in PyTorch.
+    """
+    check_function(fun, "collect")
+
+    @functools.wraps(fun)
+    def collecting(*args: P.args, **kwargs: P.kwargs) -> tuple[R, Ranges]:
+        refuse_modules(fun, args, kwargs, "collect")
+        call = traced(fun, args, kwargs)
+        steps = steps_of(call.jaxpr)
+        roles = {step.site.number: _roles(step) for step in flat(steps) if _is_chosen(step, where)}
+        looks = _Collecting(roles, Copies(call.jaxpr, steps))
+        if where is not None and not roles:
+            _warn(where)
+        condition = True if when is None else when(*args, **kwargs)
+
+        def looking(arrays: Sequence[Any]) -> tuple[list[Any], Any]:
+            values, state = Evaluator(looks).run(call.jaxpr, steps, list(map(Value, arrays)), looks.start())
+            return [value.array for value in values], state
+
+        def resting(arrays: Sequence[Any]) -> tuple[list[Any], Any]:
+            return run(call.jaxpr, *arrays), looks.start()
+
+        def both(arrays: Sequence[Any]) -> tuple[list[Any], Any]:
+            return looking(arrays) if when is None else jax.lax.cond(condition, looking, resting, arrays)
+
+        results, state = jax.jit(both)(call.arrays)
+        output = call.output(results)
+        inputs, outputs = named("argument", args), named("result", output)
+        ends = [only_if(condition, tally(array)) for _, array in (*inputs, *outputs)]
+        sites = {step.site.number: step.site for step in flat(steps)}
+        rows = [Row("equation", role, sites[index]) for index, role in state]
+        tallies = [*ends[: len(inputs)], *state.values(), *ends[len(inputs) :]]
+        return output, Ranges((*(row for row, _ in inputs), *rows, *(row for row, _ in outputs)), tallies)
+
+    return collecting
+
+
+def _is_chosen(step: Step, where: str | None) -> bool:
+    name = step.site.primitive
+    if name in PROGRAMS or not any(is_floating(v.aval) for v in step.eqn.outvars):
+        return False
+    return name in PRODUCTS if where is None else matches(where, f"{step.site.scope}/{name}")
+
+
+def _roles(step: Step) -> tuple[str, ...]:
+    return ("lhs", "rhs", "out") if step.site.primitive in PRODUCTS else ("out",)
+
+
+def _warn(where: str) -> None:
+    warnings.warn(
+        f"where={quote(where)} matches no equation: only arguments and results are looked at. Patterns are searched "
+        "for in name scopes followed by the primitive, such as 'encoder/layer_0/dot_general'; jmp_lite.explain lists "
+        "both.",
+        UnmatchedRuleWarning,
+        stacklevel=3,
+    )
+
+
+class _Key(NamedTuple):
+    site: int
+    role: str
+
+
+class _Collecting(Analysis):
+    """Counts what chosen equations take and make."""
+
+    def __init__(self, roles: Mapping[int, tuple[str, ...]], copies: Copies) -> None:
+        self.roles = roles
+        self.copies = copies
+
+    def start(self) -> dict[_Key, Tally]:
+        return {_Key(index, role): empty() for index, roles in self.roles.items() for role in roles}
+
+    def equation(
+        self, step: Step, operands: list[Value], results: list[Any], state: State
+    ) -> tuple[list[Value], State]:
+        index = step.site.number
+        taken = list(zip([value.array for value in operands], self.copies.operands[index], strict=True))
+        made = list(zip(results, self.copies.results[index], strict=True))
+        found: dict[_Key, Tally] = {}
+        for role in self.roles.get(index, ()):
+            key = _Key(index, role)
+            for array, copies in {"lhs": taken[:1], "rhs": taken[1:2], "out": made}[role]:
+                if is_floating(array):
+                    found[key] = merged(found.get(key, state[key]), _once(tally(array), copies))
+        return list(map(Value, results)), {**state, **found}
+
+    def entered(self, state: State) -> State:
+        del state
+        return self.start()
+
+    def left(self, before: State, after: State, axes: tuple[Any, ...]) -> State:
+        return {key: merged(before[key], across(after[key], axes)) for key in before}
+
+
+def _once(found: Tally, copies: Axes) -> Tally:
+    """Of what all devices along some axes hold alike, the first counts."""
+    if not copies:
+        return found
+    is_first = [jax.lax.axis_index(axis) == 0 for axis in sorted(copies, key=str)]
+    return only_if(functools.reduce(jnp.logical_and, is_first), found)

@@ -1,0 +1,1 @@
+"""The cheapest policy and rules that keep a loss within a tolerance."""

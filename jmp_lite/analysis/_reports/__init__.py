@@ -1,0 +1,1 @@
+"""What analyses found, on one page, in pictures, tables and files."""
