@@ -104,7 +104,7 @@ def test_every_public_function_and_class_has_a_doctest():
     assert [n for n, v in named.items() if ">>>" not in (inspect.getdoc(v) or "")] == []
 
 
-@pytest.mark.parametrize("chapter", ["linen", "nnx", "checkpoint", "optim"])
+@pytest.mark.parametrize("chapter", ["linen", "nnx", "checkpoint", "optim", "analysis"])
 def test_every_public_name_of_a_chapter_has_a_doctest(chapter):
     module = getattr(jmp_lite, chapter)
     own = {

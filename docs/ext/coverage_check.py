@@ -17,7 +17,7 @@ MODULES = [
     "jmp_lite",
     *(
         f"jmp_lite.{name}"
-        for name in ("linen", "nnx", "optim", "distributed", "quant", "checkpoint", "export", "errors")
+        for name in ("linen", "nnx", "optim", "distributed", "quant", "checkpoint", "export", "analysis", "errors")
     ),
 ]
 

@@ -112,6 +112,13 @@ class Finding(NamedTuple):
         source: The user's file, line and function.
         scope: Name scopes, or the path of a parameter.
         share: Of what it concerns, such as FLOPs or elements; orders findings of one severity.
+
+    Example:
+        >>> def variance(x):
+        ...     return jnp.mean(x * x) - jnp.mean(x) ** 2
+        >>> found = jmp.analysis.audit(variance)(jnp.ones(64, jnp.bfloat16)).findings[0]
+        >>> found.kind, found.severity
+        ('cancellation', 'error')
     """
 
     kind: str

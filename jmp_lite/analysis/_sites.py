@@ -26,6 +26,11 @@ class Site(NamedTuple):
         out_dtypes: Dtypes of the results.
         shape: Of the first result.
         trips: How often it runs: the product of the lengths of the scans it is in. A while loop counts once.
+
+    Example:
+        >>> found = jmp.analysis.first_nonfinite(jnp.log)(jnp.zeros(2))
+        >>> found.site.primitive, found.site.in_dtypes, found.site.shape, found.site.trips
+        ('log', ('float32',), (2,), 1)
     """
 
     number: int

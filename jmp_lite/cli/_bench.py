@@ -7,12 +7,12 @@ import jax
 
 from jmp_lite._compat import QUICK_COMPILATION
 from jmp_lite._messages import first_few
-from jmp_lite.cli._failed import PartlyFailedError
+from jmp_lite.cli._files import check_file
+from jmp_lite.cli._outcome import Outcome
 from jmp_lite.cli._progress import progress
-from jmp_lite.errors import JmpLiteError
 
 
-def bench(*, tiny: bool = False, json: str | None = None, png: str | None = None) -> str:
+def bench(*, tiny: bool = False, json: str | None = None, png: str | None = None) -> Outcome:
     """Trains models in every variant, and compares them.
 
     Args:
@@ -21,18 +21,17 @@ def bench(*, tiny: bool = False, json: str | None = None, png: str | None = None
         png: A file for a drawing of them.
 
     Returns:
-        A table.
+        A table; with status 2 if a variant did not run, or its loss is not finite.
 
     Raises:
         JmpLiteError: If a file cannot be written.
-        PartlyFailedError: If a variant did not run, or its loss is not finite.
         ModuleNotFoundError: If there is no matplotlib to draw with.
     """
     # Only this command needs Optax.
     from jmp_lite.cli import _bench_measure, _bench_plot, _bench_report, _bench_sizes, _bench_variants
 
-    for path in filter(None, (json, png)):
-        _check_path(path)
+    check_file(json)
+    check_file(png)
     if png:
         _bench_plot.require_matplotlib()
     device = jax.local_devices()[0]
@@ -57,14 +56,5 @@ def bench(*, tiny: bool = False, json: str | None = None, png: str | None = None
         _bench_plot.draw(png, setting, runs)
     failed = [f"{run.model.name}, {run.variant}" for run in runs if run.error]
     if failed:
-        raise PartlyFailedError(f"{len(failed)} of {len(runs)} runs failed: {first_few(failed)}", text)
-    return text
-
-
-def _check_path(path: str) -> None:
-    """Raises now for what would fail when minutes have passed."""
-    try:
-        Path(path).open("ab").close()
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise JmpLiteError(f"Cannot write {path!r}: {reason}. Name a file that you may write.") from error
+        return Outcome(text, 2, f"{len(failed)} of {len(runs)} runs failed: {first_few(failed)}.")
+    return Outcome(text)

@@ -4,9 +4,11 @@ import argparse
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from jmp_lite.cli._analysis import analyze, audit, estimate
 from jmp_lite.cli._bench import bench
 from jmp_lite.cli._devices import devices
 from jmp_lite.cli._explain import explain
+from jmp_lite.cli._outcome import Outcome
 from jmp_lite.cli._policies import formats, policy
 
 
@@ -31,17 +33,20 @@ class Command(NamedTuple):
     Attributes:
         name: What people type.
         help: A line for ``jmp-lite --help``.
-        run: Takes the arguments by name and returns what is printed.
+        run: Takes the arguments by name and returns what is printed, with a status where that is not always 0.
         arguments: What it takes.
         more: What ``--help`` of the command says beyond the line.
     """
 
     name: str
     help: str
-    run: Callable[..., str]
+    run: Callable[..., str | Outcome]
     arguments: tuple[Argument, ...] = ()
     more: str = ""
 
+
+_TARGET = _argument("target", help="module:function, a function that returns (fun, *args)")
+_STATUS = "The status is 1 if an error or a warning is found, and 0 if nothing or notes are; whatever goes wrong is 2."
 
 COMMANDS: tuple[Command, ...] = (
     Command("formats", "names, range and precision of every floating format", formats),
@@ -64,10 +69,46 @@ COMMANDS: tuple[Command, ...] = (
         "what autocast does to every equation of a function, and why",
         explain,
         (
-            _argument("target", help="module:function, a function that returns (fun, *args)"),
+            _TARGET,
             _argument("--policy", default="mixed_bfloat16", dest="spec", help="default: %(default)s"),
             _argument("--grad", action="store_true", help="explain the gradient"),
         ),
+    ),
+    Command(
+        "audit",
+        "what runs in which precision, and what is wrong with it, before it runs",
+        audit,
+        (
+            _TARGET,
+            _argument("--policy", dest="spec", help="as autocast runs it; default: as it is written"),
+            _argument("--json", metavar="PATH", help="write everything to this file"),
+        ),
+        f"Nothing is computed: arguments may be jax.ShapeDtypeStruct. {_STATUS}",
+    ),
+    Command(
+        "analyze",
+        "what a policy does to the numbers of a function",
+        analyze,
+        (
+            _TARGET,
+            _argument("--policy", default="mixed_bfloat16", dest="spec", help="default: %(default)s"),
+            _argument("--html", metavar="PATH", help="write one page; needs pip install 'jmp-lite[analysis]'"),
+            _argument("--json", metavar="PATH", help="write everything to this file"),
+            _argument("--png", metavar="FOLDER", help="draw it; needs pip install 'jmp-lite[analysis]'"),
+        ),
+        "Audits the function, runs it, counts its numbers, and compares results and gradients with those in float32; "
+        f"if something is not finite, names the equation that made it. {_STATUS}",
+    ),
+    Command(
+        "estimate",
+        "what a training step costs on a device that is not there",
+        estimate,
+        (
+            _TARGET,
+            _argument("--device", default="h100", help="default: %(default)s"),
+            _argument("--compiled", action="store_true", help="compile for it; needs pip install 'jmp-lite[aot]'"),
+        ),
+        "The function is a loss in float32. Without --compiled, bytes are by a model of what the compiler joins.",
     ),
     Command(
         "bench",

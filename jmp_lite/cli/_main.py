@@ -11,7 +11,10 @@ import jax
 
 from jmp_lite._messages import described
 from jmp_lite.cli._commands import COMMANDS
-from jmp_lite.cli._failed import PartlyFailedError
+from jmp_lite.cli._outcome import Outcome
+
+#: What shells call the end by Ctrl-C.
+INTERRUPTED = 130
 
 
 class _Parser(argparse.ArgumentParser):
@@ -25,7 +28,7 @@ def _parser() -> _Parser:
     parser = _Parser(
         prog="jmp-lite",
         description="Mixed precision for JAX.",
-        epilog="jmp-lite command --help says more. Whatever goes wrong is one line, and status 2.",
+        epilog="jmp-lite command --help says more. Whatever goes wrong is one line, and status 2; Ctrl-C is 130.",
     )
     version = importlib.import_module("jmp_lite").__version__
     parser.add_argument("--version", action="version", version=f"%(prog)s {version} with jax {jax.__version__}")
@@ -45,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; ``None`` takes them from the process.
 
     Returns:
-        0. Whatever goes wrong ends the process with one line and status 2.
+        0, or 1 if ``audit`` or ``analyze`` found an error or a warning. Whatever goes wrong ends the process with one
+        line and status 2; Ctrl-C ends it with 130.
 
     Example:
         >>> from jmp_lite import cli
@@ -61,22 +65,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     arguments = vars(parser.parse_args(argv))
     run = {command.name: command.run for command in COMMANDS}[arguments.pop("command")]
-    failure: Exception | None = None
     try:
-        try:
-            text = run(**arguments)
-        except PartlyFailedError as error:
-            text, failure = error.text, error
-        print(text, flush=True)
+        found = run(**arguments)
+        outcome = Outcome(found) if isinstance(found, str) else found
+        print(outcome.text, flush=True)
     except BrokenPipeError:  # of a reader such as head, which has seen enough
         _write_nowhere()
+        return 0
+    except KeyboardInterrupt:
+        parser.exit(INTERRUPTED, "\njmp-lite: interrupted.\n")
     except Exception as error:  # noqa: BLE001  # no device, a policy with a typing error: people need no traceback
         if isinstance(error, OSError):
             _write_nowhere()
-        failure = error
-    if failure:
-        parser.exit(2, f"jmp-lite: {described(failure)}\n")
-    return 0
+        parser.exit(2, f"jmp-lite: {described(error)}\n")
+    if outcome.complaint:
+        parser.exit(outcome.status, f"jmp-lite: {outcome.complaint}\n")
+    return outcome.status
 
 
 def _write_nowhere() -> None:

@@ -18,6 +18,11 @@ class Difference(NamedTuple):
         path: Where: keys and numbers, joined by slashes.
         first: What the first has there.
         second: What the second has there.
+
+    Example:
+        >>> [difference] = jmp.analysis.diff({"lr": 0.1, "seed": 0}, {"lr": 0.2, "seed": 0})
+        >>> difference.path, difference.first, difference.second
+        ('lr', 0.1, 0.2)
     """
 
     path: str

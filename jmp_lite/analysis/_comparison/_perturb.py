@@ -27,6 +27,12 @@ class Sensitivity(NamedTuple):
     Attributes:
         loss: Relative change of the loss over the relative change of the operands.
         gradient: Norm of the change of the gradient over its norm, over the relative change of the operands.
+
+    Example:
+        >>> w, x = jnp.ones((8, 4)), jnp.ones((2, 8))
+        >>> sensitivity = jmp.analysis.perturb(lambda w, x: jnp.mean(jnp.square(x @ w)))(w, x)[""]
+        >>> sensitivity.loss > 0 and sensitivity.gradient > 0
+        True
     """
 
     loss: float
@@ -39,6 +45,14 @@ class Sensitivities(Mapping[str, Sensitivity]):
 
     Attributes:
         by_scope: What each scope is sensitive to.
+
+    Example:
+        >>> w, x = jnp.ones((8, 4)), jnp.ones((2, 8))
+        >>> def loss(w, x):
+        ...     with jax.named_scope("layer"):
+        ...         return jnp.mean(jnp.square(x @ w))
+        >>> list(jmp.analysis.perturb(loss)(w, x))
+        ['layer']
     """
 
     by_scope: Mapping[str, Sensitivity]

@@ -53,6 +53,11 @@ class StorageEstimate:
         device: Its figures.
         parameters: How many there are.
         rows: One per way.
+
+    Example:
+        >>> found = jmp.analysis.estimate_storage(jax.ShapeDtypeStruct((1024, 1024), jnp.float32))
+        >>> found.parameters, round(found["split8, 8bit"].resident / found.parameters)
+        (1048576, 5)
     """
 
     device: Device

@@ -23,6 +23,13 @@ class Replayed(NamedTuple):
         report: What was said about it when it was saved.
         operands: What it takes.
         results: What it makes of that on this machine.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     jmp.analysis.first_nonfinite(jnp.log)(jnp.zeros(2)).save(f"{folder}/log.npz")
+        ...     print(jmp.analysis.replay(f"{folder}/log.npz").operands[0])
+        [0. 0.]
     """
 
     report: str

@@ -40,6 +40,13 @@ class NonFinite:
         producers: What made its operands, the last first.
         results: Paths of the results that it reached.
         loss_scales: Loss scales among the arguments, by path.
+
+    Example:
+        >>> found = jmp.analysis.first_nonfinite(lambda x: jnp.sum(1 / x))(jnp.array([1.0, 0.0]))
+        >>> found.site.primitive, found.made.inf
+        ('div', 1)
+        >>> jmp.analysis.first_nonfinite(jnp.sin)(jnp.array([jnp.nan])).argument
+        '0'
     """
 
     site: Site | None

@@ -30,6 +30,11 @@ class Fate(NamedTuple):
         subnormal: Share of the numbers other than zero that lose digits because they are so small.
         rms_error: Root mean square of the errors of rounding over that of the numbers, without what overflows.
         headroom: How many times the largest can double before it overflows; infinite for zeros.
+
+    Example:
+        >>> fate = jmp.analysis.ranges(jnp.array([1.0, 1e6, 1e-9, 1e-5]))[""].fates["float16"]
+        >>> fate.overflow, fate.underflow, fate.subnormal
+        (0.25, 0.25, 0.25)
     """
 
     overflow: float
@@ -56,6 +61,11 @@ class Range:
             ones of float32.
         fates: For ``float16``, ``bfloat16``, ``float8_e4m3fn``, ``float8_e5m2`` and ``int8`` (with a scale from the
             largest), what would become of them.
+
+    Example:
+        >>> found = jmp.analysis.ranges(jnp.array([0.0, 0.5, 3.0, jnp.nan]))[""]
+        >>> found.count, found.nan, found.zero, found.largest, dict(found.exponents)
+        (4, 1, 1, 3.0, {-1: 1, 1: 1})
     """
 
     count: int

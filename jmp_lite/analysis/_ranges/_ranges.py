@@ -22,6 +22,11 @@ class Row(NamedTuple):
         kind: ``argument``, ``equation``, ``result``, or whatever a tree was called.
         name: The path of a leaf; of an equation ``out``, and of a product also ``lhs`` and ``rhs``.
         site: Where the equation stands; ``None`` for a leaf.
+
+    Example:
+        >>> _, ranges = jmp.analysis.collect(jnp.matmul)(jnp.ones((2, 3)), jnp.ones((3, 2)))
+        >>> list(map(str, ranges.rows))
+        ['argument 0', 'argument 1', 'dot_general lhs', 'dot_general out', 'dot_general rhs', 'result']
     """
 
     kind: str

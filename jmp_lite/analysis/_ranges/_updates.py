@@ -28,6 +28,12 @@ class LostUpdates(Mapping[str, Any]):
     Attributes:
         paths: Of the parameters.
         shares: ``float32`` scalars: how many of the updates that are not zero leave their parameter as it is.
+
+    Example:
+        >>> params = {"w": jnp.ones(4, jnp.bfloat16)}
+        >>> lost = jmp.analysis.lost_updates(params, {"w": jnp.array([1e-3, 1e-3, 1.0, 0.0])})
+        >>> print(lost.to_dict()["lost"])
+        {'w': 0.6666666865348816}
     """
 
     paths: tuple[str, ...]

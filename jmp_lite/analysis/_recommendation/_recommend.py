@@ -41,6 +41,13 @@ class Line:
         predicted: Error of the gradient that the narrowest format that applies would make here, from ranges and
             sensitivity.
         reason: Why.
+
+    Example:
+        >>> def loss(w, x):
+        ...     return jnp.mean(jnp.square(x @ w))
+        >>> found = jmp.analysis.recommend(loss, jnp.ones((8, 4)), [(jnp.ones((2, 8)),)] * 2)
+        >>> [(line.scope, line.format, line.flop_share) for line in found.lines]
+        [('', 'bfloat16', 1.0)]
     """
 
     scope: str
@@ -62,6 +69,15 @@ class Recommendation:
         casts: How many operands are cast.
         cost: Estimated for a device: float32, and what is recommended.
         loss_scale: For float16, the largest power of two that leaves gradients room to grow fourfold; otherwise 1.
+
+    Example:
+        >>> def loss(w, x):
+        ...     return jnp.mean(jnp.square(x @ w))
+        >>> found = jmp.analysis.recommend(loss, jnp.ones((8, 4)), [(jnp.ones((2, 8)),)] * 2)
+        >>> print(found.policy().splitlines()[-1])
+        loss_fn = jmp.autocast(loss_fn, "mixed_bfloat16")
+        >>> float(found.autocast(loss)(jnp.ones((8, 4)), jnp.ones((2, 8))))
+        64.0
     """
 
     lines: tuple[Line, ...]

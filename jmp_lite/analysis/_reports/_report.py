@@ -45,6 +45,11 @@ class Report:
         findings: Of all parts, the worst first.
         entries: The parts, each with the step of training that it is of.
         histories: The ranges among them, by programs.
+
+    Example:
+        >>> report = jmp.analysis.report(jmp.analysis.audit(jnp.matmul)(jnp.ones((2, 3)), jnp.ones((3, 2))))
+        >>> report.title, report.verdict
+        ('Mixed precision', 'Found nothing.')
     """
 
     title: str
