@@ -82,9 +82,12 @@ def main() -> None:
     options = parser.parse_args()
     task = _models.TASKS["tiny-gpt"] if options.quick else TASK
     found = _measure.interleaved(calls(task), BARE, rounds=options.rounds, steps=2)
-    amortized = ((EVERY - 1) * found[RESTING][1] + found[LOOKING][1]) / EVERY
     rows = [[name, f"{1e3 * seconds:.1f}", f"{ratio:.3f}"] for name, (seconds, ratio) in found.items()]
-    rows.append([f"collect(when=) at one step of {EVERY}", "", f"{amortized:.3f}"])
+    amortized = {
+        kind: ((EVERY - 1) * found[resting][1] + found[looking][1]) / EVERY
+        for kind, resting, looking in (("a second step", BARE, ALWAYS), ("when=", RESTING, LOOKING))
+    }
+    rows += [[f"one step of {EVERY}, by {kind}", "", f"{ratio:.3f}"] for kind, ratio in amortized.items()]
     table = _report.table(["step", "ms", "/ bare"], rows)
     print(table)
     if not options.quick:
@@ -96,10 +99,15 @@ def main() -> None:
             "run": f"{options.rounds} rounds of 2 steps each, in turns",
         }
         note = f"""{task.title}, under `autocast(loss, "mixed_bfloat16")` and `loss_scaled(adamw)`; `collect`
-is around the gradient function. A program with `when=` holds the step twice, with counting and without; it is timed at
-a step that counts nothing and at one that does, and the last row is {EVERY - 1} of the one and one of the other. Ratios
-are medians of the ratios within a round."""
-        target = _report.Target(f"collect at one step of {EVERY} / bare", LIMIT, [amortized]).line()
+is around the gradient function. By a second step: a loop in Python calls a step with `collect` instead of the bare one. A
+program with `when=` holds the step twice, with counting and without, for loops inside of a program; it is timed at a step
+that counts nothing and at one that does. The last rows are {EVERY - 1} of the one and one of the other. Ratios are medians
+of the ratios within a round."""
+        targets = [
+            _report.Target(f"one step of {EVERY}, by {kind} / bare", LIMIT, [ratio]).line()
+            for kind, ratio in amortized.items()
+        ]
+        target = "\n".join(targets)
         name = f"collect, {device.platform}"
         title = f"Collecting ranges in a training step on {device.platform.upper()}"
         _report.write_section(_report.RESULTS, name, title, facts, f"{note}\n\n{table}\n\n{target}")
