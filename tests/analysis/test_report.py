@@ -16,7 +16,7 @@ import pytest
 
 import jmp_lite as jmp
 from jmp_lite.analysis import Finding, audit, collect, diagnose, first_nonfinite, ranges, report
-from jmp_lite.analysis._reports._rows import metrics_of
+from jmp_lite.analysis._reports._rows import metrics_of, shortened
 from jmp_lite.analysis._reports._series import heat_maps_of, timelines_of
 
 SCOPE = "<script>alert(1)</script>$x_&\"'"
@@ -41,6 +41,12 @@ def steps_of_ranges(count=3):
 
 
 @functools.cache
+def small(count=2):
+    """Of few rows, which are drawn in no time."""
+    return [ranges({"w": X * 10.0**step, "b": -X}, "parameter") for step in range(count)]
+
+
+@functools.cache
 def training(steps=6, bad=(3,)):
     """Metrics of steps of which some are skipped, with the names of what was not finite."""
     return dict(readings(steps, bad))
@@ -60,8 +66,10 @@ def broken():
     return first_nonfinite(jnp.log)(-X)
 
 
-class Estimated:
-    """A part that the report has never heard of."""
+class Estimated(tuple):
+    """A part that the report has never heard of; that it is a sequence too does not matter."""
+
+    __slots__ = ()
 
     findings = (Finding("dead", "Nothing happens."),)
 
@@ -73,16 +81,16 @@ class Estimated:
 PARTS = {
     "audit": (lambda: audit(model)(W, X), ["Audit", "Audit: products"]),
     "ranges": (lambda: steps_of_ranges(1)[0], ["Ranges, as float16 would hold them"]),
-    "ranges by steps": (steps_of_ranges, ["Ranges of 3 steps, as float16 would hold them"]),
+    "ranges by steps": (lambda: small(3), ["Ranges of 3 steps, as float16 would hold them"]),
     "ranges at steps": (
-        lambda: dict(enumerate(steps_of_ranges(2), 10)),
+        lambda: dict(enumerate(small(), 10)),
         ["Ranges of 2 steps, as float16 would hold them"],
     ),
     "nonfinite": (broken, ["NonFinite", "NonFinite: arrays"]),
     "nonfinite at a step": (lambda: {7: broken()}, ["NonFinite, step 7", "NonFinite, step 7: arrays"]),
     "finding": (lambda: Finding("dead", "Nothing happens."), []),
     "findings": (lambda: diagnose(ranges(jnp.zeros(3), "gradient")), []),
-    "metrics": (lambda: training(), ["Loss scaling"]),
+    "metrics": (training, ["Loss scaling"]),
     "metrics of one step": (lambda: training()[0], ["Loss scaling"]),
     "unheard of": (Estimated, ["Estimated", "Estimated: rows"]),
     "several": (lambda: [Estimated(), broken()], ["Estimated", "Estimated: rows", "NonFinite", "NonFinite: arrays"]),
@@ -154,6 +162,19 @@ def test_heat_map_has_modules_by_steps():
     assert not found.broken.any()
 
 
+def test_layers_of_trees_are_in_the_order_of_their_numbers():
+    grads = {f"layer_{n}": {"w": X} for n in (10, 9, 1)}
+    [found] = heat_maps_of(report([ranges(grads, "gradient")] * 2).histories, "float16")
+    assert found.modules == ("layer_1/w", "layer_9/w", "layer_10/w")
+
+
+@pytest.mark.parametrize(
+    ("text", "short"), [("a/short", "a/short"), ("begin/of/a/path/layer_10/w", "beg…path/layer_10/w")]
+)
+def test_long_names_keep_their_ends(text, short):
+    assert shortened(text, 19) == short
+
+
 @pytest.mark.parametrize("every", [1, 3])
 def test_timeline_has_skips_and_culprits(every):
     """Steps between those that were logged are counted too."""
@@ -217,10 +238,10 @@ def test_what_takes_no_scalars_is_refused():
 
 PICTURES = {
     "nothing": ([], []),
-    "one step": ([lambda: steps_of_ranges(1)[0]], ["histograms"]),
-    "history": ([steps_of_ranges], ["histograms", "modules"]),
-    "two programs": ([steps_of_ranges, lambda: [ranges(W)] * 2], ["histograms", "modules", "modules_1"]),
-    "metrics": ([lambda: training()], ["loss_scale"]),
+    "one step": ([lambda: small()[0]], ["histograms"]),
+    "history": ([small], ["histograms", "modules"]),
+    "two programs": ([small, lambda: [ranges(W)] * 2], ["histograms", "modules", "modules_1"]),
+    "metrics": ([training], ["loss_scale"]),
     "one reading": ([lambda: training()[0]], ["loss_scale"]),
     "zeros": ([lambda: [ranges(jnp.zeros(3))] * 2], ["modules"]),
     "NaN and zeros": ([lambda: [ranges(jnp.asarray([jnp.nan, 0.0]))] * 2], ["modules"]),
@@ -258,13 +279,13 @@ def test_page_needs_nothing_else_and_users_words_are_text(tmp_path):
 
 def test_pages_are_equal_if_reports_are(tmp_path):
     for name in "ab":
-        report(steps_of_ranges(1), training()).save_html(tmp_path / name)
+        report(small(), training()).save_html(tmp_path / name)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
 @pytest.mark.parametrize("how", ["save_png", "save_html"])
 def test_missing_matplotlib_is_named(how, tmp_path, monkeypatch):
-    found = report(steps_of_ranges(1)[0])
+    found = report(small()[0])
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ModuleNotFoundError, match=re.escape("Run pip install 'jmp-lite[analysis]'")):
         getattr(found, how)(tmp_path / "x")

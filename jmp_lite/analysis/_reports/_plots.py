@@ -197,7 +197,7 @@ def _draw_histogram(axis: Any, r: Range, name: str, span: tuple[int, int]) -> No
     fate = r.fates[name]
     zero = r.zero / max(r.count, 1)
     figures = {"zeros": zero, "overflow": fate.overflow, "underflow": fate.underflow, "subnormal": fate.subnormal}
-    said = " · ".join(f"{key} {100 * value:.2g} %" for key, value in figures.items() if value)
+    said = " · ".join(f"{key} {100 * value:.3g} %" for key, value in figures.items() if value)
     axis.text(0.01, 0.655, said, transform=axis.transAxes, fontsize=8.5, va="center")
 
 

@@ -71,9 +71,11 @@ def entries_of(parts: Iterable[Any]) -> Iterator[Entry]:
         InvalidAnalysisError: If something can be no part of a report.
     """
     for part in parts:
-        if isinstance(part, Mapping) and part and all(isinstance(key, int | np.integer) for key in part):
+        if hasattr(part, "to_dict") or isinstance(part, Finding | str):
+            yield Entry(None, _checked(part))
+        elif isinstance(part, Mapping) and part and all(isinstance(key, int | np.integer) for key in part):
             yield from (Entry(int(step), _checked(one)) for step, one in part.items())
-        elif isinstance(part, Sequence) and not isinstance(part, str | Finding):
+        elif isinstance(part, Sequence):
             has_steps = len(part) > 1 and all(isinstance(one, Ranges) or is_metrics(one) for one in part)
             yield from (Entry(step if has_steps else None, _checked(one)) for step, one in enumerate(part))
         else:
@@ -210,8 +212,9 @@ def cell(column: str, value: Any) -> str:
 
 
 def shortened(text: str, limit: int) -> str:
-    """Returns text without its middle where it is long."""
-    return text if len(text) <= limit else f"{text[: limit // 2 - 1]}…{text[-(limit // 2) :]}"
+    """Returns text without some of what is after its beginning, where it is long: ends of paths tell them apart."""
+    head = limit // 5
+    return text if len(text) <= limit else f"{text[:head]}…{text[head + 1 - limit :]}"
 
 
 # --- Plain data ---

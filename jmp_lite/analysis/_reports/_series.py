@@ -103,7 +103,7 @@ def _depth(ranges: Ranges) -> int:
 
 
 def _by_module(ranges: Ranges, depth: int) -> dict[str, list[Range]]:
-    """Groups equations by their scopes; leaves by their paths where there are no equations."""
+    """Groups equations by their scopes, in the order of the program; leaves by their paths if there is no equation."""
     has_equations = any(row.site for row in ranges.rows)
     found: dict[str, list[Range]] = {}
     for row, r in ranges.pairs:
@@ -111,7 +111,12 @@ def _by_module(ranges: Ranges, depth: int) -> dict[str, list[Range]]:
             path = "/".join((row.site.scope if row.site else row.name).split("/")[:depth])
             direction = " backward" if row.site and row.site.is_backward else ""
             found.setdefault(f"{path or 'outside of scopes'}{direction}", []).append(r)
-    return found
+    return found if has_equations else dict(sorted(found.items(), key=lambda item: _numbered(item[0])))
+
+
+def _numbered(path: str) -> list[tuple[int, str]]:
+    """Sorts layer 10 after layer 9: trees sort their keys as text."""
+    return [(int(part) if part.isdecimal() else -1, part) for part in re.split(r"(\d+)", path)]
 
 
 def timelines_of(entries: Sequence[Entry]) -> Iterator[Timeline]:
