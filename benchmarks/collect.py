@@ -100,9 +100,9 @@ def main() -> None:
         }
         note = f"""{task.title}, under `autocast(loss, "mixed_bfloat16")` and `loss_scaled(adamw)`; `collect`
 is around the gradient function. By a second step: a loop in Python calls a step with `collect` in the place of the
-bare one. A program with `when=` holds the step twice, with counting and without, for loops inside of a program; it is timed at a
-step that counts nothing and at one that does. The last rows are {EVERY - 1} of the one and one of the other. Ratios are
-medians of the ratios within a round."""
+bare one. A program with `when=` holds the step twice, with counting and without, for loops inside of a program; it is
+timed at a step that counts nothing and at one that does. The last rows are {EVERY - 1} of the one and one of the
+other. Ratios are medians of the ratios within a round."""
         targets = [
             _report.Target(f"one step of {EVERY}, by {kind} / bare", LIMIT, [ratio]).line()
             for kind, ratio in amortized.items()

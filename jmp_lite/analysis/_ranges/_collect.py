@@ -92,13 +92,25 @@ def collect(
         results, state = jax.jit(both)(call.arrays)
         output = call.output(results)
         inputs, outputs = named("argument", args), named("result", output)
-        ends = [only_if(condition, tally(array)) for _, array in (*inputs, *outputs)]
+        ends = _tallies(condition if when else None, [array for _, array in (*inputs, *outputs)])
         sites = {step.site.number: step.site for step in flat(steps)}
         rows = [Row("equation", role, sites[index]) for index, role in state]
         tallies = [*ends[: len(inputs)], *state.values(), *ends[len(inputs) :]]
         return output, Ranges((*(row for row, _ in inputs), *rows, *(row for row, _ in outputs)), tallies)
 
     return collecting
+
+
+def _tallies(condition: Any, arrays: list[Any]) -> list[Tally]:
+    """Counts arrays, where there is a condition only if it holds."""
+
+    def looking(arrays: list[Any]) -> list[Tally]:
+        return list(map(tally, arrays))
+
+    def resting(arrays: list[Any]) -> list[Tally]:
+        return [empty() for _ in arrays]
+
+    return looking(arrays) if condition is None else jax.lax.cond(condition, looking, resting, arrays)
 
 
 def _is_chosen(step: Step, where: str | None) -> bool:

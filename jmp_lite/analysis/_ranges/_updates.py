@@ -54,7 +54,13 @@ class LostUpdates(Mapping[str, Any]):
     def findings(self) -> tuple[Finding, ...]:
         """Parameters that lose most of their updates."""
         return ordered(
-            Finding("updates-lost", f"{float(share):.1%} of the updates of {path} are rounded away.", "", path, share)
+            Finding(
+                "updates-lost",
+                f"{float(share):.1%} of the updates{path and f' of {path}'} are rounded away.",
+                "",
+                path,
+                share,
+            )
             for path, share in self._sorted()
             if share > _MUCH
         )
