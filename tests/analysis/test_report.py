@@ -120,7 +120,7 @@ def test_part_is_in_every_form(name, tmp_path):
 
 @pytest.mark.parametrize("part", [3.0, "text", None, jnp.ones(2), {1: 3.0}, [Estimated(), 3.0]])
 def test_what_is_no_part_is_refused(part):
-    with pytest.raises(jmp.errors.InvalidAnalysisError, match="can be no part of a report. Give what"):
+    with pytest.raises(jmp.errors.InvalidAnalysisError, match=r"can be no part of a report\. Give what"):
         report(part)
 
 

@@ -55,11 +55,7 @@ class LostUpdates(Mapping[str, Any]):
         """Parameters that lose most of their updates."""
         return ordered(
             Finding(
-                "updates-lost",
-                f"{float(share):.1%} of the updates{path and f' of {path}'} are rounded away.",
-                "",
-                path,
-                share,
+                "updates-lost", f"{share:.1%} of the updates{path and f' of {path}'} are rounded away.", "", path, share
             )
             for path, share in self._sorted()
             if share > _MUCH
