@@ -42,10 +42,12 @@ def tests(session):
 
 @nox.session(python=PYTHONS)
 def coverage(session):
-    """The suite under branch coverage."""
+    """The suite, slow tests included, under branch coverage."""
     session.install("-e", ".[test]")
     session.env["COVERAGE_FILE"] = str(pathlib.Path(session.create_tmp()) / "coverage")
-    session.run("pytest", "--cov", "--cov-branch", "--cov-fail-under=95", *session.posargs)
+    session.run(
+        "pytest", "-m", "not soak and not zoo", "--cov", "--cov-branch", "--cov-fail-under=95", *session.posargs
+    )
 
 
 @nox.session(python=PYTHONS)
