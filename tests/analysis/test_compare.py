@@ -1,5 +1,7 @@
 """What policies do beside float32: errors of equations are derived from the format, gradients from a plain run."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -104,6 +106,15 @@ def test_a_gradient_that_underflows_has_turned():
     found = compare(lambda w: jnp.sum(w * 1e-3) * 1e-6, {"fp16": loss})(jnp.ones((8, 8)))
     assert found.findings[0].kind == "gradient-turned"
     assert found["fp16"].results[0].cosine == 0
+
+
+def test_everything_is_rows_of_plain_values(rng):
+    x, w = arrays(rng, (4, 8), (8, 8))
+    found = compare(lambda w, x: jnp.mean(product(x, w)), ["mixed_bfloat16", "mixed_float16"])(w, x)
+    plain = json.loads(json.dumps(found.to_dict()))
+    assert {row["policy"] for row in plain["equations"]} == {"mixed_bfloat16", "mixed_float16"}
+    assert {row["path"] for row in plain["results"]} == {"loss", ""}
+    assert all(isinstance(value, (str, float, bool)) for row in plain["equations"] for value in row.values())
 
 
 def test_functions_that_return_something_else_are_refused():

@@ -119,14 +119,11 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns everything as dictionaries, lists, strings and numbers, as JSON has them."""
-        found = {
-            name: {
-                "results": [result._asdict() for result in errors.results],
-                "equations": [{**e._asdict(), "site": e.site._asdict()} for e in errors.equations],
-            }
-            for name, errors in self.policies.items()
-        }
-        return {"policies": found, "findings": [finding._asdict() for finding in self.findings]}
+        pairs = self.policies.items()
+        results = [{"policy": name, **result._asdict()} for name, errors in pairs for result in errors.results]
+        equations = [{"policy": name, **_plain(one)} for name, errors in pairs for one in errors.equations]
+        findings = [finding._asdict() for finding in self.findings]
+        return {"results": results, "equations": equations, "findings": findings}
 
     def table(self, limit: int = 8) -> str:
         """Returns the errors as text, the largest first.
@@ -148,6 +145,12 @@ class Comparison:
         return "\n".join([self.table(), *map(str, self.findings)])
 
     __repr__ = __str__
+
+
+def _plain(equation: EquationError) -> dict[str, Any]:
+    """Returns an equation and its errors in one row."""
+    site = {name: getattr(equation.site, name) for name in ("primitive", "scope", "source", "is_backward")}
+    return {**site, "added": equation.added, "taken": equation.taken, "carried": equation.carried}
 
 
 def compare(
