@@ -128,7 +128,7 @@ def cases(count):
         construct, way = pairs[number % len(pairs)]
         at = (int(rng.integers(4)), int(rng.integers(DEPTH)))
         yield pytest.param(
-            construct, way, str(rng.choice(list(FAULTS))), at, marks=[] if number % 7 == 0 else pytest.mark.slow
+            construct, way, str(rng.choice(list(FAULTS))), at, marks=[] if number % 11 == 0 else pytest.mark.slow
         )
 
 

@@ -64,6 +64,7 @@ def test_audit_writes_what_it_prints(capsys, tmp_path):
     assert found["findings"][0]["advice"] in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_analyze_writes_a_page_a_file_and_pictures(capsys, tmp_path):
     """Findings of a program, ranges of its run and errors of the policy are one report."""
     paths = ["--html", "page.html", "--json", "all.json", "--png", "pictures/of it"]
