@@ -12,6 +12,7 @@ from jmp_lite.analysis._audit._flow import Flow
 from jmp_lite.analysis._audit._subject import Subject
 from jmp_lite.analysis._finding import Finding, ordered
 from jmp_lite.analysis._programs import Program, traced_program
+from jmp_lite.analysis._text import table as laid_out
 from jmp_lite.autocast._api import settings_from
 from jmp_lite.autocast._ops import Op
 from jmp_lite.autocast._rules import Rule, Settings
@@ -177,10 +178,7 @@ def _plain(row: Any) -> dict[str, Any]:
 def _table(name: str, rows: Sequence[Any]) -> str:
     if not rows:
         return ""
-    cells = [tuple(rows[0]._fields), *(tuple(map(_cell, row)) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
-    return "\n".join([f"{name}:", *lines])
+    return f"{name}:\n{laid_out(rows[0]._fields, [tuple(map(_cell, row)) for row in rows])}"
 
 
 def _cell(value: Any) -> str:

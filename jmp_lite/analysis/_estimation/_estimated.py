@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from jmp_lite.analysis._estimation._devices import Device
+from jmp_lite.analysis._text import table as laid_out
 
 _EIGHT = ("float8", "int8")
 _COLUMNS = ("precision", "ms", "speed-up", "by memory", "MB", "launches", "TFLOP")
@@ -121,9 +122,7 @@ class Estimate:
 
     def table(self) -> str:
         """Returns the figures as text, one precision a line."""
-        rows = [_COLUMNS, *(_cells(row) for row in self.rows)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+        return laid_out(_COLUMNS, [_cells(row) for row in self.rows])
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all figures as numbers and strings, for JSON."""

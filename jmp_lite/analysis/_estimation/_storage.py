@@ -13,6 +13,7 @@ import optax
 from jmp_lite._dtypes import FLOAT32
 from jmp_lite._tree import is_array
 from jmp_lite.analysis._estimation._devices import Device, device_of
+from jmp_lite.analysis._text import table as laid_out
 from jmp_lite.errors import InvalidAnalysisError, UncompressedStateWarning
 from jmp_lite.optim._stored import stored
 
@@ -88,9 +89,7 @@ class StorageEstimate:
             )
             for row in self.rows
         ]
-        widths = [max(map(len, column)) for column in zip(_COLUMNS, *cells, strict=True)]
-        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in (_COLUMNS, *cells)]
-        return f"{self.parameters} parameters on {self.device.title}:\n\n" + "\n".join(lines)
+        return f"{self.parameters} parameters on {self.device.title}:\n\n{laid_out(_COLUMNS, cells)}"
 
     __repr__ = __str__
 

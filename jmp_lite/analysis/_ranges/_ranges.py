@@ -13,6 +13,7 @@ from jmp_lite._tree import path_string
 from jmp_lite.analysis._ranges._range import Range, range_of
 from jmp_lite.analysis._ranges._tally import Tally, merged, tally
 from jmp_lite.analysis._sites import Site
+from jmp_lite.analysis._text import table as laid_out
 
 
 class Row(NamedTuple):
@@ -118,11 +119,9 @@ class Ranges(Mapping[str, Range]):
         """
         pairs = sorted(self.pairs, key=lambda pair: _severity(pair[1], format), reverse=True)
         header = ("what", "count", "nan", "inf", "zero", "largest", "smallest", "rms", "overflow", "underflow", "error")
-        cells = [header, *(_cells(row, found, format) for row, found in pairs[:limit])]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
+        text = laid_out(header, [_cells(row, found, format) for row, found in pairs[:limit]])
         more = [f"... and {len(pairs) - limit} more"] if limit is not None and len(pairs) > limit else []
-        return "\n".join([f"As {format} would hold them:", *lines, *more])
+        return "\n".join([f"As {format} would hold them:", text, *more])
 
     def __str__(self) -> str:
         return self.table()

@@ -27,6 +27,7 @@ from jmp_lite.analysis._reports._rows import (
     shortened,
     tables_of,
 )
+from jmp_lite.analysis._text import table as laid_out
 from jmp_lite.errors import InvalidAnalysisError
 
 #: Rows of a table that are printed; files have all of them.
@@ -239,10 +240,7 @@ def _cut(table: Table) -> tuple[list[tuple[str, ...]], str]:
 
 def _plain_table(table: Table) -> str:
     rows, more = _cut(table)
-    cells = [table.columns, *rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
-    return "\n".join(filter(None, [f"{table.title}:", *lines, more]))
+    return "\n".join(filter(None, [f"{table.title}:", laid_out(table.columns, rows), more]))
 
 
 def _rich_table(table: Table) -> str:
