@@ -141,6 +141,12 @@ def at_least_float32(dtype: DType) -> DType:
     return dtype if wide else FLOAT32
 
 
+def is_floating(array: Any) -> bool:
+    """Whether something has a floating dtype, not a complex one: an array, or the shape or type of one."""
+    dtype = getattr(array, "dtype", None)
+    return dtype is not None and bool(jnp.issubdtype(dtype, jnp.floating))
+
+
 def faster_dtype(dtype: DType, platform: str, compute_capability: str | None = None) -> str | None:
     """Names the format to use instead of one that the hardware has no fast units for.
 

@@ -19,6 +19,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
 from benchmarks import _command, _report  # noqa: E402
+from benchmarks.aot import _section  # noqa: E402
 from benchmarks.aot.step import COMPILERS  # noqa: E402
 from jmp_lite.analysis._estimation._compiled import _cost, _hlo  # noqa: E402
 
@@ -99,14 +100,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             rows = [row(*size, device, is_triton=is_triton) for size in (sizes[:1] if options.quick else sizes)]
             parts.append(_command.show(f"### {title}\n\n{_report.table(HEADER, rows)}"))
         if options.out:
-            facts = {
-                "command": f"`{_report.command(MODULE)}`",
-                "versions": _report.versions(COMPILERS[target]),
-                "compiled for": f"{_targets.TARGETS[target]}, without one; kernel autotuning off",
-            }
-            section = f"contractions, {target} without a device, jax {jax.__version__}"
-            title = f"Products of few terms compiled for {_targets.TARGETS[target]}, jax {jax.__version__}"
-            _report.write_section(options.out, section, title, facts, "\n\n".join(parts))
+            _section.write(
+                options.out,
+                MODULE,
+                "\n\n".join(parts),
+                target=target,
+                compilers=COMPILERS[target],
+                title="Products of few terms",
+                note="; kernel autotuning off",
+            )
 
     _targets.for_each([TARGET], report)
 

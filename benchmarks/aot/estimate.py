@@ -24,6 +24,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
 from benchmarks import _command, _layers, _report, _zoo  # noqa: E402
+from benchmarks.aot import _section  # noqa: E402
 from benchmarks.aot.step import COMPILERS  # noqa: E402
 from jmp_lite import analysis, quant  # noqa: E402
 from jmp_lite.analysis._estimation._compiled import _hlo, _roofline  # noqa: E402
@@ -160,14 +161,9 @@ def report(options: argparse.Namespace) -> None:
     sizes = "\n".join(f"- {name}: {MODELS[name].sizes}" for name in found)
     body = _command.show(f"{LEGEND}\n\n{sizes}\n\n{table}\n\n{spread(found)}\n\n{held}")
     if options.out:
-        facts = {
-            "command": f"`{_report.command(MODULE)}`",
-            "versions": _report.versions(COMPILERS[TARGET]),
-            "compiled for": f"{_targets.TARGETS[TARGET]}, without one",
-        }
-        section = f"estimate, {TARGET} without a device, jax {jax.__version__}"
-        title = f"Estimates against programs compiled for {_targets.TARGETS[TARGET]}, jax {jax.__version__}"
-        _report.write_section(options.out, section, title, facts, body)
+        _section.write(
+            options.out, MODULE, body, target=TARGET, compilers=COMPILERS[TARGET], title="Estimates against programs"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -20,7 +20,7 @@ import jax.numpy as jnp  # noqa: E402
 import jmp_lite as jmp  # noqa: E402
 from benchmarks import _command, _layers, _report  # noqa: E402
 from benchmarks import _text_models as text  # noqa: E402
-from benchmarks.aot import gemm  # noqa: E402
+from benchmarks.aot import _section, gemm  # noqa: E402
 from jmp_lite import quant  # noqa: E402
 from jmp_lite.analysis._estimation._compiled import _cost, _hlo, _roofline  # noqa: E402
 from jmp_lite.analysis._estimation._devices import DEVICES  # noqa: E402
@@ -133,14 +133,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         device = _targets.devices(target)[0]
         parts = [LEGEND, *(_command.show(table(name, measure(name, device))) for name in ATTENTIONS)]
         if options.out:
-            facts = {
-                "command": f"`{_report.command(MODULE)}`",
-                "versions": _report.versions(gemm.COMPILERS),
-                "compiled for": f"{_targets.TARGETS[target]}, without one",
-            }
-            section = f"llama, {target} without a device, jax {jax.__version__}"
-            title = f"A LLaMA block in 8 bits compiled for {_targets.TARGETS[target]}, jax {jax.__version__}"
-            _report.write_section(options.out, section, title, facts, "\n\n".join(parts))
+            _section.write(
+                options.out,
+                MODULE,
+                "\n\n".join(parts),
+                target=target,
+                compilers=gemm.COMPILERS,
+                title="A LLaMA block in 8 bits",
+            )
 
     _targets.for_each([gemm.TARGET], report)
 

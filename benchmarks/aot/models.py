@@ -29,7 +29,7 @@ import jax.numpy as jnp  # noqa: E402
 
 import jmp_lite as jmp  # noqa: E402
 from benchmarks import _command, _report, _zoo  # noqa: E402
-from benchmarks.aot import _differences, gemm  # noqa: E402
+from benchmarks.aot import _differences, _section, gemm  # noqa: E402
 from benchmarks.aot.step import COMPILERS  # noqa: E402
 from jmp_lite.analysis._estimation._compiled import _cost, _hlo  # noqa: E402
 
@@ -143,14 +143,9 @@ def report(options: argparse.Namespace) -> None:
     held = "\n".join(limit.line() for name, programs in found.items() for limit in targets(name, programs))
     body = _command.show(f"{LEGEND}\n\n{sizes}\n\n{table}\n\n{held}")
     if options.out:
-        facts = {
-            "command": f"`{_report.command(MODULE)}`",
-            "versions": _report.versions(COMPILERS[TARGET]),
-            "compiled for": f"{_targets.TARGETS[TARGET]}, without one",
-        }
-        section = f"models, {TARGET} without a device, jax {jax.__version__}"
-        title = f"Gradients of ten models compiled for {_targets.TARGETS[TARGET]}, jax {jax.__version__}"
-        _report.write_section(options.out, section, title, facts, body)
+        _section.write(
+            options.out, MODULE, body, target=TARGET, compilers=COMPILERS[TARGET], title="Gradients of ten models"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

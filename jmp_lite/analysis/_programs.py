@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from jmp_lite._compat import is_literal, program
+from jmp_lite._dtypes import is_floating
 from jmp_lite._messages import described, quote
 from jmp_lite._tree import combine, partition, path_string
 from jmp_lite.analysis._sites import traced
-from jmp_lite.autocast._api import Traced, is_traced, wrap
+from jmp_lite.autocast._api import Traced, is_array_or_shape, wrap
 from jmp_lite.autocast._explain import Explanation, explained
 from jmp_lite.autocast._record import as_count
 from jmp_lite.autocast._rules import Settings
@@ -60,7 +61,7 @@ def traced_program(
         plain = traced(runs, args, kwargs)
         found = Program(plain.jaxpr, _names(args, kwargs), explanation=explanation)
         found = found._replace(asks_16_bits=bool(settings and settings.dtypes))
-        if returns_loss(plain) and floats_of(args[:1])[0]:
+        if is_loss(plain, args):
             found = _differentiated(found, runs, args, kwargs)
     return found._replace(said=tuple(said or said_again))
 
@@ -87,44 +88,42 @@ def _caught() -> Iterator[list[warnings.WarningMessage]]:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
-def returns_loss(plain: Traced) -> bool:
-    """Whether a call returns one floating scalar and nothing else."""
+def is_loss(plain: Traced, args: tuple[Any, ...]) -> bool:
+    """Whether a call returns one floating scalar and nothing else, and has floating arrays in its first argument."""
+    return _returns_scalar(plain) and bool(_floats(args[:1])[0])
+
+
+def _returns_scalar(plain: Traced) -> bool:
     avals = plain.jaxpr.out_avals
     if len(avals) != 1 or avals[0].shape or not jnp.issubdtype(avals[0].dtype, jnp.floating):
         return False
     return plain.output([avals[0]]) is avals[0]
 
 
-def _is_float(leaf: Any) -> bool:
-    is_array = is_traced(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
-    return is_array and bool(jnp.issubdtype(leaf.dtype, jnp.floating))
+def _floats(tree: Any) -> tuple[list[Any], list[Any], Any]:
+    return partition(tree, lambda leaf: is_array_or_shape(leaf) and is_floating(leaf))
 
 
-def floats_of(tree: Any) -> tuple[list[Any], list[Any], Any]:
-    """Splits the leaves of a tree into floating arrays, the others, and how they stand together."""
-    return partition(tree, _is_float)
-
-
-def _offloats_of(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Any]]:
+def _of_floats(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Any]]:
     """Returns a function of the floating arrays of the first argument alone, and these.
 
     Arguments are put together anew for each call, so that modules among them may change inside of it.
     """
-    floats, others, layout = floats_of(args[0])
+    floats, others, layout = _floats(args[0])
     rest, layout_of_rest = jax.tree.flatten((args[1:], kwargs))
 
-    def offloats_of(floats: list[Any]) -> Any:
+    def of_floats(floats: list[Any]) -> Any:
         more, named = jax.tree.unflatten(layout_of_rest, rest)
         return fun(combine(floats, others, layout), *more, **named)
 
-    return offloats_of, floats
+    return of_floats, floats
 
 
 def with_gradient(fun: Callable[..., Any]) -> Callable[..., Any]:
     """Returns a function that returns a loss and a list: its gradient in the floating arrays of the first argument."""
 
     def value_and_grad(*args: Any, **kwargs: Any) -> Any:
-        loss, floats = _offloats_of(fun, args, kwargs)
+        loss, floats = _of_floats(fun, args, kwargs)
         return jax.value_and_grad(loss)(floats)
 
     return value_and_grad
@@ -132,7 +131,7 @@ def with_gradient(fun: Callable[..., Any]) -> Callable[..., Any]:
 
 def _residual_bytes(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, int]:
     def residuals(*args: Any, **kwargs: Any) -> list[Any]:
-        _, pullback = jax.vjp(*_offloats_of(fun, args, kwargs))
+        _, pullback = jax.vjp(*_of_floats(fun, args, kwargs))
         return list(jax.tree.leaves(pullback))
 
     inner, _ = program(traced(residuals, args, kwargs).jaxpr)
@@ -146,5 +145,5 @@ def _residual_bytes(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict
 
 def _names(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:
     leaves, _ = jax.tree.flatten_with_path((args, kwargs))
-    named = [(path, leaf) for path, leaf in leaves if is_traced(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)]
+    named = [(path, leaf) for path, leaf in leaves if is_array_or_shape(leaf)]
     return tuple(quote(path_string(path[1:])) for path, _ in named)

@@ -3,10 +3,8 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import jax
-
 from jmp_lite._compat import Equation, Jaxpr, is_transposed, program, scope_names, source_line
-from jmp_lite.autocast._api import Traced, is_traced, trace
+from jmp_lite.autocast._api import Traced, is_array_or_shape, trace
 from jmp_lite.autocast._programs import programs_of
 
 #: Frames of this library are no source lines of the user's.
@@ -58,7 +56,7 @@ class Step(NamedTuple):
 
 def traced(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:
     """Traces a call; shapes may stand for arrays, as far as nothing is computed."""
-    return trace(fun, args, kwargs, lambda leaf: is_traced(leaf) or isinstance(leaf, jax.ShapeDtypeStruct))
+    return trace(fun, args, kwargs, is_array_or_shape)
 
 
 def steps_of(jaxpr: Jaxpr) -> tuple[Step, ...]:
@@ -72,6 +70,16 @@ def flat(steps: Sequence[Step]) -> Iterator[Step]:
         yield step
         for body in step.bodies:
             yield from flat(body)
+
+
+def way_to(steps: Sequence[Step], number: int) -> list[Sequence[Step]]:
+    """Returns the programs that a step stands in, from the outermost: each ends with the step that holds the next."""
+    at = next(i for i, step in enumerate(steps) if number <= max(inner.site.number for inner in flat([step])))
+    here = steps[: at + 1]
+    for body in steps[at].bodies:
+        if any(inner.site.number == number for inner in flat(body)):
+            return [here, *way_to(body, number)]
+    return [here]
 
 
 def _steps(jaxpr: Jaxpr, outer: Site, numbers: Iterator[int]) -> tuple[Step, ...]:

@@ -163,6 +163,11 @@ def is_traced(leaf: Any) -> bool:
     return is_array(leaf) or hasattr(leaf, "aval")
 
 
+def is_array_or_shape(leaf: Any) -> bool:
+    """Whether a leaf is such an array, or the shape of one: where nothing is computed."""
+    return is_traced(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
+
+
 def trace(
     fun: Callable[..., Any],
     args: tuple[Any, ...],

@@ -10,7 +10,7 @@ import jax
 
 from jmp_lite._functions import check_function
 from jmp_lite._policy import Policy, PolicyMap
-from jmp_lite.autocast._api import HANDLERS, is_traced, settings_from, trace
+from jmp_lite.autocast._api import HANDLERS, is_array_or_shape, settings_from, trace
 from jmp_lite.autocast._interpreter import Interpreter
 from jmp_lite.autocast._ops import Op
 from jmp_lite.autocast._record import Record
@@ -242,6 +242,6 @@ def explained(
     """Explains a call under settings that have been checked; also returns what it returns, without its numbers."""
     check_function(fun, "explain")
     interpreter = Interpreter(settings, HANDLERS, keeps_records=True)
-    traced = trace(fun, args, kwargs, lambda leaf: is_traced(leaf) or isinstance(leaf, jax.ShapeDtypeStruct))
+    traced = trace(fun, args, kwargs, is_array_or_shape)
     results = jax.eval_shape(lambda arrays: interpreter.run(traced.jaxpr, arrays), traced.arrays)
     return Explanation(interpreter.records), traced.output(results)

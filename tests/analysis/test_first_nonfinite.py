@@ -32,6 +32,12 @@ def layer(x, index, fault, hit):
         return 0.5 * x + 0.1 * FAULTS[fault][0](x, hit)
 
 
+def layers(x, step, at, fault):
+    for index in range(DEPTH):
+        x = layer(x, index, fault, (step == at[0]) & (index == at[1]))
+    return x
+
+
 @jax.custom_vjp
 def ruled(x, scale):
     return x * scale
@@ -42,8 +48,7 @@ ruled.defvjp(lambda x, scale: (x * scale, scale), lambda scale, g: (g * scale, N
 
 def in_scan(x, at, fault):
     def body(x, step):
-        for index in range(DEPTH):
-            x = layer(x, index, fault, (step == at[0]) & (index == at[1]))
+        x = layers(x, step, at, fault)
         return x, jnp.sum(x)
 
     x, sums = jax.lax.scan(body, x, jnp.arange(4))
@@ -52,9 +57,7 @@ def in_scan(x, at, fault):
 
 def in_while(x, at, fault):
     def body(step, x):
-        for index in range(DEPTH):
-            x = layer(x, index, fault, (step == at[0]) & (index == at[1]))
-        return x
+        return layers(x, step, at, fault)
 
     return jnp.sum(jax.lax.fori_loop(0, 4, body, x))
 
@@ -70,9 +73,7 @@ def in_cond(x, at, fault):
 def in_remat(x, at, fault):
     @jax.checkpoint
     def block(x, step):
-        for index in range(DEPTH):
-            x = layer(x, index, fault, (step == at[0]) & (index == at[1]))
-        return x
+        return layers(x, step, at, fault)
 
     for step in range(4):
         x = block(x, step)
@@ -82,9 +83,7 @@ def in_remat(x, at, fault):
 def in_custom_vjp(x, at, fault):
     @jax.custom_vjp
     def block(x, step):
-        for index in range(DEPTH):
-            x = layer(x, index, fault, (step == at[0]) & (index == at[1]))
-        return x
+        return layers(x, step, at, fault)
 
     block.defvjp(lambda x, step: (block(x, step), None), lambda _, g: (g, None))
     for step in range(4):
@@ -95,9 +94,7 @@ def in_custom_vjp(x, at, fault):
 def in_jit(x, at, fault):
     @jax.jit
     def block(x, step):
-        for index in range(DEPTH):
-            x = layer(x, index, fault, (step == at[0]) & (index == at[1]))
-        return x
+        return layers(x, step, at, fault)
 
     return jnp.sum(block(block(block(block(x, 0), 1), 2), 3))
 

@@ -9,13 +9,13 @@ import jax
 import numpy as np
 
 from jmp_lite._compat import run
+from jmp_lite._dtypes import is_floating
 from jmp_lite._functions import check_function, refuse_modules
 from jmp_lite._policy import Policy, PolicyMap
 from jmp_lite._tree import path_string
 from jmp_lite.analysis._comparison._shadow import evaluated
 from jmp_lite.analysis._finding import Finding, ordered
-from jmp_lite.analysis._programs import floats_of, returns_loss, with_gradient
-from jmp_lite.analysis._ranges._ranges import is_floating
+from jmp_lite.analysis._programs import is_loss, with_gradient
 from jmp_lite.analysis._sites import Site, flat, steps_of, traced
 from jmp_lite.analysis._text import table
 from jmp_lite.autocast._api import Traced, autocast
@@ -218,7 +218,7 @@ def _prepared(fun: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Traced, 
     """Traces a loss with its gradient, or any other function; with the paths of its results."""
     check_function(fun, "compare")
     plain = traced(fun, args, kwargs)
-    if args and returns_loss(plain) and floats_of(args[0])[0]:
+    if is_loss(plain, args):
         leaves = jax.tree_util.tree_leaves_with_path(args[0])
         return traced(with_gradient(fun), args, kwargs), [
             "loss",

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmp_lite._compat import bind
+from jmp_lite._dtypes import is_floating
 from jmp_lite._functions import check_function, refuse_modules
 from jmp_lite._rounding import counted_bits, key_at, step_key
 from jmp_lite.analysis._comparison._groups import group_of, groups_of
 from jmp_lite.analysis._evaluate import Analysis, Evaluator, State, Value
-from jmp_lite.analysis._programs import floats_of, returns_loss, with_gradient
-from jmp_lite.analysis._ranges._ranges import is_floating
+from jmp_lite.analysis._programs import is_loss, with_gradient
 from jmp_lite.analysis._sites import Step, steps_of, traced
 from jmp_lite.analysis._text import table
 from jmp_lite.autocast._ops import PRODUCTS
@@ -153,7 +153,7 @@ def perturb(
     def perturbing(*args: Any, **kwargs: Any) -> Sensitivities:
         refuse_modules(fun, args, kwargs, "perturb")
         plain = traced(fun, args, kwargs)
-        if not args or not returns_loss(plain) or not floats_of(args[0])[0]:
+        if not is_loss(plain, args):
             raise InvalidFunctionError(
                 "perturb takes a loss: a function that returns one floating scalar and whose first argument has "
                 f"floating arrays. This one returns {len(plain.jaxpr.out_avals)} arrays."

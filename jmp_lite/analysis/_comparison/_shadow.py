@@ -8,9 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jmp_lite._compat import Jaxpr, bind
-from jmp_lite._dtypes import FLOAT32
+from jmp_lite._dtypes import FLOAT32, is_floating
 from jmp_lite.analysis._evaluate import Analysis, Evaluator, State, Value
-from jmp_lite.analysis._ranges._ranges import is_floating
 from jmp_lite.analysis._sites import Step, flat
 
 #: Parameters of primitives that name the dtype of what they make or compute with.

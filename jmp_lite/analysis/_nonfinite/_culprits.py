@@ -12,7 +12,7 @@ from jax import lax
 from jmp_lite._compat import Jaxpr, manual_axes
 from jmp_lite._dtypes import FLOAT32
 from jmp_lite.analysis._evaluate import Analysis, Evaluator, State, Value
-from jmp_lite.analysis._sites import Step, flat
+from jmp_lite.analysis._sites import Step, way_to
 
 #: A code of a value that is finite. Codes say when a value stopped being finite, in equations from the start of the
 #: program; the least is to blame.
@@ -105,7 +105,7 @@ def step_at(jaxpr: Jaxpr, steps: Sequence[Step], arrays: Sequence[Any], time: in
     """Evaluates a program, and returns the step that ran at some time."""
     start = (jnp.int32(0), jnp.int32(-1))
     _, (_, index) = Evaluator(_Clock(time)).run(jaxpr, steps, list(map(Value, arrays)), start)
-    return next(step for step in flat(steps) if step.site.number == int(index))
+    return way_to(steps, int(index))[-1][-1]
 
 
 class Capture(NamedTuple):
@@ -194,12 +194,9 @@ def captured(jaxpr: Jaxpr, steps: Sequence[Step], arrays: Sequence[Any], step: S
 
 def _axes_around(steps: Sequence[Step], wanted: Step) -> list[Any]:
     """Returns the axes of the maps that a step is in."""
-    for step in steps:
-        for body in step.bodies:
-            if any(inner.site.number == wanted.site.number for inner in flat(body)):
-                own = manual_axes(step.eqn.params) if step.site.primitive == "shard_map" else ()
-                return [*sorted(own, key=str), *_axes_around(body, wanted)]
-    return []
+    holders = [programs[-1] for programs in way_to(steps, wanted.site.number)[:-1]]
+    maps = [step.eqn.params for step in holders if step.site.primitive == "shard_map"]
+    return [axis for params in maps for axis in sorted(manual_axes(params), key=str)]
 
 
 def _is_kept(v: Any) -> bool:

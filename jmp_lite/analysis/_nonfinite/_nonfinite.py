@@ -9,15 +9,15 @@ import jax
 import numpy as np
 
 from jmp_lite._compat import is_literal
+from jmp_lite._dtypes import is_floating
 from jmp_lite._functions import check_function, refuse_modules
 from jmp_lite._tree import path_string
 from jmp_lite.analysis._finding import Finding
 from jmp_lite.analysis._nonfinite._bundle import Bundle
 from jmp_lite.analysis._nonfinite._culprits import NEVER, WRITTEN, captured, codes_of_results, step_at
 from jmp_lite.analysis._ranges._range import Range, range_of
-from jmp_lite.analysis._ranges._ranges import is_floating
 from jmp_lite.analysis._ranges._tally import tally
-from jmp_lite.analysis._sites import Site, Step, flat, steps_of, traced
+from jmp_lite.analysis._sites import Site, Step, flat, steps_of, traced, way_to
 from jmp_lite.autocast._api import Traced
 from jmp_lite.scaling._in_state import is_loss_scale, nodes
 
@@ -203,8 +203,8 @@ def _equation(call: Traced, steps: Sequence[Step], time: int) -> NonFinite:
 
 def _producers(steps: Sequence[Step], wanted: Step) -> tuple[Site, ...]:
     """Returns what made the operands of a step, and their operands, within the program that it stands in."""
-    body = _body_of(steps, wanted)
-    makers = {v: step for step in body for v in step.eqn.outvars}
+    before = way_to(steps, wanted.site.number)[-1]
+    makers = {v: step for step in before for v in step.eqn.outvars}
     found: dict[int, Site] = {}
     front = [wanted]
     while front and len(found) < _PRODUCERS:
@@ -216,12 +216,3 @@ def _producers(steps: Sequence[Step], wanted: Step) -> tuple[Site, ...]:
                 found |= {site.number: site for site in inside or [maker.site]}
                 front.append(maker)
     return tuple(found[index] for index in sorted(found, reverse=True)[:_PRODUCERS])
-
-
-def _body_of(steps: Sequence[Step], wanted: Step) -> Sequence[Step]:
-    for step in steps:
-        if step.site.number == wanted.site.number:
-            return steps
-    holders = [step for step in steps if step.site.number < wanted.site.number]
-    bodies = [body for body in holders[-1].bodies if any(s.site.number == wanted.site.number for s in flat(body))]
-    return _body_of(bodies[0], wanted)

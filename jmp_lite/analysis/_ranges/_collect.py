@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from jmp_lite._compat import run
+from jmp_lite._dtypes import is_floating
 from jmp_lite._functions import check_function, refuse_modules
 from jmp_lite._messages import quote
 from jmp_lite._patterns import matches
 from jmp_lite.analysis._evaluate import Analysis, Evaluator, State, Value
 from jmp_lite.analysis._ranges._copies import Axes, Copies
-from jmp_lite.analysis._ranges._ranges import Ranges, Row, is_floating, named
+from jmp_lite.analysis._ranges._ranges import Ranges, Row, named
 from jmp_lite.analysis._ranges._tally import Tally, across, empty, merged, only_if, tally
 from jmp_lite.analysis._sites import Step, flat, steps_of, traced
 from jmp_lite.autocast._ops import PRODUCTS

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jmp_lite._dtypes import is_floating
 from jmp_lite._tree import path_string
 from jmp_lite.analysis._ranges._range import Range, range_of
 from jmp_lite.analysis._ranges._tally import Tally, merged, tally
@@ -168,12 +169,6 @@ def named(kind: str, tree: Any) -> list[tuple[Row, Any]]:
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
         if is_floating(leaf)
     ]
-
-
-def is_floating(array: Any) -> bool:
-    """Whether something is an array of floating numbers, not complex ones."""
-    dtype = getattr(array, "dtype", None)
-    return dtype is not None and bool(jnp.issubdtype(dtype, jnp.floating))
 
 
 def _severity(found: Range, name: str) -> tuple[float, ...]:
