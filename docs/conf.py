@@ -1,4 +1,7 @@
-"""Sphinx configuration: every page is executed, nothing is fetched, warnings are meant to be fatal (``-W``)."""
+"""Sphinx configuration: every page is executed, nothing is fetched, warnings are meant to be fatal (``-W``).
+
+A cell that fails or runs out of time is a warning that shows the cell; the other pages are written all the same.
+"""
 
 import os
 import pathlib
@@ -18,14 +21,23 @@ author = "the jmp_lite authors"
 project_copyright = author
 version = release = jmp_lite.__version__
 
-extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "myst_nb", "coverage_check"]
+extensions = [
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "myst_nb",
+    "sphinx_copybutton",
+    "sphinx_design",
+    "coverage_check",
+    "notebook_links",
+]
 exclude_patterns = ["_build", "jupyter_execute"]
 
 # --- Pages ---
 
 nb_execution_mode = "force"
-nb_execution_raise_on_error = True
-nb_execution_timeout = 300
+nb_execution_show_tb = True
+nb_execution_timeout = 60  # seconds for one cell
 nb_merge_streams = True
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
@@ -52,3 +64,4 @@ html_show_sphinx = False
 pygments_style = "friendly"
 pygments_dark_style = "monokai"
 html_theme_options = {"navigation_with_keys": True}
+copybutton_selector = "div:not(.output) > div.highlight pre"
