@@ -37,7 +37,7 @@ exclude_patterns = ["_build", "jupyter_execute"]
 
 nb_execution_mode = "force"
 nb_execution_show_tb = True
-nb_execution_timeout = 60  # seconds for one cell
+nb_execution_timeout = 120  # seconds for one cell
 nb_merge_streams = True
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3

@@ -120,13 +120,13 @@ class Demands:
 
     def _search(self, inner: Any, wanted: Wants, scope: str) -> dict[Var, Want]:
         wants: dict[Var, Want] = {}
-        repeated = {eqn.outvars[0] for eqn in inner.eqns if _ops.adds_axes(eqn)}
+        no_layers = self._no_layers(inner)
 
         def is_sum_of_layers(eqn: Equation) -> bool:
-            """Whether two arrays are added, such as a layer and what goes around it: neither literal nor repeated."""
+            """Whether two arrays are added, such as a layer and what goes around it."""
             shape = eqn.outvars[0].aval.shape if eqn.primitive.name == "add" else None
             return shape is not None and not any(
-                is_literal(v) or v in repeated or v.aval.shape != shape for v in eqn.invars
+                is_literal(v) or v in no_layers or v.aval.shape != shape for v in eqn.invars
             )
 
         for atom, want in zip(inner.outvars, wanted, strict=True):
@@ -139,6 +139,17 @@ class Demands:
             for atom, want in zip(eqn.invars, of_operands, strict=True):
                 _add(wants, atom, want)
         return wants
+
+    def _no_layers(self, inner: Any) -> set[Var]:
+        """What is repeated, such as a bias, and what is float32 anyway, such as a logarithm; moved or not."""
+        found: set[Var] = set()
+        for eqn in inner.eqns:
+            moved = _ops.moves_whole_arrays(eqn.primitive.name) and any(
+                v in found for v in eqn.invars if not is_literal(v)
+            )
+            if moved or _ops.adds_axes(eqn) or classify(eqn, self.ops)[0] is OpClass.DENY:
+                found.update(eqn.outvars)
+        return found
 
     def _of_operands(self, eqn: Equation, of_results: list[Want], scope: str) -> Sequence[Want]:
         op, _ = classify(eqn, self.ops)

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax import lax
 from support import jaxprs
@@ -364,6 +365,46 @@ def test_gradients_of_a_weight_used_often_add_up_in_float32(order, name):
     cast = functools.partial(jmp.autocast, policy="mixed_bfloat16")
     gradient = jax.grad(cast(loss)) if order == "grad(autocast)" else cast(jax.grad(loss))
     np.testing.assert_array_equal(gradient(jnp.ones(shape), jnp.ones((257, 16))), 300 * each)
+
+
+HEADS = {
+    "log_softmax": lambda logits, y: -jnp.take_along_axis(jax.nn.log_softmax(logits), y[:, None], 1).mean(),
+    "logsumexp": lambda logits, y: jax.nn.logsumexp(logits, axis=-1).mean(),
+    "logsumexp, keepdims": lambda logits, y: jax.nn.logsumexp(logits, axis=-1, keepdims=True).mean(),
+    "z loss": lambda logits, y: jnp.square(jax.nn.logsumexp(logits, axis=-1)).mean(),
+    "integer labels": lambda logits, y: optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(),
+    "one-hot labels": lambda logits, y: optax.softmax_cross_entropy(logits, jax.nn.one_hot(y, 16)).mean(),
+    "sigmoid": lambda logits, y: optax.sigmoid_binary_cross_entropy(logits, jax.nn.one_hot(y, 16)).mean(),
+    "focal": lambda logits, y: optax.sigmoid_focal_loss(logits, jax.nn.one_hot(y, 16)).mean(),
+    "temperature": lambda logits, y: jax.nn.logsumexp(logits / 0.7, axis=-1).mean(),
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_logits_leave_in_float32_for_any_loss_of_them(head):
+    def loss(w, x, y):
+        return HEADS[head](x @ w, y)
+
+    shapes = [jax.ShapeDtypeStruct((64, 16), jnp.float32), jax.ShapeDtypeStruct((32, 64), jnp.float32)]
+    found = jmp.explain(loss, "mixed_bfloat16")(*shapes, jax.ShapeDtypeStruct((32,), jnp.int32))
+    [logits] = [decision for decision in found if decision.primitive == "dot_general"]
+    assert logits.in_dtypes == ("bfloat16", "bfloat16")
+    assert logits.out_dtypes == ("float32",)
+
+
+@pytest.mark.parametrize(
+    "pool", [jnp.mean, jnp.var, lambda y: jnp.sqrt(jnp.sum(jnp.square(y)))], ids=["mean", "var", "norm"]
+)
+def test_layers_that_are_added_stay_in_the_compute_dtype(pool):
+    """What goes around a layer is as large as it: float32 would double what is kept."""
+
+    def loss(w, x):
+        x = x @ w
+        return pool(x + jax.nn.relu(x) @ w)
+
+    shape = jax.ShapeDtypeStruct((64, 64), jnp.float32)
+    decisions = jmp.explain(loss, "mixed_bfloat16")(shape, shape)
+    assert [d.out_dtypes for d in decisions if d.primitive == "dot_general"] == [("bfloat16",)] * 2
 
 
 def test_logits_of_a_dense_layer_with_a_bias_leave_in_float32():
