@@ -108,6 +108,27 @@ def test_a_gradient_that_underflows_has_turned():
     assert found["fp16"].results[0].cosine == 0
 
 
+@pytest.mark.parametrize(
+    ("low", "wanted", "cosine", "norm_ratio", "error"),
+    [
+        ([0, 0], [3, 4], 0, 0, 1),
+        ([3, 4], [0, 0], 0, np.inf, np.inf),
+        ([0, 0], [0, 0], 1, 1, 0),
+        ([], [], 1, 1, 0),
+        ([-3, -4], [3, 4], -1, 1, 2),
+        ([np.inf, 4], [3, 4], 0, np.inf, np.inf),
+        ([np.nan, 4], [np.inf, 4], 0, np.inf, np.inf),
+        ([-np.inf, np.nan, 4], [-np.inf, np.nan, 4], 1, 1, 0),
+    ],
+    ids=str,
+)
+def test_errors_of_results_are_distances_over_what_is_wanted(low, wanted, cosine, norm_ratio, error):
+    low, wanted = np.float32(low), np.float32(wanted)
+    found = compare(lambda x: x + wanted, {"low": lambda x: x + low})(jnp.zeros(low.shape))["low"]
+    assert found.results == (pytest.approx(("", cosine, norm_ratio, error)),)
+    assert found.error == pytest.approx(error)
+
+
 def test_everything_is_rows_of_plain_values(rng):
     x, w = arrays(rng, (4, 8), (8, 8))
     found = compare(lambda w, x: jnp.mean(product(x, w)), ["mixed_bfloat16", "mixed_float16"])(w, x)

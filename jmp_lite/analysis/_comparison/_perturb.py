@@ -12,11 +12,11 @@ from jmp_lite._compat import bind
 from jmp_lite._dtypes import is_floating
 from jmp_lite._functions import check_function, refuse_modules
 from jmp_lite._rounding import counted_bits, key_at, step_key
+from jmp_lite._text import table
 from jmp_lite.analysis._comparison._groups import group_of, groups_of
 from jmp_lite.analysis._evaluate import Analysis, Evaluator, State, Value
 from jmp_lite.analysis._programs import is_loss, with_gradient
 from jmp_lite.analysis._sites import Step, steps_of, traced
-from jmp_lite.analysis._text import table
 from jmp_lite.autocast._ops import PRODUCTS
 from jmp_lite.errors import InvalidFunctionError
 

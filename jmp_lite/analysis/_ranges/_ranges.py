@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmp_lite._dtypes import is_floating
+from jmp_lite._text import table as laid_out
 from jmp_lite._tree import path_string
 from jmp_lite.analysis._ranges._range import Range, range_of
 from jmp_lite.analysis._ranges._tally import Tally, merged, tally
 from jmp_lite.analysis._sites import Site
-from jmp_lite.analysis._text import table as laid_out
 
 
 class Row(NamedTuple):

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 
 from jmp_lite._dtypes import at_least_float32, is_floating
 from jmp_lite._messages import first_few
+from jmp_lite._text import table
 from jmp_lite._tree import path_string
 from jmp_lite.analysis._finding import Finding, ordered
-from jmp_lite.analysis._text import table
 from jmp_lite.errors import InvalidStepError
 
 #: Updates of which more than this share changes nothing are a finding.

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from jmp_lite._messages import quote
+from jmp_lite._text import table
 from jmp_lite.analysis._comparison._groups import flop_shares, group_of, groups_of
 from jmp_lite.analysis._comparison._perturb import distance, perturb
 from jmp_lite.analysis._estimation._estimate import Precision, estimate
@@ -19,7 +20,6 @@ from jmp_lite.analysis._ranges._range import Range
 from jmp_lite.analysis._ranges._ranges import Ranges
 from jmp_lite.analysis._recommendation._choices import FLOAT32, Choice, Plan, choices_of
 from jmp_lite.analysis._sites import steps_of, traced
-from jmp_lite.analysis._text import table
 from jmp_lite.autocast._api import autocast
 from jmp_lite.autocast._explain import explain
 from jmp_lite.errors import InvalidAnalysisError
