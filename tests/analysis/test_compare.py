@@ -138,6 +138,18 @@ def test_everything_is_rows_of_plain_values(rng):
     assert all(isinstance(value, (str, float, bool)) for row in plain["equations"] for value in row.values())
 
 
+def test_functions_of_one_name_are_all_compared():
+    found = compare(lambda x: x, [lambda x: x, lambda x: 2 * x])(jnp.ones(3))
+    assert [errors.error for errors in found.policies.values()] == [0, 1]
+    assert list(found.policies) == ["<lambda>", "<lambda> (2)"]
+
+
+@pytest.mark.parametrize("policies", [3, None, [3]])
+def test_what_is_no_policy_is_refused(policies):
+    with pytest.raises(jmp.errors.InvalidFunctionError, match=r"compare takes a function, got (3|None)"):
+        compare(jnp.sum, policies)
+
+
 def test_functions_that_return_something_else_are_refused():
     with pytest.raises(jmp.errors.InvalidFunctionError, match="'two' returns 2 arrays"):
         compare(lambda x: x * 2, {"two": lambda x: (x, x)})(jnp.ones(3))
@@ -162,3 +174,5 @@ def test_lost_updates_are_those_that_apply_updates_loses(dtype, size, rng):
 def test_updates_of_other_parameters_are_refused():
     with pytest.raises(jmp.errors.InvalidStepError, match="another structure"):
         lost_updates({"a": jnp.ones(2)}, {"b": jnp.ones(2)})
+    with pytest.raises(jmp.errors.InvalidStepError, match=r"update of 'a' has shape \(3,\)"):
+        lost_updates({"a": jnp.ones(2)}, {"a": jnp.ones(3)})

@@ -170,7 +170,8 @@ def compare(
     Args:
         fun: The function, written for float32.
         policies: Policies that ``autocast`` runs it under, or functions that stand for it, such as
-            ``{"fp8": jmp.autocast(loss, "mixed_bfloat16", dot=jmp.quant.FP8)}``; one, several, or by name.
+            ``{"fp8": jmp.autocast(loss, "mixed_bfloat16", dot=jmp.quant.FP8)}``; one, a list, or by name. Of
+            two with one name, the second gets its number.
 
     Returns:
         A function with the arguments of ``fun`` that returns a ``Comparison``.
@@ -209,8 +210,14 @@ def compare(
 
 def _named(fun: Callable[..., Any], policies: Any) -> dict[str, Callable[..., Any]]:
     if not isinstance(policies, Mapping):
-        several = [policies] if isinstance(policies, (str, Policy, PolicyMap)) or callable(policies) else list(policies)
-        policies = {getattr(one, "__name__", None) or str(one): one for one in several}
+        several = list(policies) if isinstance(policies, Sequence) and not isinstance(policies, str) else [policies]
+        policies = {}
+        for one in several:
+            name = getattr(one, "__name__", None) or str(one)
+            policies[f"{name} ({len(policies) + 1})" if name in policies else name] = one
+        for one in policies.values():
+            if not isinstance(one, (str, Policy, PolicyMap)):
+                check_function(one, "compare")
     return {
         name: autocast(fun, one) if isinstance(one, (str, Policy, PolicyMap)) else one for name, one in policies.items()
     }

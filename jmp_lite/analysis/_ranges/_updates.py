@@ -109,6 +109,12 @@ def lost_updates(params: Any, updates: Any) -> LostUpdates:
             f"{first_few(_paths(params))}. Give what the optimizer returned for these parameters."
         )
     leaves = jax.tree_util.tree_leaves_with_path(params)
+    for (path, leaf), update in zip(leaves, jax.tree.leaves(updates), strict=True):
+        if jnp.shape(leaf) != jnp.shape(update):
+            raise InvalidStepError(
+                f"The update of {path_string(path)!r} has shape {jnp.shape(update)}, and the parameter "
+                f"{jnp.shape(leaf)}. Give what the optimizer returned for these parameters."
+            )
     pairs = [
         (path_string(path), leaf, jnp.asarray(update))
         for (path, leaf), update in zip(leaves, jax.tree.leaves(updates), strict=True)

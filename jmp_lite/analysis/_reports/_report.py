@@ -12,7 +12,8 @@ from typing import Any
 
 from jmp_lite._text import table as laid_out
 from jmp_lite.analysis._finding import Finding, ordered
-from jmp_lite.analysis._ranges._check_ranges import diagnose, parse_format
+from jmp_lite.analysis._ranges._check_ranges import diagnose
+from jmp_lite.analysis._ranges._range import parse_format
 from jmp_lite.analysis._ranges._ranges import Ranges
 from jmp_lite.analysis._reports._rows import (
     Entry,
