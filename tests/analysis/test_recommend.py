@@ -196,8 +196,8 @@ def measured(low, loss, params, batch):
 @pytest.mark.parametrize("name", SMALL)
 def test_models_are_within_the_tolerance_and_cost_no_more(name, formats, rng):
     """Half of what all of bfloat16 makes is not to be had by it, and by float16 at once."""
-    loss, params, batches = task_problem(name, rng)
-    with jax.numpy_rank_promotion("allow"):
+    with jax.numpy_rank_promotion("allow"):  # positions are added to texts
+        loss, params, batches = task_problem(name, rng)
         tolerance = measured(jmp.autocast(loss, "mixed_bfloat16"), loss, params, batches[-1]) / 2
         found = recommend(loss, params, batches, tolerance=tolerance, formats=formats)
         error = measured(found.autocast(loss), loss, params, batches[-1])
