@@ -10,6 +10,7 @@ import jax
 
 from jmp_lite._functions import check_function
 from jmp_lite._policy import Policy, PolicyMap
+from jmp_lite._text import table as laid_out
 from jmp_lite.autocast._api import HANDLERS, is_array_or_shape, settings_from, trace
 from jmp_lite.autocast._interpreter import Interpreter
 from jmp_lite.autocast._ops import Op
@@ -114,9 +115,7 @@ class Explanation(Sequence[Record]):
             [1, 2]
         """
         records = [record for record in self._records if all or _concerns_floats(record)]
-        rows = [_COLUMNS, *map(_row, records)]
-        widths = [max(map(len, column)) for column in list(zip(*rows, strict=True))[:-1]]
-        return "\n".join("  ".join([*map(str.ljust, row[:-1], widths), row[-1]]) for row in rows)
+        return laid_out(_COLUMNS, [_row(record) for record in records])
 
     def __str__(self) -> str:
         return f"{_summarized(self.summary, self._records)}\n\n{self.table()}"

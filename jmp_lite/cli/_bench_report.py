@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jmp_lite.cli._bench_measure import Run, baseline_of
-from jmp_lite.cli._text import table
+from jmp_lite.cli._text import titled
 
 #: Of the JSON; rises when a field changes its meaning.
 SCHEMA = 1
@@ -53,7 +53,7 @@ class Setting(NamedTuple):
 def as_text(setting: Setting, runs: Sequence[Run]) -> str:
     """Lays out the figures as a table, with what the columns mean below it."""
     rows = [_row(run, runs) for run in runs]
-    drawn = table(setting.title(), _HEADER, rows, is_right=[False, False, *[True] * 7])
+    drawn = titled(setting.title(), _HEADER, rows, is_right=[False, False, *[True] * 7])
     models = dict.fromkeys(
         f"{run.model.name}: {run.model.size}; {run.model.parameter_count() / 1e6:.3g} M parameters." for run in runs
     )

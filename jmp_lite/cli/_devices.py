@@ -7,8 +7,8 @@ import numpy as np
 
 from jmp_lite._dtypes import dtype_name, dtype_to_names, faster_dtype
 from jmp_lite._messages import described
+from jmp_lite._text import table
 from jmp_lite.cli._rates import PRODUCTS, copied_bytes_per_second, product_flops_per_second
-from jmp_lite.cli._text import aligned
 
 
 def devices(*, measure: bool = False) -> str:
@@ -18,7 +18,7 @@ def devices(*, measure: bool = False) -> str:
         measure: Whether to time one device of each kind as well.
     """
     local = jax.local_devices()
-    known = aligned(["id", "platform", "kind", "formats"], [_row(device) for device in local])
+    known = table(["id", "platform", "kind", "formats"], [_row(device) for device in local])
     if not measure:
         return known
     first_of_kind = {device.device_kind: device for device in reversed(local)}
@@ -49,7 +49,7 @@ def _measured(device: Any) -> str:
             else:
                 rows.append([name, f"{found.per_second / 1e12:.3g}", f"{found.size} x {found.size}"])
         copied = copied_bytes_per_second()
-    products = aligned(["product of", "TFLOP/s", "matrices"], rows, is_right=[False, True, False])
+    products = table(["product of", "TFLOP/s", "matrices"], rows, is_right=[False, True, False])
     what = f"Device {device.id}, {device.device_kind}"
     return (
         f"{what}\n{products}\nCopy: {copied.per_second / 1e9:.3g} GB/s, read and written, of {copied.size / 1e6:.0f} MB"

@@ -55,7 +55,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         >>> from jmp_lite import cli
         >>> cli.main(["policy", "mixed_float16"])
         field          dtype
-        -------------  -----------------
         param_dtype    float32
         compute_dtype  float16
         output_dtype   float32

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from jmp_lite._dtypes import dtype_to_names
 from jmp_lite._policy import get_policy
-from jmp_lite.cli._text import aligned
+from jmp_lite._text import table
 
 
 def formats() -> str:
@@ -16,7 +16,7 @@ def formats() -> str:
         info: Any = jnp.finfo(scalar_type)  # type: ignore[no-untyped-call]
         limits = [f"{float(x):.6g}" for x in (info.max, info.smallest_normal, info.smallest_subnormal)]
         rows.append([names[0], ", ".join(names[1:]), str(info.bits), *limits, f"2**-{info.nmant}"])
-    return aligned(["name", "also", "bits", "max", "smallest normal", "smallest", "spacing at 1"], rows)
+    return table(["name", "also", "bits", "max", "smallest normal", "smallest", "spacing at 1"], rows)
 
 
 def policy(spec: str) -> str:
@@ -24,4 +24,4 @@ def policy(spec: str) -> str:
     parsed = get_policy(spec)
     fields = ("param_dtype", "compute_dtype", "output_dtype", "reduce_dtype")
     rows = [[field, str(getattr(parsed, field) or "float32 (default)")] for field in fields]
-    return aligned(["field", "dtype"], rows)
+    return table(["field", "dtype"], rows)

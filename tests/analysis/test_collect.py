@@ -230,3 +230,12 @@ def test_modules_are_told_apart_by_scope():
 def test_leaves_that_are_no_floats_have_no_range():
     found = ranges({"i": jnp.arange(3), "key": jax.random.key(0), "c": jnp.ones(2, jnp.complex64), "x": jnp.ones(2)})
     assert list(found) == ["x"]
+
+
+def test_what_does_not_say_when_or_is_no_format_is_refused():
+    with pytest.raises(jmp.errors.InvalidFunctionError, match="when= of collect takes a function, got True"):
+        collect(jnp.sum, when=True)
+    with pytest.raises(jmp.errors.UnknownDtypeError, match="Unknown format 'float15'"):
+        jmp.analysis.ranges(jnp.ones(3)).table("float15")
+    ranges = jmp.analysis.ranges(jnp.ones(3))
+    assert ranges.table("f16") == ranges.table("float16")

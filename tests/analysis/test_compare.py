@@ -108,6 +108,27 @@ def test_a_gradient_that_underflows_has_turned():
     assert found["fp16"].results[0].cosine == 0
 
 
+@pytest.mark.parametrize(
+    ("low", "wanted", "cosine", "norm_ratio", "error"),
+    [
+        ([0, 0], [3, 4], 0, 0, 1),
+        ([3, 4], [0, 0], 0, np.inf, np.inf),
+        ([0, 0], [0, 0], 1, 1, 0),
+        ([], [], 1, 1, 0),
+        ([-3, -4], [3, 4], -1, 1, 2),
+        ([np.inf, 4], [3, 4], 0, np.inf, np.inf),
+        ([np.nan, 4], [np.inf, 4], 0, np.inf, np.inf),
+        ([-np.inf, np.nan, 4], [-np.inf, np.nan, 4], 1, 1, 0),
+    ],
+    ids=str,
+)
+def test_errors_of_results_are_distances_over_what_is_wanted(low, wanted, cosine, norm_ratio, error):
+    low, wanted = np.float32(low), np.float32(wanted)
+    found = compare(lambda x: x + wanted, {"low": lambda x: x + low})(jnp.zeros(low.shape))["low"]
+    assert found.results == (pytest.approx(("", cosine, norm_ratio, error)),)
+    assert found.error == pytest.approx(error)
+
+
 def test_everything_is_rows_of_plain_values(rng):
     x, w = arrays(rng, (4, 8), (8, 8))
     found = compare(lambda w, x: jnp.mean(product(x, w)), ["mixed_bfloat16", "mixed_float16"])(w, x)
@@ -115,6 +136,18 @@ def test_everything_is_rows_of_plain_values(rng):
     assert {row["policy"] for row in plain["equations"]} == {"mixed_bfloat16", "mixed_float16"}
     assert {row["path"] for row in plain["results"]} == {"loss", ""}
     assert all(isinstance(value, (str, float, bool)) for row in plain["equations"] for value in row.values())
+
+
+def test_functions_of_one_name_are_all_compared():
+    found = compare(lambda x: x, [lambda x: x, lambda x: 2 * x])(jnp.ones(3))
+    assert [errors.error for errors in found.policies.values()] == [0, 1]
+    assert list(found.policies) == ["<lambda>", "<lambda> (2)"]
+
+
+@pytest.mark.parametrize("policies", [3, None, [3]])
+def test_what_is_no_policy_is_refused(policies):
+    with pytest.raises(jmp.errors.InvalidFunctionError, match=r"compare takes a function, got (3|None)"):
+        compare(jnp.sum, policies)
 
 
 def test_functions_that_return_something_else_are_refused():
@@ -141,3 +174,5 @@ def test_lost_updates_are_those_that_apply_updates_loses(dtype, size, rng):
 def test_updates_of_other_parameters_are_refused():
     with pytest.raises(jmp.errors.InvalidStepError, match="another structure"):
         lost_updates({"a": jnp.ones(2)}, {"b": jnp.ones(2)})
+    with pytest.raises(jmp.errors.InvalidStepError, match=r"update of 'a' has shape \(3,\)"):
+        lost_updates({"a": jnp.ones(2)}, {"a": jnp.ones(3)})

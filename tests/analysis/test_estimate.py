@@ -273,3 +273,9 @@ def test_storage_takes_the_bytes_that_its_formats_say(name):
     assert row.seconds == pytest.approx(row.moved / (0.85 * 3.35e12))
     assert name in str(found)
     assert json.dumps(found.to_dict())
+
+
+def test_integers_among_the_parameters_have_no_gradient():
+    params = {"w": jnp.ones((8, 4)), "step": jnp.int32(0)}
+    found = jmp.analysis.estimate(lambda params, x: jnp.sum(x @ params["w"]), compiled=False)(params, jnp.ones((2, 8)))
+    assert found.rows[0].bytes > 0

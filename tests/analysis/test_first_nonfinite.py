@@ -249,3 +249,11 @@ def test_a_file_that_is_no_bundle(tmp_path):
 
 def test_a_finite_function_compiles_once_and_returns_none():
     assert first_nonfinite(jnp.sin)(jnp.ones(3)) is None
+
+
+def test_complex_numbers_are_named():
+    zeros = jnp.zeros(2, jnp.complex64)
+    found = first_nonfinite(lambda z: 1 / z)(zeros)
+    assert found.site.primitive == "div"
+    assert found.made.count == 4
+    assert first_nonfinite(lambda z: z + 1)(zeros / 0).argument == "0"

@@ -7,6 +7,7 @@ import pytest
 from support.comparisons import slow_but_for
 
 import jmp_lite as jmp
+from benchmarks import _models
 from jmp_lite.analysis import perturb, recommend
 
 WIDTH = 32
@@ -148,6 +149,73 @@ def test_outliers_of_a_layer_keep_it_from_int8(rng):
     assert found.error <= 0.1
 
 
+@pytest.mark.slow
+def test_what_is_more_exact_is_kept_where_it_fits(rng):
+    """A wider range is no step up for numbers that fit: half of them in bfloat16 would be worse than all in float16."""
+    loss, params, batches = problem(rng, (), count=3)
+    both = recommend(loss, params, batches, tolerance=2.0**-10, formats=["float16", "bfloat16"])
+    assert {line.format for line in both.lines} <= {"float16", "float32"}
+    wide = recommend(loss, params, batches, tolerance=0.5, formats=["float16", "bfloat16"])
+    assert {line.format for line in wide.lines} == {"float16"}
+
+
+#: Tasks of the benchmarks, made small.
+SMALL = {
+    "gpt": _models._gpt("", (2, 16), layers=1, width=32, heads=2, vocabulary=64),
+    "resnet": _models._resnet("", 8, 8, widths=(8, 16), blocks=1),
+}
+
+
+def task_problem(name, rng):
+    task = SMALL[name]
+    params, statistics, _ = task.arguments()
+    loss = task.loss()
+    (shape, dtype), (label_shape, classes) = task.inputs, task.labels
+    batches = []
+    for _ in range(3):
+        labels = jnp.asarray(rng.integers(0, classes, label_shape, dtype=np.int32))
+        inputs = labels if dtype == np.int32 else jnp.asarray(rng.standard_normal(shape, dtype=dtype))
+        batches.append((inputs, labels))
+    return lambda params, *batch: loss(params, statistics, batch)[0], params, batches
+
+
+def measured(low, loss, params, batch):
+    """Error of loss and gradient, whichever is larger, by NumPy."""
+    with jax.default_matmul_precision("highest"):
+        exact = jax.jit(jax.value_and_grad(loss))(params, *batch)
+    found = jax.jit(jax.value_and_grad(low))(params, *batch)
+    pairs = [
+        [np.concatenate([np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(part)]) for part in both]
+        for both in zip(found, exact, strict=True)
+    ]
+    return max(np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in pairs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("formats", [("bfloat16",), ("float16", "bfloat16")], ids=str)
+@pytest.mark.parametrize("name", SMALL)
+def test_models_are_within_the_tolerance_and_cost_no_more(name, formats, rng):
+    """Half of what all of bfloat16 makes is not to be had by it, and by float16 at once."""
+    with jax.numpy_rank_promotion("allow"):  # positions are added to texts
+        loss, params, batches = task_problem(name, rng)
+        tolerance = measured(jmp.autocast(loss, "mixed_bfloat16"), loss, params, batches[-1]) / 2
+        found = recommend(loss, params, batches, tolerance=tolerance, formats=formats)
+        error = measured(found.autocast(loss), loss, params, batches[-1])
+    assert error <= tolerance
+    assert error == pytest.approx(found.error, rel=0.1)
+    safe, recommended = found.cost.rows
+    assert recommended.seconds <= safe.seconds
+    assert recommended.bytes <= safe.bytes
+    assert found.low_share > 0
+    assert found.low_share == pytest.approx(1) or formats == ("bfloat16",)
+
+
+def test_a_loss_that_is_not_finite_is_refused(rng):
+    loss, params, batches = problem(rng, (), count=1)
+    with pytest.raises(jmp.errors.InvalidAnalysisError, match="not finite in float32"):
+        recommend(lambda p, x: loss(p, x) / 0.0, params, batches)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -178,6 +246,8 @@ def test_sensitivities_follow_the_condition_of_products(rng):
     assert set(perturb(loss, depth=1)(params, *batches[0])) == set(found)
 
 
-def test_perturb_takes_losses():
+def test_perturb_takes_losses_and_a_size():
+    with pytest.raises(jmp.errors.InvalidAnalysisError, match="scale must be positive, got 0"):
+        perturb(jnp.sum, scale=0.0)
     with pytest.raises(jmp.errors.InvalidFunctionError, match="perturb takes a loss"):
         perturb(lambda x: x)(jnp.ones(3))

@@ -20,9 +20,9 @@ def test_formats_lists_every_format_with_its_limits(capsys):
 
 
 def test_devices_lists_every_local_device(capsys):
-    """Eight simulated devices are eight lines below the two of the header."""
+    """Eight simulated devices are eight lines below the header."""
     assert cli.main(["devices"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 2 + 8
+    assert len(capsys.readouterr().out.splitlines()) == 1 + 8
 
 
 def test_devices_names_the_better_format(capsys, monkeypatch):
@@ -36,7 +36,7 @@ def test_devices_names_the_better_format(capsys, monkeypatch):
 def test_policy_spells_out_an_alias(capsys):
     """Keras' name becomes three dtypes."""
     assert cli.main(["policy", "mixed_bfloat16"]) == 0
-    assert capsys.readouterr().out.split()[4:8] == ["param_dtype", "float32", "compute_dtype", "bfloat16"]
+    assert capsys.readouterr().out.split()[2:6] == ["param_dtype", "float32", "compute_dtype", "bfloat16"]
 
 
 def test_unknown_policy_exits_with_2_and_quotes_it(capsys):

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from jmp_lite import cli
+from jmp_lite._text import table
 from jmp_lite.cli import _commands, _progress, _text
 
 TABLE = ("A title", ["name", "count"], [["[red]a[/red]", "1"], ["b", "22"]])
@@ -22,9 +23,8 @@ class Terminal(io.StringIO):
 
 def test_columns_are_aligned_to_their_sides():
     """Numbers end together, words begin together, no line ends in spaces."""
-    assert _text.aligned(["name", "n"], [["a", "1"], ["bcdef", "22"]], is_right=[False, True]).splitlines() == [
+    assert table(["name", "n"], [["a", "1"], ["bcdef", "22"]], is_right=[False, True]).splitlines() == [
         "name    n",
-        "-----  --",
         "a       1",
         "bcdef  22",
     ]
@@ -32,13 +32,13 @@ def test_columns_are_aligned_to_their_sides():
 
 def test_table_for_a_pipe_is_plain():
     """No escape sequence reaches a file."""
-    assert _text.table(*TABLE, is_right=[False, True]).splitlines()[:3] == ["A title", "", "name          count"]
+    assert _text.titled(*TABLE, is_right=[False, True]).splitlines()[:3] == ["A title", "", "name          count"]
 
 
 def test_table_for_a_terminal_is_drawn(monkeypatch):
     """By rich, which takes nothing in a cell for markup."""
     monkeypatch.setattr(sys, "stdout", Terminal())
-    drawn = _text.table(*TABLE, is_right=[False, True])
+    drawn = _text.titled(*TABLE, is_right=[False, True])
     assert "\x1b[" in drawn
     assert "[red]a[/red]" in re.sub(r"\x1b\[[0-9;]*m", "", drawn)
 
@@ -48,7 +48,7 @@ def test_table_for_a_terminal_without_rich_is_plain(monkeypatch):
     monkeypatch.setattr(sys, "stdout", Terminal())
     for name in ("rich", "rich.box"):
         monkeypatch.setitem(sys.modules, name, None)
-    assert "\x1b[" not in _text.table(*TABLE, is_right=[False, True])
+    assert "\x1b[" not in _text.titled(*TABLE, is_right=[False, True])
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])

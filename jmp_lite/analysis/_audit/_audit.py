@@ -6,13 +6,13 @@ from typing import Any
 
 from jmp_lite._functions import check_function
 from jmp_lite._policy import Policy, PolicyMap
+from jmp_lite._text import table as laid_out
 from jmp_lite.analysis._audit import _check_dtypes, _check_numbers, _check_sums
 from jmp_lite.analysis._audit._census import CastRow, CollectiveRow, KernelRow, ProductRow, census
 from jmp_lite.analysis._audit._flow import Flow
 from jmp_lite.analysis._audit._subject import Subject
 from jmp_lite.analysis._finding import Finding, ordered
 from jmp_lite.analysis._programs import Program, traced_program
-from jmp_lite.analysis._text import table as laid_out
 from jmp_lite.autocast._api import settings_from
 from jmp_lite.autocast._ops import Op
 from jmp_lite.autocast._rules import Rule, Settings

@@ -12,12 +12,12 @@ from jmp_lite._compat import run
 from jmp_lite._dtypes import is_floating
 from jmp_lite._functions import check_function, refuse_modules
 from jmp_lite._policy import Policy, PolicyMap
+from jmp_lite._text import table
 from jmp_lite._tree import path_string
 from jmp_lite.analysis._comparison._shadow import evaluated
 from jmp_lite.analysis._finding import Finding, ordered
 from jmp_lite.analysis._programs import is_loss, with_gradient
 from jmp_lite.analysis._sites import Site, flat, steps_of, traced
-from jmp_lite.analysis._text import table
 from jmp_lite.autocast._api import Traced, autocast
 from jmp_lite.errors import InvalidFunctionError
 
@@ -55,10 +55,12 @@ class ResultError(NamedTuple):
     """How far a result, or the gradient of a parameter, is from that in float32.
 
     Attributes:
-        path: Of the result or of the parameter; ``loss`` for a loss.
-        cosine: Of the angle between both, as vectors; 1 if both are zero.
+        path: Of the result or of the parameter; ``loss`` for a loss. NaN and infinities that float32 makes too count as
+            equal.
+        cosine: Of the angle between both, as vectors; 1 if both are zero, 0 if one is or is not finite.
         norm_ratio: Norm over that in float32; 1 if both are zero.
-        error: Norm of the difference over the norm in float32.
+        error: Norm of the difference over the norm in float32: 1 for what became zero, infinite for what is not finite
+            or is zero in float32 alone.
 
     Example:
         >>> w, x = jnp.linspace(0, 1, 64).reshape(16, 4), jnp.linspace(-1, 2, 64).reshape(4, 16)
@@ -168,7 +170,8 @@ def compare(
     Args:
         fun: The function, written for float32.
         policies: Policies that ``autocast`` runs it under, or functions that stand for it, such as
-            ``{"fp8": jmp.autocast(loss, "mixed_bfloat16", dot=jmp.quant.FP8)}``; one, several, or by name.
+            ``{"fp8": jmp.autocast(loss, "mixed_bfloat16", dot=jmp.quant.FP8)}``; one, a list, or by name. Of
+            two with one name, the second gets its number.
 
     Returns:
         A function with the arguments of ``fun`` that returns a ``Comparison``.
@@ -207,8 +210,14 @@ def compare(
 
 def _named(fun: Callable[..., Any], policies: Any) -> dict[str, Callable[..., Any]]:
     if not isinstance(policies, Mapping):
-        several = [policies] if isinstance(policies, (str, Policy, PolicyMap)) or callable(policies) else list(policies)
-        policies = {getattr(one, "__name__", None) or str(one): one for one in several}
+        several = list(policies) if isinstance(policies, Sequence) and not isinstance(policies, str) else [policies]
+        policies = {}
+        for one in several:
+            name = getattr(one, "__name__", None) or str(one)
+            policies[f"{name} ({len(policies) + 1})" if name in policies else name] = one
+        for one in policies.values():
+            if not isinstance(one, (str, Policy, PolicyMap)):
+                check_function(one, "compare")
     return {
         name: autocast(fun, one) if isinstance(one, (str, Policy, PolicyMap)) else one for name, one in policies.items()
     }
@@ -258,12 +267,19 @@ def _errors(call: Traced, paths: Sequence[str], reference: Sequence[Any]) -> Pol
 
 def _result(path: str, found: Any, wanted: Any) -> ResultError:
     a, b = (np.asarray(x, np.float64).ravel() for x in (found, wanted))
-    norms = float(np.linalg.norm(a)), float(np.linalg.norm(b))
-    if not all(norms):
-        both = float(norms == (0, 0))
-        return ResultError(path, both, both or (math.inf if norms[0] else 0.0), 0.0 if both else math.inf)
-    cosine = float(np.dot(a / norms[0], b / norms[1]))
-    return ResultError(path, cosine, norms[0] / norms[1], float(np.linalg.norm(a - b)) / norms[1])
+    is_same = ~np.isfinite(b) & ((a == b) | (np.isnan(a) & np.isnan(b)))
+    a, b = (np.where(is_same, 0, x) for x in (a, b))
+    if not np.all(np.isfinite([a, b])):
+        return ResultError(path, 0.0, math.inf, math.inf)
+    norm, wanted_norm, difference = (float(np.linalg.norm(x)) for x in (a, b, a - b))
+    cosine = float(np.dot(a / norm, b / wanted_norm)) if norm and wanted_norm else float(norm == wanted_norm)
+    return ResultError(path, cosine, _ratio(norm, wanted_norm, 1.0), _ratio(difference, wanted_norm, 0.0))
+
+
+def _ratio(part: float, whole: float, of_zeros: float) -> float:
+    if whole:
+        return part / whole
+    return math.inf if part else of_zeros
 
 
 def _findings(name: str, errors: PolicyErrors) -> list[Finding]:

@@ -12,13 +12,13 @@ from jmp_lite._compat import bind
 from jmp_lite._dtypes import is_floating
 from jmp_lite._functions import check_function, refuse_modules
 from jmp_lite._rounding import counted_bits, key_at, step_key
+from jmp_lite._text import table
 from jmp_lite.analysis._comparison._groups import group_of, groups_of
 from jmp_lite.analysis._evaluate import Analysis, Evaluator, State, Value
 from jmp_lite.analysis._programs import is_loss, with_gradient
 from jmp_lite.analysis._sites import Step, steps_of, traced
-from jmp_lite.analysis._text import table
 from jmp_lite.autocast._ops import PRODUCTS
-from jmp_lite.errors import InvalidFunctionError
+from jmp_lite.errors import InvalidAnalysisError, InvalidFunctionError
 
 
 class Sensitivity(NamedTuple):
@@ -133,6 +133,7 @@ def perturb(
         A function with the arguments of ``fun`` that returns ``Sensitivities``.
 
     Raises:
+        InvalidAnalysisError: If the scale is not positive.
         InvalidFunctionError: If ``fun`` is no loss of floating arrays.
 
     Example:
@@ -149,6 +150,8 @@ def perturb(
         The check without a reference of MindStudio's msProbe perturbs what goes in likewise.
     """
     check_function(fun, "perturb")
+    if not scale > 0:
+        raise InvalidAnalysisError(f"scale must be positive, got {scale!r}. It is relative, such as 2**-8.")
 
     def perturbing(*args: Any, **kwargs: Any) -> Sensitivities:
         refuse_modules(fun, args, kwargs, "perturb")
@@ -186,5 +189,6 @@ def distance(found: Sequence[Any], wanted: Sequence[Any]) -> float:
     """Returns the norm of a difference over the norm of what is wanted, all arrays taken together."""
     pairs = [(np.asarray(a, np.float64), np.asarray(b, np.float64)) for a, b in zip(found, wanted, strict=True)]
     norm = np.sqrt(sum(np.sum(b**2) for _, b in pairs))
-    error = np.sqrt(sum(np.sum((a - b) ** 2) for a, b in pairs))
+    with np.errstate(invalid="ignore"):  # of infinities, whose distance is NaN
+        error = np.sqrt(sum(np.sum((a - b) ** 2) for a, b in pairs))
     return float(error / norm) if norm else float(np.where(error == 0, 0.0, np.inf))

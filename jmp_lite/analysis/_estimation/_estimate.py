@@ -155,7 +155,9 @@ def _programs(
             f"policies={quote(policies)} is nothing to compare. Give a list, such as {list(DEFAULT)}, or a dict."
         )
     named = policies.items() if isinstance(policies, Mapping) else [(str(policy), policy) for policy in policies]
-    return {name: jax.value_and_grad(in_precision(fun, policy), argnums, has_aux) for name, policy in named}
+    return {
+        name: jax.value_and_grad(in_precision(fun, policy), argnums, has_aux, allow_int=True) for name, policy in named
+    }
 
 
 def in_precision(fun: Callable[..., Any], policy: Any) -> Callable[..., Any]:

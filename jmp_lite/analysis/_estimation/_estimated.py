@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from jmp_lite._text import table as laid_out
 from jmp_lite.analysis._estimation._devices import Device
-from jmp_lite.analysis._text import table as laid_out
 
 _EIGHT = ("float8", "int8")
 _COLUMNS = ("precision", "ms", "speed-up", "by memory", "MB", "launches", "TFLOP")

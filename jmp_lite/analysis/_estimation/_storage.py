@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import optax
 
 from jmp_lite._dtypes import FLOAT32
+from jmp_lite._text import table as laid_out
 from jmp_lite._tree import is_array
 from jmp_lite.analysis._estimation._devices import Device, device_of
-from jmp_lite.analysis._text import table as laid_out
 from jmp_lite.errors import InvalidAnalysisError, UncompressedStateWarning
 from jmp_lite.optim._stored import stored
 

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jmp_lite._compat import is_literal
-from jmp_lite._dtypes import is_floating
 from jmp_lite._functions import check_function, refuse_modules
 from jmp_lite._tree import path_string
 from jmp_lite.analysis._finding import Finding
@@ -186,19 +186,29 @@ def _argument(call: Traced, args: Any, kwargs: Any, time: int) -> NonFinite:
     array = call.arrays[time + len(call.arrays)]
     leaves = jax.tree_util.tree_leaves_with_path((args, kwargs) if kwargs else args)
     path = next((path_string(path) for path, leaf in leaves if leaf is array), "")
-    return NonFinite(None, path, 0, {}, (), range_of(tally(array)), (), (), {})
+    return NonFinite(None, path, 0, {}, (), _range(array), (), (), {})
 
 
 def _equation(call: Traced, steps: Sequence[Step], time: int) -> NonFinite:
     step = step_at(call.jaxpr, steps, call.arrays, time)
     capture = captured(call.jaxpr, steps, call.arrays, step, time)
-    operands = tuple(range_of(tally(array)) for array in capture.operands if is_floating(array))
-    made = max((range_of(tally(x)) for x in capture.results if is_floating(x)), key=lambda one: one.nan + one.inf)
+    operands = tuple(map(_range, filter(_has_range, capture.operands)))
+    made = max(map(_range, filter(_has_range, capture.results)), key=lambda one: one.nan + one.inf)
     device = {axis: int(index) for axis, index in capture.device.items()}
     is_whole = len(capture.operands) == len(step.eqn.invars)
     bundle = Bundle(step.eqn, tuple(capture.operands)) if is_whole else None
     about = (step.site, "", int(capture.runs), device, operands, made, _producers(steps, step))
     return NonFinite(*about, (), {}, bundle)
+
+
+def _has_range(array: Any) -> bool:
+    return bool(jnp.issubdtype(array.dtype, jnp.inexact))
+
+
+def _range(array: Any) -> Range:
+    """Counts an array; of a complex one the real and the imaginary parts."""
+    is_complex = jnp.issubdtype(array.dtype, jnp.complexfloating)
+    return range_of(tally(jnp.stack([array.real, array.imag]) if is_complex else array))
 
 
 def _producers(steps: Sequence[Step], wanted: Step) -> tuple[Site, ...]:

@@ -8,16 +8,12 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from jmp_lite._dtypes import dtype_or_none
-from jmp_lite._messages import quote
 from jmp_lite.analysis._audit._census import width
 from jmp_lite.analysis._finding import Finding, ordered
 from jmp_lite.analysis._ranges._formats import INT8
-from jmp_lite.analysis._ranges._range import Range
+from jmp_lite.analysis._ranges._range import Range, parse_format
 from jmp_lite.analysis._ranges._ranges import Ranges, Row
-from jmp_lite.analysis._ranges._tally import ROUNDED
 from jmp_lite.autocast._ops import PRODUCTS
-from jmp_lite.errors import UnknownDtypeError
 
 #: Of the numbers of a gradient other than zero: more than so many may not become zero.
 _LOST = 0.01
@@ -66,19 +62,6 @@ def diagnose(ranges: Ranges, *, format: str = "float16") -> tuple[Finding, ...]:
     """
     view = _View.of(ranges, parse_format(format))
     return ordered(finding for check in CHECKS for finding in check(view))
-
-
-def parse_format(name: str) -> str:
-    """Returns the full name of a format that ranges tell the fate of numbers in.
-
-    Raises:
-        UnknownDtypeError: If it is none of these.
-    """
-    dtype = dtype_or_none(name)
-    known = name if name == INT8 else dtype.name if dtype is not None else ""
-    if known not in ROUNDED:
-        raise UnknownDtypeError(f"Unknown format {quote(name)}. Accepted: {', '.join(ROUNDED)}.")
-    return known
 
 
 class _View(NamedTuple):

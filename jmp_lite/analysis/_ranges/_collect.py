@@ -49,7 +49,7 @@ def collect(
         A function with the arguments of ``fun`` that returns what ``fun`` returns and ``Ranges``.
 
     Raises:
-        InvalidFunctionError: If ``fun`` cannot be called, or takes an NNX module.
+        InvalidFunctionError: If ``fun`` or ``when`` cannot be called, or ``fun`` takes an NNX module.
         InvalidPatternError: If ``where`` is no regular expression.
 
     Warns:
@@ -68,6 +68,8 @@ def collect(
         TransformerEngine's ``LogTensorStats`` and ``LogFp8TensorStats`` count the same for layers in PyTorch.
     """
     check_function(fun, "collect")
+    if when is not None:
+        check_function(when, "when= of collect")
 
     @functools.wraps(fun)
     def collecting(*args: P.args, **kwargs: P.kwargs) -> tuple[R, Ranges]:

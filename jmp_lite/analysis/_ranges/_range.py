@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from jmp_lite._dtypes import dtype_or_none
+from jmp_lite._messages import quote
 from jmp_lite.analysis._ranges._formats import (
     CLASSES,
     EXPONENTS,
@@ -19,6 +21,7 @@ from jmp_lite.analysis._ranges._formats import (
     number_of,
 )
 from jmp_lite.analysis._ranges._tally import ROUNDED, Tally
+from jmp_lite.errors import UnknownDtypeError
 
 
 class Fate(NamedTuple):
@@ -131,3 +134,16 @@ def range_of(counted: Tally) -> Range:
         exponents={int(e) - 127: int(n) for e, n in enumerate(by_exponent[:-1]) if n},
         fates={name: fates[name] for name in ROUNDED},
     )
+
+
+def parse_format(name: str) -> str:
+    """Returns the full name of a format that ranges tell the fate of numbers in.
+
+    Raises:
+        UnknownDtypeError: If it is none of these.
+    """
+    dtype = dtype_or_none(name)
+    known = name if name == INT8 else dtype.name if dtype is not None else ""
+    if known not in ROUNDED:
+        raise UnknownDtypeError(f"Unknown format {quote(name)}. Accepted: {', '.join(ROUNDED)}.")
+    return known

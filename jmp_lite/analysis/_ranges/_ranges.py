@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmp_lite._dtypes import is_floating
+from jmp_lite._text import table as laid_out
 from jmp_lite._tree import path_string
-from jmp_lite.analysis._ranges._range import Range, range_of
+from jmp_lite.analysis._ranges._range import Range, parse_format, range_of
 from jmp_lite.analysis._ranges._tally import Tally, merged, tally
 from jmp_lite.analysis._sites import Site
-from jmp_lite.analysis._text import table as laid_out
 
 
 class Row(NamedTuple):
@@ -117,7 +117,11 @@ class Ranges(Mapping[str, Range]):
         Args:
             format: The format to judge by.
             limit: How many rows to print; ``None`` for all.
+
+        Raises:
+            UnknownDtypeError: If ranges do not tell the fate of numbers in the format.
         """
+        format = parse_format(format)  # noqa: A001
         pairs = sorted(self.pairs, key=lambda pair: _severity(pair[1], format), reverse=True)
         header = ("what", "count", "nan", "inf", "zero", "largest", "smallest", "rms", "overflow", "underflow", "error")
         text = laid_out(header, [_cells(row, found, format) for row, found in pairs[:limit]])

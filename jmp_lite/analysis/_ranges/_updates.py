@@ -10,9 +10,9 @@ import jax.numpy as jnp
 
 from jmp_lite._dtypes import at_least_float32, is_floating
 from jmp_lite._messages import first_few
+from jmp_lite._text import table
 from jmp_lite._tree import path_string
 from jmp_lite.analysis._finding import Finding, ordered
-from jmp_lite.analysis._text import table
 from jmp_lite.errors import InvalidStepError
 
 #: Updates of which more than this share changes nothing are a finding.
@@ -109,6 +109,12 @@ def lost_updates(params: Any, updates: Any) -> LostUpdates:
             f"{first_few(_paths(params))}. Give what the optimizer returned for these parameters."
         )
     leaves = jax.tree_util.tree_leaves_with_path(params)
+    for (path, leaf), update in zip(leaves, jax.tree.leaves(updates), strict=True):
+        if jnp.shape(leaf) != jnp.shape(update):
+            raise InvalidStepError(
+                f"The update of {path_string(path)!r} has shape {jnp.shape(update)}, and the parameter "
+                f"{jnp.shape(leaf)}. Give what the optimizer returned for these parameters."
+            )
     pairs = [
         (path_string(path), leaf, jnp.asarray(update))
         for (path, leaf), update in zip(leaves, jax.tree.leaves(updates), strict=True)

@@ -9,6 +9,8 @@ import jax
 import numpy as np
 
 from jmp_lite._messages import quote
+from jmp_lite._text import table
+from jmp_lite._tree import all_finite
 from jmp_lite.analysis._comparison._groups import flop_shares, group_of, groups_of
 from jmp_lite.analysis._comparison._perturb import distance, perturb
 from jmp_lite.analysis._estimation._estimate import Precision, estimate
@@ -19,7 +21,6 @@ from jmp_lite.analysis._ranges._range import Range
 from jmp_lite.analysis._ranges._ranges import Ranges
 from jmp_lite.analysis._recommendation._choices import FLOAT32, Choice, Plan, choices_of
 from jmp_lite.analysis._sites import steps_of, traced
-from jmp_lite.analysis._text import table
 from jmp_lite.autocast._api import autocast
 from jmp_lite.autocast._explain import explain
 from jmp_lite.errors import InvalidAnalysisError
@@ -166,7 +167,7 @@ def recommend(
 
     Raises:
         InvalidAnalysisError: If there are fewer than two batches, the tolerance is not positive, or the loss has
-            no matrix product.
+            no matrix product, or is not finite in float32.
         InvalidRecipeError: If a format is not known.
         InvalidFunctionError: If ``loss_fn`` is no loss.
 
@@ -245,6 +246,11 @@ class _Search:
         self._measured: dict[tuple[Choice, ...], float] = {}
         with jax.default_matmul_precision("highest"):
             self.exact = [jax.jit(with_gradient(loss_fn))(params, *batch) for batch in held_out]
+        if not all(map(all_finite, self.exact)):
+            raise InvalidAnalysisError(
+                "The loss or its gradient is not finite in float32 on a batch held out: there is nothing to stay near. "
+                "jmp.analysis.first_nonfinite(jax.value_and_grad(loss_fn))(params, *batch) names the equation."
+            )
 
     def _operands(self) -> dict[str, list[tuple[str, Range]]]:
         found: dict[str, list[tuple[str, Range]]] = {group: [] for group in self.groups}
@@ -273,28 +279,40 @@ class _Search:
 
     def error(self, scope: str, choice: Choice) -> float:
         """Predicts the error of the gradient that a format makes in a group; infinite if a number does not fit."""
+        if choice.name == FLOAT32:
+            return 0.0
         operands = [choice.error(one) for name, one in self.operands[scope] if name != "out"]
         results = [choice.error(one) for name, one in self.operands[scope] if name == "out"]
         overflows = choice.recipe is None and any(map(math.isinf, results))
         return math.inf if overflows else self.sensitivities[scope] * max(operands, default=0.0)
 
+    def ladder(self, scope: str) -> list[Choice]:
+        """Returns the choices for a group from the narrowest to float32: each is to make less error than that before.
+
+        So bfloat16 comes after float16 only where a number does not fit into that.
+        """
+        rungs = [self.narrowest(scope)]
+        for choice in self.choices[self.first[scope] + 1 :]:
+            if choice.name == FLOAT32 or self.error(scope, choice) < self.error(scope, rungs[-1]):
+                rungs.append(choice)
+        return rungs
+
     def raises(self) -> list[tuple[str, Choice]]:
         """Returns all steps from the narrowest formats to float32: those first that save most error for the work."""
-        level = dict(self.first)
+        ladders = {scope: self.ladder(scope) for scope in self.groups}
         order: list[tuple[str, Choice]] = []
-        while True:
-            open_groups = [scope for scope in self.groups if level[scope] < len(self.choices) - 1]
-            if not open_groups:
-                return order
 
-            def gain(scope: str) -> float:
-                now, then = (self.error(scope, self.choices[level[scope] + one]) for one in (0, 1))
-                work = self.shares[scope] * (self.choices[level[scope] + 1].bits - self.choices[level[scope]].bits)
-                return math.inf if math.isinf(now) else (now**2 - then**2) / max(work, 1e-9)
+        def gain(scope: str) -> float:
+            now, then = ladders[scope][:2]
+            work = self.shares[scope] * (then.bits - now.bits)
+            before, after = self.error(scope, now), self.error(scope, then)
+            return math.inf if math.isinf(before) else (before**2 - after**2) / max(work, 1e-9)
 
+        while open_groups := [scope for scope in self.groups if len(ladders[scope]) > 1]:
             scope = max(open_groups, key=gain)
-            level[scope] += 1
-            order.append((scope, self.choices[level[scope]]))
+            ladders[scope] = ladders[scope][1:]
+            order.append((scope, ladders[scope][0]))
+        return order
 
     def plan(self, raises: Sequence[tuple[str, Choice]]) -> Plan:
         """Returns the narrowest formats with some steps taken."""
@@ -312,8 +330,10 @@ class _Search:
         return self._measured[key]
 
     def fewest(self, raises: Sequence[tuple[str, Choice]], tolerance: float) -> int:
-        """Finds by bisection how many steps have to be taken."""
-        low, high = 0, len(raises)
+        """Finds by bisection how many steps have to be taken; none is tried first."""
+        if self.measured(self.plan([])) <= tolerance:
+            return 0
+        low, high = 1, len(raises)
         while low < high:
             middle = (low + high) // 2
             if self.measured(self.plan(raises[:middle])) <= tolerance:
@@ -328,16 +348,15 @@ class _Search:
         reasons = {scope: self._why_low(scope) for scope in self.groups}
         raised = sorted(dict(raises), key=lambda scope: self.error(scope, self.narrowest(scope)))
         for scope in raised[:_TRIALS]:
-            lower = dataclasses.replace(plan, choices={**plan.choices, scope: self._below(plan.choices[scope])})
+            rungs = self.ladder(scope)
+            below = rungs[rungs.index(plan.choices[scope]) - 1]
+            lower = dataclasses.replace(plan, choices={**plan.choices, scope: below})
             if self.measured(lower) <= tolerance:
                 plan = lower
         for scope in raised:
             if plan.choices[scope] != self.narrowest(scope):
                 reasons[scope] = self._reason(scope)
         return plan, reasons
-
-    def _below(self, choice: Choice) -> Choice:
-        return self.choices[self.choices.index(choice) - 1]
 
     def _why_low(self, scope: str) -> str:
         recipe = self.choices[0].name

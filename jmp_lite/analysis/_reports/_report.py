@@ -10,8 +10,10 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from jmp_lite._text import table as laid_out
 from jmp_lite.analysis._finding import Finding, ordered
-from jmp_lite.analysis._ranges._check_ranges import diagnose, parse_format
+from jmp_lite.analysis._ranges._check_ranges import diagnose
+from jmp_lite.analysis._ranges._range import parse_format
 from jmp_lite.analysis._ranges._ranges import Ranges
 from jmp_lite.analysis._reports._rows import (
     Entry,
@@ -27,7 +29,6 @@ from jmp_lite.analysis._reports._rows import (
     shortened,
     tables_of,
 )
-from jmp_lite.analysis._text import table as laid_out
 from jmp_lite.errors import InvalidAnalysisError
 
 #: Rows of a table that are printed; files have all of them.
