@@ -32,7 +32,7 @@ def paste(session: nox.Session, command: str) -> None:
 
 @nox.session(python=PYTHONS)
 def tests(session):
-    """The README's test command, letter by letter; with arguments, pytest with those."""
+    """The README's test command, verbatim; with arguments, pytest with those."""
     if session.posargs:
         session.install("-e", ".[test]")
         session.run("pytest", *session.posargs)
@@ -83,7 +83,7 @@ def zoo(session):
 
 @nox.session(python=PYTHONS)
 def quickstart(session):
-    """The README's example command, letter by letter, in an otherwise empty environment."""
+    """The README's example command, verbatim, in an otherwise empty environment."""
     paste(session, readme_command("python examples/.*"))
 
 

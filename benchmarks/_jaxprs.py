@@ -14,7 +14,7 @@ PRODUCTS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general
 
 
 class Products(NamedTuple):
-    """Matrix products and convolutions: how many take both operands in the wanted dtype, of how many."""
+    """Matmuls and convolutions: how many take both operands in the wanted dtype, of how many."""
 
     wanted: int
     total: int
@@ -38,7 +38,7 @@ def equations(jaxpr: Any) -> Iterator[Any]:
 
 
 def products(jaxpr: Any, dtype: Any) -> Products:
-    """Counts the products among the equations of a jaxpr."""
+    """Counts the matmuls among the equations of a jaxpr."""
     counted: Counter[bool] = Counter()
     for equation in equations(jaxpr):
         if equation.primitive.name in PRODUCTS:

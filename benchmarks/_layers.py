@@ -90,7 +90,7 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, *, is_causal: 
 
 
 def self_attention(x: jax.Array, p: Any, heads: int, *, is_causal: bool) -> jax.Array:
-    """Attention with one product for queries, keys and values."""
+    """Attention with one matmul for queries, keys and values."""
     joined = dense(x, p["qkv"], p["qkv_bias"]).reshape(*x.shape[:2], 3 * heads, -1)
     mixed = attention(*jnp.split(joined, 3, 2), is_causal=is_causal)
     return dense(mixed.reshape(x.shape), p["out"], p["out_bias"])

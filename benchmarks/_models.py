@@ -28,7 +28,7 @@ def leaky(x: jax.Array, leak: bool) -> jax.Array:
 
 
 class Attention(nn.Module):
-    """Causal self-attention with one product for queries, keys and values."""
+    """Causal self-attention with one matmul for queries, keys and values."""
 
     heads: int
     dtype: Any

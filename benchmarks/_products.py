@@ -1,4 +1,4 @@
-"""A matrix product and a Dense layer, in bfloat16 and in 8 bits, by jmp_lite and by Flax."""
+"""A matmul and a Dense layer, in bfloat16 and in 8 bits, by jmp_lite and by Flax."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Design:
     """One way to run a Dense layer.
 
     Attributes:
-      formats: of the operands of the product alone.
-      result: dtype of the product alone.
+      formats: of the operands of the matmul alone.
+      result: dtype of the matmul alone.
       step: (variables, x, cotangent) -> output of the layer and its gradients; x is bfloat16.
       variables: kernel, float32[inputs, features] -> what the step takes.
     """
@@ -38,7 +38,7 @@ class Design:
     variables: Callable[[jax.Array], Any] = lambda kernel: kernel
 
     def product(self, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-        """The product alone, of operands that are quantized already."""
+        """The matmul alone, of operands that are quantized already."""
         return lax.dot_general(lhs, rhs, DIMS, preferred_element_type=self.result)
 
 
@@ -47,7 +47,7 @@ def _dense(kernel: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def _step(layer: Callable[[Any, jax.Array], jax.Array]) -> Step:
-    """Output and gradients of a layer for a given cotangent: one product forward, two backward."""
+    """Output and gradients of a layer for a given cotangent: one matmul forward, two backward."""
 
     def step(variables: Any, x: jax.Array, cotangent: jax.Array) -> Any:
         out, pullback = jax.vjp(layer, variables, x)
@@ -72,7 +72,7 @@ def by_hand() -> Design:
 
 
 def flax_fp8() -> Design:
-    """Flax's float8 product, with delayed scaling."""
+    """Flax's float8 matmul, with delayed scaling."""
     import flax.linen as nn
 
     def model(features: int) -> nn.Dense:

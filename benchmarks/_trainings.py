@@ -29,7 +29,7 @@ class Problem:
     """What is trained.
 
     Attributes:
-      init: seed -> parameters in float32, and statistics that are no parameters.
+      init: seed -> parameters in float32, and statistics that are not parameters.
       loss: (params, statistics, batch) -> (loss, statistics).
       batch: (seed, step) -> batch.
       steps: how many.

@@ -22,10 +22,10 @@ from benchmarks import _command, _jaxprs, _measure, _models, _precisions, _repor
 
 MODULE = "benchmarks.autocast"
 HEADER = (
-    "design", "products", "backward", "with leak", "residuals MB", "/ hand", "converts", "/ hand", "trace s", "/ hand",
+    "design", "matmuls", "backward", "with leak", "residuals MB", "/ hand", "converts", "/ hand", "trace s", "/ hand",
     "compile s", "/ hand", "temp MB", "accessed MB", "gradient error", "ms", "/ hand",
 )  # fmt: skip
-LEGEND = """- **products**: of the forward pass's matrix products and convolutions, those of two bfloat16 operands;
+LEGEND = """- **matmuls**: of the forward pass's matmuls and convolutions, those of two bfloat16 operands;
   **backward**: of the backward pass's; **with leak**: of both, when one float32 constant touches the activations.
 - **residuals**: arrays that the closure of `jax.vjp` holds, each once and without the arguments; **converts**: between
   floating dtypes in the jaxpr of the gradient.
@@ -175,7 +175,7 @@ def targets(rows: Mapping[str, Row]) -> list[_report.Target]:
     counted = [products for row in (ours, low) for products in (row.trace.both, row.trace.leaked)]
     make = _report.Target
     return [
-        make("products not in bfloat16", 0, [products.total - products.wanted for products in counted]),
+        make("matmuls not in bfloat16", 0, [products.total - products.wanted for products in counted]),
         make("residuals / hand", 1.1, [ours.trace.residuals / hand.trace.residuals]),
         make('residuals / hand, residuals="low"', 0.9, [low.trace.residuals / hand.trace.residuals]),
         make("converts / hand", 1.1, [ours.trace.converts / hand.trace.converts]),

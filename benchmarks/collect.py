@@ -58,7 +58,7 @@ def collects() -> dict[str, tuple[Callable[..., Any], int]]:
 
 
 def calls(task: _models.Task) -> dict[str, Callable[[], Any]]:
-    """Compiled steps with states of their own, by variant."""
+    """Compiled steps with their own states, by variant."""
     params, statistics, batch = task.arguments()
     made: dict[str, Callable[[], Any]] = {}
     for name, (collect, number) in collects().items():
@@ -99,7 +99,7 @@ def main() -> None:
             "run": f"{options.rounds} rounds of 2 steps each, in turns",
         }
         note = f"""{task.title}, under `autocast(loss, "mixed_bfloat16")` and `loss_scaled(adamw)`; `collect`
-is around the gradient function. By a second step: a loop in Python calls a step with `collect` in the place of the
+is around the gradient function. By a second step: a loop in Python calls a step with `collect` in place of the
 bare one. A program with `when=` holds the step twice, with counting and without, for loops inside of a program; it is
 timed at a step that counts nothing and at one that does. The last rows are {EVERY - 1} of the one and one of the
 other. Ratios are medians of the ratios within a round."""

@@ -1,4 +1,4 @@
-"""Matrix products and Dense layers of 8-bit operands against bfloat16, in one interleaved run.
+"""Matmuls and Dense layers of 8-bit operands against bfloat16, in one interleaved run.
 
 python -m benchmarks.gemm                 # 1024 to 16384 on a GPU, small ones on a CPU; replaces its section
 python -m benchmarks.gemm --sizes 4096    # one size
@@ -18,8 +18,8 @@ from benchmarks import _command, _measure, _products, _report
 MODULE = "benchmarks.gemm"
 SIZES = {"gpu": (1024, 2048, 4096, 8192, 16384), "cpu": (256, 512, 1024)}
 HEADER = ("design", "product ms", "TFLOP/s", "/ bf16", "layer ms", "/ bf16", "error", "gradient error")
-LEGEND = """One product of two n x n matrices that are quantized already; and a Dense layer of n features and
-n rows, forward and backward (three products; scales, rounding and casts included). `/ bf16`: median of the ratios
+LEGEND = """One matmul of two n x n matrices that are quantized already; and a Dense layer of n features and
+n rows, forward and backward (three matmuls; scales, rounding and casts included). `/ bf16`: median of the ratios
 within each round. `error`: relative Frobenius distance of the layer's output, and of the gradient of its kernel, from
 float32. A CPU has no units for float8: it computes the same numbers in float32, and its times say nothing about
 accelerators."""
@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parts.append(_command.show(f"### n = {n}\n\n{_report.table(HEADER, [row.cells() for row in rows])}"))
     if options.out:
         name = f"gemm, {device.platform}, jax {jax.__version__}"
-        title = f"Products of 8-bit operands on {device.platform.upper()}, jax {jax.__version__}"
+        title = f"Matmuls of 8-bit operands on {device.platform.upper()}, jax {jax.__version__}"
         _report.write_section(options.out, name, title, facts, "\n\n".join(parts))
 
 

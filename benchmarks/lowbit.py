@@ -1,4 +1,4 @@
-"""Errors of 8 bits beside qwix, which quantizes the same operands: products, and a model that is trained for int8.
+"""Errors of 8 bits beside qwix, which quantizes the same operands: matmuls, and a model that is trained for int8.
 
 python -m benchmarks.lowbit    # needs qwix: pip install -e '.[zoo]'; replaces its section of RESULTS.md
 """
@@ -21,11 +21,11 @@ from jmp_lite import quant
 MODULE = "benchmarks.lowbit"
 ROWS, INPUTS, OUTPUTS = 256, 512, 128
 DIMS = (((1,), (0,)), ((), ()))
-LEGEND = f"""Relative Frobenius distances from float64. Products of {ROWS} x {INPUTS} and {INPUTS} x {OUTPUTS} normal
+LEGEND = f"""Relative Frobenius distances from float64. Matmuls of {ROWS} x {INPUTS} and {INPUTS} x {OUTPUTS} normal
 numbers, or with every 64th channel of the activations 30 times as large; one scale per row and per output channel.
 `optimum`: the same scales, rounding to nearest, in float64. The model is two Dense layers with a GELU between them, in
 Flax, under a loss; `gradient` is that of all parameters. `residuals`: how far the gradient of one product's kernel is
-from that of the product of the rounded operands, the definition of straight-through."""
+from that of the matmul of the rounded operands, the definition of straight-through."""
 
 
 def distance(found: Any, expected: Any) -> float:
@@ -40,7 +40,7 @@ def optimum(x: np.ndarray, axis: int) -> np.ndarray:
 
 
 def product_rows(rng: np.random.Generator) -> list[list[str]]:
-    """Errors of single products."""
+    """Errors of single matmuls."""
     rows = []
     for kind, factor in (("normal", 1.0), ("outliers", 30.0)):
         x = rng.standard_normal((ROWS, INPUTS)) * np.where(np.arange(INPUTS) % 64 == 0, factor, 1.0)
@@ -103,7 +103,7 @@ def model_rows(rng: np.random.Generator) -> list[list[str]]:
 
 
 def residual_rows(rng: np.random.Generator) -> list[list[str]]:
-    """How far gradients of a kernel are from those of the product of rounded operands."""
+    """How far gradients of a kernel are from those of the matmul of rounded operands."""
     x, w, cotangent = (
         jnp.asarray(rng.standard_normal(shape), jnp.float32)
         for shape in ((ROWS, INPUTS), (INPUTS, OUTPUTS), (ROWS, OUTPUTS))

@@ -30,7 +30,7 @@ HEADER = ("model", "low", "own low", "bfloat16", "own bfloat16", "/ own", "float
 LEGEND = """Tiny configurations with random weights, but for MiniLM. Own: `dtype=bfloat16` in Transformers; elsewhere
 parameters and inputs cast to bfloat16 at the boundary.
 
-- **low**, **own low**: of the gradient's matrix products and convolutions, those of two 16-bit operands, under autocast
+- **low**, **own low**: of the gradient's matmuls and convolutions, those of two 16-bit operands, under autocast
   and in the model's own bfloat16. Sums of four terms or fewer do not count.
 - **bfloat16**, **own bfloat16**, **float16**: |gradient - float32 gradient| / |float32 gradient| over all parameters,
   the geometric mean over 32 draws of parameters and batches (256 of the flow); float16 with a dynamic loss scale.
@@ -41,7 +41,7 @@ autocast = functools.partial(jmp.autocast, policy=measure.BF16)
 
 
 def low_of_all(loss: Loss, draw: Any) -> str:
-    """Of the products of a gradient, how many are low."""
+    """Of the matmuls of a gradient, how many are low."""
     found = measure.products(jax.grad(loss), *draw)
     return f"{sum(product.is_low for product in found)}/{len(found)}"
 

@@ -32,7 +32,7 @@ def load(seed: int) -> Digits:
 def batch(images: np.ndarray, labels: np.ndarray, *, size: int, step: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """The batch of one step: the data reshuffled for each epoch, an incomplete last batch dropped.
 
-    It depends on nothing but the arguments, so that a resumed run goes on with the batches that
+    It depends on nothing but the arguments, so that a resumed run continues with the batches that
     an uninterrupted one would have seen.
     """
     epoch, index = divmod(step, len(labels) // size)

@@ -67,7 +67,7 @@ def parser(description: str) -> argparse.ArgumentParser:
         metavar="DIR",
         help="where the PNG and the checkpoints go; default: %(default)s",
     )
-    add("--resume", action="store_true", help="go on from the checkpoints in --output")
+    add("--resume", action="store_true", help="resume from the checkpoints in --output")
     add("--logdir", type=Path, metavar="DIR", help="write TensorBoard event files there")
     return options
 
@@ -89,6 +89,6 @@ def parse(description: str, arguments: list[str] | None) -> argparse.Namespace:
 
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:
-    """The options that a resumed run must share with the run it goes on from."""
+    """The options that a resumed run must share with the run it resumes from."""
     names = ("framework", "batch_size", "seed", "loss_scale", "loss_multiplier", "state")
     return {name: getattr(options, name) for name in names}

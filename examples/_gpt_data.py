@@ -22,7 +22,7 @@ class Text(NamedTuple):
 
 
 def encode(source: bytes) -> np.ndarray:
-    """Characters as numbers, int32[n]; what is no printable ASCII becomes a question mark."""
+    """Characters as numbers, int32[n]; what is not printable ASCII becomes a question mark."""
     return _CODES[np.frombuffer(source.replace(b"\r", b"").expandtabs(8), np.uint8)]
 
 

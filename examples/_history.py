@@ -40,7 +40,7 @@ class History:
 
 
 class ResumeError(Exception):
-    """A checkpoint that does not belong to the run that would go on from it."""
+    """A checkpoint that does not belong to the run that would resume from it."""
 
 
 class Checkpoint:

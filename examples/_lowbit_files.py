@@ -24,7 +24,7 @@ class Sparse(NamedTuple):
 
 
 def to_sparse(params: Any) -> Any:
-    """Puts ``Sparse`` in the place of arrays with many zeros."""
+    """Puts ``Sparse`` in place of arrays with many zeros."""
 
     def sparse(x: jax.Array) -> Any:
         x = np.asarray(x)

@@ -23,7 +23,7 @@ def same(params: Any) -> Any:
 
 
 def everywhere(recipe: jmp.quant.DotRecipe) -> jmp.quant.DotRecipe:
-    """The recipe for all products, those of attention too."""
+    """The recipe for all matmuls, those of attention too."""
     return recipe.replace(products="all")
 
 

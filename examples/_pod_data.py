@@ -17,7 +17,7 @@ def batch_rows(total: int, *, size: int, step: int, seed: int) -> np.ndarray:
 
     The rows are reshuffled for each epoch and an incomplete last batch is dropped. Every host computes the same rows,
     and they depend neither on the number of hosts nor on earlier steps: a job that is resumed, on as many hosts or on
-    others, goes on with the batches that an uninterrupted one would have seen.
+    others, continues with the batches that an uninterrupted one would have seen.
     """
     epoch, index = divmod(step, total // size)
     order = np.random.default_rng((seed, epoch)).permutation(total)

@@ -234,7 +234,7 @@ def main(arguments: list[str] | None = None) -> int:
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
-        console.print("Interrupted; the same command with --resume goes on from the last epoch.")
+        console.print("Interrupted; the same command with --resume resumes from the last epoch.")
         return 130
     title = describe(options)
     console.print(f"\n{title}", style="bold", highlight=False, soft_wrap=True)

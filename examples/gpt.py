@@ -84,7 +84,7 @@ def make_train_step(loss: Callable[..., jax.Array], tx: optax.GradientTransforma
 
 
 def make_sampler(policy: Any, length: int) -> Callable[[Any, jax.Array], jax.Array]:
-    """``(params, key) -> characters``, int32[length], that go on from the prompt."""
+    """``(params, key) -> characters``, int32[length], that resume from the prompt."""
     next_logits = jmp.autocast(_gpt_model.next_logits, policy)
     prompt = _gpt_data.encode(PROMPT.encode().rjust(CONTEXT, b"\n"))
 

@@ -1,7 +1,7 @@
 """Training on a TPU pod, several GPU hosts or one machine, with checkpoints that survive the loss of a host.
 
 python examples/pod.py                    # one machine: its accelerators, or 8 simulated devices
-python examples/pod.py --mode jit --checkpoint-dir runs/pod    # sharded parameters; run it again to go on
+python examples/pod.py --mode jit --checkpoint-dir runs/pod    # sharded parameters; run it again to continue
 srun python examples/pod.py               # every process of a SLURM, Open MPI, Cloud TPU or Kubernetes job joins
 python examples/pod.py --coordinator 10.0.0.1:1234 --num-processes 2 --process-id 0  # by hand
 """
@@ -50,7 +50,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add(
         "--checkpoint-dir",
         metavar="DIR",
-        help="a folder that all hosts see, or gs://...: go on from the checkpoints there, and write more",
+        help="a folder that all hosts see, or gs://...: resume from the checkpoints there, and write more",
     )
     add("--checkpoint-every", type=positive, default=50, metavar="STEPS", help="default: %(default)s")
     add("--logdir", type=Path, metavar="DIR", help="process 0 writes TensorBoard event files there")
@@ -124,7 +124,7 @@ class Training:
         self.accuracy = make_accuracy(self.network, self.digits, self.mesh)
 
     def settings(self) -> dict[str, Any]:
-        """What a run must share with the run that it goes on from; the mode and the number of hosts may change."""
+        """What a run must share with the run that it resumes from; the mode and the number of hosts may change."""
         return {"policy": self.options.policy, "seed": self.options.seed, "batch size": self.batch_size}
 
     def initial_state(self) -> _pod_modes.State:

@@ -165,7 +165,7 @@ def manual_axes(params: dict[str, Any]) -> set[Any]:
 
 
 def scope_names(name_stack: Any) -> str:
-    """Returns the name scopes of an equation, joined by slashes; marks such as ``jvp`` are no scopes."""
+    """Returns the name scopes of an equation, joined by slashes; marks such as ``jvp`` are not scopes."""
     return "/".join(entry.name for entry in name_stack.stack if type(entry).__name__ == "Scope")
 
 

@@ -92,7 +92,7 @@ _EIGHT_BITS = re.compile(r"(?<!\d)8(?!\d)")
 
 
 def advice(name: str, policies: Collection[str] = ()) -> str:
-    """Says what a name may mean that is no dtype and no policy, as sentences to go after the first of a message.
+    """Says what a name may mean that is neither a dtype nor a policy, as sentences to go after the first of a message.
 
     Args:
         name: The name.
@@ -109,7 +109,7 @@ def advice(name: str, policies: Collection[str] = ()) -> str:
     if wants_8_bits:
         recipe = "INT8_TRAIN" if re.search("int|i8|w8", name) else "FP8"
         sentences.append(
-            " Only matrix products run in 8 bits, by a recipe beside the policy: write autocast(fun, 'mixed_bfloat16', "
+            " Only matmuls run in 8 bits, by a recipe beside the policy: write autocast(fun, 'mixed_bfloat16', "
             f"dot=jmp_lite.quant.{recipe})."
         )
     return "".join(sentences)

@@ -35,7 +35,7 @@ def compile_pattern(key: str) -> Callable[[str], Any]:
         remedy = (
             "Write flags first, as in '(?i)norm'" if "flags" in str(error) else "A name as it is is re.escape(name)"
         )
-        raise InvalidPatternError(f"Pattern {quote(key)} is no regular expression: {error}. {remedy}.") from None
+        raise InvalidPatternError(f"Pattern {quote(key)} is not a regular expression: {error}. {remedy}.") from None
     return functools.partial(_search_patiently, key, search) if _COSTLY.search(key) else search
 
 
@@ -117,7 +117,7 @@ def is_scattered(key: str, segments: Collection[str]) -> bool:
 
 
 def without_numbers(path: str) -> str:
-    """Returns a path with the same number in the place of every number."""
+    """Returns a path with the same number in place of every number."""
     return re.sub(r"\d+", "0", path)
 
 

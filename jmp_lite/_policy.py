@@ -304,7 +304,7 @@ class PolicyMap:
     Raises:
         InvalidPolicyError: If something is not a policy, or a policy is itself a ``PolicyMap``; on look-up, if patterns
             contradict each other.
-        InvalidPatternError: If a pattern is no regular expression; on look-up, if a path is too long for it.
+        InvalidPatternError: If a pattern is not a regular expression; on look-up, if a path is too long for it.
         UnknownDtypeError: If a policy string cannot be parsed.
 
     Example:

@@ -22,7 +22,7 @@ def counted_bits(key: Any, shape: tuple[int, ...], spec: Any = None) -> jax.Arra
 
     Args:
         key: ``uint32``; a scalar, or of the rank of ``shape`` with the size 1 along axes whose places count. Along the
-            others every array has a key of its own, and the bits that it would have alone.
+            others every array has its own key, and the bits that it would have alone.
         shape: Of the array; inside ``shard_map``, of the shard.
         spec: Inside ``shard_map``, the ``PartitionSpec`` of the array, so that a place is one in the whole array.
 

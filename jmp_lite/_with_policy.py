@@ -23,7 +23,7 @@ def with_policy(fun: Callable[..., Any], policy: PolicyLike) -> Callable[..., An
         A function with the signature of ``fun``.
 
     Raises:
-        InvalidFunctionError: If ``fun`` is no function, or is called with a module of NNX.
+        InvalidFunctionError: If ``fun`` is not a function, or is called with a module of NNX.
         UnknownDtypeError: If the policy string cannot be parsed.
 
     Example:

@@ -4,7 +4,7 @@
 
     JmpLiteError
     ├── UnknownDtypeError         ValueError      a dtype or policy string nobody can parse
-    ├── InvalidPolicyError        TypeError       a policy of what is no floating dtype, or two for the same path
+    ├── InvalidPolicyError        TypeError       a policy of what is not a floating dtype, or two for the same path
     ├── InvalidPatternError       ValueError      a pattern that no path can be searched for
     ├── InvalidLossScaleError     ValueError      a loss scale or one of its settings is out of range, or traced
     ├── InvalidSelectionError     TypeError       a verdict that is not one boolean, or trees that are not alike
@@ -23,18 +23,18 @@
     ├── InvalidCheckpointError    ValueError      a step, a setting or a leaf that no checkpoint can have
     ├── CheckpointLockedError     RuntimeError    a directory that another job writes its checkpoints to
     ├── InvalidExportError        ValueError      something that cannot be frozen into an artifact
-    ├── CorruptArtifactError      ValueError      a file that is no artifact, a damaged one, or not the one meant
+    ├── CorruptArtifactError      ValueError      a file that is not an artifact, a damaged one, or not the one meant
     ├── PlatformMismatchError     RuntimeError    an artifact that this process cannot run
     ├── InvalidShardingError      ValueError      shardings that cannot be gathered from
     ├── ClusterError              RuntimeError    the processes of a job do not find each other
     ├── InvalidRecipeError        ValueError      a way to quantize that does not exist
     ├── InvalidPruningError       ValueError      a way to prune that does not exist
     ├── InvalidStorageError       ValueError      parameters or state that cannot be kept as asked
-    ├── SecondDerivativeError     NotImplementedError  a second derivative through quantized products
+    ├── SecondDerivativeError     NotImplementedError  a second derivative through quantized matmuls
     ├── InvalidOpError            TypeError       something that cannot stand for a primitive in autocast
     ├── InvalidRuleError          ValueError      a rule or a setting of autocast that means nothing
     ├── InvalidAnalysisError      ValueError      an analysis of something that does not exist, or with too little
-    └── ComputeDtypeError         AssertionError  products in a wider dtype than asserted
+    └── ComputeDtypeError         AssertionError  matmuls in a wider dtype than asserted
     NonFiniteUpdateWarning        UserWarning     an optimizer made infinities of finite gradients
     SlowDtypeWarning              UserWarning     a format that this accelerator cannot run fast
     UnmatchedRuleWarning          UserWarning     a rule or a key of a PolicyMap that matches nothing
@@ -84,12 +84,12 @@ class InvalidPolicyError(JmpLiteError, TypeError, ValueError):
 
 
 class InvalidPatternError(JmpLiteError, ValueError):
-    """A pattern of a ``PolicyMap`` or a ``Rule`` that is no regular expression, or that a path cannot be searched for.
+    """A pattern of a ``PolicyMap`` or ``Rule`` that is not a regular expression, or that no path can be searched for.
 
     Example:
         >>> jmp.PolicyMap({"head(": "full"}, default="mixed_bfloat16")
         Traceback (most recent call last):
-        jmp_lite.errors.InvalidPatternError: Pattern 'head(' is no regular expression: missing ), unterminated ...
+        jmp_lite.errors.InvalidPatternError: Pattern 'head(' is not a regular expression: missing ), unterminated ...
         >>> print(jmp.PolicyMap({"(?i)HEAD": "full"}, default="mixed_bfloat16").policy_for("head"))
         p=full,c=full,o=full
     """
@@ -122,7 +122,7 @@ class InvalidSelectionError(JmpLiteError, TypeError, ValueError, AssertionError)
 
 
 class InvalidFunctionError(JmpLiteError, TypeError):
-    """What was given is no pure function of arrays, or was called with what none can take, or returned no real scalar.
+    """Not a pure function of arrays, or one called with what none can take, or one that returned no real scalar.
 
     Fails and works::
 
@@ -323,7 +323,7 @@ class InvalidExportError(JmpLiteError, ValueError):
 
 
 class CorruptArtifactError(JmpLiteError, ValueError):
-    """A file is no artifact, was changed after it was written, or is another one than the caller pinned.
+    """A file is not an artifact, was changed after it was written, or is another one than the caller pinned.
 
     Example:
         >>> import pathlib, tempfile
@@ -364,7 +364,7 @@ class ClusterError(JmpLiteError, RuntimeError):
 
 
 class InvalidShardingError(JmpLiteError, ValueError):
-    """Something that is no sharding of these parameters, or one that cannot be gathered from.
+    """Something that is not a sharding of these parameters, or one that cannot be gathered from.
 
     Example:
         >>> jmp.distributed.gather_params({"w": jnp.ones(8)}, "data", "mixed_bfloat16")
@@ -401,17 +401,17 @@ class InvalidStorageError(JmpLiteError, ValueError):
     Example:
         >>> jmp.optim.stored(optax.adam(1e-3), params="splt8")
         Traceback (most recent call last):
-        jmp_lite.errors.InvalidStorageError: params='splt8' is no format of parameters. Did you mean 'split8'? ...
+        jmp_lite.errors.InvalidStorageError: params='splt8' is not a format of parameters. Did you mean 'split8'? ...
     """
 
 
 class SecondDerivativeError(JmpLiteError, NotImplementedError):
-    """Quantized products have first derivatives only: rounding has no derivative, and a stand-in for it no second.
+    """Quantized matmuls have first derivatives only: rounding has no derivative, and a stand-in for it no second.
 
     Example:
         >>> jax.hessian(lambda x: jmp.quant.FP8(x, x, (((0,), (0,)), ((), ()))))(jnp.ones(2))
         Traceback (most recent call last):
-        jmp_lite.errors.SecondDerivativeError: A product with an operand in e4m3:pow2 was differentiated twice...
+        jmp_lite.errors.SecondDerivativeError: A matmul with an operand in e4m3:pow2 was differentiated twice...
     """
 
 
@@ -450,13 +450,13 @@ class InvalidAnalysisError(JmpLiteError, ValueError):
 
 
 class ComputeDtypeError(JmpLiteError, AssertionError):
-    """A product, a convolution or a kernel has wider operands than was asserted.
+    """A matmul, a convolution or a kernel has wider operands than was asserted.
 
     Example:
         >>> check = jmp.analysis.assert_compute_dtype(jnp.matmul, "bfloat16")
         >>> check(jnp.ones((8, 8)), jnp.ones((8, 8)))
         Traceback (most recent call last):
-        jmp_lite.errors.ComputeDtypeError: 1 of 1 products and kernels has operands wider than bfloat16...
+        jmp_lite.errors.ComputeDtypeError: 1 of 1 matmuls and kernels has operands wider than bfloat16...
         >>> check(jnp.ones((8, 8), jnp.bfloat16), jnp.ones((8, 8), jnp.bfloat16))
     """
 
@@ -507,7 +507,7 @@ class UncompressedStateWarning(UserWarning):
 
 
 class LeftDenseWarning(UserWarning):
-    """A weight is not pruned in groups, because nobody said which of its axes products contract; the message names it.
+    """A weight is not pruned in groups, because nobody said which of its axes matmuls contract; the message names it.
 
     Example:
         >>> issubclass(jmp.errors.LeftDenseWarning, UserWarning)
@@ -516,7 +516,7 @@ class LeftDenseWarning(UserWarning):
 
 
 class CorruptCheckpointWarning(UserWarning):
-    """A checkpoint is damaged or was not written to its end; the run goes on from the last good one before it.
+    """A checkpoint is damaged or was not written to its end; the run resumes from the last good one before it.
 
     Example:
         >>> issubclass(jmp.errors.CorruptCheckpointWarning, UserWarning)

@@ -1,4 +1,4 @@
-"""Randomness of the suite: one seed per run, a stream of its own for every test."""
+"""Randomness of the suite: one seed per run, its own stream for every test."""
 
 import os
 import zlib

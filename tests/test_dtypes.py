@@ -85,7 +85,7 @@ def test_names_of_jmp_are_kept():
 
 
 EIGHT_BITS = (
-    " Only matrix products run in 8 bits, by a recipe beside the policy: write autocast(fun, 'mixed_bfloat16', "
+    " Only matmuls run in 8 bits, by a recipe beside the policy: write autocast(fun, 'mixed_bfloat16', "
     "dot=jmp_lite.quant.{})."
 )
 

@@ -25,7 +25,7 @@ PARTS = (
     "reduce (r)."
 )
 EIGHT_BITS = (
-    " Only matrix products run in 8 bits, by a recipe beside the policy: write autocast(fun, 'mixed_bfloat16', "
+    " Only matmuls run in 8 bits, by a recipe beside the policy: write autocast(fun, 'mixed_bfloat16', "
     "dot=jmp_lite.quant.{})."
 )
 POLICIES = (
@@ -119,7 +119,7 @@ def policy_with(field, value):
     ids=repr,
 )
 def test_dtype_that_is_not_floating_is_refused(field, value, described):
-    """What is no floating format of JAX is refused at construction, by field, with the accepted names."""
+    """What is not a floating format of JAX is refused at construction, by field, with the accepted names."""
     recipe = EIGHT_BITS.format("INT8_TRAIN") if described == "int8" else ""
     text = f"{field} must be a floating-point dtype, got {described}.{recipe} Accepted names: {ACCEPTED}."
     for error in (jmp.errors.InvalidPolicyError, TypeError):
@@ -158,7 +158,7 @@ def test_none_is_refused(field):
     ],
 )
 def test_unknown_name_in_a_field_is_quoted(field, value, advice):
-    """A name that is no format is quoted with its field, and the name that it may stand for comes before the list."""
+    """A name that is not a format is quoted with its field; what it may stand for comes before the list."""
     text = f"Unknown dtype {value!r} for {field}.{advice} Accepted: {ACCEPTED}."
     with pytest.raises(jmp.errors.UnknownDtypeError, match=exactly(text)):
         policy_with(field, value)
@@ -395,7 +395,7 @@ def test_edits(first, second, distance):
 
 @given(st.text("ab1", max_size=6), st.text("ab1", max_size=6), st.text("ab1", max_size=6))
 def test_edits_are_a_measure(first, second, third):
-    """Equal texts alone are no edit apart; a letter more or less at the end is at most one edit more."""
+    """Only equal texts are zero edits apart; a letter more or less at the end is at most one edit more."""
     distance = edits(first, second, 20)
     assert (distance == 0) == (first == second)
     assert abs(len(first) - len(second)) <= distance <= max(len(first), len(second))

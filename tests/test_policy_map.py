@@ -87,7 +87,7 @@ LOOKUPS = [
     ({"decoder": "f32", "scale": "f16"}, "decoder/norm/scale", "f32"),
     ({"a.c": "f32", "a.*": "f16"}, "a.c", "f32"),
     ({"x+": "f32", "x.": "f16"}, "x+/y", "f32"),
-    # Two patterns that ask for the same are no contradiction.
+    # Two patterns that ask for the same do not contradict each other.
     ({"norm": "f32", ".*norm": "full"}, "decoder/norm", "f32"),
 ]
 
@@ -189,7 +189,7 @@ def test_any_text_is_a_pattern_or_a_clean_error(text):
 def test_pattern_that_is_no_regular_expression(pattern, reason):
     """A broken pattern is quoted with what Python says about it and a remedy, when the map or the rule is built."""
     remedy = "Write flags first, as in '(?i)norm'." if "flags" in reason else "A name as it is is re.escape(name)."
-    text = f"Pattern {pattern!r} is no regular expression: {reason}. {remedy}"
+    text = f"Pattern {pattern!r} is not a regular expression: {reason}. {remedy}"
     for build in (lambda: jmp.PolicyMap({"ok": "f32", pattern: "f32"}, DEFAULT), lambda: jmp.Rule(pattern)):
         for error in (jmp.errors.InvalidPatternError, ValueError):
             with pytest.raises(error, match=exactly(text)):
@@ -413,7 +413,7 @@ def test_copies_tell_too(again):
     ],
 )
 def test_map_of_something_else(policies, default, text):
-    """What is no mapping from strings to policies is refused and quoted."""
+    """What is not a mapping from strings to policies is refused and quoted."""
     for error in (jmp.errors.InvalidPolicyError, TypeError):
         with pytest.raises(error, match=exactly(text)):
             jmp.PolicyMap(policies, default)

@@ -148,7 +148,7 @@ def test_all_finite_is_global_under_jit_with_sharded_arrays(axis_type, rng):
 
 
 def weak_or_strong(number, dtype):
-    """An array of a dtype; weakly typed for "weak"; what is no dtype comes back as it is."""
+    """An array of a dtype; weakly typed for "weak"; what is not a dtype comes back as it is."""
     if dtype == "weak":
         return jnp.asarray(float(number))
     return jnp.asarray(number, dtype) if isinstance(dtype, str) else dtype

@@ -1,4 +1,4 @@
-"""Functions under a policy: the dtype of every matrix product, result and gradient, under every transform."""
+"""Functions under a policy: the dtype of every matmul, result and gradient, under every transform."""
 # ruff: noqa: SIM300 - the expected value comes first
 
 import functools
@@ -16,7 +16,7 @@ import jmp_lite as jmp
 
 
 def dtypes_of_products(function, *args):
-    """The dtypes of the operands of all matrix products of a function."""
+    """The dtypes of the operands of all matmuls of a function."""
     products = contractions(function, *args)
     assert products
     return set().union(*(dtypes for _, dtypes in products))
@@ -91,7 +91,7 @@ TRAINING = ["mixed_float16", "mixed_bfloat16", "float32", "bf16", "p=bf16,c=f32,
 @pytest.mark.parametrize("spec", TRAINING)
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_products_run_in_the_compute_dtype(transform, spec, rng):
-    """All products run in the compute dtype, results have the output dtype, gradients that of the parameters."""
+    """All matmuls run in the compute dtype, results have the output dtype, gradients that of the parameters."""
     policy = jmp.get_policy(spec)
     params = parameters(rng, policy.param_dtype)
     x = jnp.asarray(rng.standard_normal((8, 4)), np.float32)

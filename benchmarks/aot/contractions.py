@@ -1,4 +1,4 @@
-"""Products of few terms compiled for H100 without one: where casting their operands costs more than it saves.
+"""Matmuls of few terms compiled for H100 without one: where casting their operands costs more than it saves.
 
 python -m benchmarks.aot.contractions    # replaces its section of RESULTS.md
 
@@ -45,7 +45,7 @@ class Form(NamedTuple):
     result: Any
 
     def __call__(self, x: jax.Array, weight: jax.Array) -> jax.Array:
-        """The product."""
+        """The matmul."""
         return (x.astype(self.operands) @ weight.astype(self.operands)).astype(self.result)
 
 
@@ -53,13 +53,13 @@ NAMES = {F32: "float32", BF16: "bfloat16"}
 FORMS = [Form(operands, result) for result in NAMES for operands in NAMES]
 FIGURES = ("MB", "kernels", "cast: MB", "cast: kernels", "MB, cast / not")
 HEADER = ("(rows, K) x (K, N)", *(f"{NAMES[result]} wanted, {figure}" for result in NAMES for figure in FIGURES))
-LEGEND = f"""{ROWS} rows: a product of float32 operands as it stands, and with both cast to bfloat16; where float32 is
+LEGEND = f"""{ROWS} rows: a matmul of float32 operands as it stands, and with both cast to bfloat16; where float32 is
 wanted of the result, and where bfloat16 is. Forward and gradients by both operands, which are float32; what comes back
 has the dtype of the result. With autotuning on, XLA takes the faster of Triton and cuBLASLt."""
 
 
 def step(form: Form) -> Callable[..., Any]:
-    """The product and its gradients."""
+    """The matmul and its gradients."""
 
     def run(x: jax.Array, weight: jax.Array, cotangent: jax.Array) -> Any:
         result, pullback = jax.vjp(form, x, weight)
@@ -69,7 +69,7 @@ def step(form: Form) -> Callable[..., Any]:
 
 
 def measure(form: Form, terms: int, width: int, device: jax.Device, *, is_triton: bool) -> _cost.Cost:
-    """Compiles one product in one form."""
+    """Compiles one matmul in one form."""
     sizes = ((ROWS, terms), F32), ((terms, width), F32), ((ROWS, width), form.result)
     shapes = [jax.ShapeDtypeStruct(*size) for size in sizes]
     compiled = _targets.compiled(step(form), shapes, device, xla_gpu_enable_triton_gemm=is_triton)
@@ -77,7 +77,7 @@ def measure(form: Form, terms: int, width: int, device: jax.Device, *, is_triton
 
 
 def row(terms: int, width: int, device: jax.Device, *, is_triton: bool) -> list[str]:
-    """The figures of one product as text, in the order of `HEADER`."""
+    """The figures of one matmul as text, in the order of `HEADER`."""
     sys.stderr.write(f"K = {terms}, N = {width} ...\n")
     costs, cells = [measure(form, terms, width, device, is_triton=is_triton) for form in FORMS], []
     for plain, cast in zip(costs[::2], costs[1::2], strict=True):
@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "\n\n".join(parts),
                 target=target,
                 compilers=COMPILERS[target],
-                title="Products of few terms",
+                title="Matmuls of few terms",
                 note="; kernel autotuning off",
             )
 

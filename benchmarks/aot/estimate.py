@@ -44,7 +44,7 @@ FIGURES = ("MB", "launches", "ms", "speed-up")
 HEADER = ("model", "precision", *(name for figure in FIGURES for name in (figure, "estimate / it")))
 LEGEND = f"""`jax.value_and_grad` of each loss by its float32 parameters, compiled; and what `analysis.estimate` says
 about it without compiling, by a model of what XLA joins into one launch. {_roofline.FORMULA} **speed-up**: over
-float32. **estimate / it**: the estimate over the figure to its left. Kernel autotuning is off, matrix products are
+float32. **estimate / it**: the estimate over the figure to its left. Kernel autotuning is off, matmuls are
 left to cuBLASLt, convolutions to cuDNN."""
 #: How far an estimate of bytes may be off.
 LIMIT = 0.10

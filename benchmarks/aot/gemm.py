@@ -24,16 +24,16 @@ COMPILERS = ("jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12")
 SIZES = (1024, 4096, 16384, 1000, 100)
 SEQUENCES = {"(8, 512, 1024) x (1024, 4096)": ((8, 512, 1024), 4096)}
 HEADER = ("design", "cuBLASLt calls", "operands", "scales inside", "precise", "kernels", "MB", "/ bf16", "temp / bf16")
-LEGEND = """A Dense layer of n features on n rows, or on sequences, forward and backward: three products. `operands`:
-formats of the products, as often as they occur. `scales inside`: calls that multiply by the scales themselves.
-`precise`: calls that add up precisely; forward products need not. `MB`: bytes that the program reads and writes. Kernel
-autotuning is off, and matrix products are left to cuBLASLt (`--xla_gpu_enable_triton_gemm=false`). XLA makes one
-product of several that share an operand."""
+LEGEND = """A Dense layer of n features on n rows, or on sequences, forward and backward: three matmuls. `operands`:
+formats of the matmuls, as often as they occur. `scales inside`: calls that multiply by the scales themselves.
+`precise`: calls that add up precisely; forward matmuls need not. `MB`: bytes that the program reads and writes. Kernel
+autotuning is off, and matmuls are left to cuBLASLt (`--xla_gpu_enable_triton_gemm=false`). XLA makes one
+matmul of several that share an operand."""
 RECIPES = (None, "fp8", "fp8_rowwise", "int8_train")
 
 
 class Product(NamedTuple):
-    """One call of a matrix product in compiled code."""
+    """One call of a matmul in compiled code."""
 
     target: str
     formats: tuple[str, str]
@@ -67,7 +67,7 @@ class Program(NamedTuple):
 
 
 def products(module: _hlo.Module) -> list[Product]:
-    """The matrix products and convolutions among the custom calls of a module, and any that are left as they were."""
+    """The matmuls and convolutions among the custom calls of a module, and any that are left as they were."""
     found = []
     for computation in module.computations.values():
         lines = {line.name: line for line in computation}
@@ -112,18 +112,18 @@ def models(task: _models.Task, device: jax.Device) -> dict[str, Program]:
 
 
 def targets(found: Mapping[str, Program], expected: int | None) -> list[_report.Target]:
-    """The limits set for float8: so many calls and no other product in a layer, no product of two e5m2."""
+    """The limits set for float8: so many calls and no other matmul in a layer, no matmul of two e5m2."""
     programs = [program for name, program in found.items() if name.startswith("jmp_lite fp8")]
     calls = [sum(p.target == "__cublas$lt$matmul$f8" for p in program.products) for program in programs]
     refused = [sum(p.formats == ("f8e5m2", "f8e5m2") for p in program.products) for program in programs]
     others = [len(program.products) - count for program, count in zip(programs, calls, strict=True)]
-    always = [_report.Target("products of e5m2 by e5m2", 0, refused)]
+    always = [_report.Target("matmuls of e5m2 by e5m2", 0, refused)]
     if expected is None:
         return always
     differ = [abs(count - expected) for count in calls]
     return [
         _report.Target(f"float8 calls that differ from {expected}", 0, differ),
-        _report.Target("other products", 0, others),
+        _report.Target("other matmuls", 0, others),
         *always,
     ]
 
@@ -164,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             parts.append(_command.show(table(task.title, models(task, device), None)))
         if options.out:
             section = f"gemm, {target} without a device, jax {jax.__version__}"
-            title = f"Products of 8-bit operands compiled for {_targets.TARGETS[target]}, jax {jax.__version__}"
+            title = f"Matmuls of 8-bit operands compiled for {_targets.TARGETS[target]}, jax {jax.__version__}"
             _report.write_section(options.out, section, title, facts, "\n\n".join(parts))
 
     _targets.for_each([TARGET], report)

@@ -27,14 +27,14 @@ from jmp_lite.analysis._estimation._devices import DEVICES  # noqa: E402
 
 MODULE = "benchmarks.aot.llama"
 WIDTH, HIDDEN, VOCABULARY, BATCH, TIME = 2048, 5632, 32000, 4, 2048
-HEADER = ("recipe", "products", "in float8", "launches", "MB", "/ bf16", "temp / bf16", "ms", "bf16 / ms")
+HEADER = ("recipe", "matmuls", "in float8", "launches", "MB", "/ bf16", "temp / bf16", "ms", "bf16 / ms")
 SHARED = text.LLAMA_HEADS // text.LLAMA_KEYS
 LEGEND = f"""`jax.value_and_grad` under autocast in mixed bfloat16 of one block of width {WIDTH} and hidden width
 {HIDDEN}, {text.LLAMA_HEADS} heads of which {SHARED} share a key, between an embedding and logits of {VOCABULARY}
 tokens, for {BATCH} texts of {TIME}. {_roofline.FORMULA}
 It is an estimate: no H100 was timed. Kernel autotuning is off."""
 BASELINE = "bfloat16"
-#: What is asked of FP8 for products with a weight: bytes at most, and speed at least, over bfloat16.
+#: What is asked of FP8 for matmuls with a weight: bytes at most, and speed at least, over bfloat16.
 LIMITS = {"einsum": (1.08, 1.21), "cuDNN": (1.13, 1.36)}
 
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from jmp_lite.analysis._estimation._compiled import _targets
 
-# All products by cuBLAS, as casts that XLA puts into its own would not show; LLVM's part changes no figure.
+# All matmuls by cuBLAS, as casts that XLA puts into its own would not show; LLVM's part changes no figure.
 _targets.configure(
     "--xla_gpu_enable_triton_gemm=false",
     "--xla_backend_optimization_level=0",
@@ -37,7 +37,7 @@ MODULE = "benchmarks.aot.models"
 TARGET = "h100"
 POLICY = "mixed_bfloat16"
 BY_HAND, AUTOCAST, FLOAT32 = "by hand", "autocast", "float32"
-FIGURES = ("MB", "temp MB", "kernels", "float32 products")
+FIGURES = ("MB", "temp MB", "kernels", "float32 matmuls")
 RATIOS = ("MB / hand", "temp / hand", "kernels / hand", FIGURES[3])
 HEADER = (
     "model",
@@ -47,8 +47,8 @@ HEADER = (
 LEGEND = """`jax.value_and_grad` of each loss by its float32 parameters. **By hand**: weights cast where they are used,
 statistics, softmax, loss, rotary positions, routers, cell and recurrent states in float32. **MB**: bytes that the
 compiled program reads and writes, loops as often as they run (counted by `_cost.py`). **temp**: scratch memory.
-**float32 products**: matrix products and convolutions of two float32 operands in the compiled program, one in a loop
-once. Kernel autotuning is off, and matrix products are left to cuBLASLt."""
+**float32 matmuls**: matmuls and convolutions of two float32 operands in the compiled program, one in a loop
+once. Kernel autotuning is off, and matmuls are left to cuBLASLt."""
 LIMITS = {"LSTM": 1.02}
 """What autocast may move over by hand where it is not 1."""
 TEMP_LIMIT = 1.02

@@ -177,7 +177,7 @@ class Evaluator:
         return list(carry), state
 
     def map(self, step: Step, operands: list[Value], state: State) -> tuple[list[Value], State]:
-        """Serves ``shard_map``: each device has a state of its own until the end."""
+        """Serves ``shard_map``: each device has its own state until the end."""
         params, analysis, nowhere = step.eqn.params, self.analysis, jax.sharding.PartitionSpec()
         axes = tuple(sorted(manual_axes(params), key=str))
         inside = Evaluator(analysis, self.axes | set(axes) if params["check_vma"] else self.axes)

@@ -46,7 +46,7 @@ KINDS: Mapping[str, Kind] = {
         "warning",
         "Ask for them in float32: preferred_element_type, or jmp.Rule(scope, result=jnp.float32).",
     ),
-    "nothing-low": Kind("warning", "See jmp.explain(fun, policy)(*args) for the reason of every product."),
+    "nothing-low": Kind("warning", "See jmp.explain(fun, policy)(*args) for the reason of every matmul."),
     "recipe-not-applied": Kind("warning", 'A recipe with products="all" or jmp.Rule(scope, dot=recipe) reaches more.'),
     "unmatched-rule": Kind("warning", "Correct the pattern, or delete it."),
     "float32-leak": Kind(
@@ -55,7 +55,7 @@ KINDS: Mapping[str, Kind] = {
         "precision=HIGHEST or jmp.full_precision says so.",
     ),
     "float32-cotangents": Kind(
-        "warning", "Under jmp.autocast, products of float32 arrays have operands of 16 bits in the backward pass too."
+        "warning", "Under jmp.autocast, matmuls of float32 arrays have operands of 16 bits in the backward pass too."
     ),
     "float32-kernel": Kind("warning", "Cast around the kernel: jmp.with_policy(kernel, policy)."),
     "float32-collective": Kind("warning", "Cast before sending: jmp.distributed.gather_params does for parameters."),

@@ -107,7 +107,7 @@ def _floats(tree: Any) -> tuple[list[Any], list[Any], Any]:
 def _of_floats(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Any]]:
     """Returns a function of the floating arrays of the first argument alone, and these.
 
-    Arguments are put together anew for each call, so that modules among them may change inside of it.
+    Arguments are put together again for each call, so that modules among them may change inside of it.
     """
     floats, others, layout = _floats(args[0])
     rest, layout_of_rest = jax.tree.flatten((args[1:], kwargs))

@@ -35,18 +35,18 @@ def autocast(
     accumulation_dtype: Any = None,
     residuals: str = "all",
 ) -> Callable[P, R]:
-    """Runs a function in mixed precision: products in the compute dtype, what is fragile in float32.
+    """Runs a function in mixed precision: matmuls in the compute dtype, what is fragile in float32.
 
     The function is any that ``jax.jit`` takes: Flax, Haiku, Equinox or bare JAX, written for float32. Its matrix
-    products and convolutions run in the compute dtype, forward and backward; exponentials, logarithms, roots and sums,
+    matmuls and convolutions run in the compute dtype, forward and backward; exponentials, logarithms, roots and sums,
     and with them norms, softmax and losses, run in float32; the rest follows its operands. This holds inside ``jit``,
-    ``scan``, ``while_loop``, ``cond``, ``checkpoint``, ``shard_map``, ``pmap`` and functions with rules of their own.
+    ``scan``, ``while_loop``, ``cond``, ``checkpoint``, ``shard_map``, ``pmap`` and functions with their own rules.
     Linear algebra, random numbers, callbacks, kernels, integers, complex numbers and float64 are left as they are.
 
     Arguments, results and gradients keep the dtypes that they have without ``autocast``. Arrays among the arguments
     are traced; Python numbers, strings and other leaves stay what they are.
 
-    Apply it to the loss, not to the whole training step: an optimizer is no place for 16 bits.
+    Apply it to the loss, not to the whole training step: an optimizer is not a place for 16 bits.
 
     Args:
         fun: The function.
@@ -55,9 +55,9 @@ def autocast(
         rules: Precisions for scopes and primitives, tried in order before the policy.
         ops: Maps names of primitives to an ``OpClass``, or to a function ``op(*operands, **params)`` that takes the
             place of the primitive; for this function only (see ``register_op``).
-        dot: Takes the place of ``lax.dot_general`` for products in the compute dtype, and has its signature; also if
+        dot: Takes the place of ``lax.dot_general`` for matmuls in the compute dtype, and has its signature; also if
             that is float32. Recipes of ``jmp.quant`` are such functions.
-        accumulation_dtype: ``jnp.float32`` to ask for sums of products in float32 (which accelerators keep anyway)
+        accumulation_dtype: ``jnp.float32`` to ask for sums of matmuls in float32 (which accelerators keep anyway)
             before the result is rounded to the compute dtype. ``None`` leaves that to the compiler.
         residuals: ``"all"`` keeps what the backward pass needs; ``"low"`` keeps no large float32 array, and computes
             the inside of norms and softmax again, in each iteration of a scan for itself.
@@ -114,7 +114,7 @@ def settings_from(
 ) -> Settings:
     """Checks what the user gave."""
     if accumulation_dtype is not None and dot is not None:
-        raise InvalidRuleError("dot and accumulation_dtype both replace the matrix product: give one of them.")
+        raise InvalidRuleError("dot and accumulation_dtype both replace the matmul: give one of them.")
     if accumulation_dtype is not None and dtype_or_none(accumulation_dtype) != FLOAT32:
         raise InvalidRuleError(f"accumulation_dtype must be float32 or None, got {accumulation_dtype!r}.")
     accumulates = accumulation_dtype is not None
@@ -123,7 +123,7 @@ def settings_from(
 
 @functools.lru_cache(maxsize=128)
 def _interpreter(settings: Settings) -> Interpreter:
-    """One interpreter per settings: functions wrapped anew at every step find the programs retyped before."""
+    """One interpreter per settings: functions wrapped again at every step find the programs retyped before."""
     return Interpreter(settings, HANDLERS)
 
 

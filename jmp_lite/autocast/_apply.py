@@ -59,7 +59,7 @@ def _product(eqn: Equation, arrays: Sequence[Any], precision: Precision, decisio
 
 
 class _Multiply:
-    """A product other than ``dot_general`` as a hashable function of its operands and of the dtype of its result."""
+    """A matmul other than ``dot_general`` as a hashable function of its operands and of the dtype of its result."""
 
     def __init__(self, eqn: Equation) -> None:
         self.eqn = eqn
@@ -124,7 +124,7 @@ def _of_weights(eqn: Equation, arrays: Sequence[Any], params: dict[str, Any], pr
 
 
 def _checked(eqn: Equation, results: list[Any]) -> list[Any]:
-    """Checks what a user's function returned in the place of a primitive."""
+    """Checks what a user's function returned in place of a primitive."""
     expected = [v.aval for v in eqn.outvars]
     is_alike = len(results) == len(expected) and all(
         isinstance(result, jax.Array)
@@ -135,7 +135,7 @@ def _checked(eqn: Equation, results: list[Any]) -> list[Any]:
     if not is_alike:
         found = ", ".join(str(jax.typeof(r)) if isinstance(r, jax.Array) else repr(r) for r in results)
         raise InvalidOpError(
-            f"The function in the place of {eqn.primitive.name!r} returned {found}. It must return "
+            f"The function in place of {eqn.primitive.name!r} returned {found}. It must return "
             f"{', '.join(map(str, expected))}; any floating dtype will do for float32."
         )
     return results

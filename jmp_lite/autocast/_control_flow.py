@@ -106,11 +106,11 @@ def _agreed(found: Sequence[tuple[Any, Known]], is_float: bool) -> tuple[DType |
 
 
 def _scan(interpreter: Interpreter, call: Call) -> list[Value]:
-    """A carry is low if it feeds products alone, or if it starts low and the body keeps it low; a sum stays float32.
+    """A carry is low if it feeds matmuls alone, or if it starts low and the body keeps it low; a sum stays float32.
 
     An activation that no layer was added to yet, such as an embedding, starts low where weights are stacked, each for
-    a layer of its own. Weights that are the same in all iterations make a recurrence, in which errors add up: what does
-    not feed products alone is float32 there.
+    its own layer. Weights that are the same in all iterations make a recurrence, in which errors add up: what does
+    not feed matmuls alone is float32 there.
 
     Constants go in as float32, and are cast inside: the backward pass adds up their gradients over all iterations, in
     the dtype in which they went in. XLA moves such casts out of the loop by itself.
@@ -207,7 +207,7 @@ def _adds_up(jaxpr: Any, v: Any) -> bool:
 def _while(interpreter: Interpreter, call: Call) -> list[Value]:
     """Carries keep their dtype; what the test of the loop depends on by way of floats runs as it was written.
 
-    A search for a root whose products are rounded to 16 bits may never reach its tolerance.
+    A search for a root whose matmuls are rounded to 16 bits may never reach its tolerance.
     """
     n_cond, n_body = call.params["cond_nconsts"], call.params["body_nconsts"]
     test, body = programs_of(call.eqn).bodies

@@ -172,7 +172,7 @@ def _custom_vjp(interpreter: Interpreter, call: Call) -> list[Value]:
 
 
 def _held(array: Any) -> Value:
-    """A value whose history is unknown: what is held in 16 bits was made by a product, or from one."""
+    """A value whose history is unknown: what is held in 16 bits was made by a matmul, or from one."""
     dtype = getattr(array, "dtype", None)
     is_low = dtype is not None and dtype.itemsize == 2 and jnp.issubdtype(dtype, jnp.floating)
     return Value(array, Known(Tag.LOW if is_low else Tag.NEUTRAL))
@@ -197,7 +197,7 @@ def _custom_vmap(interpreter: Interpreter, call: Call) -> list[Value]:
 
 
 def _linear_call(interpreter: Interpreter, call: Call) -> list[Value]:
-    """A linear function with a transpose of its own; ``num_res`` operands are not linear."""
+    """A linear function with its own transpose; ``num_res`` operands are not linear."""
     parts, arguments = _parts(interpreter, call)
     n = call.params["num_callee_consts"] + call.params["num_res"]
     dtypes = [getattr(array, "dtype", None) for array in arguments[n:]]

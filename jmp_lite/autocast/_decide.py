@@ -90,7 +90,7 @@ def _conversion(facts: Facts) -> Decision:
 
 
 def _product(facts: Facts, why: str) -> Decision:
-    """A product leaves in float32 if all that use it want that and it is free, or if a rule asks for it."""
+    """A matmul leaves in float32 if all that use it want that and it is free, or if a rule asks for it."""
     precision = facts.precision
     if not facts.floats or not all(is_eligible(v.aval) for v in facts.eqn.outvars):
         return _product_as_written(facts)
@@ -107,8 +107,8 @@ def _product(facts: Facts, why: str) -> Decision:
 
 
 def _product_as_written(facts: Facts) -> Decision:
-    """A product of 16 bits keeps the dtypes that the model wrote, also if the user's takes its place."""
-    precision, reason = facts.precision, "not a product of float32 arrays"
+    """A matmul of 16 bits keeps the dtypes that the model wrote, also if the user's takes its place."""
+    precision, reason = facts.precision, "not a matmul of float32 arrays"
     dtypes = [v.aval.dtype for v in (*facts.eqn.invars[:2], *facts.eqn.outvars)]
     if precision.dot is None or not all(jnp.issubdtype(x, jnp.floating) and 2 <= x.itemsize <= 4 for x in dtypes):
         return _float32(facts, Tag.HIGH, reason)
@@ -146,17 +146,17 @@ def _how_multiplied(facts: Facts, *, is_wide: bool) -> How:
 
 
 def _why_not_replaced(facts: Facts) -> str | None:
-    """Why the user's product does not take the place of one, if it does not."""
+    """Why the user's matmul does not take the place of one, if it does not."""
     dot: Any = facts.precision.dot
     if product_of(dot, facts.name) is None:
         return "dot= replaces dot_general alone"
     if isinstance(dot, RoundsOperands) and not dot.takes(has_weight=any(x.is_parameter for x in facts.operands)):
-        return 'dot= replaces products with a weight alone: its products="weights"'
+        return 'dot= replaces matmuls with a weight alone: its products="weights"'
     return None
 
 
 def _is_free(eqn: Equation) -> bool:
-    """Whether the result of a product is no larger in float32 than its operands in 16 bits."""
+    """Whether the result of a matmul is no larger in float32 than its operands in 16 bits."""
     return is_as_large(sum(size(v.aval) for v in eqn.invars[:2]) * 2, size(eqn.outvars[0].aval) * 4)
 
 
@@ -190,5 +190,5 @@ def decide_activation(eqn: Equation, operand: Value, precision: Precision, want:
 
 
 def _follows_low_operand(facts: Facts) -> bool:
-    """Whether a product of a few terms takes what a layer made, as adapters of low rank do."""
+    """Whether a matmul of a few terms takes what a layer made, as adapters of low rank do."""
     return facts.op is OpClass.FOLLOW and facts.name in _ops.PRODUCTS and bool(facts.floats) and facts.tag is Tag.LOW

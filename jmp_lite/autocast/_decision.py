@@ -13,10 +13,10 @@ class How(enum.Enum):
     BOUND = "the primitive, as written"
     LOWERED = "the primitive, its parameters rewritten for the compute dtype"
     WEIGHTS = "the primitive, weights rounded inside so that their gradients are not"
-    PRODUCT = "a product of ours: weights rounded inside, a result of its own dtype"
+    PRODUCT = "a matmul of ours: weights rounded inside, its own result dtype"
     WIDE = "the primitive in float32, its result rounded"
     SLOPE = "an activation in float32, its value and its slope rounded"
-    DOT = "the product that the user gave"
+    DOT = "the matmul that the user gave"
     OP = "the function that the user gave"
 
 
@@ -29,6 +29,6 @@ class Decision(NamedTuple):
     results: tuple[Known, ...]
     reason: str
     result_dtype: DType | None = None
-    """Of a product: the dtype that its result leaves in."""
+    """Of a matmul: the dtype that its result leaves in."""
     takes_weights: bool = False
     """Whether weights go in as they are, to be rounded inside, so that their gradients are not."""

@@ -2,7 +2,7 @@
 
 A precise operation is only as precise as its operands: where a square root or an exponential wants float32, the mild
 arithmetic that feeds nothing else is done in float32 too, so that variances, norms and softmax are computed as a whole.
-What linear algebra or the test of a loop depends on is computed as written. What feeds matrix products alone is cast
+What linear algebra or the test of a loop depends on is computed as written. What feeds matmuls alone is cast
 before it is moved.
 
 References:
@@ -24,7 +24,7 @@ from jmp_lite.autocast._values import is_eligible
 #: A set of the kinds of consumers that a variable has: the sum of some of the flags below.
 Want = int
 
-#: A matrix product, which rounds it to the compute dtype.
+#: A matmul, which rounds it to the compute dtype.
 LOW: Want = 1
 #: An operation that takes it as it is.
 EITHER: Want = 2
@@ -34,12 +34,12 @@ HIGH: Want = 4
 KEPT: Want = 8
 #: A cast to an integer: float32, whatever others want.
 PLACE: Want = 16
-#: Linear algebra: computed as written, products too.
+#: Linear algebra: computed as written, matmuls too.
 SOLVED: Want = 32
-#: The test of the loop that it is in: computed as written, products too.
+#: The test of the loop that it is in: computed as written, matmuls too.
 TESTED: Want = 64
 
-#: A sum of many terms, in which roundings average out, or a product in float32: float32, but for sums of layers.
+#: A sum of many terms, in which roundings average out, or a matmul in float32: float32, but for sums of layers.
 SUMMED: Want = 128
 
 AS_WRITTEN: Want = SOLVED | TESTED
@@ -106,7 +106,7 @@ class Demands:
         return wants, tuple(results)
 
     def has_search(self, jaxpr: Jaxpr, scope: str, wanted: Wants = ()) -> bool:
-        """Whether a loop inside a program goes on until what products make of its carries is good enough."""
+        """Whether a loop inside a program continues until what matmuls make of its carries is good enough."""
         inner, _ = program(jaxpr)
         wants = self.of(inner, wanted or (EITHER,) * len(inner.outvars), scope)
         for eqn in inner.eqns:
@@ -188,7 +188,7 @@ def _inner(scope: str, eqn: Equation) -> str:
 
 
 def _passed_on(want: Want) -> Want:
-    """What is wanted of an operand that comes back as it is: a product behind may round it only then."""
+    """What is wanted of an operand that comes back as it is: a matmul behind may round it only then."""
     return want & ~LOW | EITHER if want & LOW else want
 
 

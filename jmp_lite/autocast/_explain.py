@@ -1,4 +1,4 @@
-"""``explain``: what autocast would do to every equation, and why; the matrix products first."""
+"""``explain``: what autocast would do to every equation, and why; the matmuls first."""
 
 import collections
 import itertools
@@ -40,7 +40,7 @@ class Summary(NamedTuple):
     """
 
     products: Mapping[str, tuple[int, float]]
-    """Number of matrix products and convolutions, and their share of all FLOPs of products: those with operands of 16
+    """Number of matmuls and convolutions, and their share of all FLOPs of matmuls: those with operands of 16
     bits or fewer (``low``), in ``float32``, of a few terms or two vectors (``outer``), ``replaced``, and of other
     dtypes (``other``).
     One in a scan counts as often as the scan runs it, in a while loop once; in a ``cond`` each branch counts; in a
@@ -50,9 +50,9 @@ class Summary(NamedTuple):
     casts: int
     """Operands that are cast, each once, in loops too."""
     float32: tuple[Record, ...]
-    """The products in float32, the largest first."""
+    """The matmuls in float32, the largest first."""
     not_replaced: tuple[Record, ...]
-    """With ``dot=``, as an argument or in a rule: the products that it was not applied to, the largest first."""
+    """With ``dot=``, as an argument or in a rule: the matmuls that it was not applied to, the largest first."""
 
 
 class Explanation(Sequence[Record]):
@@ -138,7 +138,7 @@ def _summarized(summary: Summary, records: Sequence[Record]) -> str:
     skipped = "dot= not applied"
     loops = {record.primitive for record in records} & {"while", "cond"} if parts else ()
     lines = [
-        f"Matrix products and convolutions: {', '.join(parts) or 'none'}. Operands cast: {summary.casts}.",
+        f"Matmuls and convolutions: {', '.join(parts) or 'none'}. Operands cast: {summary.casts}.",
         *(["  A body of a while loop counts once."] if "while" in loops else []),
         *(["  Each branch of a cond counts."] if "cond" in loops else []),
         *(line(record, "float32", *[skipped] * record.skips_dot) for record in summary.float32),
@@ -212,7 +212,7 @@ def explain(
         A function with the arguments of ``fun`` (arrays, or ``jax.ShapeDtypeStruct`` in their place) that returns an
         ``Explanation``: a sequence of records with the fields ``scope`` (name scopes), ``source`` (file and line),
         ``primitive``, ``op_class``, ``tag`` (how precise the results are), ``in_dtypes``, ``out_dtypes``, ``reason``,
-        and for products ``group``, ``flops`` (of one run) and ``trips`` (how often it runs). Printed, it opens with its
+        and for matmuls ``group``, ``flops`` (of one run) and ``trips`` (how often it runs). Printed, it opens with its
         ``summary``; ``table(all=True)`` also lists what concerns no floats.
 
     Raises:
@@ -225,7 +225,7 @@ def explain(
         dot_general ('bfloat16', 'bfloat16') HIGH
         exp ('float32',) HIGH
         >>> print(str(explanation).splitlines()[0])
-        Matrix products and convolutions: 1 in 16 bits (100.0% of FLOPs). Operands cast: 2.
+        Matmuls and convolutions: 1 in 16 bits (100.0% of FLOPs). Operands cast: 2.
 
     References:
         TensorFlow's ``auto_mixed_precision`` writes the same to a file when asked for its debug log.

@@ -27,7 +27,7 @@ def _is_number(facts: Facts) -> bool:
 
 
 def _is_moved_low(facts: Facts) -> bool:
-    """Whether products alone want it; weights are moved in float32 and rounded in the product, but for gathers."""
+    """Whether matmuls alone want it; weights are moved in float32 and rounded in the matmul, but for gathers."""
     is_low = facts.want == _demand.LOW and facts.tag is not Tag.HIGH and _ops.moves_whole_arrays(facts.name)
     is_kept = facts.precision.widens_gradients and facts.name not in _ops.GATHERS
     return is_low and not (is_kept and all(value.is_weight for value in facts.floats))
@@ -59,7 +59,7 @@ def _is_wanted(facts: Facts) -> bool:
 
 
 def _levels_off(facts: Facts) -> bool:
-    """Whether a function levels off, or goes on from one that did: ``1 - p`` has the digits that ``p`` lacks."""
+    """Whether a function levels off, or resumes from one that did: ``1 - p`` has the digits that ``p`` lacks."""
     is_wanted = bool(facts.want & _demand.FLOAT32)
     if facts.tag is Tag.SOFT and not facts.has_float_results:
         return True  # compared as it is held
@@ -69,7 +69,7 @@ def _levels_off(facts: Facts) -> bool:
 
 
 def _is_multiplied_for_product(facts: Facts) -> bool:
-    """Whether a product takes what is multiplied with a low array, or with what dropout made."""
+    """Whether a matmul takes what is multiplied with a low array, or with what dropout made."""
     is_whole = facts.name == "mul" and len(facts.whole) == len(facts.operands) and facts.tag is not Tag.NEUTRAL
     is_other = any(value.tag is Tag.LOW or value.is_activation for value in facts.whole)
     return is_whole and is_other and facts.want == _demand.LOW

@@ -42,7 +42,7 @@ Handler = Callable[["Interpreter", "Call"], list[Value]]
 
 
 class Retyped(NamedTuple):
-    """A program traced anew at other dtypes: the jaxpr, what is known of its results, and the decisions in it."""
+    """A program traced again at other dtypes: the jaxpr, what is known of its results, and the decisions in it."""
 
     jaxpr: Jaxpr
     results: tuple[Known, ...]
@@ -203,7 +203,7 @@ class Interpreter:
         wants: Wants | None = None,
         forced: tuple[DType | None, ...] | None = None,
     ) -> Retyped:
-        """Traces a program anew for operands as they are held; the same question gets the same jaxpr.
+        """Traces a program again for operands as they are held; the same question gets the same jaxpr.
 
         Args:
             jaxpr: A program, closed or open.
@@ -321,7 +321,7 @@ class Interpreter:
 
 
 def _full_like(array: Any, number: float, dtype: DType) -> Any:
-    """Makes an array of one number anew: a cast of the old one would be kept for the backward pass."""
+    """Makes an array of one number again: a cast of the old one would be kept for the backward pass."""
     value = as_dtype(number, dtype)
     return value if array.ndim == 0 else jax.lax.full_like(array, value, dtype)
 

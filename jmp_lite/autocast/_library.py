@@ -8,7 +8,7 @@ from jmp_lite._compat import Equation
 
 _JAX = "/jax/_src/"
 
-#: Files that hold such functions, with the functions; ``None`` for all but requests for products.
+#: Files that hold such functions, with the functions; ``None`` for all but requests for matmuls.
 _FILES: dict[str, frozenset[str] | None] = {
     "/jax/_src/numpy/linalg.py": None,
     "/jax/_src/numpy/polynomial.py": None,
@@ -19,7 +19,7 @@ _FILES: dict[str, frozenset[str] | None] = {
     "/jax/_src/random": None,
     "/jax/_src/lax/linalg.py": None,
     "/jax/_src/tpu/linalg/": None,
-    # Power iterations of SpectralNorm, the only products in these files.
+    # Power iterations of SpectralNorm, the only matmuls in these files.
     "/flax/linen/normalization.py": None,
     "/flax/nnx/nn/normalization.py": None,
     "/haiku/_src/spectral_norm.py": None,
@@ -30,7 +30,7 @@ _REQUESTS = frozenset({"matmul", "tensordot", "vecdot", "outer", "multi_dot"})
 
 
 def is_of_library(eqn: Equation) -> bool:
-    """Whether a product stands in a function of a library that is not a request for a product."""
+    """Whether a matmul stands in a function of a library that is not a request for a matmul."""
     traceback = eqn.source_info.traceback
     for frame in traceback.frames if traceback else ():
         file = frame.file_name.replace("\\", "/")

@@ -66,7 +66,7 @@ _KERNELS = "kernels: they were traced for their dtypes; cast around them"
 FAMILIES = (
     Family(
         OpClass.ALLOW,
-        "matrix products and convolutions: their units run 16-bit operands and add up in float32",
+        "matmuls and convolutions: their units run 16-bit operands and add up in float32",
         "dot_general conv_general_dilated ragged_dot_general scaled_dot",
     ),
     Family(
@@ -170,17 +170,17 @@ FAMILIES = (
 
 _BY_NAME: dict[str, Family] = {name: family for family in FAMILIES for name in family.primitives.split()}
 
-#: Products of so few terms gain nothing from a matrix unit, which takes at least eight at a time, and are geometry:
+#: Matmuls of so few terms gain nothing from a matrix unit, which takes at least eight at a time, and are geometry:
 #: rotations, cameras, grids (benchmarks/RESULTS.md, "Small contractions").
 HANDFUL = 4
-_HANDFUL = Family(OpClass.FOLLOW, f"a product of at most {HANDFUL} terms gains nothing from a matrix unit", "")
+_HANDFUL = Family(OpClass.FOLLOW, f"a matmul of at most {HANDFUL} terms gains nothing from a matrix unit", "")
 _INNER = Family(
     OpClass.DENY, "an inner product is a sum: it gains nothing from a matrix unit, and rounding adds up", ""
 )
 _ASKED = Family(OpClass.AS_WRITTEN, "precision={} asks for more than the compute dtype", "")
 _SMALL_POWER = Family(OpClass.FOLLOW, "a small positive power: as precise as its operand", "")
 _OTHER_POWER = Family(OpClass.DENY, "a large or negative power: a rounded argument costs many digits", "")
-_LIBRARY = Family(OpClass.AS_WRITTEN, "a product inside a function of a library that nobody asked for: as written", "")
+_LIBRARY = Family(OpClass.AS_WRITTEN, "a matmul inside a function of a library that nobody asked for: as written", "")
 
 #: Activations of ``jax.nn`` that hold exponentials or logarithms, by the name of their ``jit`` equation. Their slopes
 #: are bounded, so that value and slope may be rounded once they are computed.
@@ -355,7 +355,7 @@ def classify(eqn: Equation, ops: Mapping[str, Op]) -> tuple[Op, str]:
 
 
 def asked_precision(eqn: Equation) -> str:
-    """Returns the name of a precision that promises more than 16-bit operands give, if a product asks for one."""
+    """Returns the name of a precision that promises more than 16-bit operands give, if a matmul asks for one."""
     precision = eqn.params.get("precision")
     for asked in precision if isinstance(precision, tuple) else (precision,):
         if asked in (jax.lax.Precision.HIGH, jax.lax.Precision.HIGHEST):
@@ -388,13 +388,13 @@ def rounds_to_integers(eqn: Equation) -> bool:
 
 
 def is_inner(eqn: Equation) -> bool:
-    """Whether a product is one number per pair of vectors."""
+    """Whether a matmul is one number per pair of vectors."""
     (contracted, _), (batch, _) = eqn.params["dimension_numbers"]
     return all(v.aval.ndim == len(contracted) + len(batch) for v in eqn.invars)
 
 
 def is_handful(eqn: Equation) -> bool:
-    """Whether a product adds up so few terms that they are no work for a matrix unit."""
+    """Whether a matmul adds up so few terms that they are not work for a matrix unit."""
     (contracted, _), _ = eqn.params["dimension_numbers"]
     shape = eqn.invars[0].aval.shape
     terms = math.prod(shape[dimension] for dimension in contracted)

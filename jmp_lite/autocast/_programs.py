@@ -65,7 +65,7 @@ def _rebuilt_open(eqn: Equation, arrays: Sequence[Any], jaxprs: Sequence[Jaxpr])
 
 
 def _asked_as_jax(policy: Callable[..., Any], primitive: Any, *operands: Any, **params: Any) -> Any:
-    """Asks a policy of ``jax.checkpoint`` about products of ours as about those of JAX, which it knows."""
+    """Asks a policy of ``jax.checkpoint`` about matmuls of ours as about those of JAX, which it knows."""
     return policy(as_primitive_of_jax(primitive), *operands, **params)
 
 

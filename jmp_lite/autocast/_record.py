@@ -25,15 +25,15 @@ class Record(NamedTuple):
     out_dtypes: tuple[str, ...]
     reason: str
     group: str = ""
-    """Of a matrix product or convolution: ``low``, ``float32``, ``outer``, ``replaced`` or ``other``; ``kernel``."""
+    """Of a matmul or convolution: ``low``, ``float32``, ``outer``, ``replaced`` or ``other``; ``kernel``."""
     flops: int = 0
-    """Of a product, once. A symbolic size counts as 1."""
+    """Of a matmul, once. A symbolic size counts as 1."""
     trips: int = 1
     """How often it runs: the length of the scans that it is in."""
     casts: int = 0
     """How many operands are cast for it."""
     skips_dot: bool = False
-    """Whether it is a product that ``dot=`` was given for, but not applied to."""
+    """Whether it is a matmul that ``dot=`` was given for, but not applied to."""
 
 
 def records_of(
@@ -60,7 +60,7 @@ def records_of(
         values: Its results.
         decision: What was decided; ``None`` for one that was gone into.
         reason: Why.
-        has_dot: Whether a function is to take the place of products here.
+        has_dot: Whether a function is to take the place of matmuls here.
         inside: What was written down while it was gone into. What JAX wrote there gets the line of the call.
     """
     tag = "/".join(dict.fromkeys(value.tag.name for value in values))
@@ -83,7 +83,7 @@ def as_count(size: Any) -> int:
 
 
 def _inside(eqn: Equation, outer: Record, *, has_dot: bool) -> Iterator[Record]:
-    """Yields the products and kernels in programs that run as they were written."""
+    """Yields the matmuls and kernels in programs that run as they were written."""
     trips = outer.trips * as_count(eqn.params.get("length", 1))
     for body in programs_of(eqn).bodies:
         for inner in program(body.jaxpr)[0].eqns:
@@ -113,7 +113,7 @@ def _dtypes(arrays: Sequence[Any]) -> tuple[str, ...]:
 
 
 def _measured(record: Record, eqn: Equation, *, is_replaced: bool, has_dot: bool) -> Record:
-    """Adds the figures of a product."""
+    """Adds the figures of a matmul."""
     if record.primitive not in PRODUCTS:
         return record._replace(group="kernel" if is_kernel(record.primitive) else "")
     group = "replaced" if is_replaced else _group(record)
@@ -130,7 +130,7 @@ def _group(record: Record) -> str:
 
 
 def _flops(eqn: Equation) -> int:
-    """Returns two for each multiplication of a product; those with the zeros that dilation puts in do not count."""
+    """Returns two for each multiplication of a matmul; those with the zeros that dilation puts in do not count."""
     lhs, rhs, result = ([as_count(n) for n in v.aval.shape] for v in (*eqn.invars[:2], eqn.outvars[0]))
     params = eqn.params
     if eqn.primitive.name == "conv_general_dilated":

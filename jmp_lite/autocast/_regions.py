@@ -1,4 +1,4 @@
-"""Parts of a program with a precision of their own: decorators and context managers.
+"""Parts of a program with their own precision: decorators and context managers.
 
 A region is a name scope. Name scopes survive ``jit``, loops, custom rules and differentiation, so the backward pass of
 a region is in the region as well; where no autocast is at work, a region does nothing.
@@ -24,7 +24,7 @@ def full_precision() -> AbstractContextManager[None]: ...
 @overload
 def full_precision(fun: F) -> F: ...
 def full_precision(fun: Any = None) -> Any:
-    """Keeps a part of a program in float32 under ``autocast``; what is made there stays float32 until the next product.
+    """Keeps a part of a program in float32 under ``autocast``; what is made there stays float32 until the next matmul.
 
     Args:
         fun: The function to decorate. Without it, a context manager is returned.

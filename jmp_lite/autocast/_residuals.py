@@ -8,7 +8,7 @@ import numpy as np
 
 from jmp_lite._dtypes import FLOAT32
 
-#: Float32 results that are dear to compute again, or small: they are saved.
+#: Float32 results that are expensive to recompute, or small: they are saved.
 _WORTH_SAVING = frozenset(
     {"dot_general", "conv_general_dilated", "ragged_dot_general", "scaled_dot", "reduce_sum", "reduce_max"}
 )

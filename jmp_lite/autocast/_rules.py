@@ -24,16 +24,16 @@ _METHOD = re.compile(r"\.[A-Za-z_]\w*(?=/|\Z)")
 
 
 class Precision(NamedTuple):
-    """What holds for an equation: a mode (auto, full, low, off), a compute dtype, a matrix product, and why."""
+    """What holds for an equation: a mode (auto, full, low, off), a compute dtype, a matmul, and why."""
 
     mode: str
     dtype: DType
     dot: Callable[..., Any] | None = None
     reason: str = ""
     result: DType | None = None
-    """The dtype that products are asked to leave in."""
+    """The dtype that matmuls are asked to leave in."""
     accumulates: bool = False
-    """Whether products are asked to add up in float32."""
+    """Whether matmuls are asked to add up in float32."""
     leaves_whole: bool = False
     """Whether an equation that holds programs runs as it was written, programs included."""
     reduce_dtype: DType = FLOAT32
@@ -60,15 +60,15 @@ class Rule:
         precision: ``"full"``, float32; ``"low"``, the compute dtype, for exponentials and sums too; ``"auto"``, the
             classes of the primitives; or a dtype or policy as ``get_policy`` takes it, whose 16-bit compute dtype then
             takes the place of that of the policy.
-        dot: Takes the place of ``lax.dot_general`` and has its signature; for matrix products that run in the compute
+        dot: Takes the place of ``lax.dot_general`` and has its signature; for matmuls that run in the compute
             dtype.
-        result: ``jnp.float32`` for the dtype that matrix products leave in, from operands in the compute dtype, also
-            where the result is larger than these. Without it, products leave in float32 where all that uses them wants
+        result: ``jnp.float32`` for the dtype that matmuls leave in, from operands in the compute dtype, also
+            where the result is larger than these. Without it, matmuls leave in float32 where all that uses them wants
             that and it costs nothing.
 
     Raises:
         InvalidRuleError: If the precision or the result means nothing.
-        InvalidPatternError: If a pattern is no regular expression.
+        InvalidPatternError: If a pattern is not a regular expression.
 
     Example:
         >>> rules = [jmp.Rule("router", precision="full")]
@@ -135,7 +135,7 @@ _MODES = ("auto", "full", "low")
 
 
 def checked_dot(dot: Any) -> Any:
-    """Returns what the user gave in the place of a matrix product, if it can be called."""
+    """Returns what the user gave in place of a matmul, if it can be called."""
     if dot is not None and not callable(dot):
         raise InvalidRuleError(f"dot must be a function with the signature of lax.dot_general, got {quote(dot)}.")
     return dot
@@ -164,7 +164,7 @@ def _checked_precision(precision: Any) -> Any:
     if dtype is None or dtype.itemsize != 2 or not jnp.issubdtype(dtype, jnp.floating):
         raise InvalidRuleError(
             f"precision must be 'auto', 'full', 'low', or stand for float32 or a 16-bit dtype, got {quote(precision)}. "
-            "Write for example Rule('head', precision='full'); products in 8 bits are Rule('head', dot=jmp.quant.FP8)."
+            "Write for example Rule('head', precision='full'); matmuls in 8 bits are Rule('head', dot=jmp.quant.FP8)."
         )
     return dtype
 
@@ -296,7 +296,7 @@ def checked_settings(policy: Any, rules: Any, ops: Mapping[str, Op], **settings:
 
     Raises:
         InvalidPolicyError: If the compute dtype has fewer than 16 bits.
-        InvalidRuleError: If something among the rules is no rule.
+        InvalidRuleError: If something among the rules is not a rule.
     """
     rules = (rules,) if isinstance(rules, Rule) else rules
     if not (isinstance(rules, Sequence) and all(isinstance(rule, Rule) for rule in rules)):
@@ -309,7 +309,7 @@ def checked_settings(policy: Any, rules: Any, ops: Mapping[str, Op], **settings:
         if dtype.itemsize < 2:
             raise InvalidPolicyError(
                 f"autocast computes in 16 bits, got the compute dtype {dtype}. Name a 16-bit dtype, and "
-                f"give the matrix products in {dtype} as dot=, such as dot=jmp_lite.quant.FP8. Accepted names: "
+                f"give the matmuls in {dtype} as dot=, such as dot=jmp_lite.quant.FP8. Accepted names: "
                 f"{ACCEPTED_NAMES}."
             )
     return checked

@@ -18,7 +18,7 @@ class Tag(enum.IntEnum):
     NEUTRAL = 0
     """An input, a parameter, a constant: no decision has touched it yet."""
     LOW = 1
-    """Made by a matrix product, or from one: held in the compute dtype."""
+    """Made by a matmul, or from one: held in the compute dtype."""
     SOFT = 2
     """LOW, scaled or shifted by float32 statistics as norms do: held in float32, but rounding it loses nothing more."""
     HIGH = 3
@@ -42,7 +42,7 @@ class Origin(enum.Enum):
     REPEATED = "repeated"
     """Something smaller, repeated: a bias, a mask, a scale, a statistic."""
     SOLVED = "solved"
-    """Linear algebra, moved or scaled perhaps: a product that takes it belongs to it."""
+    """Linear algebra, moved or scaled perhaps: a matmul that takes it belongs to it."""
     AS_WRITTEN = "as written"
     """An operation that runs as written, such as a random number, or arithmetic on nothing else."""
     COMPUTED = "computed"
@@ -86,7 +86,7 @@ class Value(NamedTuple):
 
     @property
     def is_activation(self) -> bool:
-        """Whether it was made of arguments, such as an embedding, and is no argument, number or statistic itself."""
+        """Whether it was made of arguments, as an embedding is, and is not an argument, number or statistic itself."""
         known = self.known
         return known.tag is Tag.NEUTRAL and known.origin is Origin.COMPUTED and known.number is None
 

@@ -41,7 +41,7 @@ def to_bytes(state: Any, *, policy: PolicyLike) -> bytes:
     Raises:
         CheckpointMismatchError: If copies of a leaf on several devices or processes differ, or two paths are one when
             written with slashes.
-        InvalidCheckpointError: If a leaf is no array, key or number.
+        InvalidCheckpointError: If a leaf is not an array, key or number.
 
     Example:
         >>> from jmp_lite import checkpoint
@@ -68,10 +68,10 @@ def from_bytes(template: T, data: bytes, *, policy: PolicyLike, migrate: bool = 
         template: A state of the same structure, shapes and dtypes, such as a freshly initialized one, of arrays or
             ``jax.ShapeDtypeStruct``; it gives the restored arrays their sharding, and loss scales their settings.
         data: The bytes.
-        policy: The policy that training goes on with.
+        policy: The policy that training continues with.
         migrate: Lets the policy change. Arrays are cast to the template's floating dtypes, and loss scales of another
-            class or with other fields are the template's own; a run in float32 goes on where the template has the state
-            of ``optim.stored``. Everything else must match.
+            class or with other fields are the template's own; a run in float32 continues where the template has the
+            state of ``optim.stored``. Everything else must match.
 
     Returns:
         The saved state, with every array compared with the digest that was taken when it was saved.
@@ -82,7 +82,7 @@ def from_bytes(template: T, data: bytes, *, policy: PolicyLike, migrate: bool = 
         CheckpointMismatchError: If structures, shapes or dtypes differ.
         CorruptCheckpointError: If the bytes cannot be read, or do not contain what was saved.
         ForeignCheckpointError: If Flax wrote them by itself.
-        InvalidCheckpointError: If ``data`` is no bytes.
+        InvalidCheckpointError: If ``data`` is not bytes.
 
     Example:
         >>> from jmp_lite import checkpoint

@@ -138,7 +138,7 @@ def _hash_on_devices(blocks: Sequence[jax.Array], starts: NDArray[np.uint32], st
 
 
 def is_shared(leaf: Any) -> bool:
-    """Whether the processes hold parts of one array, rather than each an array of its own."""
+    """Whether the processes hold parts of one array, rather than each its own array."""
     return isinstance(leaf, jax.Array) and (jax.process_count() == 1 or not leaf.is_fully_addressable)
 
 

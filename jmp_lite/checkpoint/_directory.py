@@ -176,7 +176,7 @@ def save(path: str | Path, state: Any, *, policy: PolicyLike) -> None:
 
     Raises:
         CheckpointMismatchError: If copies of a leaf on several devices or processes differ.
-        InvalidCheckpointError: If a leaf is no array, key or number.
+        InvalidCheckpointError: If a leaf is not an array, key or number.
         ValueError: From Orbax, if the directory exists.
 
     Example:
@@ -200,10 +200,10 @@ def restore(path: str | Path, template: T, *, policy: PolicyLike, migrate: bool 
         path: The directory.
         template: A state of the same structure, shapes and dtypes, of arrays or ``jax.ShapeDtypeStruct``; restored
             arrays get its shardings, over whatever devices and processes there are now.
-        policy: The policy that training goes on with.
+        policy: The policy that training continues with.
         migrate: Lets the policy change. Arrays are cast to the template's floating dtypes, and loss scales of another
-            class or with other fields are the template's own; a run in float32 goes on where the template has the state
-            of ``optim.stored``. Everything else must match.
+            class or with other fields are the template's own; a run in float32 continues where the template has the
+            state of ``optim.stored``. Everything else must match.
 
     Returns:
         The saved state, with every array compared with the digest that was taken when it was saved.

@@ -75,7 +75,7 @@ def _locked(path: Path) -> IO[str] | None:
             file.close()
             raise CheckpointLockedError(
                 f"{holder} writes checkpoints to {path.parent} already. Wait until it ends or close it, or give this "
-                "run a directory of its own; restoring needs no lock."
+                "run its own directory; restoring needs no lock."
             ) from None
         except OSError as error:
             file.close()

@@ -32,7 +32,7 @@ _UNFINISHED = re.compile(r"(\d+)\.orbax-checkpoint-tmp.*")
 
 
 class CheckpointManager:
-    """Saves train states while training goes on, keeps the newest few, and finds the last good one.
+    """Saves train states while training continues, keeps the newest few, and finds the last good one.
 
     A thin layer over ``orbax.checkpoint.CheckpointManager``: a checkpoint of step 100 is the directory ``100``, written
     under another name and renamed when it is complete. On top of that, every array is stored with a digest and
@@ -112,8 +112,8 @@ class CheckpointManager:
             CheckpointMismatchError: If the directory has a later step, so that this run did not start from it, or if
                 copies of a leaf on several devices or processes differ.
             CheckpointLockedError: If another job writes to the directory.
-            InvalidCheckpointError: If the step is not an int >= 0, a leaf is no array, key or number, or the manager is
-                closed.
+            InvalidCheckpointError: If the step is not an int >= 0, a leaf is not an array, key or number, or the manager
+                is closed.
 
         Example:
             >>> import tempfile
@@ -133,7 +133,7 @@ class CheckpointManager:
             if last is not None and step < last and step % self._interval == 0:
                 raise CheckpointMismatchError(
                     f"Step {step} is to be saved, but {self._manager.directory} has step {last} already. Restore from "
-                    "there first, or start the new run in a directory of its own."
+                    "there first, or start the new run in its own directory."
                 )
             return False
         return bool(self._manager.save(step, args=items(state, self._policy), force=True))
@@ -150,7 +150,7 @@ class CheckpointManager:
             step: Restores this step or nothing.
             migrate: Lets the policy change. Arrays are cast to the template's floating dtypes, and loss scales of
                 another class or with other fields are the template's own; a run in
-                float32 goes on where the template has the state of ``optim.stored``. Everything else must match.
+                float32 continues where the template has the state of ``optim.stored``. Everything else must match.
 
         Returns:
             The step, and its state.

@@ -16,7 +16,7 @@ _LONGEST = 400
 
 
 def without_mesh() -> contextlib.AbstractContextManager[Any]:
-    """Hides the caller's mesh from programs that run on one device, or on a mesh of their own."""
+    """Hides the caller's mesh from programs that run on one device, or on their own mesh."""
     return jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ()))
 
 

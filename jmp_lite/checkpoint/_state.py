@@ -146,7 +146,7 @@ def describe(state: Any, policy: PolicyLike) -> Header:
 
     Raises:
         CheckpointMismatchError: If a leaf is replicated, on devices or on processes, and its copies differ.
-        InvalidCheckpointError: If a leaf is no array, key or number.
+        InvalidCheckpointError: If a leaf is not an array, key or number.
     """
     leaves = named_leaves(state)
     for name, leaf in leaves.items():
@@ -212,7 +212,7 @@ def check_loss_scales(header: Header, template: Any) -> None:
         raise InvalidLossScaleError(
             f"The loss scale at {path!r} is a {say(header['loss_scales'][path])} in the checkpoint, but a "
             f"{say(_loss_scales(template)[path])} in the template. Restore with the kind of loss scale it was saved "
-            "with, or pass migrate=True to go on with the template's own."
+            "with, or pass migrate=True to continue with the template's own."
         )
 
 

@@ -15,7 +15,7 @@ from jmp_lite.scaling._in_state import is_stored
 
 
 def _sharded_like(wide: Any, leaf: Any) -> Any:
-    """A shape in the place of a leaf, of another dtype."""
+    """A shape in place of a leaf, of another dtype."""
     is_placed = isinstance(leaf, jax.ShapeDtypeStruct) or (isinstance(leaf, jax.Array) and leaf.committed)
     return jax.ShapeDtypeStruct(wide.shape, wide.dtype, sharding=leaf.sharding if is_placed else None)
 

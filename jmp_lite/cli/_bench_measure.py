@@ -108,8 +108,8 @@ def measure(
 ) -> list[Run]:
     """Trains every model in every variant.
 
-    Variants take turns, in an order that rotates from round to round; each turn trains anew, so that no more than one
-    holds memory. What fails stops there and says why; the others go on.
+    Variants take turns, in an order that rotates from round to round; each turn trains again, so that no more than one
+    holds memory. What fails stops there and says why; the others continue.
 
     Args:
         models: What is trained.

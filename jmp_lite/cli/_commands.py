@@ -54,7 +54,7 @@ COMMANDS: tuple[Command, ...] = (
         "devices",
         "local devices, and formats that are slow on them",
         devices,
-        (_argument("--measure", action="store_true", help="time matrix products of each dtype, and a copy"),),
+        (_argument("--measure", action="store_true", help="time matmuls of each dtype, and a copy"),),
         "With --measure, one device of each kind multiplies square matrices that keep it busy for about 20 ms, and "
         "copies an array; the best of several runs counts. It takes a few seconds.",
     ),
@@ -120,7 +120,7 @@ COMMANDS: tuple[Command, ...] = (
             _argument("--png", metavar="PATH", help="draw them; needs pip install 'jmp-lite[analysis]'"),
         ),
         "Trains a GPT and a ResNet on random data: in float32, in bfloat16 by hand, under autocast in bfloat16 and in "
-        "float16 with a loss scale, with FP8 products, and with parameters and optimizer state in fewer bytes. On a "
+        "float16 with a loss scale, with FP8 matmuls, and with parameters and optimizer state in fewer bytes. On a "
         "GPU they have the sizes of GPT-2 (124 M parameters) and ResNet-18, on a CPU they are small; it takes about "
         "five minutes. Variants take turns, so that a machine that slows down slows all of them.",
     ),

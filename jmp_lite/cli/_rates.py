@@ -34,11 +34,11 @@ class Rate(NamedTuple):
 
 
 def product_flops_per_second(dtype: str, *, seconds: float = _SECONDS) -> Rate:
-    """Times square matrix products on the default device.
+    """Times square matmuls on the default device.
 
     Args:
         dtype: One of ``PRODUCTS``.
-        seconds: How long one product should take.
+        seconds: How long one matmul should take.
 
     Returns:
         The best of several runs, of ``2 n**3`` operations each.

@@ -46,7 +46,7 @@ def initialize(
         ClusterError: If only some of the three arguments are given or one is malformed, if JAX already started its
             devices (alone or not, so that the mistake shows on a laptop), if the port of process 0 is taken, if not all
             processes came within ``timeout`` seconds, or if the process belongs to another job already. After a
-            timeout end the process: JAX goes on waiting in the background.
+            timeout end the process: JAX continues waiting in the background.
 
     Note:
         Two mistakes still end the process, in JAX's runtime and with its message: two processes with one number, and
@@ -72,7 +72,7 @@ def initialize(
         raise ClusterError(f"timeout must be a positive number of seconds, got {timeout!r}. The default is 300.")
     if any(thread.name == _THREAD for thread in threading.enumerate()):
         raise ClusterError(
-            "An earlier call of initialize is still waiting for the job. End this process and start it anew."
+            "An earlier call of initialize is still waiting for the job. End this process and start it again."
         )
     if jax.distributed.is_initialized():
         _check_same(job)

@@ -30,7 +30,7 @@ def gather_params(params: T, shardings: Any, policy: PolicyLike, *, axis_name: A
 
     The gradient with respect to a sharded parameter is the sum over devices, of which each keeps its shard
     (reduce-scatter). Under ``jit`` XLA adds up right behind the operation that makes the gradient, in its dtype. With
-    ``autocast`` that is ``reduce_dtype`` for weights of matrix products, biases, scales and embeddings, also when they
+    ``autocast`` that is ``reduce_dtype`` for weights of matmuls, biases, scales and embeddings, also when they
     are transposed, reshaped or cut before; it is the compute dtype for convolutions, for weights that are computed
     from others, and with models that are cast by hand.
 
@@ -48,7 +48,7 @@ def gather_params(params: T, shardings: Any, policy: PolicyLike, *, axis_name: A
         Parameters of the same structure and dtypes, full along these axes.
 
     Raises:
-        InvalidShardingError: If something is no sharding, or cannot be gathered from.
+        InvalidShardingError: If something is not a sharding, or cannot be gathered from.
 
     Example:
         >>> mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))

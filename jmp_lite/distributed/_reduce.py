@@ -37,7 +37,7 @@ def reduce_gradients(grads: T, axis_name: Any, policy: PolicyLike = "float32", *
         The averages, float32 or wider.
 
     Raises:
-        InvalidShardingError: If something is no sharding.
+        InvalidShardingError: If something is not a sharding.
 
     Example:
         >>> def step(x):

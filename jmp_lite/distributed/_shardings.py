@@ -20,15 +20,15 @@ def per_leaf(shardings: Any, tree: Any) -> Any:
     """Repeats a pytree of shardings, or a prefix of one, for every leaf of a tree.
 
     Raises:
-        InvalidShardingError: If it does not fit, or something in it is no sharding.
+        InvalidShardingError: If it does not fit, or something in it is not a sharding.
     """
     known = jax.tree.map(_checked, shardings, is_leaf=lambda x: x is None)
     try:
         return jax.tree.broadcast(known, tree)
     except ValueError as error:
         raise InvalidShardingError(
-            f"The shardings {shardings!r} are no prefix of the tree: {error} Give one sharding for all, or a tree of "
-            "the same structure."
+            f"The shardings {shardings!r} are not a prefix of the tree: {error} Give one sharding for all, or a tree "
+            "of the same structure."
         ) from None
 
 

@@ -13,7 +13,7 @@ def nonfinite_leaves(grads: Any, *, axis_name: Any = None) -> dict[str, jax.Arra
     """Returns, for each floating or complex leaf, whether it holds a NaN or an infinity, and on which replicas.
 
     Call it inside the step and return the dict: it holds one boolean per leaf and replica, gathered in one collective
-    for all leaves together, and is the same on every device. ``check_loss_scale`` takes it in the place of gradients.
+    for all leaves together, and is the same on every device. ``check_loss_scale`` takes it in place of gradients.
 
     Args:
         grads: Gradients, scaled or not, or any other tree.

@@ -76,7 +76,7 @@ def read(path: PathLike, pinned: str | None) -> tuple[Arrays, Header, str]:
         at = text.find(_MARK) + len(_MARK)
         if at < len(_MARK):
             raise CorruptArtifactError(
-                f"{name} is no artifact of jmp_lite.export, or its header is damaged. Make one with "
+                f"{name} is not an artifact of jmp_lite.export, or its header is damaged. Make one with "
                 "jmp_lite.export.freeze."
             )
         hashed = hashlib.sha256(length + text[:at] + _UNKNOWN + text[at + _LENGTH :])
@@ -93,7 +93,7 @@ def read(path: PathLike, pinned: str | None) -> tuple[Arrays, Header, str]:
     found = hashed.hexdigest()
     _check_digest(name, text[at : at + _LENGTH].decode(errors="replace"), found, pinned)
     if wrong is not None:
-        raise CorruptArtifactError(f"{name} is not written as artifacts are: {wrong}. Freeze the model anew.")
+        raise CorruptArtifactError(f"{name} is not written as artifacts are: {wrong}. Freeze the model again.")
     return {slot.name: _array(slot, block) for slot, block in zip(slots, blocks, strict=True)}, header, found
 
 
@@ -122,7 +122,7 @@ def _check_digest(name: str, stored: str, found: str, pinned: str | None) -> Non
     if stored != found:
         raise CorruptArtifactError(
             f"{name} was changed after it was written: its digest is {found}, but it says {stored}. Copy it again, or "
-            "freeze the model anew."
+            "freeze the model again."
         )
     if not (pinned is None or isinstance(pinned, str)):
         raise CorruptArtifactError(f"digest must be the text that freeze returned, or None, got {pinned!r}.")

@@ -39,11 +39,11 @@ def freeze(
 
     A recipe says how weights are held. Kernels (see ``quant.quantize_tree``) are stored in the format of
     ``recipe.rhs``, or of ``lhs`` if that is ``None``, with one scale per output channel: shared along the axes that
-    products contract, wherever the framework has these (``quant.contracted_axes``). If some parameters are quantized
+    matmuls contract, wherever the framework has these (``quant.contracted_axes``). If some parameters are quantized
     already, all are stored as they are, which is the way to choose leaves, axes or formats yourself. If the recipe
-    quantizes activations too (``W8A8``, ``FP8``), products are those of the recipe, which quantizes the kernels again:
+    quantizes activations too (``W8A8``, ``FP8``), matmuls are those of the recipe, which quantizes the kernels again:
     to the numbers that are stored, if these have the scales that the recipe gives them, one per output channel. All
-    else is float32 unless the policy says otherwise. If the recipe does not (``W8A16``), products are those of the
+    else is float32 unless the policy says otherwise. If the recipe does not (``W8A16``), matmuls are those of the
     policy.
 
     Args:
@@ -63,7 +63,7 @@ def freeze(
         The SHA-256 digest of the file, to pin it with ``load(path, digest=...)``.
 
     Raises:
-        InvalidExportError: If a leaf cannot be stored, two have the same path, arguments or results are no trees of
+        InvalidExportError: If a leaf cannot be stored, two have the same path, arguments or results are not trees of
             arrays in containers that every Python knows, a platform does not exist, or the recipe quantizes no weight.
         InvalidRecipeError: If nothing is known by the name of the recipe.
         UnknownDtypeError: If the policy string cannot be parsed.
@@ -132,7 +132,7 @@ def _checked_platforms(platforms: Sequence[str] | None) -> tuple[str, ...] | Non
     unknown = [repr(platform) for platform in listed if platform not in PLATFORMS]
     if unknown or not listed:
         raise InvalidExportError(
-            f"platforms={platforms!r}: {', '.join(unknown) or 'nothing'} is no platform. Accepted: "
+            f"platforms={platforms!r}: {', '.join(unknown) or 'nothing'} is not a platform. Accepted: "
             f"{', '.join(PLATFORMS)}."
         )
     return listed
@@ -163,9 +163,9 @@ def _held(apply: Callable[..., Any], params: Any, args: tuple[Any, ...], recipe:
     held = quantize_tree(params, plain, axes=axes)
     if not any(map(is_quantized, jax.tree.leaves(held, is_leaf=is_quantized))):
         raise InvalidExportError(
-            f"Recipe {recipe} quantizes no weight: no product of the function takes a parameter of two or more axes "
-            "that is no embedding. Quantize what you want held in fewer bits with quant.quantize_tree, or leave out "
-            "recipe=."
+            f"Recipe {recipe} quantizes no weight: no matmul of the function takes a parameter of two or more axes "
+            "that is not an embedding. Quantize what you want held in fewer bits with quant.quantize_tree, or leave "
+            "out recipe=."
         )
     return held
 

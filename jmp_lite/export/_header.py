@@ -109,14 +109,14 @@ def _slots(described: dict[str, Any], dtypes: dict[str, str], packed: dict[str, 
 
 def _dtype(name: str) -> np.dtype[Any]:
     if name not in _DTYPES:
-        raise ValueError(f"{name!r:.80} is no dtype of an array")
+        raise ValueError(f"{name!r:.80} is not a dtype of an array")
     return _DTYPES[name]
 
 
 def _check_arrays(slots: dict[str, Slot], header: Header) -> None:
     """The program is there, and what is said of arrays is said of some that are there."""
     if slots[PROGRAM].dtype != np.uint8 or len(slots[PROGRAM].shape) != 1:
-        raise ValueError("its program is no sequence of bytes")
+        raise ValueError("its program is not a sequence of bytes")
     for name in header["dtypes"]:
         slots[name]
     for path, dtype in header["quantized"].items():

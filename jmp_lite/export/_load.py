@@ -103,7 +103,7 @@ def load(
         A function of the arguments that were given to ``freeze``, with a description of itself in its attributes.
 
     Raises:
-        CorruptArtifactError: If the file is no artifact, was changed, is malformed, or has another digest.
+        CorruptArtifactError: If the file is not an artifact, was changed, is malformed, or has another digest.
         FileNotFoundError: If there is no file.
         PlatformMismatchError: If it was frozen for other platforms, by a JAX that this one does not understand, or with
             float64 that is not enabled here.
@@ -169,10 +169,10 @@ def _take_program(path: str, arrays: Arrays, header: Header) -> Any:
         if isinstance(error, ValueError) and header["jax"] != jax.__version__:
             raise PlatformMismatchError(
                 f"{path} was frozen with JAX {header['jax']}, and JAX {jax.__version__} cannot read its program: "
-                f"{error} Freeze the model anew."
+                f"{error} Freeze the model again."
             ) from None
         raise CorruptArtifactError(
-            f"{path} has a program that cannot be read: {type(error).__name__}: {error!s:.300}. Freeze the model anew."
+            f"{path} has a program that cannot be read: {type(error).__name__}: {error!s:.300}. Freeze the model again."
         ) from error
     return exported
 
@@ -196,7 +196,7 @@ def _check(what: str, frozen: str | None, expected: str | None) -> None:
         said = f"with {what} {frozen!r}" if frozen is not None else f"without a {what}"
         raise PolicyMismatchError(
             f"The artifact was frozen {said}, but is expected to have {expected!r}. Load it with the {what} that it "
-            f"was frozen with, or freeze the model anew."
+            f"was frozen with, or freeze the model again."
         )
 
 

@@ -33,7 +33,7 @@ def with_policy(apply: Callable[..., Any], policy: str | Policy | PolicyMap) -> 
         A function with the signature of ``apply``.
 
     Raises:
-        InvalidFunctionError: If ``apply`` is no function, such as the model itself.
+        InvalidFunctionError: If ``apply`` is not a function, such as the model itself.
         InvalidPolicyError: If the compute dtype has fewer than 16 bits; when called, if two patterns of a map
             contradict each other.
         UnknownDtypeError: If the policy string cannot be parsed.

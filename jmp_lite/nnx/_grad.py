@@ -49,7 +49,7 @@ def scaled_value_and_grad(
         A function with the signature of ``fn``. It returns ``(loss, grads)`` or ``((loss, aux), grads)``.
 
     Raises:
-        InvalidFunctionError: If ``fn`` is no function, or does not return what it should.
+        InvalidFunctionError: If ``fn`` is not a function, or does not return what it should.
         LossScaleNotFoundError: If ``loss_scale`` holds none, or several and no name is given.
 
     Example:
@@ -84,7 +84,7 @@ def scaled_value_and_grad(
 
 
 def _check(fn: Callable[..., Any], caller: str) -> None:
-    """Raises, in the name of the caller, for what is no function of modules."""
+    """Raises, in the name of the caller, for what is not a function of modules."""
     check_function(fn, caller)
     whole = fn
     while isinstance(whole, functools.partial):

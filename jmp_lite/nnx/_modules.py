@@ -31,7 +31,7 @@ def objects(nodes: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
 def unbound(fn: Callable[..., Any], caller: str) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """Splits a module, a bound method of one, or a partial function, into a function and its first arguments.
 
-    Raises, in the name of the caller, for what is no function.
+    Raises, in the name of the caller, for what is not a function.
     """
     check_function(fn, caller)
     if isinstance(fn, functools.partial):

@@ -66,7 +66,7 @@ def from_full_precision(
         params: Weights in float32.
         policy: Its ``param_dtype`` says which leaves the model sees in 16 bits: a dtype, a ``Policy`` or a
             ``PolicyMap``, which leaves norms in float32 for example.
-        opt_state: State of the same optimizer without ``stored``, to go on from a run in float32.
+        opt_state: State of the same optimizer without ``stored``, to resume from a run in float32.
 
     Returns:
         ``(params, opt_state)``. Without ``opt_state``, copies that an optimizer makes of parameters at ``init`` are of
@@ -126,7 +126,7 @@ def _filled(state: Any, opt_state: Any) -> Any:
         return jax.tree.map(fill, state, opt_state, is_leaf=is_stored)
     except (ValueError, TypeError) as error:
         raise InvalidStorageError(
-            f"opt_state is no state of this optimizer without stored: {described(error)} Pass what the optimizer of "
+            f"opt_state is not a state of this optimizer without stored: {described(error)} Pass what the optimizer of "
             "the run in float32 returned."
         ) from error
 
@@ -136,7 +136,7 @@ def _like(tree: Any, other: Any) -> Any:
 
     def same(leaf: Any, wanted: Any) -> Any:
         if np.shape(leaf) != np.shape(wanted):
-            raise ValueError(f"{describe(leaf)} in the place of {describe(wanted)}")
+            raise ValueError(f"{describe(leaf)} in place of {describe(wanted)}")
         return leaf
 
     return jax.tree.map(same, tree, other)

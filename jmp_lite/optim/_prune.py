@@ -131,7 +131,7 @@ def _fitting(leaf: Any, m: int, axes: Sequence[int] | None) -> list[int]:
 
 
 def _axes_by_path(axes: Any) -> Callable[[str, Any], Sequence[int] | None]:
-    """Returns a function of path and leaf: the axes that products contract, ``None`` where that is not known."""
+    """Returns a function of path and leaf: the axes that matmuls contract, ``None`` where that is not known."""
     if axes is None:
         return lambda _, leaf: (0,) if leaf.ndim == 2 else None
     if _is_integer(axes):
@@ -149,7 +149,7 @@ def _axes_by_path(axes: Any) -> Callable[[str, Any], Sequence[int] | None]:
     return look_up
 
 
-_UNKNOWN = "which of their axes products contract is not known"
+_UNKNOWN = "which of their axes matmuls contract is not known"
 
 
 def _problem(name: str, leaf: Any, m: int, axes: Sequence[int] | None) -> str:
@@ -207,7 +207,7 @@ def prune(
     begin: int = 0,
     every: int = 1,
 ) -> optax.GradientTransformationExtraArgs:
-    """Zeroes the weights of smallest magnitude while training goes on; give it ``sparsity`` or ``nm``.
+    """Zeroes the weights of smallest magnitude while training continues; give it ``sparsity`` or ``nm``.
 
     It goes last in ``optax.chain``: where a weight is pruned its update is minus the weight, so that
     ``optax.apply_updates`` and ``jmp.apply_gradients`` leave exactly zero, in any floating dtype. Anything that changes
@@ -227,7 +227,7 @@ def prune(
         sparsity: Fraction in [0, 1) of the weights of each leaf that are zero: a number, or an Optax schedule of the
             steps taken so far. Exactly ``round(sparsity * size)`` weights are zero (computed in float32 for a
             schedule), fewer never again; of equal magnitudes the first in the array go first.
-        nm: ``(n, m)``: of every ``m`` consecutive weights along an axis that products contract the ``n`` largest are
+        nm: ``(n, m)``: of every ``m`` consecutive weights along an axis that matmuls contract the ``n`` largest are
             kept, as ``(2, 4)`` for the sparse tensor cores of NVIDIA.
         where: ``where(path, leaf) -> bool`` chooses floating parameters by paths such as ``"dense/kernel"``. The
             default takes leaves of at least two axes and 1024 elements that are not called ``bias``, ``scale``, ``b``
@@ -237,7 +237,7 @@ def prune(
             ``m`` does not divide.
         axes: The axes of ``nm``: what ``quant.contracted_axes(fun)(params, *args)`` finds in the program, a tree like
             the parameters; of several contracted axes of a leaf the last that ``m`` divides counts, and leaves that no
-            product takes (``None``) stay dense. Or one number for all leaves. By default the first of two axes, as in
+            matmul takes (``None``) stay dense. Or one number for all leaves. By default the first of two axes, as in
             the kernels of Flax and Haiku; larger leaves then stay dense, with a warning.
         begin: First step that prunes, counted from 0.
         every: Steps from one change of the masks to the next; for schedules.

@@ -139,7 +139,8 @@ def check_formats(formats: Any) -> None:
             hint = f" Did you mean {meant[0]!r}?" if meant else ""
             one = f" For one moment write state={{'mu': {formats!r}}}." if formats in FORMATS else ""
             raise InvalidStorageError(
-                f"state={formats!r} is no format of all moments.{hint}{one} There are {', '.join(map(repr, PRESETS))}."
+                f"state={formats!r} is not a format of all moments.{hint}{one} "
+                f"There are {', '.join(map(repr, PRESETS))}."
             )
         return
     if not isinstance(formats, Mapping):
@@ -162,8 +163,8 @@ def _format(key: str, value: Any) -> StateFormat:
     meant = nearest(value, FORMATS, 3) if isinstance(value, str) else []
     hint = f" Did you mean {meant[0]!r}?" if meant else ""
     raise InvalidStorageError(
-        f"state={{{key!r}: {quote(value)}}} is no format of a moment.{hint} There are {', '.join(map(repr, FORMATS))}, "
-        "and what has the attributes of optim.StateFormat."
+        f"state={{{key!r}: {quote(value)}}} is not a format of a moment.{hint} "
+        f"There are {', '.join(map(repr, FORMATS))}, and what has the attributes of optim.StateFormat."
     )
 
 
@@ -194,8 +195,8 @@ def _kept(chosen: list[tuple[Slot, StateFormat]], inner_state: Any) -> tuple[Kep
         other = None if one.relative_to is None else slot.neighbor(one.relative_to)
         if other is not None and (other not in leaves or other in relative):
             raise InvalidStorageError(
-                f"{slot.name!r} is to be kept relative to {path_string(other)!r}, which is no moment of {slot.owner} "
-                "that is kept on its own. Use 'slog' for it."
+                f"{slot.name!r} is to be kept relative to {path_string(other)!r}, which is not a moment of "
+                f"{slot.owner} that is kept on its own. Use 'slog' for it."
             )
         kept.append(Kept(leaves[slot.path], slot.name, slot.param, one, leaves[other] if other else None))
     return tuple(kept)

@@ -298,7 +298,7 @@ def stored(
         meant = nearest(params, names, 3) if isinstance(params, str) else []
         hint = f" Did you mean {meant[0]!r}?" if meant else ""
         raise InvalidStorageError(
-            f"params={quote(params)} is no format of parameters.{hint} There are {', '.join(map(repr, names))}."
+            f"params={quote(params)} is not a format of parameters.{hint} There are {', '.join(map(repr, names))}."
         )
     check_optimizer(inner, "stored")
     check_formats(state)

@@ -83,7 +83,7 @@ class Split:
         return jnp.where(jnp.isfinite(wide) & (low != 0), kept, wide)
 
     def _halves(self, full: jax.Array, bits: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Halves of a word. A sum of integers goes on where a float has its next exponent, so nothing is lost."""
+        """Halves of a word. A sum of integers continues where a float has its next exponent, so nothing is lost."""
         unused = 16 - self.extra
         # Infinity and NaN as they are, of one kind: on GPUs all bits of a NaN are ones, and sums would overflow.
         exact = jnp.where(jnp.isfinite(full), _word(full), _word(full) & np.uint32(0xFFC00000))

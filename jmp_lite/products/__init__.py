@@ -1,1 +1,1 @@
-"""Matrix products with a derivative of our own: dimension numbers, rounded operands, the dtype of the result."""
+"""Matmuls with a derivative of our own: dimension numbers, rounded operands, the dtype of the result."""

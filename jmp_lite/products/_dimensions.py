@@ -1,4 +1,4 @@
-"""What becomes of ``dimension_numbers`` when a product is transposed or mapped.
+"""What becomes of ``dimension_numbers`` when a matmul is transposed or mapped.
 
 The axes of the result of ``lax.dot_general`` are those over which both operands are batched, then the other axes of the
 left operand that are not contracted, then those of the right one.
@@ -29,13 +29,13 @@ def dimensions(dimension_numbers: Any) -> Dimensions:
 
 
 class Transposed(NamedTuple):
-    """The product of a cotangent and one operand that is the cotangent of the other operand, the wanted one."""
+    """The matmul of a cotangent and one operand that is the cotangent of the other operand, the wanted one."""
 
     dims: Dimensions
     axes: Axes
-    """Which axis of the wanted operand each axis of that product is."""
+    """Which axis of the wanted operand each axis of that matmul is."""
     position: int
-    """Which operand of that product the cotangent is: the one that the wanted operand was."""
+    """Which operand of that matmul the cotangent is: the one that the wanted operand was."""
 
     def ordered(self, cotangent: Any, other: Any) -> tuple[Any, Any]:
         """Returns the cotangent and the other operand, left one first."""
@@ -43,17 +43,17 @@ class Transposed(NamedTuple):
 
     @property
     def permutation(self) -> list[int]:
-        """What ``lax.transpose`` needs to give the product the layout of the operand."""
+        """What ``lax.transpose`` needs to give the matmul the layout of the operand."""
         return [self.axes.index(axis) for axis in range(len(self.axes))]
 
 
 def transposed(dims: Dimensions, ndims: Sequence[int], side: int) -> Transposed:
-    """Transposes a product of arrays of these ranks with respect to one side.
+    """Transposes a matmul of arrays of these ranks with respect to one side.
 
-    The cotangent takes the place of the wanted operand, so that the product mostly has the layout of the latter.
+    The cotangent takes the place of the wanted operand, so that the matmul mostly has the layout of the latter.
 
     Args:
-        dims: Of the product.
+        dims: Of the matmul.
         ndims: Ranks of the left and the right operand.
         side: Which operand a cotangent is wanted of: 0 or 1.
     """
@@ -72,12 +72,12 @@ def transposed(dims: Dimensions, ndims: Sequence[int], side: int) -> Transposed:
 
 
 def mapped(dims: Dimensions, ndims: Sequence[int], is_mapped: Sequence[bool]) -> tuple[Dimensions, int]:
-    """Returns the dimension numbers of a product whose mapped operands have one more axis, the first.
+    """Returns the dimension numbers of a matmul whose mapped operands have one more axis, the first.
 
     Two mapped operands are batched over it; one alone has one more axis that is kept.
 
     Args:
-        dims: Of the product for one index of the mapped axis.
+        dims: Of the matmul for one index of the mapped axis.
         ndims: Ranks of the operands without the mapped axis.
         is_mapped: Which operands are mapped.
 

@@ -1,8 +1,8 @@
-"""Matrix products of 16-bit operands whose weight gradient leaves the product in float32.
+"""Matmuls of 16-bit operands whose weight gradient leaves the matmul in float32.
 
-Under ``jit`` XLA adds up the gradient of a weight over devices right behind the product that makes it, in the dtype of
-that product; a cast that comes later is too late. So a float32 weight goes into the product as it is and is rounded
-inside, and its gradient comes out in float32. The operands of all three products are rounded to 16 bits.
+Under ``jit`` XLA adds up the gradient of a weight over devices right behind the matmul that makes it, in the dtype of
+that matmul; a cast that comes later is too late. So a float32 weight goes into the matmul as it is and is rounded
+inside, and its gradient comes out in float32. The operands of all three matmuls are rounded to 16 bits.
 """
 
 import functools
@@ -32,7 +32,7 @@ class RoundsOperands:
 
     @property
     def depends_on_scope(self) -> bool:
-        """Whether ``at`` gives other products in other name scopes."""
+        """Whether ``at`` gives other matmuls in other name scopes."""
         return False
 
     def instead_of(self, primitive: str) -> Callable[..., Any] | None:
@@ -41,7 +41,7 @@ class RoundsOperands:
         return product if primitive == "dot_general" else None
 
     def takes(self, *, has_weight: bool) -> bool:
-        """Whether it takes the place of a product with a weight among its operands, or without."""
+        """Whether it takes the place of a matmul with a weight among its operands, or without."""
         del has_weight
         return True
 
@@ -50,23 +50,23 @@ class RoundsOperands:
         return "" if primitive == "dot_general" else ", at the speed of the compute dtype"
 
     def at(self, scope: str) -> "RoundsOperands":
-        """Returns what takes the place of products in a name scope."""
+        """Returns what takes the place of matmuls in a name scope."""
         del scope
         return self
 
 
 def product_of(dot: Any, primitive: str) -> Callable[..., Any] | None:
-    """Returns what takes the place of a primitive where ``dot`` takes that of products, ``None`` if nothing does."""
+    """Returns what takes the place of a primitive where ``dot`` takes that of matmuls, ``None`` if nothing does."""
     if isinstance(dot, RoundsOperands):
         return dot.instead_of(primitive)
     return dot if primitive == "dot_general" else None
 
 
 class Matmul(NamedTuple):
-    """What kind of a product of two arrays is wanted."""
+    """What kind of a matmul of two arrays is wanted."""
 
     compute_dtype: DType
-    """A 16-bit dtype, that of the operands of all three products."""
+    """A 16-bit dtype, that of the operands of all three matmuls."""
     params: Params
     result_dtype: DType
     """The compute dtype or float32."""
@@ -78,8 +78,8 @@ class Matmul(NamedTuple):
 def matmul(lhs: Any, rhs: Any, kind: Matmul) -> Any:
     """Multiplies two arrays, rounded to a compute dtype; gradients have the dtypes that the arrays were given in.
 
-    All three products have operands of the compute dtype, whatever the dtype of the result: asking ``lax.dot_general``
-    for a float32 result makes its backward products those of float32 cotangents (github.com/jax-ml/jax/issues/34330).
+    All three matmuls have operands of the compute dtype, whatever the dtype of the result: asking ``lax.dot_general``
+    for a float32 result makes its backward matmuls those of float32 cotangents (github.com/jax-ml/jax/issues/34330).
 
     Args:
         lhs: Left operand, of the compute dtype or float32.
@@ -187,10 +187,10 @@ def product(lhs: Any, rhs: Any, compute_dtype: DType, params: Params, result_dty
 
 @functools.cache
 def _primitive() -> Any:
-    """It has the name and the parameters of the product that it is, for whoever reads a jaxpr.
+    """It has the name and the parameters of the matmul that it is, for whoever reads a jaxpr.
 
-    XLA on the CPU (jaxlib 0.10 to 0.12) stops at run time on some products of bfloat16 that return float32. There the
-    operands are cast up first, which changes no digit: products of 16-bit numbers are exact in float32.
+    XLA on the CPU (jaxlib 0.10 to 0.12) stops at run time on some matmuls of bfloat16 that return float32. There the
+    operands are cast up first, which changes no digit: matmuls of 16-bit numbers are exact in float32.
     """
     return bilinear_primitive("dot_general", _product, _transpose, _batch, {"cpu": _product_on_cpu})
 

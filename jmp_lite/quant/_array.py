@@ -36,7 +36,7 @@ class QuantizedArray(Opaque):
     """An array held as numbers of 8 or 4 bits and float32 scales: a weight that a layer takes as it is.
 
     It is a pytree with two children, ``values`` and ``scale``, and stands where an array stood: in parameters of Linen
-    and Haiku, in variables of NNX, in modules of Equinox, in checkpoints. Functions of ``jax.numpy``, products
+    and Haiku, in variables of NNX, in modules of Equinox, in checkpoints. Functions of ``jax.numpy``, matmuls
     (``x @ w``, ``w * x``) and indexing take it for the array that it stands for, ``values * scale``; casts of policies
     leave it alone. It has no gradient: it is for inference.
 
@@ -124,7 +124,7 @@ class QuantizedArray(Opaque):
         if name in _OF_ARRAYS:
             return getattr(self.dequantize(), name)
         raise AttributeError(
-            f"{name!r} is no attribute of a QuantizedArray. What it stands for is array.dequantize(), or "
+            f"{name!r} is not an attribute of a QuantizedArray. What it stands for is array.dequantize(), or "
             "quant.dequantize_tree(params) for a whole tree."
         )
 
@@ -251,7 +251,7 @@ def quantize_array(x: Any, dtype: Any = jnp.int8, axes: Sequence[int] | None = N
         A ``QuantizedArray`` of the shape of ``x``; its scale has size 1 along ``axes``.
 
     Raises:
-        InvalidRecipeError: If the format is another, ``x`` is no floating array, an axis does not exist, or tiles do
+        InvalidRecipeError: If the format is another, ``x`` is not a floating array, an axis does not exist, or tiles do
             not divide it.
 
     Example:
@@ -281,7 +281,7 @@ def _inner(path: str, leaf: Any) -> tuple[int, ...]:
     return tuple(range(1 if leaf.ndim > 2 else 0, leaf.ndim - 1))
 
 
-#: In the place of axes, of what no product takes.
+#: In the place of axes, of what no matmul takes.
 _NO_PRODUCT = object()
 
 
@@ -317,17 +317,17 @@ def quantize_tree(
             tables. A table is looked up, not multiplied, and with one scale
             per feature its rare rows would be rounded to the grid of the largest; give it ``axes=[1]``, one per row.
         axes: Axes that share a scale: what ``contracted_axes(fun)(params, *args)`` finds in the program, a tree like
-            the parameters, in which leaves that no product takes (``None``) are left alone. Or numbers of axes as for
+            the parameters, in which leaves that no matmul takes (``None``) are left alone. Or numbers of axes as for
             ``quantize_array``, or ``axes(path, leaf)``, which returns these. By default the inputs of a kernel of two
             axes (inputs, outputs), and of larger ones all axes but the first and the last, so that experts and stacked
-            layers have scales of their own; all for a spec of granularity ``"tensor"``.
+            layers have their own scales; all for a spec of granularity ``"tensor"``.
 
     Returns:
-        The tree with a ``QuantizedArray`` in the place of each chosen leaf.
+        The tree with a ``QuantizedArray`` in place of each chosen leaf.
 
     Raises:
-        InvalidRecipeError: If the format is another, or a chosen leaf is no floating array, quantized already, or lacks
-            one of the axes, or is not divided by its tiles.
+        InvalidRecipeError: If the format is another, or a chosen leaf is not a floating array, quantized already, or
+            lacks one of the axes, or is not divided by its tiles.
 
     Example:
         >>> params = {"embed": jnp.ones((9, 4)), "dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
@@ -355,7 +355,7 @@ def quantize_tree(
 
 
 def dequantize_tree(tree: T, dtype: Any = None) -> T:
-    """Puts ordinary arrays in the place of quantized ones.
+    """Puts ordinary arrays in place of quantized ones.
 
     Args:
         tree: Any pytree.
@@ -385,7 +385,7 @@ def nbytes(tree: T) -> T:
         tree: Any pytree, of arrays or ``jax.ShapeDtypeStruct``.
 
     Returns:
-        The tree with an ``int`` in the place of each array, quantized or not, and ``None`` in that of other leaves.
+        The tree with an ``int`` in place of each array, quantized or not, and ``None`` in that of other leaves.
 
     Example:
         >>> params = {"kernel": jnp.ones((128, 8)), "bias": jnp.zeros(8)}

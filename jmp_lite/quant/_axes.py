@@ -1,6 +1,6 @@
-"""Which axes of each weight products add up over, found in the program.
+"""Which axes of each weight matmuls add up over, found in the program.
 
-A weight is followed through casts, moves, and whatever else is done to weights alone, until a product takes it. Each
+A weight is followed through casts, moves, and whatever else is done to weights alone, until a matmul takes it. Each
 axis on the way is held as atoms: pieces of axes of the weight, which reshapes merge and split.
 """
 
@@ -35,23 +35,23 @@ Sources = Mapping[int, Dims]
 
 
 def contracted_axes(fun: Callable[..., Any]) -> Callable[..., Any]:
-    """Finds which axes of each parameter the products of a function add up over.
+    """Finds which axes of each parameter the matmuls of a function add up over.
 
-    Found are products of matrices, of experts (``ragged_dot``), and convolutions, inside of loops, branches and
-    functions with rules of their own, of weights that were cast, transposed, reshaped, cut, stacked, scaled or summed
+    Found are matmuls of matrices, of experts (``ragged_dot``), and convolutions, inside of loops, branches and
+    functions with their own rules, of weights that were cast, transposed, reshaped, cut, stacked, scaled or summed
     before. A weight that is looked up is not contracted; one that is looked up and multiplied, as tied embeddings are,
-    is contracted as it is multiplied. One that several products take is contracted over the axes of all of them.
+    is contracted as it is multiplied. One that several matmuls take is contracted over the axes of all of them.
 
     Args:
         fun: Function of parameters and other arguments, such as ``model.apply``.
 
     Returns:
         A function of the same arguments, which may be ``jax.ShapeDtypeStruct``. It computes nothing, and returns a tree
-        like the first argument: for each array the numbers of these axes, or ``None`` if no product takes it. This is
+        like the first argument: for each array the numbers of these axes, or ``None`` if no matmul takes it. This is
         what ``quantize_tree(axes=)`` and ``optim.prune(nm=, axes=)`` take.
 
     Raises:
-        InvalidFunctionError: If ``fun`` is no function.
+        InvalidFunctionError: If ``fun`` is not a function.
 
     Example:
         >>> def apply(params, x):
@@ -172,7 +172,7 @@ _MOVES: Mapping[str, Callable[[Dims, Equation], Dims]] = {
 }
 
 
-# --- Products: which axes of each operand are added up over ---
+# --- Matmuls: which axes of each operand are added up over ---
 
 
 def _of_dot(eqn: Equation) -> tuple[Sequence[int], ...]:
@@ -199,7 +199,7 @@ PRODUCTS: Mapping[str, Callable[[Equation], tuple[Sequence[int], ...]]] = {
 
 
 class Search:
-    """Follows weights through programs, and notes over which of their axes products add up."""
+    """Follows weights through programs, and notes over which of their axes matmuls add up."""
 
     def __init__(self, found: dict[int, set[int]]) -> None:
         self.found = found

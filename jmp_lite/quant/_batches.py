@@ -13,7 +13,8 @@ def checked(batches: Iterable[Sequence[Any]], caller: str, params: Any = ()) -> 
     """Yields batches of arguments, for parameters that are given once.
 
     Raises:
-        InvalidRecipeError: If there are none, one is no tuple or list, or JAX is tracing, so that there are no numbers.
+        InvalidRecipeError: If there are none, one is not a tuple or list, or JAX is tracing, so that there are no
+            numbers.
     """
     batch = None
     for batch in batches:

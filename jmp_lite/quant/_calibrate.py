@@ -1,4 +1,4 @@
-"""Calibration: scales that are fixed by data, product by product."""
+"""Calibration: scales that are fixed by data, matmul by matmul."""
 
 import dataclasses
 import functools
@@ -28,11 +28,11 @@ def calibrate(
     method: str = "absmax",
     percentile: float = 99.99,
 ) -> DotRecipe:
-    """Finds, for every product, which magnitudes its operands have on some data, and fixes its scales.
+    """Finds, for every matmul, which magnitudes its operands have on some data, and fixes its scales.
 
     Operands with one scale for the whole array get one that all batches ask for; those with one per channel keep
-    looking at themselves. Products of one name scope, and all iterations of a loop, share a scale. Outside
-    of ``autocast`` nothing tells products apart, and all share one.
+    looking at themselves. Matmuls of one name scope, and all iterations of a loop, share a scale. Outside
+    of ``autocast`` nothing tells matmuls apart, and all share one.
 
     Args:
         make: Makes the function to be watched, of the recipe to use in it. For scales of cotangents it makes a function
@@ -45,11 +45,11 @@ def calibrate(
         percentile: For ``"percentile"``, in percent of all numbers that are not zero.
 
     Returns:
-        The recipe with fixed scales, for the same function. Products that no batch reached look at their operands, as
+        The recipe with fixed scales, for the same function. Matmuls that no batch reached look at their operands, as
         without calibration.
 
     Raises:
-        InvalidRecipeError: If there are no batches, no product used the recipe, it has one scale per channel
+        InvalidRecipeError: If there are no batches, no matmul used the recipe, it has one scale per channel
             throughout, something that was seen is not finite, or the method is another or none for the format.
 
     Example:
@@ -75,7 +75,7 @@ def calibrate(
     jax.effects_barrier()
     if not journal.seen:
         raise InvalidRecipeError(
-            f"No product used recipe {chosen}. Let make(dot) return a function with products of its argument, such as "
+            f"No matmul used recipe {chosen}. Let make(dot) return a function with matmuls of its argument, such as "
             "lambda dot: jmp.autocast(apply, policy, dot=dot)."
         )
     return dataclasses.replace(chosen, sites=tuple((s, _fixed(chosen, s, journal)) for s in sorted(journal.seen)))

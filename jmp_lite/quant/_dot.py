@@ -20,7 +20,7 @@ from jmp_lite.quant._tiles import both_rounded, narrowest, tiled_product
 
 
 class Call(NamedTuple):
-    """All of a product but its operands."""
+    """All of a matmul but its operands."""
 
     dims: Dimensions
     specs: Specs
@@ -67,7 +67,7 @@ def _varying_alike(*arrays: Any) -> list[Any]:
 
 
 class _Multiplied(NamedTuple):
-    """A product, and what its derivative is made of."""
+    """A matmul, and what its derivative is made of."""
 
     result: Any
     lhs: Quantized
@@ -95,7 +95,7 @@ def _multiply(lhs: Any, rhs: Any, call: Call) -> _Multiplied:
 
 
 def _multiply_tiles(lhs: Any, rhs: Any, call: Call) -> _Multiplied:
-    """The tiles of a backward product lie along other axes, so it is made of the operands themselves."""
+    """The tiles of a backward matmul lie along other axes, so it is made of the operands themselves."""
     specs: Any = (call.specs.spec(0), call.specs.spec(1))
     params = {"axis_name": call.specs.axis_name, "precision": call.precision, "out_sharding": call.out_sharding}
     if call.specs.of_gradients is None:

@@ -1,7 +1,7 @@
-"""Convolutions, and products of ragged groups, of what 8-bit numbers stand for: their accuracy, not their speed.
+"""Convolutions, and matmuls of ragged groups, of what 8-bit numbers stand for: their accuracy, not their speed.
 
-Convolutions of 8-bit arrays are fast on few devices and absent on many, and so are products of ragged groups; to write
-them as matrix products costs copies. So the operands are quantized, and multiplied in the dtype they came in. What is
+Convolutions of 8-bit arrays are fast on few devices and absent on many, and so are matmuls of ragged groups; to write
+them as matmuls costs copies. So the operands are quantized, and multiplied in the dtype they came in. What is
 kept for the backward pass are 8 bits.
 """
 
@@ -37,7 +37,7 @@ class _Call(NamedTuple):
     features: int
     """The axis of the result whose cotangents share none."""
     group: int | None = None
-    """The axis of the right operand along which each array has scales of its own."""
+    """The axis of the right operand along which each array has its own scales."""
 
     def multiply(self, lhs: Any, rhs: Any, sizes: tuple[Any, ...]) -> Any:
         """Multiplies two arrays of the dtype of the result."""
@@ -93,7 +93,7 @@ def quantized_ragged_dot(
 def _called(lhs: Any, rhs: Any, sizes: tuple[Any, ...], call: _Call) -> jax.Array:
     if call.specs.is_tiled:
         raise InvalidRecipeError(
-            f"Convolutions and ragged products have scales per tensor or per channel, not per tile: got {call.specs}."
+            f"Convolutions and ragged matmuls have scales per tensor or per channel, not per tile: got {call.specs}."
         )
     if not jnp.issubdtype(call.dtype, jnp.floating) or call.dtype.itemsize > FLOAT32.itemsize:
         return call.multiply(lhs.astype(call.dtype), rhs.astype(call.dtype), sizes)  # type: ignore[no-any-return]

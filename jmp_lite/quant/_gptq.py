@@ -26,13 +26,13 @@ _DAMPING = 0.01
 
 
 def gptq(fun: Callable[..., Any], params: T, batches: Iterable[Sequence[Any]], dtype: Any = "int4:tile128") -> T:
-    """Quantizes weights so that the products of a function change least on some data, and not the weights themselves.
+    """Quantizes weights so that the matmuls of a function change least on some data, and not the weights themselves.
 
     As ``quantize_tree(params, dtype, axes=contracted_axes(fun)(params, ...))`` does, with the same scales. But what
     each row of a weight loses by rounding is made up for in the rows after it, as far as the activations on them are
     alike. With 4 bits it is the difference between a model that works and one that does not.
 
-    Weights that ``smooth`` could smooth are rounded like this. Others that products take are rounded to nearest. All
+    Weights that ``smooth`` could smooth are rounded like this. Others that matmuls take are rounded to nearest. All
     iterations of a loop, and all experts, count as one for what activations are alike.
 
     Args:
@@ -42,10 +42,10 @@ def gptq(fun: Callable[..., Any], params: T, batches: Iterable[Sequence[Any]], d
         dtype: The format, as a ``QuantSpec`` such as ``W4A16.rhs``, its text, or as ``quantize_tree`` takes it.
 
     Returns:
-        The tree with a ``QuantizedArray`` in the place of each weight.
+        The tree with a ``QuantizedArray`` in place of each weight.
 
     Raises:
-        InvalidFunctionError: If ``fun`` is no function.
+        InvalidFunctionError: If ``fun`` is not a function.
         InvalidRecipeError: If there are no batches, the format is another, tiles do not divide a weight, or an
             activation is not finite.
 
@@ -90,7 +90,7 @@ def gptq(fun: Callable[..., Any], params: T, batches: Iterable[Sequence[Any]], d
 
 
 def _moment(rows: Any) -> tuple[Any, Any]:
-    """Returns sums of products of channels with each other, ``float32[n, n]``, and the unit of these channels."""
+    """Returns sums of matmuls of channels with each other, ``float32[n, n]``, and the unit of these channels."""
     unit = jnp.max(jnp.abs(rows), initial=0)
     rows = rows / jnp.where(unit > 0, unit, 1)
     return lax.dot_general(rows, rows, (((0,), (0,)), ((), ())), precision=lax.Precision.HIGHEST), unit

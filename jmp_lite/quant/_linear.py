@@ -1,6 +1,6 @@
-"""The derivative of a quantized product: linear in a tangent, with a transpose that quantizes the cotangent.
+"""The derivative of a quantized matmul: linear in a tangent, with a transpose that quantizes the cotangent.
 
-It is a primitive so that ``vmap`` acts before transposition: the gradient of a weight is one product over the whole
+It is a primitive so that ``vmap`` acts before transposition: the gradient of a weight is one matmul over the whole
 batch, however that was mapped. What is kept for the backward pass is the other operand, in 8 bits.
 """
 
@@ -40,13 +40,13 @@ def tangent_product(
 
     Args:
         tangent: Of the operand on ``side``, which is 0 (left) or 1 (right).
-        other: The other operand, as the forward product used it.
+        other: The other operand, as the forward matmul used it.
         side: Which operand it is the tangent of.
-        dims: Of the product.
+        dims: Of the matmul.
         specs: The recipe.
         dtype: Of the result.
-        operand_dtype: In which products that are not quantized are computed.
-        precision: Of products that are not quantized.
+        operand_dtype: In which matmuls that are not quantized are computed.
+        precision: Of matmuls that are not quantized.
         out_sharding: As for ``lax.dot_general``.
     """
     return _primitive().bind(

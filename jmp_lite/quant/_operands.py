@@ -1,4 +1,4 @@
-"""Operands of products as 8-bit numbers: how large they are, which scale they get."""
+"""Operands of matmuls as 8-bit numbers: how large they are, which scale they get."""
 
 import functools
 from typing import Any, NamedTuple, NoReturn
@@ -75,7 +75,7 @@ def _jvp(_primals: Any, _tangents: Any, *, spec: QuantSpec, **_: Any) -> NoRetur
 
 
 def quantized(x: Any, spec: QuantSpec, contracted: tuple[int, ...], axis_name: Any) -> Quantized:
-    """Quantizes an operand of a product; policies of ``jax.checkpoint`` find bits and scale under the name ``NAME``.
+    """Quantizes an operand of a matmul; policies of ``jax.checkpoint`` find bits and scale under the name ``NAME``.
 
     Args:
         x: Floating array.
@@ -102,7 +102,7 @@ def to_format(x: Any, scale: Any, spec: QuantSpec) -> Any:
 def refuse_second_derivative(spec: QuantSpec) -> NoReturn:
     """Raises the error for a derivative of rounding, which nothing asks for that differentiates once."""
     raise SecondDerivativeError(
-        f"A product with an operand in {spec} was differentiated twice; there is no second derivative. Take second "
+        f"A matmul with an operand in {spec} was differentiated twice; there is no second derivative. Take second "
         "derivatives of the function without the recipe."
     )
 
@@ -128,6 +128,6 @@ def prepared(x: Any, spec: QuantSpec | None, contracted: tuple[int, ...], axis_n
 
 
 def result_dtype(lhs: Any, rhs: Any, preferred_element_type: Any) -> DType:
-    """Returns the dtype of a product: the one asked for, or else what the operands promote to."""
+    """Returns the dtype of a matmul: the one asked for, or else what the operands promote to."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.dtype(preferred_element_type or jnp.promote_types(lhs.dtype, rhs.dtype))

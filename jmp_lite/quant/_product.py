@@ -1,10 +1,10 @@
-"""One product of operands with scales.
+"""One matmul of operands with scales.
 
-The scales are applied to the result, as one factor if both are scalars: XLA then runs the product of float8 arrays as
+The scales are applied to the result, as one factor if both are scalars: XLA then runs the matmul of float8 arrays as
 one cuBLASLt call with the factor inside.
 
 References:
-    XLA, ``gemm_rewriter.cc``: which patterns become float8 matrix products on NVIDIA GPUs.
+    XLA, ``gemm_rewriter.cc``: which patterns become float8 matmuls on NVIDIA GPUs.
 """
 
 from typing import Any
@@ -34,9 +34,9 @@ def scaled_product(
     Args:
         lhs: Left operand.
         rhs: Right operand. Where one of the two is wide, the other is cast to its dtype, which is exact.
-        dims: Of the product.
+        dims: Of the matmul.
         dtype: Floating dtype of the result.
-        precision: Of the product. On NVIDIA GPUs float8 is added up with fewer bits unless it is HIGHEST.
+        precision: Of the matmul. On NVIDIA GPUs float8 is added up with fewer bits unless it is HIGHEST.
         out_sharding: As for ``lax.dot_general``.
         has_exact_scales: Whether scales are powers of two; bfloat16 results then need no detour through float32.
     """
@@ -77,13 +77,13 @@ def _along_result(scale: Any, ndim: int, dims: Dimensions, side: int) -> Any:
 def folded(cotangent: Any, scale: Any, found: Transposed) -> Any:
     """Multiplies a cotangent by the scales of the other operand along axes that the two share.
 
-    Scales per channel are those of axes that the transposed product adds up over, so they cannot be applied to its
+    Scales per channel are those of axes that the transposed matmul adds up over, so they cannot be applied to its
     result.
 
     Args:
         cotangent: Of the result.
         scale: Of the other operand, with as many axes.
-        found: The transposed product.
+        found: The transposed matmul.
     """
     axes = [found.dims.contracted[operand] + found.dims.batched[operand] for operand in (0, 1)]
     shared = dict(zip(axes[found.position], axes[1 - found.position], strict=True))

@@ -1,4 +1,4 @@
-"""Recipes: which operands of a product and of its gradient are quantized how. Each stands in for ``dot_general``."""
+"""Recipes: which operands of a matmul and of its gradient are quantized how. Each stands in for ``dot_general``."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ from jmp_lite.quant._tiles import has_kernel
 
 @dataclasses.dataclass(frozen=True)
 class DotRecipe(Specs, RoundsOperands):
-    """How a matrix product and the two products of its gradient are quantized; also the function that does it.
+    """How a matmul and the two matmuls of its gradient are quantized; also the function that does it.
 
     It has the signature of ``lax.dot_general`` and goes wherever that goes: ``jmp.autocast(loss, policy, dot=FP8)``,
     ``jmp.Rule("mlp", dot=FP8)``, ``nn.Dense(dot_general=FP8)``, ``nnx.Linear(dot_general=FP8)``,
@@ -26,11 +26,11 @@ class DotRecipe(Specs, RoundsOperands):
     Args:
         lhs: How the left operand is quantized, as a ``QuantSpec`` or its text; ``None``: it is not.
         rhs: The same for the right operand, which in Flax is the kernel.
-        grad: The same for the cotangent in the backward products. ``None``: these products are not quantized, and
+        grad: The same for the cotangent in the backward matmuls. ``None``: these matmuls are not quantized, and
             treat the rounding of the operands as if it were none (straight-through).
         axis_name: Mapped axes (``pmap``, ``shard_map``) whose devices agree on scales of whole tensors. Under ``jit``
             they agree in any case.
-        products: Which products ``autocast`` gives it: ``"weights"``, those of an argument or constant of the function,
+        products: Which matmuls ``autocast`` gives it: ``"weights"``, those of an argument or constant of the function,
             cast, moved or cut perhaps; or ``"all"``, those of two activations too, such as attention scores.
         sites: Recipes for single name scopes under ``autocast``, from ``calibrate``.
 
@@ -66,7 +66,7 @@ class DotRecipe(Specs, RoundsOperands):
         return bool(self.sites)
 
     def takes(self, *, has_weight: bool) -> bool:
-        """Whether it takes the place of a product with a weight among its operands, or without."""
+        """Whether it takes the place of a matmul with a weight among its operands, or without."""
         return has_weight or self.products == "all"
 
     def replace(self, **changes: Any) -> "DotRecipe":
@@ -139,7 +139,7 @@ class DotRecipe(Specs, RoundsOperands):
         """Multiplies ragged groups, with the parameters of ``lax.ragged_dot_general``.
 
         As for ``scaled_conv``, the result has the accuracy of the recipe, at the speed of its dtype. Of the right
-        operand each group, which is the weight of an expert, has scales of its own. Scales per channel are those of a
+        operand each group, which is the weight of an expert, has its own scales. Scales per channel are those of a
         row of ``lhs``, of an output channel of an expert, and of one of cotangents.
         """
         return quantized_ragged_dot(
@@ -147,7 +147,7 @@ class DotRecipe(Specs, RoundsOperands):
         )
 
     def instead_of(self, primitive: str) -> Callable[..., Any] | None:
-        """Returns what takes the place of a primitive, with its parameters; tiles are for matrix products alone."""
+        """Returns what takes the place of a primitive, with its parameters; tiles are for matmuls alone."""
         products: dict[str, Callable[..., Any]] = {
             "dot_general": self,
             "conv_general_dilated": self.conv,
@@ -173,13 +173,13 @@ INT8_QAT = DotRecipe(QuantSpec("int8", "channel"), QuantSpec("int8", "channel"))
 INT8_TRAIN = DotRecipe(
     QuantSpec("int8", "channel"), QuantSpec("int8", "channel"), QuantSpec("int8", "channel", stochastic=True)
 )
-#: int8 kernels; products of the compute dtype.
+#: int8 kernels; matmuls of the compute dtype.
 W8A16 = DotRecipe(None, QuantSpec("int8", "channel"))
 #: int8 kernels and activations: ``INT8_QAT`` under the name that deployments use.
 W8A8 = INT8_QAT
-#: The same with one scale for all activations of a product, which ``calibrate`` fixes.
+#: The same with one scale for all activations of a matmul, which ``calibrate`` fixes.
 W8A8_STATIC = DotRecipe(QuantSpec("int8"), QuantSpec("int8", "channel"))
-#: int4 kernels, one scale for 128 neighbors of what is added up; products of the compute dtype.
+#: int4 kernels, one scale for 128 neighbors of what is added up; matmuls of the compute dtype.
 W4A16 = DotRecipe(None, QuantSpec("int4", tile=128))
 #: The microscaling format of float8: e4m3, 32 neighbors share a power of two; multiplied as it is on Blackwell.
 MXFP8 = DotRecipe(*[QuantSpec("e4m3", tile=32, pow2=True)] * 3)
@@ -264,23 +264,23 @@ def scaled_dot_general(
     """``lax.dot_general`` with operands of 8 bits, forward and, if the recipe says so, backward.
 
     Each operand is divided by its scale, which takes its largest magnitude to the largest number of the format, and
-    rounded. The product is added up in float32 (int32 for int8) and multiplied by the scales. What is kept for the
+    rounded. The matmul is added up in float32 (int32 for int8) and multiplied by the scales. What is kept for the
     backward pass are the 8-bit operands. In the backward pass cotangents are quantized like operands; each of the two
-    products has a scale of its own for them where scales are per channel.
+    matmuls has its own scale for them where scales are per channel.
 
-    On NVIDIA GPUs from compute capability 8.9 on XLA makes one cuBLASLt call of each float8 product, forward with
-    fast accumulation and backward with the precise one. Elsewhere the same numbers come out of wider products.
+    On NVIDIA GPUs from compute capability 8.9 on XLA makes one cuBLASLt call of each float8 matmul, forward with
+    fast accumulation and backward with the precise one. Elsewhere the same numbers come out of wider matmuls.
 
     Infinities and NaN in an operand make results infinite or NaN, so that a loss scale sees them.
 
-    Under ``vmap`` each member has scales of its own, as if it were alone. Only cotangents of a product that was mapped
+    Under ``vmap`` each member has its own scales, as if it were alone. Only cotangents of a matmul that was mapped
     before it was differentiated share one.
 
     Args:
         lhs: Array. Operands that are not real floating arrays of 16 or 32 bits are multiplied as they are.
         rhs: Array.
         dimension_numbers: As for ``lax.dot_general``.
-        precision: Of products that are not quantized, such as those of the backward pass with ``grad=None``.
+        precision: Of matmuls that are not quantized, such as those of the backward pass with ``grad=None``.
         preferred_element_type: Floating dtype of the result; by default what the operands promote to.
         recipe: A recipe or its name.
         out_sharding: As for ``lax.dot_general``.

@@ -55,7 +55,7 @@ def absmax_scale(amax: Any, dtype: Any, *, margin: int = 0, pow2: bool = False) 
     """Returns the scale with which the largest magnitude of an array becomes the largest of a format.
 
     Args:
-        amax: Largest magnitudes, of any shape. Infinities and NaN give scales that are not finite, and so products
+        amax: Largest magnitudes, of any shape. Infinities and NaN give scales that are not finite, and so matmuls
             that are not finite: a loss scale sees them.
         dtype: ``float8_e4m3fn``, ``float8_e5m2``, ``int8``, ``float4_e2m1fn`` or ``int4``.
         margin: Leaves room for values ``2**margin`` times as large.
@@ -119,7 +119,7 @@ def quantize(x: Any, dtype: Any, scale: Any, *, key: jax.Array | None = None) ->
 
 
 def rounded(x: jax.Array, dtype: DType, scale: Any, bits: jax.Array | None, *, saturates: bool = True) -> jax.Array:
-    """``quantize`` with random bits, ``uint32`` of the shape of ``x``, in the place of a key.
+    """``quantize`` with random bits, ``uint32`` of the shape of ``x``, in place of a key.
 
     Without ``saturates`` floats beyond the largest of the format become NaN.
     """

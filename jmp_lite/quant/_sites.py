@@ -18,7 +18,7 @@ from jmp_lite.quant._axes import PRODUCTS, Search, Sources, whole
 
 _PRODUCTS = frozenset({"dot_general", "ragged_dot_general"})
 
-#: What a weight goes through on the way to its products while each number stays in its channel.
+#: What a weight goes through on the way to its matmuls while each number stays in its channel.
 _MOVES = frozenset(
     {
         *("convert_element_type", "copy", "transpose", "reshape", "squeeze", "broadcast_in_dim"),
@@ -28,7 +28,7 @@ _MOVES = frozenset(
 
 
 class Site(NamedTuple):
-    """A product of an activation and a weight."""
+    """A matmul of an activation and a weight."""
 
     weight: str
     """Its path among the parameters."""
@@ -39,7 +39,7 @@ class Site(NamedTuple):
     side: int
     """Of the activation among the operands."""
     axes: tuple[int, ...]
-    """Axes of the activation that are added up over, as the product lists them."""
+    """Axes of the activation that are added up over, as the matmul lists them."""
 
     @property
     def contracted(self) -> tuple[int, ...]:
@@ -71,13 +71,13 @@ def _placed(channels: Any, axes: tuple[int, ...], shape: tuple[int, ...]) -> Any
     return np.moveaxis(listed, range(len(axes)), axes)
 
 
-#: Where a product stands: the equations that hold it, and its own, by their identity.
+#: Where a matmul stands: the equations that hold it, and its own, by their identity.
 Path = tuple[int, ...]
 Look = Callable[[Site, Any], Any]
 
 
 class _Sites(Search):
-    """Finds the products of weights that do nothing else."""
+    """Finds the matmuls of weights that do nothing else."""
 
     def __init__(self, paths: Sequence[str], shapes: Mapping[int, tuple[int, ...]]) -> None:
         super().__init__({})
@@ -101,7 +101,7 @@ class _Sites(Search):
         return results
 
     def _site(self, eqn: Equation, operands: Sequence[Sources | None], side: int) -> Site | None:
-        """What the product is, if the operand on the other side is a weight as a whole."""
+        """What the matmul is, if the operand on the other side is a weight as a whole."""
         axes, (sources, others) = PRODUCTS[eqn.primitive.name](eqn), (operands[1 - side], operands[side])
         if others or not sources or len(sources) != 1:
             return None
@@ -129,14 +129,14 @@ class Call(NamedTuple):
 
     traced: Traced
     places: Mapping[Path, Site | None]
-    """The products whose weights have no other use, and ``None`` for the equations that hold such products."""
+    """The matmuls whose weights have no other use, and ``None`` for the equations that hold such matmuls."""
     contracted: Mapping[str, tuple[int, ...]]
     """The axes that each of these weights is added up over."""
     refused: frozenset[str]
     """Weights that have other uses, or are added up over several axes."""
 
     def run(self, look: Look) -> Any:
-        """Calls the function, with what ``look`` returns in the place of each such activation."""
+        """Calls the function, with what ``look`` returns in place of each such activation."""
         return self.traced.output(_evaluated(self.traced.jaxpr, self.traced.arrays, self.places, look))
 
 

@@ -30,11 +30,11 @@ def smooth(
     """Makes the activations of a function easier to quantize: their largest channels move into the weights.
 
     Some channels of real activations are a hundred times as large as the others, and with one scale for all of them
-    the others are rounded to nothing. Here each product ``x @ w`` becomes ``(x / s) @ (s * w)``, with a factor per
+    the others are rounded to nothing. Here each matmul ``x @ w`` becomes ``(x / s) @ (s * w)``, with a factor per
     channel that is added up over. Factors are powers of two, which round nothing: without quantization the result is
-    the same. All products of a weight, and all iterations of a loop, share its factors.
+    the same. All matmuls of a weight, and all iterations of a loop, share its factors.
 
-    A weight is smoothed if all that the function does with it is to move it into matrix products or ``ragged_dot``,
+    A weight is smoothed if all that the function does with it is to move it into matmuls or ``ragged_dot``,
     over the same axes. Others are left alone: kernels of convolutions, tables that are looked up, weights that are
     summed or normalized first, and those in functions with derivative rules of their own and under ``shard_map``.
 
@@ -45,12 +45,12 @@ def smooth(
         alpha: How much moves: 0 makes all channels of the weights alike, 1 all those of the activations.
 
     Returns:
-        A function with the signature of ``fun``, and the parameters that it takes in the place of these. Both go
+        A function with the signature of ``fun``, and the parameters that it takes in place of these. Both go
         wherever the others went: into ``jax.jit``, ``autocast(dot=)``, ``calibrate``, ``quantize_tree`` and
         ``export.freeze``. A call that uses a smoothed weight in another way than the batches is refused.
 
     Raises:
-        InvalidFunctionError: If ``fun`` is no function.
+        InvalidFunctionError: If ``fun`` is not a function.
         InvalidRecipeError: If there are no batches, ``alpha`` is not between 0 and 1, no weight can be smoothed, or an
             activation is not finite.
 
@@ -93,7 +93,7 @@ def smooth(
     factors = {k: _factors(arrays[k[0]], amax, float(alpha)) for k, amax in largest.items() if k[0] not in refused}
     if not factors:
         raise InvalidRecipeError(
-            "No weight can be smoothed: no product of the function takes a parameter that has no other use. Smooth the "
+            "No weight can be smoothed: no matmul of the function takes a parameter that has no other use. Smooth the "
             "function itself, and wrap it in autocast afterwards."
         )
     scaled = {weight: _times(arrays[weight], factor) for (weight, _), factor in factors.items()}
@@ -123,7 +123,7 @@ def _check_uses(found: Call, factors: Factors) -> None:
     for weight, axes in factors:
         if weight in found.refused or found.contracted.get(weight, axes) != axes:
             raise InvalidRecipeError(
-                f"Weight {quote(weight)} was smoothed for products over its axes {list(axes)}, and this call uses it "
+                f"Weight {quote(weight)} was smoothed for matmuls over its axes {list(axes)}, and this call uses it "
                 "in another way. Give smooth a batch of such calls too."
             )
 

@@ -1,4 +1,4 @@
-"""What is quantized how: one operand, and the three products that a product and its gradient are."""
+"""What is quantized how: one operand, and the three matmuls that a matmul and its gradient are."""
 
 import dataclasses
 import math
@@ -11,23 +11,23 @@ from jmp_lite._dtypes import OF_4_BITS
 from jmp_lite.errors import InvalidRecipeError
 from jmp_lite.quant._scale import FORMATS, checked_format, is_integer
 
-#: The operands of a product, and the cotangent of its result.
+#: The operands of a matmul, and the cotangent of its result.
 SIDES = ("lhs", "rhs", "grad")
 _NAMES = {dtype: name for name, dtype in FORMATS.items()}
-#: Beyond it a scale of ordinary numbers is no float32.
+#: Beyond it a scale of ordinary numbers is not a float32.
 _LARGEST_MARGIN = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class QuantSpec:
-    """How one operand of a product is quantized.
+    """How one operand of a matmul is quantized.
 
     Args:
         dtype: ``float8_e4m3fn``, ``float8_e5m2`` or ``int8``, or ``"e4m3"``, ``"e5m2"``, ``"int8"``; with a tile also
             ``int4`` and ``float4_e2m1fn`` (``"e2m1"``).
         granularity: What shares a scale. ``"tensor"``: the whole array; ``"channel"``: what is added up, such as one
             row of activations or one output channel of a kernel.
-        tile: So many neighbors of what is added up share a scale, instead of a whole channel. In products the last tile
+        tile: So many neighbors of what is added up share a scale, instead of a whole channel. In matmuls the last tile
             may be shorter.
         margin: Leaves room for values ``2**margin`` times as large as those seen.
         pow2: Rounds scales up to powers of two.
@@ -123,7 +123,7 @@ class QuantSpec:
 
 
 def parse_spec(text: str) -> QuantSpec | None:
-    """Reads what ``str(spec)`` wrote; ``none`` is no spec.
+    """Reads what ``str(spec)`` wrote; ``none`` is not a spec.
 
     Raises:
         InvalidRecipeError: If it is something else.
@@ -196,7 +196,7 @@ class Specs:
 
     @property
     def is_tiled(self) -> bool:
-        """Whether there are scales of tiles, which are finer than what a product can be multiplied by afterwards."""
+        """Whether there are scales of tiles, which are finer than what a matmul can be multiplied by afterwards."""
         specs = (self.spec(0), self.spec(1), self.of_gradients)
         return any(spec is not None and spec.tile is not None for spec in specs)
 

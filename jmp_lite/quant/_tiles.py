@@ -1,6 +1,6 @@
 """Products whose operands have one scale per tile: so many neighbors along the axes that are added up.
 
-Such scales cannot be applied to a result. On devices that multiply tiles JAX has a product of them; elsewhere, and for
+Such scales cannot be applied to a result. On devices that multiply tiles JAX has a matmul of them; elsewhere, and for
 other formats and tiles, what the numbers stand for is multiplied, in the dtype of operands or result.
 
 References:
@@ -87,7 +87,7 @@ def _gathered(x: Any, axes: Axes) -> Any:
 
 
 def rounded(x: Any, spec: QuantSpec | None, dims: Dimensions, side: int, *, axis_name: Any, dtype: DType) -> Any:
-    """Returns an operand of a product as what its numbers of 8 or 4 bits stand for."""
+    """Returns an operand of a matmul as what its numbers of 8 or 4 bits stand for."""
     if spec is None:
         return x.astype(dtype)
     if spec.tile is None:
@@ -109,7 +109,7 @@ def both_rounded(
 
 
 def narrowest(lhs: Any, rhs: Any, dtype: DType) -> DType:
-    """Returns the dtype that a product is computed in: nobody else needs more digits than one of the three has."""
+    """Returns the dtype that a matmul is computed in: nobody else needs more digits than one of the three has."""
     found: DType = min(lhs.dtype, rhs.dtype, dtype, key=lambda dtype: dtype.itemsize)
     return found
 
@@ -149,7 +149,7 @@ def has_units() -> bool:
 
 
 def _multiplied(lhs: Any, rhs: Any, **params: Any) -> Any:
-    """The product of tiles; under ``vmap``, which JAX's may not know, that of what they stand for."""
+    """The matmul of tiles; under ``vmap``, which JAX's may not know, that of what they stand for."""
 
     @jax.custom_batching.custom_vmap
     def multiply(lhs: Any, rhs: Any) -> Any:

@@ -205,7 +205,7 @@ def accumulate_gradients(
 
     One ``lax.scan`` runs over the microbatches, all with the same loss scale, and sums their gradients in float32. What
     is left between them is that sum, as large as the parameters in float32. ``fun`` is traced once; call it under
-    ``jit``, because each eager call compiles the scan anew. If it returns a mean over its rows, the result is the
+    ``jit``, because each eager call compiles the scan again. If it returns a mean over its rows, the result is the
     gradient of the mean over the whole batch.
 
     Microbatch ``i`` holds the rows ``i, i + n, i + 2 * n, ...`` for ``n`` microbatches. So where ``jit`` has split the
@@ -238,7 +238,7 @@ def accumulate_gradients(
 
     Raises:
         InvalidMicrobatchError: If a setting means nothing, or the batch cannot be split so.
-        InvalidFunctionError: If ``fun`` is no function or does not return what it should, or an argument is an NNX
+        InvalidFunctionError: If ``fun`` is not a function or does not return what it should, or an argument is an NNX
             module.
         LossScaleNotFoundError: If ``loss_scale`` holds none, or several and no name is given.
         MissingAxisError: If devices of a ``shard_map`` could leave out different microbatches, and ``axis_name`` is

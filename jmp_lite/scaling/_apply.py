@@ -48,7 +48,7 @@ def _apply(params: P, updates: Any, stored: frozenset[str]) -> tuple[P, jax.Arra
         # What ``stored`` makes of a finite update is finite.
         is_good = is_finite(update) if is_stored else is_finite(_sum(param, update)) | ~is_finite(param)
         seen.append((FLOAT32 if is_stored else param.dtype, is_good))
-        # The update is selected and not the sum, which XLA on TPU would make in a kernel of its own.
+        # The update is selected and not the sum, which XLA on TPU would make in its own kernel.
         return _sum(param, jnp.where(is_good, update, nothing(update)))
 
     applied: P = jax.tree_util.tree_map_with_path(apply, params, updates)
@@ -110,7 +110,7 @@ def apply_gradients(
         ``(params, opt_state)``. After a skipped step ``params`` and the inner state are bit-identical to before.
 
     Raises:
-        InvalidStepError: If ``tx`` is no optimizer, or ``grads`` and ``params`` are different trees.
+        InvalidStepError: If ``tx`` is not an optimizer, or ``grads`` and ``params`` are different trees.
         LossScaleNotFoundError: If ``opt_state`` holds no loss scale: the gradients of a scaled loss would reach the
             parameters as they are.
         MissingAxisError: As ``loss_scaled``.

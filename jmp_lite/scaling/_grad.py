@@ -57,7 +57,7 @@ def checked_loss(output: Any, has_aux: bool) -> tuple[jax.Array, Any]:
 
 
 def _no_gradient(leaf: Any) -> Any:
-    """JAX's gradient of integers, booleans and keys; ``None`` for what is no number, which optimizers leave alone."""
+    """JAX's gradient of integers, booleans and keys; ``None`` for other leaves, which optimizers leave alone."""
     is_number = is_array(leaf) or isinstance(leaf, (bool, int))
     return np.zeros(np.shape(leaf), jax.dtypes.float0) if is_number else None
 
@@ -155,11 +155,11 @@ def scaled_value_and_grad(
     """Like ``jax.value_and_grad``, for the loss times the current loss scale.
 
     The value is the true loss: unscaled, float32, correct also on a step whose gradients overflow. The gradients are
-    still scaled; ``loss_scaled`` and ``apply_gradients`` unscale them with the same scale. Make the gradient anew in
+    still scaled; ``loss_scaled`` and ``apply_gradients`` unscale them with the same scale. Make the gradient again in
     every step, from the loss scale of that step, as in the example of ``loss_scaled``: it costs nothing under ``jit``.
 
     Leaves that cannot be differentiated need no special care. The gradient of integers, booleans and PRNG keys is
-    ``float0``, as in JAX; that of leaves that are no arrays, such as the activation functions of Equinox's modules, is
+    ``float0``, as in JAX; that of leaves that are not arrays, such as the activation functions of Equinox's modules, is
     ``None``, as in Equinox. Optimizers wrapped in ``loss_scaled`` leave both alone. Python floats are parameters, as
     for ``jax.grad``: where a module holds some, such as the rate of Equinox's Dropout, take its arrays out first, with
     ``eqx.partition(model, eqx.is_inexact_array)``. Functions of NNX modules have ``jmp.nnx.scaled_value_and_grad``.
@@ -181,7 +181,7 @@ def scaled_value_and_grad(
         ``float32[]`` (``float64[]`` if ``fun`` returns that).
 
     Raises:
-        InvalidFunctionError: If ``fun`` is no function or does not return what it should, or an argument is an NNX
+        InvalidFunctionError: If ``fun`` is not a function or does not return what it should, or an argument is an NNX
             module.
         LossScaleNotFoundError: If ``loss_scale`` holds none, or several and no name is given.
         InvalidLossScaleError: If ``max_retries`` is asked of a scale that cannot be lowered.

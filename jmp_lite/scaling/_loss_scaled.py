@@ -47,7 +47,7 @@ class LossScaledState(NamedTuple):
 
 
 def trainable(tree: Any) -> Any:
-    """Hides from an optimizer what has no gradient: numbers that are not floats, and leaves that are no numbers."""
+    """Hides from an optimizer what has no gradient: numbers that are not floats, and leaves that are not numbers."""
     return jax.tree.map(lambda leaf: leaf if is_inexact(leaf) else None, tree)
 
 
@@ -246,7 +246,7 @@ def loss_scaled(
         ``optax.chain``, ``masked``, ``multi_transform``, ``inject_hyperparams`` and ``MultiSteps``.
 
     Raises:
-        InvalidStepError: If ``inner`` is no optimizer, such as ``optax.adam`` that was not called.
+        InvalidStepError: If ``inner`` is not an optimizer, such as ``optax.adam`` that was not called.
         InvalidLossScaleError: If ``loss_scale`` is not a loss scale.
         MissingAxisError: In ``update``, under the ``check_vma`` of ``shard_map``, if devices see different gradients
             and ``axis_name`` does not say so.

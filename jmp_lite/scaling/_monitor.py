@@ -105,7 +105,7 @@ def check_loss_scale(opt_state: Any, grads: Any = None, *, max_skips: int = 10) 
         LossScaleStalledError: If it was ``max_skips`` or more.
         ReplicasDisagreeError: If replicas have different scales or counts.
         LossScaleNotFoundError: If the state holds none.
-        InvalidStepError: Inside ``jit``, or if ``max_skips`` is no whole number of at least 1.
+        InvalidStepError: Inside ``jit``, or if ``max_skips`` is not a whole number of at least 1.
 
     Example:
         >>> tx = jmp.loss_scaled(optax.sgd(0.1))
@@ -127,7 +127,7 @@ def check_loss_scale(opt_state: Any, grads: Any = None, *, max_skips: int = 10) 
 
 
 def _check_replicas(state: LossScaledState, where: str) -> None:
-    """Raises if rows that are on devices of their own differ."""
+    """Raises if rows that are on their own devices differ."""
     for name, value in (("loss scale", state.loss_scale.loss_scale), *((n, getattr(state, n)) for n in _COUNTED)):
         shards = getattr(value, "addressable_shards", ())
         is_replicated = np.ndim(value) <= 1 and len(shards) > 1 and all(shard.data.size == 1 for shard in shards)

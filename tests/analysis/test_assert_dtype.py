@@ -23,7 +23,7 @@ def test_wide_products_are_told_with_all_that_is_known():
     with pytest.raises(jmp.errors.ComputeDtypeError) as caught:
         analysis.assert_compute_dtype(model, BF16, policy="mixed_bfloat16")(W, X)
     first, line, last = str(caught.value).splitlines()
-    assert first == "1 of 2 products and kernels has operands wider than bfloat16:"
+    assert first == "1 of 2 matmuls and kernels has operands wider than bfloat16:"
     start, _, rest = line.partition(": float32[32,16], float32[16,16], 50.0% of FLOPs, because ")
     assert start.startswith("  head/jmp.full_precision dot_general ")
     assert "test_assert_dtype.py:" in start
@@ -45,12 +45,12 @@ def test_what_is_wide_depends_on_the_dtype(dtype, policy, wide):
     if not wide:
         check(W, X)
         return
-    with pytest.raises(jmp.errors.ComputeDtypeError, match=f"^{wide} of 2 products"):
+    with pytest.raises(jmp.errors.ComputeDtypeError, match=f"^{wide} of 2 matmuls"):
         check(W, X)
 
 
 def test_a_loss_is_checked_with_its_gradient():
-    """A product may be narrow forward and wide backward."""
+    """A matmul may be narrow forward and wide backward."""
     fault = FAULTS["cotangents"]
     with as_users_have_it(), pytest.raises(jmp.errors.ComputeDtypeError, match=r"^1 of 2 .*\n.*float32\[") as caught:
         analysis.assert_compute_dtype(fault.fun, BF16)(*fault.args)

@@ -49,7 +49,7 @@ def test_every_kind_is_planted():
     ],
 )
 def test_leak_names_what_made_it_wide(name, culprit):
-    """An argument, a constant, a cast or a product that asks for float32."""
+    """An argument, a constant, a cast or a matmul that asks for float32."""
     [leak] = [f for f in audited(FAULTS[name]).findings if f.kind == "float32-leak"]
     assert culprit in leak.message
 
@@ -145,7 +145,7 @@ def test_rule_that_matches_nothing_is_a_finding_and_no_warning():
 
 
 def test_rule_is_no_leak():
-    """The author decided: a product that a rule keeps in float32 is not worth a word."""
+    """The author decided: a matmul that a rule keeps in float32 is not worth a word."""
     found = analysis.audit(head, "mixed_bfloat16", rules=[jmp.Rule("head", precision="full")])(*ARRAYS)
     assert found.findings == ()
     assert {row.operands for row in found.products} == {("float32", "float32"), ("bfloat16", "bfloat16")}
@@ -215,7 +215,7 @@ def two_layers(params, x):
 
 
 def test_tables_of_a_loss():
-    """Two products forward, three backward: the first layer needs no gradient of its input."""
+    """Two matmuls forward, three backward: the first layer needs no gradient of its input."""
     params, x = [array(F32, 16, 32), array(F32, 32, 8)], array(F32, 64, 16)
     found = analysis.audit(two_layers, "mixed_bfloat16")(params, x)
     count = {back: sum(row.times for row in found.products if row.is_backward is back) for back in (False, True)}
@@ -224,7 +224,7 @@ def test_tables_of_a_loss():
     assert sum(row.flop_share for row in found.products) == pytest.approx(1)
     assert ("float32", "bfloat16") in {(row.source, row.result) for row in found.casts}
     assert found.residual_bytes["bfloat16"] >= 2 * 64 * (16 + 32)
-    assert found.verdict.startswith("The loss and its gradient have 5 matrix products and convolutions, 100.0%")
+    assert found.verdict.startswith("The loss and its gradient have 5 matmuls and convolutions, 100.0%")
 
 
 def test_residuals_are_what_the_pullback_holds():
@@ -245,7 +245,7 @@ def test_products_in_a_scan_count_as_often_as_it_runs():
 
 
 def test_result_is_the_dtype_that_is_used():
-    """A product asked for in float32 whose only use is a cast back is one with a float32 sum and a narrow result."""
+    """A matmul asked for in float32 whose only use is a cast back is one with a float32 sum and a narrow result."""
 
     def fun(x, w):
         return jax.lax.dot(x, w, preferred_element_type=F32).astype(BF16)
@@ -282,7 +282,7 @@ def test_everything_is_json():
 
 def test_printed_worst_first():
     text = str(audited(FAULTS["variance"]))
-    assert text.startswith("The program has 0 matrix products and convolutions. Found: 1 error")
+    assert text.startswith("The program has 0 matmuls and convolutions. Found: 1 error")
     assert text.index("error: cancellation") > text.index("casts:")
 
 

@@ -14,7 +14,7 @@ from jmp_lite import analysis
 
 
 def custom(fun):
-    """A function with a derivative of its own."""
+    """A function with its own derivative."""
     wrapped = jax.custom_jvp(fun)
     wrapped.defjvp(lambda primals, tangents: jax.jvp(fun, primals, tangents))
     return wrapped

@@ -41,7 +41,7 @@ CONSTRUCTS = {
 
 
 def made_by_products(x, w, construct):
-    """What the products of a construct make, computed one by one."""
+    """What the matmuls of a construct make, computed one by one."""
     made = []
     c = x
     weights = [w, 2 * w] if construct == "scan over weights" else [w] * (3 if construct in ("scan", "while") else 1)

@@ -223,7 +223,7 @@ def test_what_xla_makes_of_a_scan_is_counted_by_its_slices():
     assert '"known_trip_count":{"n":"50"}' in re.sub(r"\s", "", text)
     weights, states = 50 * 128 * 128 * 4, 50 * 32 * 128 * 4
     counted = cost_of(text).bytes
-    # At most: slices of weights copied and read, states written by the product, by tanh and into the stack, zeros.
+    # At most: slices of weights copied and read, states written by the matmul, by tanh and into the stack, zeros.
     assert weights + 2 * states <= counted <= 3.5 * weights + 9 * states
 
 

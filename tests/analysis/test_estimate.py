@@ -28,7 +28,7 @@ def f32(*sizes):
 
 PARAMS = {"up": f32(WIDTH, HIDDEN), "bias": f32(HIDDEN), "down": f32(HIDDEN, WIDTH)}
 X = f32(ROWS, WIDTH)
-#: Two products forward; by both weights and by what is between them backward.
+#: Two matmuls forward; by both weights and by what is between them backward.
 FLOPS = 5 * 2 * ROWS * WIDTH * HIDDEN
 
 
@@ -158,7 +158,7 @@ def test_parts_add_up_to_the_whole():
 def test_a_format_without_units_is_named(device, lacks):
     found = traced(device=device)(PARAMS, X)
     said = [line for line in found.verdict if "has no units for" in line]
-    assert said == ([f"{found.device.title} has no units for {lacks}: such products run as bfloat16."] if lacks else [])
+    assert said == ([f"{found.device.title} has no units for {lacks}: such matmuls run as bfloat16."] if lacks else [])
 
 
 def test_a_verdict_holds_the_terms():
@@ -194,7 +194,7 @@ def test_policies_may_have_names_and_be_anything_that_is_a_precision():
 
 
 def test_nothing_is_compiled(monkeypatch):
-    """Neither here nor in a process of its own."""
+    """Neither here nor in its own process."""
 
     def refuse(*_, **__):
         raise AssertionError
@@ -241,7 +241,7 @@ def test_a_compiler_that_is_not_installed_is_named(monkeypatch):
 
 @pytest.mark.slow
 def test_a_compiled_program_and_the_model_agree():
-    """Bytes of a loss of products, and its FLOPs; where the compiler for H100 is installed."""
+    """Bytes of a loss of matmuls, and its FLOPs; where the compiler for H100 is installed."""
     if not _child.is_available("h100"):
         pytest.skip("needs jmp-lite[aot]")
     found = estimate(mlp, compiled=True)(PARAMS, X)

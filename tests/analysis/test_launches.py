@@ -54,7 +54,7 @@ CASES = {
     "a chain of elementwise functions is one launch": (lambda x: jnp.tanh(x) * 2 + 1, [X], 2 * SIZE, 1),
     "a sum takes in what it adds up": (lambda x: jnp.sum(jnp.square(x)), [X], SIZE + 4, 1),
     "siblings read what they share once": (lambda x: (x * 2, x + 1), [X], 3 * SIZE, 1),
-    "a product reads both operands": (lambda x, w: x @ w, [X, X], 3 * SIZE, 1),
+    "a matmul reads both operands": (lambda x, w: x @ w, [X, X], 3 * SIZE, 1),
     "bias and residual are part of a product": (
         lambda x, w, b, r: x @ w + b[None] + r,
         [X, X, VECTOR, X],
@@ -172,7 +172,7 @@ straight.defvjp(lambda x: (straight(x), None), lambda _, g: (g,))
 PROGRAMS = {
     "random bits": dropped,
     "several devices": sharded,
-    "a rule of its own": jax.grad(lambda x: straight(x).sum()),
+    "its own rule": jax.grad(lambda x: straight(x).sum()),
     "recomputation": jax.grad(lambda x: jax.checkpoint(lambda x: jnp.tanh(x @ x))(x).sum()),
     "linear algebra": lambda x: jnp.linalg.solve(x @ x.T, x),
     "sorting": lambda x: jnp.sort(x)[: N // 2],

@@ -14,7 +14,7 @@ WIDTH = 32
 
 
 def mlp(params, x, fragile):
-    """Six layers. In a fragile one, what the next one uses is the small difference of two large products."""
+    """Six layers. In a fragile one, what the next one uses is the small difference of two large matmuls."""
     for index, w in enumerate(params):
         with jax.named_scope(f"layer_{index}"):
             if index in fragile:
@@ -131,7 +131,7 @@ def test_what_a_recipe_does_not_apply_to_is_said(rng):
     batches = [(jnp.asarray(rng.normal(size=(16, WIDTH)).astype(np.float32)),) for _ in range(2)]
     found = recommend(loss, w, batches, tolerance=0.9, formats=["fp8", "bfloat16"])
     assert {line.scope: line.format for line in found.lines} == {"weights": "fp8", "scores": "bfloat16"}
-    assert found.lines[1].reason == "fp8 applies to no product here"
+    assert found.lines[1].reason == "fp8 applies to no matmul here"
     assert len(found.plan.rules) == 1  # a rule for scores would change nothing
     before, after = found.cost.rows
     assert after.bytes < before.bytes
@@ -151,7 +151,7 @@ def test_outliers_of_a_layer_keep_it_from_int8(rng):
 
 @pytest.mark.slow
 def test_what_is_more_exact_is_kept_where_it_fits(rng):
-    """A wider range is no step up for numbers that fit: half of them in bfloat16 would be worse than all in float16."""
+    """A wider range is not a step up for numbers that fit: half of them in bfloat16 is worse than all in float16."""
     loss, params, batches = problem(rng, (), count=3)
     both = recommend(loss, params, batches, tolerance=2.0**-10, formats=["float16", "bfloat16"])
     assert {line.format for line in both.lines} <= {"float16", "float32"}
@@ -222,7 +222,7 @@ def test_a_loss_that_is_not_finite_is_refused(rng):
         ({"batches": []}, "two batches or more"),
         ({"batches": [jnp.ones(3), jnp.ones(3)]}, "each a tuple"),
         ({"tolerance": 0}, "tolerance must be positive, got 0"),
-        ({"loss_fn": lambda p, x: jnp.sum(p[0])}, "no matrix product"),
+        ({"loss_fn": lambda p, x: jnp.sum(p[0])}, "no matmul"),
     ],
 )
 def test_what_cannot_be_recommended(change, message, rng):

@@ -69,7 +69,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_warm_calls_compile_and_retype_nothing(options, rng, monkeypatch):
-    """Called eagerly, wrapped anew for every call: no compilation, and no program inside is traced again."""
+    """Called eagerly, wrapped again for every call: no compilation, and no program inside is traced again."""
     args, traced = x_and_w(rng), []
     run = lambda: jmp.autocast(loss, LOW, **options)(*args)  # noqa: E731
     run(), run()
@@ -109,7 +109,7 @@ def test_a_program_called_often_is_retyped_once_per_kind_of_operand(rng, monkeyp
         return x
 
     jax.make_jaxpr(jmp.autocast(fun, LOW))(x, w)
-    assert len(scopes) <= 3  # of an input, of a product, and with other consumers at the end
+    assert len(scopes) <= 3  # of an input, of a matmul, and with other consumers at the end
 
 
 HOLDERS = {
@@ -170,7 +170,7 @@ def where(fun, variables):
 def test_name_scopes_and_lines_are_those_of_the_program(rng):
     """Every equation but casts has the scope and, forward, the line that it had.
 
-    JAX keeps the trace of a function of jnp, and of a product of ours, with the line of its first use at these shapes:
+    JAX keeps the trace of a function of jnp, and of a matmul of ours, with the line of its first use at these shapes:
     no other test has five rows. Where gradients are added up in float32, a bias is repeated before it is cast.
     """
     x, model = x_and_w(rng)[0][:5], Model()
@@ -238,7 +238,7 @@ KINDS = {
 
 @pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
 def test_what_passes_through_keeps_every_bit(make):
-    """Arrays returned as they came keep bits, dtype and weak type, beside a product; also a closed-over one."""
+    """Arrays returned as they came keep bits, dtype and weak type, beside a matmul; also a closed-over one."""
     array = make()
     fun = lambda a, x: (a, x @ x, array, [a])  # noqa: E731
     for run in (jmp.autocast(fun, LOW), jax.jit(jmp.autocast(fun, LOW))):

@@ -98,7 +98,7 @@ SOLVERS = {
 @pytest.mark.parametrize("name", SOLVERS)
 @either_policy
 def test_linear_algebra_gets_what_was_written(name, policy):
-    """Inside of grad nothing that reaches it is rounded; around grad, cotangents of further products are."""
+    """Inside of grad nothing that reaches it is rounded; around grad, cotangents of further matmuls are."""
     value, grad, value_around, grad_around = errors(SOLVERS[name], policy, 0.3 * draw(4, 12, 16))
     rounding = POLICIES[policy]
     assert max(value, value_around) < rounding
@@ -106,7 +106,7 @@ def test_linear_algebra_gets_what_was_written(name, policy):
     assert grad_around < 16 * rounding
 
 
-# --- Functions that level off, between a logarithm and a product ---
+# --- Functions that level off, between a logarithm and a matmul ---
 
 LEVELS_OFF = {
     "logistic": lambda z: jnp.clip(jax.nn.sigmoid(z + 4), 1e-7, 1 - 1e-7),
@@ -121,7 +121,7 @@ LEVELS_OFF = {
 @pytest.mark.parametrize("name", LEVELS_OFF)
 @either_policy
 def test_what_levels_off_keeps_its_distance_from_one(name, policy):
-    """log(1 - p) beside p @ w is finite and near: p runs in float32 and is rounded for the product alone."""
+    """log(1 - p) beside p @ w is finite and near: p runs in float32 and is rounded for the matmul alone."""
     x, w = draw(5, 64, 16), draw(6, 16, 16) / 4
 
     def fun(w):
@@ -177,7 +177,7 @@ def test_gradients_of_what_is_taken_for_a_product_add_up_in_float32(name, policy
 
 H, R = draw(13, 512, 256), draw(14, 256, 96)
 
-# --- Products of a few terms ---
+# --- Matmuls of a few terms ---
 
 
 def reprojection(camera):
@@ -210,7 +210,7 @@ def test_products_of_a_few_terms_are_not_rounded(name, policy):
 
 
 def test_adapters_of_low_rank_are_products():
-    """A product of four terms follows a low operand, and what it is added to stays low."""
+    """A matmul of four terms follows a low operand, and what it is added to stays low."""
 
     def layer(x, w, a, b):
         return jnp.tanh(x @ w + (x @ a) @ b) @ w
@@ -225,7 +225,7 @@ def test_five_terms_are_a_product_and_four_are_not():
         assert found[0].in_dtypes == (dtype, dtype)
 
 
-# --- Products whose results are wanted in float32 ---
+# --- Matmuls whose results are wanted in float32 ---
 
 low_operands = functools.partial(lax.dot, preferred_element_type=jnp.float32)
 
@@ -262,7 +262,7 @@ WANTED = {
 
 @pytest.mark.parametrize("name", WANTED)
 def test_results_leave_in_what_their_consumers_want(name):
-    """Operands are 16 bits in any case, forward and backward; the first product is looked at."""
+    """Operands are 16 bits in any case, forward and backward; the first matmul is looked at."""
     fun, dtype = WANTED[name]
     h, w = jnp.ones((32, 64)), jnp.ones((64, 96))[:, :36] if name != "a convolution" else jnp.ones((16, 384))
     products = ("dot_general", "conv_general_dilated", "ragged_dot_general")
@@ -322,7 +322,7 @@ def test_default_matmul_precision_is_asked_for_too():
     assert record.in_dtypes == ("float32", "float32")
 
 
-# --- Products that run in full precision want float32, and sums of gradients are float32 ---
+# --- Matmuls that run in full precision want float32, and sums of gradients are float32 ---
 
 FULL_PRODUCT = jmp.full_precision(jnp.matmul)
 IN_FULL = {
@@ -417,7 +417,7 @@ def test_logits_of_a_dense_layer_with_a_bias_leave_in_float32():
 @pytest.mark.parametrize("rows", [1, 2, 64, "symbolic"])
 @pytest.mark.parametrize("bias", ["repeated", "row", "reshaped"])
 def test_the_number_of_rows_decides_nothing(bias, rows):
-    """A bias is no layer of its own, not even beside a single row."""
+    """A bias is not its own layer, not even beside a single row."""
     ways = {
         "repeated": lambda b: jnp.broadcast_to(b, (rows, b.size)),
         "row": lambda b: b[None],

@@ -1,4 +1,4 @@
-"""In which dtype an equation runs, rule by rule: each row looks at one primitive between products."""
+"""In which dtype an equation runs, rule by rule: each row looks at one primitive between matmuls."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def decisions(fun, primitive, policy="mixed_bfloat16"):
 
 
 def beside_a_product(fun):
-    """A function of a product that another product takes too, so that it leaves in 16 bits."""
+    """A function of a matmul that another matmul takes too, so that it leaves in 16 bits."""
     return lambda x, w: (fun(h := x @ w, w), h @ w)
 
 
@@ -46,8 +46,8 @@ FOLLOWING = {
     "function of a product": (lambda x, w: jnp.tanh(x @ w) @ w, "tanh", [LOW]),
     "function of an argument": (lambda x, w: jnp.tanh(x) @ w, "tanh", [HIGH]),
     "weight, scaled": (lambda x, w: x @ (w * 0.5), "mul", [HIGH]),
-    "transposed for a product alone": (lambda x, w: (x + 1).T @ x, "transpose", [LOW]),
-    "transposed for a product and more": (lambda x, w: ((h := (x + 1).T) @ x, jnp.exp(h)), "transpose", [HIGH]),
+    "transposed for a matmul alone": (lambda x, w: (x + 1).T @ x, "transpose", [LOW]),
+    "transposed for a matmul and more": (lambda x, w: ((h := (x + 1).T) @ x, jnp.exp(h)), "transpose", [HIGH]),
     "weight, transposed for a product": (lambda x, w: x @ w.T, "transpose", [HIGH]),
     "sign for an exponential": (beside_a_product(lambda h, w: jnp.exp(-h)), "neg", [LOW]),
     "scale for an exponential": (beside_a_product(lambda h, w: jnp.exp(h * 0.5)), "mul", [LOW]),
@@ -58,7 +58,7 @@ FOLLOWING = {
     "layers added for a sum": (lambda x, w: jnp.mean(x @ w + jnp.tanh(x @ w) @ w), "add", [LOW]),
     "exponential, scaled": (lambda x, w: (jnp.exp(x @ w) * 2) @ w, "mul", [HIGH]),
     "exponential times a product": (lambda x, w: jnp.tanh(jnp.exp(h := x @ w) * h) @ w, "mul", [HIGH]),
-    "exponential times a product, for a product": (lambda x, w: (jnp.exp(h := x @ w) * h) @ w, "mul", [LOW]),
+    "exponential times a matmul, for a matmul": (lambda x, w: (jnp.exp(h := x @ w) * h) @ w, "mul", [LOW]),
     "dropout of an exponential, for a product": (
         lambda x, w: (jnp.exp(x @ w) * ((x > 0).astype(F32) / 0.9)) @ w,
         "mul",
@@ -73,7 +73,7 @@ FOLLOWING = {
     "argument plus a product": (lambda x, w: jnp.tanh(jax.nn.relu(x) + x @ w) @ w, "add", [LOW]),
     "argument itself plus a product": (lambda x, w: jnp.tanh(x + x @ w) @ w, "add", [HIGH]),
     "norm for a product": (lambda x, w: rms_norm(x @ w) @ w, "mul", [HIGH, WIDE]),
-    "norm for a product and more": (lambda x, w: ((h := rms_norm(x @ w)) @ w, jnp.exp(h)), "mul", [HIGH, HIGH]),
+    "norm for a matmul and more": (lambda x, w: ((h := rms_norm(x @ w)) @ w, jnp.exp(h)), "mul", [HIGH, HIGH]),
     "norm for a function": (lambda x, w: jnp.tanh(rms_norm(x @ w)) @ w, "mul", [HIGH, HIGH]),
     "function of a norm": (lambda x, w: jnp.tanh(rms_norm(x @ w)) @ w, "tanh", [LOW]),
     "taken often, for a product": (lambda x, w: (x @ w)[OFTEN] @ w, "gather", [WIDE]),
@@ -89,8 +89,8 @@ FOLLOWING = {
         "logistic",
         [HIGH],
     ),
-    "what levels off, for a product alone": (lambda x, w: jax.nn.sigmoid(x @ w) @ w, "logistic", [LOW]),
-    "coordinates, for a product too": (lambda x, w: (jnp.floor(p := x @ w + w[:1]), p @ w), "add", [HIGH]),
+    "what levels off, for a matmul alone": (lambda x, w: jax.nn.sigmoid(x @ w) @ w, "logistic", [LOW]),
+    "coordinates, for a matmul too": (lambda x, w: (jnp.floor(p := x @ w + w[:1]), p @ w), "add", [HIGH]),
     "low rank": (lambda x, w: jnp.tanh((x @ w[:, :4]) @ w[:4]) @ w, "dot_general", [LOW, LOW, LOW]),
     "inner product": (lambda x, w: jnp.vdot(h := x @ w, h) * h @ w, "dot_general", [LOW, HIGH, LOW]),
     "inner products of a batch": (
@@ -124,8 +124,8 @@ FLOAT16 = {
     "a mask beside a product": (lambda x, w: jnp.where(x > 0, x @ w, -1e9) @ w, "select_n", [(F16, F16)]),
     "a mask of numbers alone": (lambda x, w: (x @ w + jnp.where(x > 0, 0, -1e9)) @ w, "select_n", [HIGH]),
     "what a mask is added to": (lambda x, w: (x @ w + jnp.where(x > 0, 0, -1e9)) @ w, "add", [HIGH]),
-    "a product, scaled by an array": (lambda x, w: ((x @ w) * jnp.full((x.shape[0], 16), 1e6)) @ w, "mul", [HIGH]),
-    "a product, scaled by a tiny array": (lambda x, w: ((x @ w) * jnp.full((x.shape[0], 16), 1e-7)) @ w, "mul", [HIGH]),
+    "a matmul, scaled by an array": (lambda x, w: ((x @ w) * jnp.full((x.shape[0], 16), 1e6)) @ w, "mul", [HIGH]),
+    "a matmul, scaled by a tiny array": (lambda x, w: ((x @ w) * jnp.full((x.shape[0], 16), 1e-7)) @ w, "mul", [HIGH]),
     "a weight, scaled": (lambda x, w: x @ (w * jnp.full((16, 16), 1e6)), "mul", [HIGH]),
 }
 
@@ -205,12 +205,12 @@ THROUGH = {
         "dot_general",
         [HIGH],
     ),
-    "a product that a loop carries": (
+    "a matmul that a loop carries": (
         lambda x, w: lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, c[1] @ w), (0, w)),
         "dot_general",
         [LOW],
     ),
-    "a product that a loop carries to an exponential": (
+    "a matmul that a loop carries to an exponential": (
         lambda x, w: lax.while_loop(
             lambda c: c[0] < 3, lambda c: (c[0] + 1, w @ w, c[2] + jnp.exp(c[1])), (0, 0 * w, w)
         ),
@@ -222,7 +222,7 @@ THROUGH = {
         "tanh",
         [HIGH],
     ),
-    "a product that a scan takes": (
+    "a matmul that a scan takes": (
         lambda x, w: scanned_beside(x @ w, x, w) @ w,
         "tanh",
         [LOW, LOW],

@@ -70,7 +70,7 @@ POINTS, ROTATION = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((M, 3
 EXPERTS, BATCH = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, K, N), (5, M, K)))
 HEAD = jmp.Rule("head", precision="full")
 
-#: A program, its arguments, settings, and for each group the number of products and their FLOPs.
+#: A program, its arguments, settings, and for each group the number of matmuls and their FLOPs.
 FIGURES = {
     "none": (jnp.exp, [X], {}, {}),
     "plain": (jnp.matmul, [X, W], {}, {"low": (1, ONCE)}),
@@ -152,7 +152,7 @@ FIGURES = {
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_figures(name):
-    """Numbers of products and their shares of all FLOPs, from the shapes."""
+    """Numbers of matmuls and their shares of all FLOPs, from the shapes."""
     fun, args, options, expected = FIGURES[name]
     explanation = jmp.explain(fun, LOW, **options)(*args)
     found = explanation.summary.products
@@ -167,7 +167,7 @@ def test_figures(name):
 
 
 def test_symbolic_sizes():
-    """A size that is not known counts as 1, in products and as the length of a loop."""
+    """A size that is not known counts as 1, in matmuls and as the length of a loop."""
     [b] = export.symbolic_shape("b")
     x, xs = (jax.ShapeDtypeStruct((b, *shape), jnp.float32) for shape in ((K,), (M, K)))
     found = jmp.explain(lambda x, w, v: (x @ w, jmp.full_precision(jnp.matmul)(x, v)), LOW)(x, W, SQUARE)
@@ -177,7 +177,7 @@ def test_symbolic_sizes():
 
 
 def test_casts():
-    """Both operands of a product, and neither of what is in float32 anyway."""
+    """Both operands of a matmul, and neither of what is in float32 anyway."""
     assert jmp.explain(jnp.matmul, LOW)(X, W).summary.casts == 2
     assert jmp.explain(jnp.exp, LOW)(X).summary.casts == 0
     assert jmp.explain(jnp.matmul, "full")(X, W).summary.casts == 0
@@ -205,7 +205,7 @@ def test_page():
     total = ONCE_SQUARE + 2 * ONCE
     low = f"1 in 16 bits ({ONCE / total:.1%} of FLOPs)"
     wide = f"2 in float32 ({(ONCE + ONCE_SQUARE) / total:.1%} of FLOPs)"
-    assert lines[0] == f"Matrix products and convolutions: {low}, {wide}. Operands cast: 2."
+    assert lines[0] == f"Matmuls and convolutions: {low}, {wide}. Operands cast: 2."
     for line, work in zip(lines[1:3], (ONCE, ONCE_SQUARE), strict=True):
         assert line.startswith(f"  float32, {work / total:.1%}: ")
         assert re.search(r"test_autocast_explain\.py:\d+.* in head: rule for scope 'head'$", line)
@@ -320,7 +320,7 @@ def test_records():
 
 @pytest.mark.parametrize("order", [lambda fun: fun, jax.grad])
 def test_every_product_is_explained_once(order):
-    """In loops, branches, calls and custom rules too: as many records of products as the autocast program has."""
+    """In loops, branches, calls and custom rules too: as many records of matmuls as the autocast program has."""
 
     @jax.custom_vjp
     def sine(x, w):
@@ -346,7 +346,7 @@ def test_what_the_user_says():
     for reason, options in reasons.items():
         assert jmp.explain(every_class, LOW, **options)(X, SQUARE)[0].reason == reason
     assert len(jmp.explain(lambda x: x, LOW)(X)) == 0
-    assert str(jmp.explain(lambda x: x, LOW)(X)).startswith("Matrix products and convolutions: none")
+    assert str(jmp.explain(lambda x: x, LOW)(X)).startswith("Matmuls and convolutions: none")
 
 
 # --- Flax ---
@@ -369,7 +369,7 @@ class Net(nnx.Module):
         return self.head(self.dropout(nnx.relu(self.norm(self.body(x)))))
 
 
-#: Policy, settings, and the dtypes of the products in body and head.
+#: Policy, settings, and the dtypes of the matmuls in body and head.
 SAID = {
     "all": (LOW, {}, BF16, BF16),
     "full": ("full", {}, F32, F32),
@@ -388,7 +388,7 @@ SAID = {
 
 
 def by_part(found):
-    """Counts products by the part of the model that they are in, and by the dtypes of their operands."""
+    """Counts matmuls by the part of the model that they are in, and by the dtypes of their operands."""
     return collections.Counter((re.search("body|head", scope)[0], *sorted(dtypes)) for scope, dtypes in found)
 
 
@@ -427,7 +427,7 @@ def test_nnx_explains_what_nnx_runs(said, order):
 
 
 def test_nnx_takes_what_autocast_takes():
-    """Modules, bound methods, partial functions; shapes in the place of arrays, in the model too."""
+    """Modules, bound methods, partial functions; shapes in place of arrays, in the model too."""
     model = Net(nnx.Rngs(0))
     abstract = nnx.eval_shape(lambda: Net(nnx.Rngs(0)))
     call = lambda model, x: model(x)  # noqa: E731

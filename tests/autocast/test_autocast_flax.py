@@ -34,12 +34,12 @@ def near(actual, expected, error=0.03):
 
 
 def by_part(found):
-    """Counts products by the part of the model that they are in, and by the dtypes of their operands."""
+    """Counts matmuls by the part of the model that they are in, and by the dtypes of their operands."""
     return collections.Counter((part, *sorted(kinds)) for scope, kinds in found for part in PARTS if part in scope)
 
 
 def expected_by_part(plain, full_part):
-    """What is expected of the products of a float32 model if one part is in full precision."""
+    """What is expected of the matmuls of a float32 model if one part is in full precision."""
     return {(part, F32 if part == full_part else BF16): plain[part, F32] for part in PARTS}
 
 
@@ -49,7 +49,7 @@ def expected_by_part(plain, full_part):
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("name", linen_models.EVERY_MODEL)
 def test_paths_of_linen_modules(name, part, x, rng):
-    """An exact path inside the model holds for every product of the module, forward and backward, and for no other."""
+    """An exact path inside the model holds for every matmul of the module, forward and backward, and for no other."""
     model = linen_models.MODELS[name]()
     variables = linen_models.random_variables(model, x, rng)
     policy = jmp.PolicyMap({part: "full"}, default=LOW)
@@ -197,7 +197,7 @@ def test_what_a_call_does_to_a_module_stays(x):
 def test_dropout_of_nnx_takes_the_same_bits(x):
     rngs, plain = nnx.Rngs(7), nnx.Rngs(7)
     drop = lambda x, rngs: nnx.Dropout(0.5, rngs=rngs)(x @ jnp.ones((16, 64))) == 0  # noqa: E731
-    positive = 1 + jnp.abs(x)  # no row of the product is 0 by itself, in float32 or in bfloat16
+    positive = 1 + jnp.abs(x)  # no row of the matmul is 0 by itself, in float32 or in bfloat16
     for _ in range(2):
         assert_identical(jmp.nnx.autocast(drop, LOW)(positive, rngs), drop(positive, plain))
     assert_identical(nnx.state(rngs), nnx.state(plain))
@@ -333,7 +333,7 @@ def test_paths_with_indices(path, x):
 
 
 def test_warm_calls_compile_nothing(x):
-    """A function wrapped anew for every call, called eagerly, with state: nothing is compiled after the first calls."""
+    """A function wrapped again for every call, called eagerly, with state: only the first calls compile."""
     model = Net(nnx.Rngs(0))
     run = lambda: jmp.nnx.autocast(loss_of, LOW)(model, x)  # noqa: E731
     run(), run()

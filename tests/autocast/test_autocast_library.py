@@ -1,4 +1,4 @@
-"""Functions of JAX that are made of products, though none was asked for, run as they were written."""
+"""Functions of JAX that are made of matmuls, though none was asked for, run as they were written."""
 
 import functools
 import importlib
@@ -59,7 +59,7 @@ def test_every_function_is_in_the_table_or_left_out_for_a_reason():
 
 
 def has_product(function, args):
-    """Whether a function can be called with these arguments, and has a matrix product or convolution inside."""
+    """Whether a function can be called with these arguments, and has a matmul or convolution inside."""
     try:
         eqns = [eqn for name in jaxprs.CONTRACTIONS for eqn in jaxprs.equations(name, function, *args)]
     except Exception:
@@ -75,7 +75,7 @@ def _summed(eqn):
 @pytest.mark.soak
 @pytest.mark.filterwarnings("ignore")
 def test_every_function_of_numpy_with_a_product_is_in_the_table():
-    """Whatever of jax.numpy can be called with a few vectors or matrices and has a product is known."""
+    """Whatever of jax.numpy can be called with a few vectors or matrices and has a matmul is known."""
     v, m = np.linspace(0.1, 0.9, 9, dtype=np.float32), np.linspace(0.1, 0.9, 81, dtype=np.float32).reshape(9, 9)
     tries = [(v,), (m,), (v, v), (m, m), (m, v), (v, v, v), (m, m, m)]
     functions = {name: getattr(jnp, name.rpartition(".")[2]) for name in public(jnp)}
@@ -180,7 +180,7 @@ def test_gradients_are_near_those_of_float32(name, policy, rng):
         assert length(found) == 0 if length(gradients) == 0 else relative(found, gradients) < 2 * ULP, order
 
 
-# --- Of what products return ---
+# --- Of what matmuls return ---
 
 
 def orthogonal(rng):
@@ -210,7 +210,7 @@ PLACES = {
 @pytest.mark.parametrize("place", slow_but_for({"jit"}, PLACES))
 @pytest.mark.parametrize("name", OF_PRODUCTS)
 def test_what_products_return_is_all_that_is_rounded(name, place, rng):
-    """In what follows a product, nothing else is lost."""
+    """In what follows a matmul, nothing else is lost."""
     program = PLACES[place](OF_PRODUCTS[name])
     x, w = jnp.asarray(spread(9)(rng)), orthogonal(rng)
     found = result(lowered(jmp.autocast(program, "mixed_bfloat16"), (x, w)), (x, w))
@@ -221,7 +221,7 @@ def test_what_products_return_is_all_that_is_rounded(name, place, rng):
 
 
 def of_users(name):
-    """A user's function under jit, with a product and the name of one of JAX's functions."""
+    """A user's function under jit, with a matmul and the name of one of JAX's functions."""
 
     def function(x, w):
         return x @ w

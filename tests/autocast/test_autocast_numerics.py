@@ -64,7 +64,7 @@ def test_gradients_accumulated_over_micro_batches(rng):
 
 
 def test_sum_of_many(rng):
-    """Sums and means of products are as precise as the products."""
+    """Sums and means of matmuls are as precise as the matmuls."""
 
     def fun(x, w):
         h = x @ w
@@ -105,7 +105,7 @@ def test_variance_of_an_argument_with_a_mean(rng):
 
 @pytest.mark.parametrize("of", [jax.nn.softmax, jax.nn.log_softmax, jax.nn.logsumexp])
 def test_softmax_of_wide_logits(of, rng):
-    """Of logits with a deviation of 6 that come out of a product without loss, softmax is computed in float32."""
+    """Of logits with a deviation of 6 that come out of a matmul without loss, softmax is computed in float32."""
     logits = normal(rng, 8, 256, scale=6.0).astype(jnp.bfloat16).astype(jnp.float32)
     fun = lambda x, w: of(x @ w)  # noqa: E731
     actual, expected = jax.jit(low(fun))(logits, jnp.eye(256)), of(logits)
@@ -116,7 +116,7 @@ def test_softmax_of_wide_logits(of, rng):
 
 
 def test_rotary_angles_are_exact():
-    """A product without contraction of positions up to 4096 with frequencies is not rounded."""
+    """A matmul without contraction of positions up to 4096 with frequencies is not rounded."""
 
     def angles(positions):
         frequencies = 1.0 / 10000.0 ** (jnp.arange(0, 64, 2, dtype=jnp.float32) / 64)
@@ -131,7 +131,7 @@ def test_rotary_angles_are_exact():
 
 
 def test_loop_with_a_float_predicate_is_exact(rng):
-    """A loop that runs until a norm is small takes the same steps to the same bits, from the same product."""
+    """A loop that runs until a norm is small takes the same steps to the same bits, from the same matmul."""
 
     def fun(x, w):
         body = lambda c: (jnp.tanh(c[0] @ w), c[1] + 1)  # noqa: E731
@@ -199,7 +199,7 @@ def coordinates_and_offsets(x, w):
     ids=["decay", "coordinates"],
 )
 def test_states_and_places_keep_their_digits(fun, args, policy):
-    """A moving average that starts from a product; places in an array that come from one."""
+    """A moving average that starts from a matmul; places in an array that come from one."""
     np.testing.assert_allclose(jmp.autocast(fun, policy)(*args), fun(*args), rtol=1e-6)
 
 
@@ -257,7 +257,7 @@ def test_random_numbers_are_the_same_bits_in_a_low_region(key):
 
 
 def test_a_parameter_scaled_by_a_low_number_keeps_its_digits(rng):
-    """Weight decay by a factor that comes from a product: the parameter is data of its own."""
+    """Weight decay by a factor that comes from a matmul: the parameter is data of its own."""
     p, x = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((64, 64), (1, 16)))
 
     def decayed(p, x):

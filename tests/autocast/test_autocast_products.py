@@ -1,4 +1,4 @@
-"""What takes the place of lax.dot_general under autocast: products of the user's, and sums of products in float32."""
+"""What takes the place of lax.dot_general under autocast: matmuls of the user's, and sums of matmuls in float32."""
 
 import functools
 
@@ -24,13 +24,13 @@ ORDERS = {
 
 
 def layers(x, w):
-    """Two products, the first in scope "router"."""
+    """Two matmuls, the first in scope "router"."""
     with jax.named_scope("router"):
         x = jax.jit(jnp.matmul)(x, w)
     return jnp.mean(jnp.tanh(jax.jit(jnp.matmul)(jnp.tanh(x), w)) ** 2)
 
 
-# --- Products of the user's ---
+# --- Matmuls of the user's ---
 
 
 def recording(seen):
@@ -99,7 +99,7 @@ def test_the_result_of_a_product_is_what_comes_out(rng):
     assert_identical(jmp.autocast(jnp.matmul, LOW, dot=half)(x, w), 0.5 * expected)
 
 
-# --- Sums of products in float32 ---
+# --- Sums of matmuls in float32 ---
 
 SHAPES = {
     "matrices": ("ij,jk->ik", (8, 64), (64, 16)),

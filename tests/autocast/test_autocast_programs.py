@@ -21,7 +21,7 @@ PROGRAMS = {
 @pytest.mark.parametrize("wrap", [lambda fun: fun, lambda fun: jax.grad(lambda *args: jnp.sum(fun(*args)))])
 @pytest.mark.parametrize(("primitive", "fun"), PROGRAMS.items(), ids=PROGRAMS)
 def test_full_precision_covers_the_program(primitive, fun, wrap):
-    """Nothing in it is rounded, forward and backward; without the rule its products are."""
+    """Nothing in it is rounded, forward and backward; without the rule its matmuls are."""
     if primitive == "while":
         wrap = lambda fun: fun  # noqa: E731  JAX cannot differentiate it backward
     for rules, is_low in (([], True), ([jmp.Rule(None, primitive, "full")], False)):
@@ -29,7 +29,7 @@ def test_full_precision_covers_the_program(primitive, fun, wrap):
         assert ("bf16" in str(jaxpr)) is is_low
 
 
-# What runs in float32 in one part of a program, and whose results a product takes.
+# What runs in float32 in one part of a program, and whose results a matmul takes.
 IN_PART = {
     "scan, carry": ("scan", lambda x, w: lax.scan(lambda h, _: (jnp.exp(h), None), x @ w, None, length=2)[0]),
     "scan, second round": (

@@ -1,4 +1,4 @@
-"""Which precision holds where: rules, policies per scope, regions, replaced products; forward and backward."""
+"""Which precision holds where: rules, policies per scope, regions, replaced matmuls; forward and backward."""
 
 import collections
 import functools
@@ -19,11 +19,11 @@ import jmp_lite as jmp
 from jmp_lite.autocast import _api
 
 LOW = "mixed_bfloat16"
-# Eight rows per device: with a handful, the weight gradient is no work for a matrix unit.
+# Eight rows per device: with a handful, the weight gradient is not work for a matrix unit.
 X, W = jax.ShapeDtypeStruct((64, 16), jnp.float32), jax.ShapeDtypeStruct((16, 16), jnp.float32)
 BF16, F16, F32 = "bfloat16", "float16", "float32"
 
-# --- Precedence, on one product and one exponential in scope a/b ---
+# --- Precedence, on one matmul and one exponential in scope a/b ---
 
 
 def in_scopes(x, w):
@@ -275,7 +275,7 @@ ORDERS = {
 
 
 def scope_outside(within):
-    """Two layers, the first in scope "router", each in a construct of its own."""
+    """Two layers, the first in scope "router", each in its own construct."""
 
     def loss(x, w):
         with jax.named_scope("router"):
@@ -299,7 +299,7 @@ def scope_inside(within):
 
 
 def products_by_scope(fun):
-    """Counts products by whether their scope holds "router", and the dtypes of their operands."""
+    """Counts matmuls by whether their scope holds "router", and the dtypes of their operands."""
     return collections.Counter(("router" in scope, *sorted(found)) for scope, found in jaxprs.contractions(fun, X, W))
 
 
@@ -307,7 +307,7 @@ def products_by_scope(fun):
 @pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
 @pytest.mark.parametrize("placed", [scope_outside, scope_inside])
 def test_scopes_reach_into_and_through(within, order, placed):
-    """By rule or by policy, each product of a scope is float32, forward and backward; every other one is bfloat16."""
+    """By rule or by policy, each matmul of a scope is float32, forward and backward; every other one is bfloat16."""
     loss = placed(within)
     plain = products_by_scope(order(lambda fun: fun, loss))
     expected = {(True, F32): plain[True, F32], (False, BF16): plain[False, F32]}
@@ -377,7 +377,7 @@ INVALID = {
     "dtype as a primitive": (lambda: Rule("head", jnp.bfloat16), jmp.errors.InvalidRuleError, "bfloat16"),
     "result": (lambda: Rule("head", result=jnp.bfloat16), jmp.errors.InvalidRuleError, "bfloat16"),
     "a kernel": (lambda: Rule(primitive="pallas_call", precision="low"), jmp.errors.InvalidRuleError, "'pallas_call'"),
-    "a product for a kernel": (
+    "a matmul for a kernel": (
         lambda: Rule(None, "ffi_call", dot=lax.dot_general),
         jmp.errors.InvalidRuleError,
         "'ffi_call'",

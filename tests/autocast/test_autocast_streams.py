@@ -80,7 +80,7 @@ NOT_STREAMS = {
     "a weight that decays": lambda x, w: add(w * 0.99, -0.01 * jnp.tanh(x[0].T @ jnp.tanh(x[0] @ w))),
     "positions around their mean": lambda x, w: add(x - jnp.mean(x, 0, keepdims=True), 0.01 * (x @ w)),
     "a sampler": lambda x, w: add(x * 0.9, 0.1 * jnp.tanh(x @ w)),
-    "a state that a product made, of a recurrence": lambda x, w: lax.scan(
+    "a state that a matmul made, of a recurrence": lambda x, w: lax.scan(
         lambda z, _: (add(z, 0.01 * jnp.tanh(z @ w)), None), x @ w, None, length=2
     )[0],
     "weights in a scan over batches": lambda x, w: lax.scan(
@@ -111,14 +111,14 @@ def cell(gate, state, w):
 
 
 GATES = {
-    "a product takes it": (lambda gate, state, w: cell(gate, state, w) @ w, LOW),
+    "a matmul takes it": (lambda gate, state, w: cell(gate, state, w) @ w, LOW),
     "a loss takes it": (lambda gate, state, w: jnp.log(cell(gate, state, w)), HIGH),
 }
 
 
 @pytest.mark.parametrize("name", GATES)
 def test_a_gate_of_a_float32_state_is_as_precise_as_what_takes_it(name):
-    """A low gate has as few digits as the product that takes what it lets through."""
+    """A low gate has as few digits as the matmul that takes what it lets through."""
     fun, dtype = GATES[name]
     found = jmp.explain(fun, POLICY)(jnp.ones((16, 64)), jnp.ones((16, 64)), W)
     assert [r.out_dtypes[0] for r in found if r.primitive == "mul"][-1] == dtype

@@ -231,7 +231,7 @@ def test_values_of_another_checkpoint_are_noticed(rng, tmp_path):
 
 @damages
 def test_damaged_checkpoint_makes_room_for_the_next(copied, key):
-    """After falling back, the run goes on from there: steps follow, and what was damaged is kept apart."""
+    """After falling back, the run resumes from there: steps follow, and what was damaged is kept apart."""
     directory, states = copied
     shutil.rmtree(directory / "3" / "state" / "d")
     (directory / "4.orbax-checkpoint-tmp").mkdir()
@@ -263,7 +263,7 @@ def test_chosen_step_is_restored_or_nothing(copied, key):
 
 @damages
 def test_no_good_checkpoint_is_an_error_that_lists_what_was_tried(copied, key):
-    """A run does not silently begin anew where there was something to go on from."""
+    """A run does not silently begin again where there was something to resume from."""
     directory, _ = copied
     for step in (1, 2, 3):
         (directory / str(step) / "header" / "metadata").write_text("{}")
@@ -304,7 +304,7 @@ SCALES = {
 @pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
 @pytest.mark.parametrize("back", [False, True], ids=["to", "from"])
 def test_changed_loss_scale_is_an_error_or_migrates(scale, back, key, tmp_path):
-    """The message names both classes; a migration goes on with the template's own scale."""
+    """The message names both classes; a migration continues with the template's own scale."""
     old, new = make_state(key, step=3), make_state(jax.random.fold_in(key, 1), scale)
     old, new = (new, old) if back else (old, new)
     names = [type(state["opt_state"].loss_scale).__name__ for state in (old, new)]

@@ -116,11 +116,11 @@ def module(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("arguments", "products"), [((), 1), (("--grad",), 2)])
 def test_explain_prints_a_line_per_equation(capsys, module, arguments, products):
-    """A summary, then forward one product, with the gradient two."""
+    """A summary, then forward one matmul, with the gradient two."""
     path = list(sys.path)
     assert cli.main(["explain", f"{module}:call", *arguments]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith(f"Matrix products and convolutions: {products} in 16 bits (100.0% of FLOPs).")
+    assert lines[0].startswith(f"Matmuls and convolutions: {products} in 16 bits (100.0% of FLOPs).")
     assert sum("dot_general" in line and "bf16, bf16" in line for line in lines) == products
     assert sys.path == path
 

@@ -45,7 +45,7 @@ def module(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "status", "said"),
     [
-        (["analyzed_module:clean", "--policy", "mixed_bfloat16"], 0, "2 matrix products"),
+        (["analyzed_module:clean", "--policy", "mixed_bfloat16"], 0, "2 matmuls"),
         (["analyzed_module:shapes"], 0, "Found: nothing"),
         (["analyzed_module:bug"], 1, "error: cancellation"),
     ],

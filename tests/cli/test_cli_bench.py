@@ -22,7 +22,7 @@ NAMES = ["GPT", "ResNet"]
 
 
 def dot_model(name="a model"):
-    """A model of one product: a parameter for each of 4 inputs, and its sum is the loss."""
+    """A model of one matmul: a parameter for each of 4 inputs, and its sum is the loss."""
 
     def loss_in(dtype):
         return lambda p, batch: jnp.sum(batch["x"].astype(dtype) @ p["w"].astype(dtype)).astype(jnp.float32)
@@ -297,7 +297,7 @@ def test_failed_runs_end_with_2_after_the_table(capsys, two_variants):
 
 
 def test_runs_that_are_fine_end_with_0(capsys, two_variants):
-    """And standard error stays empty where it is no terminal."""
+    """And standard error stays empty where it is not a terminal."""
     two_variants.pop("broken")
     assert cli.main(["bench", "--tiny"]) == 0
     printed = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""The tests that jmp and Haiku ship in their wheels pass with jmp_lite in the place of jmp."""
+"""The tests that jmp and Haiku ship in their wheels pass with jmp_lite in place of jmp."""
 
 import importlib.util
 import os

@@ -113,7 +113,7 @@ STALLED = {
 @pytest.mark.parametrize(("where", "message"), STALLED.values(), ids=STALLED)
 @pytest.mark.parametrize("devices", [(), (DEVICES,)], ids=["shard_map", "pmap"])
 def test_stalled_training_names_the_replicas(where, message, devices):
-    """check_loss_scale says which leaf was bad on which replicas, given the flags in the place of gradients."""
+    """check_loss_scale says which leaf was bad on which replicas, given the flags in place of gradients."""
     tx, params = jmp.loss_scaled(optax.sgd(0.1), jmp.DynamicLossScale(1.0)), {"w": jnp.ones(2)}
     state = jax.lax.fori_loop(0, 10, lambda _, s: tx.update({"w": jnp.full(2, np.nan)}, s, params)[1], tx.init(params))
     replicas = jnp.zeros((*devices, DEVICES), bool)

@@ -169,7 +169,7 @@ def test_leaves_that_do_not_round(rng):
 
 
 def test_models_see_nothing_of_it(rng):
-    """Under autocast the products behind a gather are in the compute dtype, and what is not split keeps its digits."""
+    """Under autocast the matmuls behind a gather are in the compute dtype, and what is not split keeps its digits."""
     params = parameters(rng)
     shardings = jax.tree.map(lambda leaf: NamedSharding(AUTO, P(AXIS) if leaf.ndim == 2 else P()), params)
 

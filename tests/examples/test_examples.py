@@ -32,7 +32,7 @@ def environment(tmp_path_factory):
 
 @pytest.fixture
 def start(environment, tmp_path):
-    """Starts an example in a folder of its own."""
+    """Starts an example in its own folder."""
 
     def start(script, *arguments):
         return subprocess.Popen(

@@ -1,4 +1,4 @@
-"""``examples/pod.py``: three modes, the rows of each host, and runs that are stopped and go on."""
+"""``examples/pod.py``: three modes, the rows of each host, and runs that are stopped and continue."""
 
 import os
 import pathlib

@@ -105,7 +105,7 @@ def test_foreign_files_are_refused(tmp_path):
     safetensors.numpy.save_file({"w": np.ones(2)}, path, {"format": "pt"})
     for data in (path.read_bytes(), b"\x80\x04N.", b"not a model" * 9):
         path.write_bytes(data)
-        with pytest.raises(jmp.errors.CorruptArtifactError, match=r"'.*m' is no artifact of jmp_lite.export"):
+        with pytest.raises(jmp.errors.CorruptArtifactError, match=r"'.*m' is not an artifact of jmp_lite.export"):
             export.load(path)
     with pytest.raises(FileNotFoundError):
         export.load(tmp_path / "none")

@@ -91,9 +91,9 @@ W = jnp.eye(2)
         (lambda f: f(jnp.dot, {"__metadata__": W}, W), "Two things would be stored as '__metadata__'"),
         (lambda f: f(lambda w, x: Own(x), W, W), "containers that only this program knows.*Own"),
         (lambda f: f(lambda w, own: own.x, W, Own(W)), "containers that only this program knows.*Own"),
-        (lambda f: f(jnp.dot, W, W, platforms=["gpu"]), r"platforms=\['gpu'\]: 'gpu' is no platform. Accepted: cpu"),
-        (lambda f: f(jnp.dot, W, W, platforms=[]), "nothing is no platform"),
-        (lambda f: f(jnp.dot, W, W, platforms=3), "platforms=3: 3 is no platform"),
+        (lambda f: f(jnp.dot, W, W, platforms=["gpu"]), r"platforms=\['gpu'\]: 'gpu' is not a platform. Accepted: cpu"),
+        (lambda f: f(jnp.dot, W, W, platforms=[]), "nothing is not a platform"),
+        (lambda f: f(jnp.dot, W, W, platforms=3), "platforms=3: 3 is not a platform"),
         (lambda f: f(lambda w, x: jax.debug.print("{}", x) or w @ x, W, W), "cannot be written .*calls back to Python"),
     ],
 )

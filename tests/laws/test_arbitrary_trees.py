@@ -215,7 +215,7 @@ def another(leaf):
 @settings(max_examples=60)
 @given(data=st.data())
 def test_select_tree_returns_the_tree_asked_for(x64, data):
-    """Selection keeps structure, canonical dtype, value and shape, and hands what is no number through."""
+    """Selection keeps structure, canonical dtype, value and shape, and hands what is not a number through."""
     with jax.enable_x64(x64):
         tree = data.draw(strategies.trees(strategies.leaves() | strategies.loss_scales()), "tree")
         other = jax.tree.map(another, tree)

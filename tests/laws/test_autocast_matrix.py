@@ -174,14 +174,14 @@ def test_float32_is_the_plain_function(name, case, args):
 
 
 def products(fun, args, kwargs):
-    """The dtypes of the two operands of every product, also of those in loops and calls."""
+    """The dtypes of the two operands of every matmul, also of those in loops and calls."""
     found = (eqn for _, eqn in equations(fun)(*args, **kwargs) if jaxprs.is_worth_16_bits(eqn))
     return [tuple(str(x.aval.dtype) for x in eqn.invars[:2]) for eqn in found]
 
 
 @every_case
 def test_what_should_be_low_is_low(name, case, args):
-    """No product of a case stays in float32, forward or backward, in either order, but for exempt modes."""
+    """No matmul of a case stays in float32, forward or backward, in either order, but for exempt modes."""
     plain, low = (in_modes(case, cast) for cast in (unchanged, to(LOW)))
     for mode in set(low) & set(case.low):
         before, after = (products(modes[mode], args, case.kwargs) for modes in (plain, low))

@@ -59,6 +59,6 @@ def test_every_mode_skips_the_same_steps_in_float16(mode, seed):
     assert verdicts == expected
     assert [not finite for finite, _ in verdicts] == [step in faults for step in range(STEPS)]
     assert [not np.isfinite(loss) for loss in losses] == [step in faults for step in range(STEPS)]
-    # Products of float16 operands: each is off by half an ulp, and so are weights and activations.
+    # Matmuls of float16 operands: each is off by half an ulp, and so are weights and activations.
     difference = jax.tree.map(lambda a, b: np.max(np.abs(a - b)), state[0], other_state[0])
     assert max(jax.tree.leaves(difference)) < STEPS * 2.0**-10

@@ -15,7 +15,7 @@ import jmp_lite as jmp
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
-#: Policies, each with the dtype of the products in the body of a model and in its head.
+#: Policies, each with the dtype of the matmuls in the body of a model and in its head.
 POLICIES = {
     "mixed_bfloat16": ("bfloat16", "bfloat16"),
     "p=f32,c=f16,o=bf16": ("float16", "float16"),
@@ -83,7 +83,7 @@ every_model = pytest.mark.parametrize(
     ("forwards", "name"),
     cases("linen", linen_forwards, linen_models.EVERY_MODEL) + cases("nnx", nnx_forwards, nnx_models.EVERY_MODEL),
 )
-#: Models of which the forward products alone are looked at: one that has no reverse mode, and one whose second product
+#: Models of which the forward matmuls alone are looked at: one that has no reverse mode, and one whose second matmul
 #: has two terms and so, in the backward pass, the dtype in which its operands are stored.
 FORWARD_ONLY = ("while", "lora")
 

@@ -152,7 +152,7 @@ def test_casts_are_the_same_everywhere(transform, forest):
 
 
 def test_casts_keep_structure_and_repeat(forest):
-    """Casts keep the structure and shapes, do nothing the second time, and leave alone what is no standard float."""
+    """Casts keep the structure and shapes, do nothing the second time, and leave alone what is not a standard float."""
     for policy in (jmp.get_policy(p) for p in POLICIES):
         for cast in (policy.cast_to_param, policy.cast_to_compute, policy.cast_to_output):
             once = cast(forest)
@@ -166,7 +166,7 @@ def test_casts_keep_structure_and_repeat(forest):
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
 def test_gradient_through_a_cast_has_the_type_of_the_parameter(policy, forest):
-    """Differentiating through a cast gives gradients with the dtypes of the parameters, float0 for what is no float."""
+    """Gradients through a cast have the dtypes of the parameters, float0 for what is not a float."""
     params = forest
     compute = jmp.get_policy(policy).cast_to_compute
 
@@ -189,7 +189,7 @@ def test_with_policy_is_the_same_everywhere(transform, policy, rng):
     params, x = {"w": jnp.float32(2), "b": floats(rng)}, jnp.arange(3, dtype=jnp.float32)
     out = transform(run)(params, x)
     assert out.dtype == jmp.get_policy(policy).output_dtype
-    # A product and a sum, each rounded in the compute dtype, or once if fused.
+    # A matmul and a sum, each rounded in the compute dtype, or once if fused.
     compute = jnp.finfo(jmp.get_policy(policy).compute_dtype).eps / jnp.finfo(out.dtype).eps
     assert_close(out, run(params, x), ulps=2 * float(compute))
 
@@ -293,7 +293,7 @@ def test_steps_are_the_same_everywhere(transform, rng):
     bad = {**grads, "w": grads["w"].at[1].set(rng.choice([np.nan, np.inf]))}
     scales = [SCALES[name] for name in ("none", "static", "deepspeed")]
     found, expected = transform(steps)(scales, params, grads, bad), steps(scales, params, grads, bad)
-    # Two products and two sums, each rounded by half an ulp, or not if fused.
+    # Two matmuls and two sums, each rounded by half an ulp, or not if fused.
     assert_close(found, expected, ulps=4 / 2)
     for after, skipped, updates, state in found:
         assert_identical(skipped, after)

@@ -111,7 +111,7 @@ def test_intermediates_are_those_of_the_model(variables, x):
 
 @pytest.mark.parametrize("policy", [HALF, jmp.PolicyMap({"body": "full"}, HALF)], ids=["Policy", "PolicyMap"])
 def test_variables_carried_by_a_scan_keep_their_dtype(policy, x, rng):
-    """A module may replace a carried float32 variable by a product in half precision."""
+    """A module may replace a carried float32 variable by a matmul in half precision."""
     step = nn.scan(Remembering, variable_broadcast="params", variable_carry="state", split_rngs={"params": False})()
     params = random_variables(nn.Dense(16), x, rng)["params"]
     variables = {"params": {"body": params}, "state": {"h": jnp.zeros(x.shape)}}

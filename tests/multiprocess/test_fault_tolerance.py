@@ -1,4 +1,4 @@
-"""Jobs of several processes lose one of them, a checkpoint or a number, and go on as if nothing had happened."""
+"""Jobs of several processes lose one of them, a checkpoint or a number, and continue as if nothing had happened."""
 
 import json
 import os
@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 SEED = zlib.crc32(f"{os.environ['JMP_LITE_SEED']} multiprocess".encode())
 STEPS, EVERY = 40, 5
 RUN = {"seed": SEED, "steps": STEPS, "every": EVERY, "fault_rate": 0.1}
-#: The hosts and devices per host on which a run goes on, four devices each time.
+#: The hosts and devices per host on which a run continues, four devices each time.
 RESUMED = [(2, 2), (1, 4), (4, 1)]
 
 

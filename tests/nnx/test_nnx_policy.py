@@ -286,7 +286,7 @@ def test_intermediates_can_be_captured(x):
 
 
 def test_a_step_is_traced_once(everything, x):
-    """A step under nnx.jit is traced once, although every call gives the modules classes anew."""
+    """A step under nnx.jit is traced once, although every call gives the modules classes again."""
     traces = []
 
     def traced(model, x):

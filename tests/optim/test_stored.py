@@ -112,7 +112,7 @@ def formats_of(opt_state):
 )
 @pytest.mark.filterwarnings("ignore:state='8bit' leaves")
 def test_eight_bit_formats(inner, formats, rng):
-    """A ratio only where `mu` grows as the root of `nu`: in ADOPT it does not, and in Adamax `nu` is no square."""
+    """A ratio only where `mu` grows as the root of `nu`: in ADOPT it does not, and in Adamax `nu` is not a square."""
     opt_state = stored(standard(inner), params="split8", state="8bit").init({"kernel": weights(rng)["kernel"]})
     found = {name.split("/")[-2]: type(one) for name, one in formats_of(opt_state).items()}
     assert found == formats
@@ -159,17 +159,17 @@ def test_resident_bytes(rng):
 
 REFUSED = {
     "an optimizer that was not called": (lambda: stored(optax.adam), "takes an Optax optimizer, got the function adam"),
-    "a class": (lambda: stored(adam(), state={"nu": Log}), "is no format of a moment"),
+    "a class": (lambda: stored(adam(), state={"nu": Log}), "is not a format of a moment"),
     "a key": (lambda: stored(adam(), state={1: "log"}), "patterns, such as 'mu', got 1"),
     "a text for a bound": (lambda: Ratio(bound="8"), "bound must be .* got '8'"),
     "whole numbers": (lambda: Float(np.dtype(np.int8)), "got dtype.'int8'"),
     "parameters that do not exist": (lambda: stored(adam(), params="split9"), r"params='split9' .* 'split8'\?"),
-    "a dtype": (lambda: stored(adam(), params=jnp.bfloat16), "params=.*bfloat16.* is no format"),
+    "a dtype": (lambda: stored(adam(), params=jnp.bfloat16), "params=.*bfloat16.* is not a format"),
     "state that does not exist": (lambda: stored(adam(), state="8bits"), r"state='8bits' .* '8bit'\?"),
     "one format for all": (lambda: stored(adam(), state="log"), r"write state=\{'mu': 'log'\}"),
     "no mapping": (lambda: stored(adam(), state=8), "got 8"),
     "a format in a pattern": (lambda: stored(adam(), state={"mu": "ration"}), r"'ration'\} .* 'ratio'\?"),
-    "an object": (lambda: stored(adam(), state={"mu": 8}), r"\{'mu': 8\} is no format"),
+    "an object": (lambda: stored(adam(), state={"mu": 8}), r"\{'mu': 8\} is not a format"),
     "a seed": (lambda: stored(adam(), seed=-1), "seed must be .* got -1"),
     "a range": (lambda: Log(highest=200), "highest"),
     "a bound": (lambda: Ratio(bound=0.0), "bound"),

@@ -188,7 +188,7 @@ def test_going_on_from_float32(rng):
     with pytest.raises(jmp.errors.InvalidStorageError, match="no state of this optimizer without stored"):
         jmp.optim.from_full_precision(tx, params, opt_state=adam().init(params))
     other = jax.tree.map(lambda leaf: jnp.zeros((3, *jnp.shape(leaf))), state)
-    with pytest.raises(jmp.errors.InvalidStorageError, match="in the place of"):
+    with pytest.raises(jmp.errors.InvalidStorageError, match="in place of"):
         jmp.optim.from_full_precision(tx, params, opt_state=other)
 
 

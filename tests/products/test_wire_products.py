@@ -1,4 +1,4 @@
-"""Laws of the product whose weight gradient is float32: it is ``lax.dot_general``, to every transformation."""
+"""Laws of the matmul whose weight gradient is float32: it is ``lax.dot_general``, to every transformation."""
 
 import flax.linen as nn
 import jax
@@ -38,7 +38,7 @@ def operands(case, dtype, rng):
 
 
 def functions(case, dtype):
-    """The product, and ``lax.dot_general`` of what is cast first."""
+    """The matmul, and ``lax.dot_general`` of what is cast first."""
     dims, dtype = DIMENSIONS[case][2], jnp.dtype(dtype)
 
     def plain(x, w):
@@ -49,7 +49,7 @@ def functions(case, dtype):
 
 
 def total(fun):
-    """A scalar that is not linear in the product."""
+    """A scalar that is not linear in the matmul."""
     return lambda x, w: jnp.sum(fun(x, w).astype(jnp.float32) ** 2)
 
 
@@ -81,7 +81,7 @@ TRANSFORMS = {
 }
 
 
-#: Those that take long to compile are shown on the products that are least alike, and by default on one of them.
+#: Those that take long to compile are shown on the matmuls that are least alike, and by default on one of them.
 LONG = {"hessian", "gradient of a gradient", "linearize", "checkpoint", "gradients per example", "forward mode in one"}
 UNLIKE = {"sequences", "two contracted, crossed", "experts last"}
 QUICK = {
@@ -106,7 +106,7 @@ def test_it_is_dot_general(case, transform, rng):
 @cases
 @dtypes
 def test_operands_are_narrow_and_the_weight_gradient_is_not(case, dtype, rng):
-    """All three products take 16-bit operands; that which makes the gradient of the weight returns float32."""
+    """All three matmuls take 16-bit operands; that which makes the gradient of the weight returns float32."""
     product, _ = functions(case, dtype)
     x, w = operands(case, dtype, rng)
     grad = jax.grad(total(product), (0, 1))
@@ -118,9 +118,9 @@ def test_operands_are_narrow_and_the_weight_gradient_is_not(case, dtype, rng):
 
 @dtypes
 def test_the_gradient_is_rounded_once(dtype, rng):
-    """Its error against float64 is that of a float32 sum, where a 16-bit product is off by half an ulp of its own.
+    """Its error against float64 is that of a float32 sum, where a 16-bit matmul is off by half its own ulp.
 
-    The CPU rounds it first, so the product of other platforms is run eagerly, on matrices, where the CPU can.
+    The CPU rounds it first, so the matmul of other platforms is run eagerly, on matrices, where the CPU can.
     """
     x = jnp.asarray(rng.standard_normal((64, 16)), jnp.float32)
     g = jnp.asarray(rng.standard_normal((64, 8)), dtype)
@@ -143,7 +143,7 @@ POLICIES = {
 
 @pytest.mark.parametrize("saved", POLICIES)
 def test_residuals_are_those_of_dot_general(saved, rng):
-    """Checkpoint policies know it for the product that it is."""
+    """Checkpoint policies know it for the matmul that it is."""
     dtype = jnp.dtype("bfloat16")
     x, weights = jnp.ones((4, 8)), [jnp.asarray(rng.standard_normal((8, 8)), jnp.float32) for _ in range(3)]
 
@@ -230,7 +230,7 @@ WAYS = {
 @pytest.mark.parametrize("accumulate", slow_but_for([None], [None, jnp.float32]))
 @pytest.mark.parametrize("way", WAYS)
 def test_weights_that_were_moved_are_weights(way, accumulate, rng):
-    """Transposed, cut, joined, carried through loops: every product that makes a part of the gradient is float32."""
+    """Transposed, cut, joined, carried through loops: every matmul that makes a part of the gradient is float32."""
     x, w = (jnp.asarray(rng.standard_normal(shape) / 3, jnp.float32) for shape in ((4, 8), (256,)))
     fun = jmp.autocast(WAYS[way], "mixed_bfloat16", accumulation_dtype=accumulate)
     grad = jax.grad(lambda w, x: fun(x, w).sum())
@@ -245,7 +245,7 @@ def test_weights_that_were_moved_are_weights(way, accumulate, rng):
 
 
 def test_float32_gradients_of_weights_keep_no_more_for_the_backward_pass(rng):
-    """A scale is kept once, not once for every row, and a value that three products read is rounded once."""
+    """A scale is kept once, not once for every row, and a value that three matmuls read is rounded once."""
     x, params = (
         jnp.ones((64, 16)),
         {

@@ -59,7 +59,7 @@ def test_int8_errs_by_half_a_step(rng):
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("axes", [None, (0,), (1,), (0, 1), ()])
 def test_quantizing_again_finds_the_same_numbers(rng, name, axes):
-    """Values are found again to the bit, scales up to the rounding of two products in float32."""
+    """Values are found again to the bit, scales up to the rounding of two matmuls in float32."""
     once = quantize_array(normal(rng, 24, 16), name, axes)
     again = quantize_array(once.dequantize(), name, axes)
     assert_identical(again.values, once.values)
@@ -158,7 +158,7 @@ def test_sharded_like_any_array(rng):
 
 
 def test_stands_for_the_array_it_is(rng):
-    """Functions of JAX and NumPy, products and indices take the array it stands for."""
+    """Functions of JAX and NumPy, matmuls and indices take the array it stands for."""
     q, x = quantize_array(normal(rng, 4, 3), axes=[0]), normal(rng, 2, 4)
     full = q.dequantize()
     pairs = [
@@ -200,7 +200,7 @@ def test_methods_are_those_of_the_array_it_stands_for(method, rng):
 def test_other_attributes_name_the_remedy(rng):
     w = quantize_array(normal(rng, 16, 8))
     assert not hasattr(w, "aval")
-    with pytest.raises(AttributeError, match=r"'devices' is no attribute of a QuantizedArray.*dequantize_tree"):
+    with pytest.raises(AttributeError, match=r"'devices' is not an attribute of a QuantizedArray.*dequantize_tree"):
         w.devices()
 
 

@@ -1,4 +1,4 @@
-"""Recipes in whole models, through ``autocast`` and through the arguments that layers have for a matrix product."""
+"""Recipes in whole models, through ``autocast`` and through the arguments that layers have for a matmul."""
 
 import collections
 import contextlib
@@ -25,7 +25,7 @@ from jmp_lite.autocast import _api
 
 POLICIES = ["mixed_bfloat16", "mixed_float16", "full"]
 E4M3, E5M2 = "f8E4M3FN", "f8E5M2"
-#: Products of a quantized product and its gradient: dtypes of the operands, and precision.
+#: Matmuls of a quantized matmul and its gradient: dtypes of the operands, and precision.
 OF_FP8 = {(E4M3, E4M3, "DEFAULT"): 1, (E5M2, E4M3, "HIGHEST"): 2}
 
 EVERYWHERE = quant.FP8.replace(products="all")
@@ -76,7 +76,7 @@ def of_einsum(rng):
     return (lambda w, x: jnp.einsum("bthd,hdm->btm", x, w)), normal(rng, 2, 8, 16) / 4, normal(rng, 2, 4, 2, 8)
 
 
-#: Models with the number of their matrix products.
+#: Models with the number of their matmuls.
 MODELS = {
     "Dense": (linen(nn.Dense(8), 8, 16), 1),
     "Dense of sequences": (linen(nn.Dense(8), 2, 4, 16), 1),
@@ -138,7 +138,7 @@ def test_every_product_of_a_model_is_one_of_float8(model, policy, rng):
 @pytest.mark.parametrize("model", slow_but_for(("Dense",), MODELS))
 @pytest.mark.parametrize(("name", "bound"), [("fp8", 0.25), pytest.param("int8_qat", 0.08, marks=pytest.mark.slow)])
 def test_models_are_as_accurate_as_their_products(model, name, bound, rng):
-    """With up to three products in a row, forward and backward; int8 is bounded by bfloat16 beside it."""
+    """With up to three matmuls in a row, forward and backward; int8 is bounded by bfloat16 beside it."""
     fun, params, x = MODELS[model][0](rng)
     loss = total(fun)
     autocast = jmp.autocast(loss, "mixed_bfloat16", dot=RECIPES[name])
@@ -160,7 +160,7 @@ def test_products_are_scaled_by_one_number(policy, rng):
 
 
 def uses_of_products(text):
-    """Of each product: its name, the definition of what it is multiplied by, and its only user."""
+    """Of each matmul: its name, the definition of what it is multiplied by, and its only user."""
     found = []
     for function in text.split("func.func")[1:]:
         lines = function.splitlines()
@@ -196,7 +196,7 @@ def test_all_recipes_under_all_policies(name, policy, rng):
     loss = total(fun)
     autocast = jmp.autocast(loss, policy, dot=RECIPES[name])
     found, expected = (jax.jit(gradients(f))(params, x) for f in (autocast, loss))
-    assert relative(length(found), length(expected)) < max(0.25, 3 * BOUNDS[name])  # of three products
+    assert relative(length(found), length(expected)) < max(0.25, 3 * BOUNDS[name])  # of three matmuls
     assert np.any(length(found) != length(jax.jit(gradients(jmp.autocast(loss, policy)))(params, x)))
 
 
@@ -238,7 +238,7 @@ def scores(w, x):
     return jnp.tanh(x @ w) @ jnp.tanh(2 * x @ w).T
 
 
-#: Functions of a weight and an input, the number of their products, and how many of these have a weight.
+#: Functions of a weight and an input, the number of their matmuls, and how many of these have a weight.
 OF_WEIGHTS = {
     "as it is": (lambda w, x: jnp.tanh(x) @ w, 1, 1),
     "on the left": (lambda w, x: w @ jnp.tanh(x).T, 1, 1),

@@ -193,7 +193,7 @@ def test_frozen_models_are_small_and_near(model, rng, tmp_path):
 
 
 def test_scales_follow_the_axes(rng):
-    """An output channel of any layout has a scale of its own: a large one takes nothing from the others."""
+    """An output channel of any layout has its own scale: a large one takes nothing from the others."""
     for case in ("outputs first", "several outputs", "several inputs", "experts", "scan over a stack"):
         fun, shape, axes = FUNCTIONS[case]
         size = [1 if axis in axes else n for axis, n in enumerate(shape)]

@@ -1,4 +1,4 @@
-"""Scales that are fixed: by data, wherever a product stands, or by hand."""
+"""Scales that are fixed: by data, wherever a matmul stands, or by hand."""
 
 import functools
 
@@ -70,7 +70,7 @@ CALIBRATED = {
 @pytest.mark.parametrize("compiles", [False, True])
 @pytest.mark.parametrize("case", slow_but_for(("scan", "cond"), CALIBRATED))
 def test_the_largest_of_all_iterations_counts(case, compiles, rng):
-    """Not their sum, which would leave an int8 product a fraction of its numbers."""
+    """Not their sum, which would leave an int8 matmul a fraction of its numbers."""
     w, x = normal(rng, 16, 16) / 4, normal(rng, 4, 16)
     seen = [x]
     for _ in range(2):
@@ -146,7 +146,7 @@ def test_models_of_nnx(wrap, rng):
 
 
 def test_layers_with_the_recipe_inside_share_one_site(rng):
-    """Outside of autocast nothing tells products apart."""
+    """Outside of autocast nothing tells matmuls apart."""
     small, large, w = normal(rng, 4, 8), 10 * normal(rng, 4, 8), normal(rng, 8, 8)
 
     def make(dot):
@@ -158,7 +158,7 @@ def test_layers_with_the_recipe_inside_share_one_site(rng):
 
 
 def test_what_calibration_has_not_seen_has_scales_of_its_own(rng):
-    """A branch that no batch took is no branch of int8 numbers with a scale out of the air."""
+    """A branch that no batch took is not a branch of int8 numbers with a scale out of the air."""
     w, x = 1e-3 * normal(rng, 16, 8), 1e-3 * normal(rng, 4, 16)
 
     def branches(w, x, flag):
@@ -174,7 +174,7 @@ def test_what_calibration_has_not_seen_has_scales_of_its_own(rng):
 
 
 def test_a_scope_that_no_batch_reached_takes_nothing_from_the_root(rng):
-    """The scales of products without a scope are theirs alone."""
+    """The scales of matmuls without a scope are theirs alone."""
     w, x = normal(rng, 16, 16), normal(rng, 8, 16)
 
     def branches(w, x, flag):
@@ -237,7 +237,7 @@ def test_what_was_always_zero_is_not_fixed(rng):
 
 WRONG = {
     "no batches": (applied(zero), "w8a8_static", [], "no batches"),
-    "no products": (applied(lambda w, x: x), "w8a8_static", None, "No product used recipe lhs=int8"),
+    "no products": (applied(lambda w, x: x), "w8a8_static", None, "No matmul used recipe lhs=int8"),
     "channels": (applied(zero), "w8a8", None, "nothing to calibrate"),
     "not finite": (applied(lambda w, x: (x / 0) @ w), "w8a8_static", None, "In scope '' lhs has inf"),
     "NaN": (applied(lambda w, x: (0 * x / 0) @ w), "w8a8_static", None, "In scope '' lhs has nan"),

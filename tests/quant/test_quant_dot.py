@@ -1,4 +1,4 @@
-"""The quantized product against ``lax.dot_general``: errors, exactness where there is any, and what is not finite."""
+"""The quantized matmul against ``lax.dot_general``: errors, exactness where there is any, and what is not finite."""
 
 import functools
 import itertools
@@ -27,7 +27,7 @@ dtypes = pytest.mark.parametrize("dtype", slow_but_for(("bfloat16",), DTYPES))
 
 
 def product_and_gradients(dot, dims, lhs, rhs, cotangent=None):
-    """The product, and the cotangents of its operands for a cotangent that is ones by default."""
+    """The matmul, and the cotangents of its operands for a cotangent that is ones by default."""
     out, pull = jax.vjp(lambda lhs, rhs: dot(lhs, rhs, dims), lhs, rhs)
     return out, *pull(jnp.ones_like(out) if cotangent is None else cotangent)
 
@@ -39,7 +39,7 @@ def compiled(name):
 
 
 def operands(rng, dtype):
-    """Matrices and a cotangent of their product."""
+    """Matrices and a cotangent of their matmul."""
     return [normal(rng, *shape, dtype=dtype) for shape in ((4, 8), (8, 3), (4, 3))]
 
 
@@ -61,11 +61,11 @@ def as_float32(tree):
     ids=["float32", "bfloat16", "float16"],
 )
 def test_errors_of_products_and_gradients(name, dtype, cases, rng):
-    """Over many draws, so that the few numbers of a small product do not decide."""
+    """Over many draws, so that the few numbers of a small matmul do not decide."""
 
     @jax.jit
     def squares(draws):
-        """Squared errors and squared norms of one draw of every product."""
+        """Squared errors and squared norms of one draw of every matmul."""
 
         def one(draw):
             found = {}
@@ -118,7 +118,7 @@ def test_products_of_float8_numbers_are_those_of_float64(name, rng):
 
 @pytest.mark.parametrize("name", STRAIGHT)
 def test_gradients_of_qat_are_straight_through(name, rng):
-    """They are those of the product of what the operands were rounded to."""
+    """They are those of the matmul of what the operands were rounded to."""
     lhs, rhs, cotangent = (normal(rng, *shape) for shape in ((8, 64), (64, 32), (8, 32)))
     recipe, rounded = RECIPES[name], []
     for x, spec, axis in ((lhs, recipe.lhs, 1), (rhs, recipe.rhs, 0)):

@@ -1,4 +1,4 @@
-"""Convolutions and ragged products of quantized operands."""
+"""Convolutions and ragged matmuls of quantized operands."""
 
 import dataclasses
 import itertools

@@ -58,7 +58,7 @@ def test_no_policy_changes_a_bit(recipe, policy, data):
 
 
 def assert_alike(recipe, found, expected):
-    """Every bit; where an operand is a whole float32, XLA may add up the 16 terms of nine products in another order."""
+    """Every bit; where an operand is a whole float32, XLA may add up the 16 terms of nine matmuls in another order."""
     tolerance = 9 * 16 * 2.0**-24 if recipe == "w4a16" else 0
     for result, plain in zip(found, expected, strict=True):
         assert np.isfinite(result).all()

@@ -212,7 +212,7 @@ def test_stochastic_rounding_of_what_needs_none(name, key):
 
 @pytest.mark.parametrize("shape", [(), (7,), (64, 48), (3, 1, 5)], ids=str)
 def test_counted_bits_are_those_of_each_member(shape, rng):
-    """Members with seeds of their own have the bits that each would have alone, sharded or not."""
+    """Members with their own seeds have the bits that each would have alone, sharded or not."""
     seeds = jnp.asarray(rng.integers(0, 2**32, 4, np.uint32))
     together = counted_bits(seeds.reshape(4, *[1] * len(shape)), (4, *shape))
     for seed, bits in zip(seeds, together, strict=True):

@@ -221,7 +221,7 @@ def test_compensated_weights_change_products_less(spec, rng):
 
 
 def reference(w, x, scale):
-    """Row by row in float64, the inverse of what is left of the matrix taken anew for each: the definition."""
+    """Row by row in float64, the inverse of what is left of the matrix taken again for each: the definition."""
     moment = np.asarray(x, np.float64).T @ np.asarray(x, np.float64)
     moment += 0.01 * np.mean(np.diag(moment)) * np.eye(len(moment))
     w, rounded = np.array(w, np.float64), np.zeros(w.shape)
@@ -294,7 +294,7 @@ def test_weights_that_no_batch_reached_are_rounded_to_nearest(rng):
 BAD = {
     "no function": (lambda w, x: quant.smooth(3, w, [(x,)]), "smooth"),
     "no batches": (lambda w, x: quant.smooth(jnp.matmul, w, []), "no batches"),
-    "a batch that is no tuple": (
+    "a batch that is not a tuple": (
         lambda w, x: quant.smooth(jnp.matmul, w, [x]),
         r"such as \(x,\), got float32\[8, 16\]",
     ),

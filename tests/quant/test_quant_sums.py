@@ -1,4 +1,4 @@
-"""What products of 8-bit operands are added up in, and what each setting of a spec does."""
+"""What matmuls of 8-bit operands are added up in, and what each setting of a spec does."""
 
 import re
 
@@ -14,12 +14,12 @@ BF16, F16, F32 = "bfloat16", "float16", "float32"
 
 
 def sums(fun, *args):
-    """The dtypes that the products of a function are added up in."""
+    """The dtypes that the matmuls of a function are added up in."""
     return set(re.findall(r"preferred_element_type=(\w+)", str(jax.make_jaxpr(fun)(*args))))
 
 
 def product(recipe):
-    """The product of two matrices by a recipe; further arguments are the dtype of the result."""
+    """The matmul of two matrices by a recipe; further arguments are the dtype of the result."""
     return lambda lhs, rhs, *dtype: quant.get_recipe(recipe)(lhs, rhs, MATMUL, None, *dtype)
 
 
@@ -83,7 +83,7 @@ SETTINGS = {
 @pytest.mark.parametrize("side", ["lhs", "rhs"])
 @pytest.mark.parametrize(("spec", "settings"), SETTINGS.items(), ids=str)
 def test_settings_reach_the_operands(spec, settings, side, rng):
-    """A product with ones on the diagonal shows what an operand was rounded to."""
+    """A matmul with ones on the diagonal shows what an operand was rounded to."""
     x, name = normal(rng, 8, 8), spec.split(":")[0]
     scale = quant.absmax_scale(jnp.max(jnp.abs(x)), name, **settings)
     expected = quant.dequantize(quant.quantize(x, name, scale), scale)

@@ -1,4 +1,4 @@
-"""Scales of tiles: products and arrays, beside the same in plain NumPy, and beside JAX's product of tiles."""
+"""Scales of tiles: matmuls and arrays, beside the same in plain NumPy, and beside JAX's matmul of tiles."""
 
 import math
 
@@ -89,7 +89,7 @@ def spread(rng, *shape):
 )
 @pytest.mark.parametrize("name", slow_but_for(("mxfp8", "nvfp4", "int8 by int4"), ALL))
 def test_tiles_are_those_of_plain_loops(name, shape, rng):
-    """Along what is added up, in all three products; the last tile is shorter where it must be."""
+    """Along what is added up, in all three matmuls; the last tile is shorter where it must be."""
     m, k, n = shape
     x, w, g = spread(rng, m, k), spread(rng, k, n), spread(rng, m, n)
     out, pull = jax.vjp(lambda x, w: ALL[name](x, w, MATMUL), jnp.asarray(x), jnp.asarray(w))
@@ -136,7 +136,7 @@ def test_what_is_not_finite_stays_visible(name, bad, rng):
 @pytest.mark.parametrize("dtype", slow_but_for(["bfloat16"], ["bfloat16", "float16", "float32"]))
 @pytest.mark.parametrize("name", TILED)
 def test_products_run_in_the_dtype_of_the_operands(name, dtype):
-    """None of the three is a float32 product of 16-bit operands."""
+    """None of the three is a float32 matmul of 16-bit operands."""
     x, w = jnp.ones((32, 64), dtype), jnp.ones((64, 32), dtype)
     grad = jax.grad(lambda x, w: RECIPES[name](x, w, MATMUL).astype(jnp.float32).sum(), (0, 1))
     found = products(stablehlo(grad, x, w, platform="tpu"))
@@ -144,7 +144,7 @@ def test_products_run_in_the_dtype_of_the_operands(name, dtype):
     assert {operand for product in found for operand in product[:2]} == {short}
 
 
-# --- JAX's product of tiles -----------------------------------------------------------------------
+# --- JAX's matmul of tiles -----------------------------------------------------------------------
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="JAX runs it on CPUs from 0.12 on")
@@ -179,7 +179,7 @@ def test_programs_for_blackwell_multiply_tiles(name, monkeypatch):
 
 
 def test_other_gpus_multiply_what_tiles_stand_for():
-    """In 16 bits; JAX's product of tiles would become one of float32 there. Float32 arguments are no exception."""
+    """In 16 bits; JAX's matmul of tiles would become one of float32 there. Float32 arguments are not exception."""
     x, w = jnp.ones((64, 128)), jnp.ones((128, 96))
     for name in ALL:
         loss = jmp.autocast(lambda w, x: jnp.sum(x @ w), "mixed_bfloat16", dot=ALL[name])

@@ -150,7 +150,7 @@ def test_tumours_are_recognized_as_well_as_with_float32(example, compare):
 
 @pytest.mark.soak
 def test_text_is_predicted_as_well_as_with_bfloat16(example, compare):
-    """Held-out loss with float8 products, those of attention included, within 2 %."""
+    """Held-out loss with float8 matmuls, those of attention included, within 2 %."""
     compared = compare(example("_lowbit_models").MODELS["gpt"], ("bf16", "fp8"), (0, 1))
     for (bf16, _), (fp8, _) in zip(compared["bf16"], compared["fp8"], strict=True):
         assert bf16.score < 2.6  # characters, each as likely as it is frequent: 3.1

@@ -31,7 +31,7 @@ from support.lowbit import (
 
 ROWS, IN, OUT = 16, 64, 32
 VECTOR = (((0,), (0,)), ((), ()))
-#: Gradients of a batch whose parts have cotangents with scales of their own: another rounding of the same numbers.
+#: Gradients of a batch whose parts have cotangents with their own scales: another rounding of the same numbers.
 OWN_SCALES = ("fp8_rowwise", "int8_train", "mxfp8", "nvfp4")
 
 recipes = pytest.mark.parametrize("name", slow_but_for(("fp8", "w8a8_static"), RECIPES))
@@ -92,7 +92,7 @@ def in_a_branch(dot):
 
 
 def on_transposed(dot):
-    """The same product with its operands mapped along other axes."""
+    """The same matmul with its operands mapped along other axes."""
 
     def total(w, x, target):
         columns = jax.vmap(lambda column: dot(x, column, (((1,), (0,)), ((), ()))), in_axes=1, out_axes=1)
@@ -115,7 +115,7 @@ TRANSFORMS = {
 def test_transformations_change_nothing(name, transform, data):
     fun = value_and_gradients(TRANSFORMS[transform](RECIPES[name]))
     found = fun(*data) if transform == "not compiled" else jax.jit(fun)(*data)
-    if name in TILED and "vmap" in transform:  # each example is a product of its own
+    if name in TILED and "vmap" in transform:  # each example is its own matmul
         assert_own_scales(name, found, compiled(name)(*data))
     else:
         assert_same(found, compiled(name)(*data))
@@ -130,7 +130,7 @@ def test_a_loop_over_parts_is_off_by_rounding_alone(name, data):
 
 @pytest.mark.parametrize("name", slow_but_for(("fp8", "w8a8_static"), UNTILED))
 def test_a_mapped_product_is_one_product(name, data):
-    """Forward and for the gradient of the weight: no batched product, whose result would be summed afterwards."""
+    """Forward and for the gradient of the weight: no batched matmul, whose result would be summed afterwards."""
     text = stablehlo(jax.grad(of_vectors(RECIPES[name])), *data, platform="cpu")
     shapes = [line.split("-> ")[-1] for line in text.splitlines() if "stablehlo.dot_general" in line]
     assert [sorted(map(int, re.findall(r"\d+(?=x)", shape))) for shape in shapes] == [[ROWS, OUT], [OUT, IN]]
@@ -174,7 +174,7 @@ def test_an_ensemble_is_many_products(name, axes, rng):
 
 @pytest.mark.parametrize("name", slow_but_for(("fp8",), ["fp8", "fp8_rowwise", "int8_qat", "int8_train"]))
 def test_policies_of_checkpoint_find_the_product(name, data):
-    """With ``dots_saveable`` the forward product is not computed again; with ``nothing_saveable`` it is."""
+    """With ``dots_saveable`` the forward matmul is not computed again; with ``nothing_saveable`` it is."""
 
     def two(w, x, target):
         y = jnp.tanh(RECIPES[name](x, w, MATMUL))

@@ -59,7 +59,7 @@ def test_mean_is_that_of_the_whole_batch(steps, policy, rng):
     loss, grads, *skipped = jax.jit(grad_fn)({"w": jnp.asarray(w)}, x, y)
     assert [int(s) for s in skipped] == ([0] if policy == "skip_microbatch" else [])
     x, y, w = (a.astype(np.float64) for a in (x, y, w))
-    # Each product and sum rounds by at most 2**-24 of its magnitude: d to form the residual, n to sum, some to scale.
+    # Each matmul and sum rounds by at most 2**-24 of its magnitude: d to form the residual, n to sum, some to scale.
     unit = (2 * d + n + steps + 10) * 2.0**-24
     residual, magnitude = x @ w - y, np.abs(x) @ np.abs(w) + np.abs(y)
     bound = unit * np.mean(2 * np.abs(x) * magnitude[:, None], axis=0)

@@ -142,7 +142,7 @@ def no_faults(steps, bad=()):
 @pytest.mark.parametrize("minimum", [1.0, 0.0])
 @pytest.mark.parametrize("form", [fused, two_calls])
 def test_recovery_after_three_hundred_bad_steps(minimum, form):
-    """All steps bad for 300 in a row leave everything as it was; then training goes on and the scale grows again."""
+    """All steps bad for 300 in a row leave everything as it was; then training continues and the scale grows again."""
     tx = optimizer(min_loss_scale=minimum)
     (params, state), seen = jax.jit(functools.partial(train, tx, form, None))(
         (PARAMS, tx.init(PARAMS)), no_faults(400, range(300))

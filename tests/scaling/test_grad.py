@@ -24,7 +24,7 @@ every_scale = pytest.mark.parametrize("make", SCALES.values(), ids=SCALES)
 
 
 def quadratic(params, x):
-    """A float32 loss of products that are exact in float32 for small integers."""
+    """A float32 loss of matmuls that are exact in float32 for small integers."""
     return jnp.sum(params["w"] * x * params["w"]) + jnp.sum(params["b"] * x)
 
 
@@ -124,7 +124,7 @@ def test_transformations_agree(problem, rng):
 
 
 def test_gradient_of_gradient(problem):
-    """The scaled gradient can itself be differentiated (Hessian-vector products)."""
+    """The scaled gradient can itself be differentiated (Hessian-vector matmuls)."""
     params, x = problem
     scale = jmp.DynamicLossScale(2.0**10)
     inner = lambda p: jnp.sum(jmp.scaled_value_and_grad(quadratic, loss_scale=scale)(p, x)[1]["w"])  # noqa: E731

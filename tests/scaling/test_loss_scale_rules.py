@@ -56,7 +56,7 @@ AUTOMATON = {
         "++-+",
         [6, 6, 4, 6],
     ),
-    "at the maximum the count goes on": ({"period": 2, "max_loss_scale": 2.0**4}, "+++-++", [4, 4, 4, 3, 3, 4]),
+    "at the maximum the count continues": ({"period": 2, "max_loss_scale": 2.0**4}, "+++-++", [4, 4, 4, 3, 3, 4]),
     "floor below one": ({"min_loss_scale": 2.0**-2}, "-------", [3, 2, 1, 0, -1, -2, -2]),
     "maximum equal to minimum": ({"period": 1, "min_loss_scale": 16.0, "max_loss_scale": 16.0}, "+-+-", [4, 4, 4, 4]),
     "start above the maximum": ({"period": 1, "max_loss_scale": 2.0**2}, "++-+-", [4, 4, 2, 2, 1]),
@@ -121,7 +121,7 @@ def test_unscale_undoes_scale(make, rng):
     assert {k: v.dtype for k, v in back.items()} == dict.fromkeys(tree, jnp.float32) | {"c64": jnp.complex64}
     exact = np.log2(scale.loss_scale) % 1 == 0
     for name, value in tree.items():
-        # Product, reciprocal and product again round once each: 3 * eps/2 relative, complex parts separately.
+        # Product, reciprocal and matmul again round once each: 3 * eps/2 relative, complex parts separately.
         error = 0 if exact else 1.5 * float(jnp.finfo(jnp.float32).eps)
         wide = np.asarray(value).astype(np.complex128)
         assert np.all(np.abs(np.asarray(back[name]).astype(np.complex128) - wide) <= error * np.abs(wide))

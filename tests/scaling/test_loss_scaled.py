@@ -187,7 +187,7 @@ def test_extra_arguments_reach_the_optimizer(rng):
 
 @both_forms
 def test_steps_accumulated_inside(form, rng):
-    """MultiSteps inside: a bad micro-step is left out of the average and not counted, the window goes on."""
+    """MultiSteps inside: a bad micro-step is left out of the average and not counted, the window continues."""
     plain = standard(optax.MultiSteps(optax.sgd(0.5), 2))
     tx = jmp.loss_scaled(plain, jmp.DynamicLossScale(4.0, min_loss_scale=4.0))
     params, state, step = {"w": jnp.zeros(2)}, tx.init({"w": jnp.zeros(2)}), jax.jit(form(tx))
@@ -296,7 +296,7 @@ def test_what_is_no_loss_scale_is_refused(loss_scale):
 
 
 def test_state_of_another_optimizer_is_refused():
-    """The state of plain Optax, or gradients in the place of the state, are named."""
+    """The state of plain Optax, or gradients in place of the state, are named."""
     tx, params = jmp.loss_scaled(optax.sgd(0.1)), {"w": jnp.ones(2)}
     for state in (optax.sgd(0.1).init(params), params):
         with pytest.raises(jmp.errors.LossScaleNotFoundError, match=f"got {type(state).__name__}"):

@@ -13,7 +13,7 @@ BOUNDS = (2.0**-126, 2.0**126)
 RUNS = [(name, run) for name in SYSTEMS for run in range(3)]
 
 # Beyond its defaults, what each system's scaler is run with: growth and back-off that reach the bounds, factors that
-# are not powers of two (float32 products of 1.5 and 0.75 are correctly rounded on both sides), all of hysteresis.
+# are not powers of two (float32 matmuls of 1.5 and 0.75 are correctly rounded on both sides), all of hysteresis.
 CONFIGURATIONS = [
     *((name, {}) for name in SYSTEMS),
     ("torch", {"growth_interval": 1}),

@@ -101,7 +101,7 @@ WRONG = {
     ),
     "a check under jit": (lambda: jax.jit(jmp.check_loss_scale)(STATE), "inside jit"),
     "a check of shapes": (lambda: jmp.check_loss_scale(jax.eval_shape(lambda: STATE)), "with shapes"),
-    "a limit that is no number": (lambda: jmp.check_loss_scale(STATE, max_skips="a"), "at least 1, got 'a'"),
+    "a limit that is not a number": (lambda: jmp.check_loss_scale(STATE, max_skips="a"), "at least 1, got 'a'"),
     "no limit": (lambda: jmp.check_loss_scale(STATE, max_skips=0), "at least 1, got 0"),
 }
 
@@ -261,7 +261,7 @@ def test_a_line_search_sees_unscaled_gradients(scale):
     np.testing.assert_allclose(params, expected, rtol=8 * np.finfo(np.float32).eps)
 
 
-# --- Leaves that are no floating arrays ---
+# --- Leaves that are not floating arrays ---
 
 STATIC = {
     "functions": {"w": jnp.ones(2), "act": jnp.tanh},

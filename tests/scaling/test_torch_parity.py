@@ -28,7 +28,7 @@ RUNS = {
 
 
 def logits(params, x, dtype):
-    """The MLP as torch's autocast runs it: matrix products in the compute dtype, LayerNorm in float32."""
+    """The MLP as torch's autocast runs it: matmuls in the compute dtype, LayerNorm in float32."""
 
     def dense(x, kernel, bias):
         return x.astype(dtype) @ params[kernel].astype(dtype) + params[bias].astype(dtype)[None]
@@ -132,7 +132,7 @@ def test_without_scaling_tiny_losses_do_not_train():
     run = trained("fp16_lossx2^-20_noscale")
     assert np.all(run["zeros"] == 1)
     assert run["skips"] == 0
-    # The initial model in float16 all along: 11-bit products, but 4e-6 in the other port.
+    # The initial model in float16 all along: 11-bit matmuls, but 4e-6 in the other port.
     assert np.max(difference("fp16_lossx2^-20_noscale")) < 4e-5
     assert abs(run["final"] - 2.5758228) < 4e-5
 

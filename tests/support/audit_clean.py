@@ -120,7 +120,7 @@ def positions(x, w):
 
 
 def marked(x, w):
-    """A product that is meant to be in float32, and says so."""
+    """A matmul that is meant to be in float32, and says so."""
     x = x @ w
     with jmp.full_precision():
         return x.astype(F32) @ w.astype(F32)

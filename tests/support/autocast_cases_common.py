@@ -15,7 +15,7 @@ VALUES = (EAGER, JIT, SHAPE)
 MODES = (*VALUES, GRAD_OF, OF_GRAD)
 
 ULP = 2.0**-8  # of bfloat16: rounding moves a number by half of it at most
-# One layer rounds two operands, a product and what is done with it: four halves of an ulp. Independent errors add up
+# One layer rounds two operands, a matmul and what is done with it: four halves of an ulp. Independent errors add up
 # more slowly, and the sums in between are exact, so this is an upper limit for numbers that do not cancel.
 LAYER = 2 * ULP
 EVERY = range(1000)
@@ -29,14 +29,14 @@ class Case:
     Attributes:
         fun: The function, of arrays.
         args: Its arguments, made by a NumPy generator.
-        kwargs: Settings that are no arrays.
+        kwargs: Settings that are not arrays.
         modes: The modes that apply: those of ``VALUES`` where there is no gradient.
         depth: Layers that errors pass through: the output may be off by so many times ``LAYER``, relative to the
             largest element.
         grad_depth: The same for gradients; by default twice as many, since errors go forward and backward.
         whole: Whether errors of gradients are relative to the norm of all gradients instead of each array's maximum.
         exact: Outputs that must not lose a bit. With all of them exact, so are the gradients.
-        low: The modes in which every product in float32 has to run in the compute dtype; ``NOWHERE`` for what is exact.
+        low: The modes in which every matmul in float32 has to run in the compute dtype; ``NOWHERE`` for what is exact.
         context: What the case runs in, such as a mesh.
     """
 
@@ -79,7 +79,7 @@ x_and_w = normal((8, 16), (16, 16))
 def apart(rng):
     """Rows of numbers that differ by 1/8 and stay away from zero, and a permutation: for what is not smooth.
 
-    Rounding a product of the two changes no order and no sign, so that a derivative has no jump to take.
+    Rounding a matmul of the two changes no order and no sign, so that a derivative has no jump to take.
     """
     rows = np.stack([rng.permutation(np.linspace(-1, 1, 16)) for _ in range(8)])
     return jnp.asarray(rows, jnp.float32), jnp.asarray(np.eye(16)[rng.permutation(16)], jnp.float32)

@@ -202,7 +202,7 @@ CONSTANT = np.random.default_rng(0).standard_normal((16, 16)).astype(np.float32)
 CALLS = {
     "jit in jit": Case(jax.jit(lambda x, w: jax.jit(block)(x, w) + jax.jit(block)(x * 2, w)), depth=6),
     "jit with static and donated arguments": Case(called_twice, depth=6),
-    "exported function": Case(exported, modes=VALUES),  # its code is fixed: there are no products to look at
+    "exported function": Case(exported, modes=VALUES),  # its code is fixed: there are no matmuls to look at
     "closed-over array": Case(lambda x, w: jnp.tanh(x @ jnp.asarray(CONSTANT)) @ w),
     "optimization_barrier": Case(lambda x, w: lax.optimization_barrier((x @ w, w))[0] @ w),
     "stop_gradient": Case(lambda x, w: lax.stop_gradient(x @ w) * (x @ w)),
@@ -254,7 +254,7 @@ BATCHES = {
     ),
     "gradients of examples": Case(
         lambda x, w: jax.vmap(jax.grad(lambda m, row: jnp.tanh(row @ m).sum()), in_axes=(None, 0))(w, x),
-        low=(JIT, OF_GRAD),  # outer products, of which the derivative outside of autocast is a product in float32
+        low=(JIT, OF_GRAD),  # outer products, of which the derivative outside of autocast is a matmul in float32
     ),
     "vmap with axis name": Case(
         lambda x, w: jax.vmap(lambda row: (row @ w) - lax.pmean(row @ w, "batch"), axis_name="batch")(x)

@@ -134,7 +134,7 @@ ATTENTION = {
     "tied embedding": Case(lambda x, w: jnp.tanh(w[jnp.array([1, 5, 5, 0])] @ w.T) + x[:4], normal((8, 16), (16, 16))),
 }
 
-# --- Linear algebra, exact by default: only the products around it are low ---
+# --- Linear algebra, exact by default: only the matmuls around it are low ---
 
 
 def factors(x, a):

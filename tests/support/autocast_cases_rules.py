@@ -1,4 +1,4 @@
-"""Autocast cases of functions that bring rules of their own: for derivatives, for batches, for lowering."""
+"""Autocast cases of functions that bring their own rules: for derivatives, for batches, for lowering."""
 
 import functools
 

@@ -62,7 +62,7 @@ equations = of_arrays(lambda run: lambda arrays: list(jaxprs._equations(jax.make
 
 
 def weighed(out):
-    """A number that depends on every float of a tree, each with a weight of its own."""
+    """A number that depends on every float of a tree, each with its own weight."""
     total = jnp.float32(0)
     for x in filter(lambda x: is_array(x) and jnp.issubdtype(x.dtype, jnp.inexact), jax.tree.leaves(out)):
         parts = [x.real, x.imag] if jnp.iscomplexobj(x) else [x]

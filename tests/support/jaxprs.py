@@ -41,7 +41,7 @@ def _equations(jaxpr, scope):
 
 
 def is_worth_16_bits(eqn):
-    """Whether a product is one that autocast lowers: a matrix unit gains from it, and nobody asked for more."""
+    """Whether a matmul is one that autocast lowers: a matrix unit gains from it, and nobody asked for more."""
     if eqn.primitive.name not in (*CONTRACTIONS, "ragged_dot_general") or "HIGH" in str(eqn.params["precision"]):
         return False
     if eqn.primitive.name != "dot_general":
@@ -58,7 +58,7 @@ def float_dtypes(eqn):
 
 
 def contractions(fun, *args):
-    """The products of a function that are worth 16 bits: a list of (name scope, dtypes of the operands)."""
+    """The matmuls of a function that are worth 16 bits: a list of (name scope, dtypes of the operands)."""
     return [
         (scope, {str(operand.aval.dtype) for operand in eqn.invars})
         for scope, eqn in _equations(jax.make_jaxpr(fun)(*args).jaxpr, "")

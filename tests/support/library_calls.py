@@ -1,6 +1,6 @@
 """A table of calls of JAX's own functions: linear algebra, signals, statistics, images, random numbers.
 
-Some of them are made of matrix products, though none was asked for. Contractions are of 9 and more.
+Some of them are made of matmuls, though none was asked for. Contractions are of 9 and more.
 """
 
 import jax

@@ -22,7 +22,7 @@ PRODUCTS = {
 }
 MATMUL = PRODUCTS["matrices"][2]
 
-#: Recipes, and the largest relative error of a product and of its gradients, for normal numbers.
+#: Recipes, and the largest relative error of a matmul and of its gradients, for normal numbers.
 BOUNDS = {
     "fp8": 0.08,
     "fp8_rowwise": 0.07,
@@ -93,7 +93,7 @@ def stablehlo(fun, *args, platform="cuda"):
 
 
 def products(text):
-    """The matrix products of a StableHLO program: (dtype of lhs, of rhs, of the result, precision)."""
+    """The matmuls of a StableHLO program: (dtype of lhs, of rhs, of the result, precision)."""
     pattern = re.compile(r"stablehlo\.dot_general .*: \((\S+), (\S+)\) -> (\S+)")
     precision = re.compile(r"precision = \[(\w+), (\w+)\]")
     found = []

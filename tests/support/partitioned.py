@@ -1,6 +1,6 @@
 """Prints, as JSON, the collectives that XLA's partitioner puts into the steps of all ``jit`` modes.
 
-It runs in a process of its own, because XLA reads where to write its programs when it starts. The partitioner is the
+It runs in its own process, because XLA reads where to write its programs when it starts. The partitioner is the
 same for all platforms; only afterwards do backends rewrite what it made (the CPU's sums 16 bits in float32).
 """
 

@@ -36,7 +36,7 @@ class Pair(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class State:
-    """A node of the kind that Flax states are made of, with one field that is no data."""
+    """A node of the kind that Flax states are made of, with one field that is not data."""
 
     params: Any
     extra: Any

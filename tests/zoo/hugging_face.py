@@ -30,7 +30,7 @@ def trained(
     batch: Callable[[np.random.Generator], dict[str, jax.Array]],
     loss: Callable[[Any, dict[str, jax.Array]], jax.Array],
 ) -> Model:
-    """A model of Transformers and a loss of its outputs and the batch; labels are no input."""
+    """A model of Transformers and a loss of its outputs and the batch; labels are not inputs."""
 
     def with_dtype(model: Any) -> Any:
         def evaluate(params: Any, batch: dict[str, jax.Array]) -> jax.Array:

@@ -1,4 +1,4 @@
-"""What is measured of a model: the dtypes of its products, and how far its gradients are from float32."""
+"""What is measured of a model: the dtypes of its matmuls, and how far its gradients are from float32."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LOW = ("bfloat16", "float16")
 
 
 class Product(NamedTuple):
-    """A matrix product or convolution: where it stands, over how many values it sums, and its operands."""
+    """A matmul or convolution: where it stands, over how many values it sums, and its operands."""
 
     scope: str
     primitive: str
@@ -46,7 +46,7 @@ def _jaxprs(value: Any) -> Iterator[Any]:
 
 
 def _summed(equation: Any) -> int:
-    """Number of terms in a sum of a dot_general; those of vectors count as none, products of other kinds as large."""
+    """Number of terms in a sum of a dot_general; those of vectors count as none, matmuls of other kinds as large."""
     if equation.primitive.name != "dot_general":
         return 10**9
     (contracted, _), (batch, _) = equation.params["dimension_numbers"]
@@ -73,12 +73,12 @@ def _dtype(operand: Any) -> str:
 
 
 def products(fun: Callable[..., Any], *args: Any) -> list[Product]:
-    """The products of a traced function that are worth 16 bits, those in loops and calls included."""
+    """The matmuls of a traced function that are worth 16 bits, those in loops and calls included."""
     return [product for product in _walk(jax.make_jaxpr(fun)(*args).jaxpr, ()) if product.counts]
 
 
 def left_in_float32(found: list[Product], allowed: dict[str, str]) -> list[Product]:
-    """The products that are not low, but for those in a scope of which that is known to be right."""
+    """The matmuls that are not low, but for those in a scope of which that is known to be right."""
     suspects = [p for p in found if not p.is_low and not p.is_asked_for]
     return [p for p in suspects if not any(scope in p.scope.split("/") for scope in allowed)]
 

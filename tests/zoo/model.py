@@ -25,7 +25,7 @@ class Model(NamedTuple):
       params: float32, as the package initializes them.
       batch: draws a batch from a NumPy generator.
       draws: over how many draws errors are averaged.
-      in_float32: name scopes of the products that are right to stay in float32 -> why.
+      in_float32: name scopes of the matmuls that are right to stay in float32 -> why.
     """
 
     loss: Loss

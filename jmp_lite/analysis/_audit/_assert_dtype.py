@@ -1,4 +1,4 @@
-"""``assert_compute_dtype``: a test that fails where a product is wider than it should be."""
+"""``assert_compute_dtype``: a test that fails where a matmul is wider than it should be."""
 
 import re
 import warnings
@@ -37,7 +37,7 @@ def assert_compute_dtype(
     dot: Callable[..., Any] | None = None,
     accumulation_dtype: Any = None,
 ) -> Callable[..., None]:
-    """Raises if a product, a convolution or a kernel has wider operands than a dtype. Nothing is compiled or computed.
+    """Raises if a matmul, a convolution or a kernel has wider operands than a dtype. Nothing is compiled or computed.
 
     It belongs into a test of a model: what is added later and runs in float32 fails there, with its line.
 
@@ -58,8 +58,8 @@ def assert_compute_dtype(
 
     Raises:
         ComputeDtypeError: When called, with lines, shapes, shares of FLOPs, and where wide operands come from.
-        InvalidRuleError: If ``dtype`` is no floating dtype; and other errors as ``autocast``.
-        InvalidPatternError: If something in ``allow`` is no regular expression.
+        InvalidRuleError: If ``dtype`` is not a floating dtype; and other errors as ``autocast``.
+        InvalidPatternError: If something in ``allow`` is not a regular expression.
 
     Warns:
         UnmatchedRuleWarning: When called, if something in ``allow`` allows nothing.
@@ -72,7 +72,7 @@ def assert_compute_dtype(
         >>> jmp.analysis.assert_compute_dtype(model, "bf16", policy="mixed_bfloat16", allow=["head"])(x, w)
         >>> jmp.analysis.assert_compute_dtype(model, "bf16", policy="mixed_bfloat16")(x, w)
         Traceback (most recent call last):
-        jmp_lite.errors.ComputeDtypeError: 1 of 1 products and kernels has operands wider than bfloat16...
+        jmp_lite.errors.ComputeDtypeError: 1 of 1 matmuls and kernels has operands wider than bfloat16...
     """
     check_function(fun, "assert_compute_dtype")
     widest_allowed = dtype_or_none(dtype)
@@ -104,7 +104,7 @@ def _warn_of_unused(allowed: Sequence[str], wide: Sequence[Node]) -> None:
     for pattern in allowed:
         if not any(re.search(pattern, _described(node)) for node in wide):
             warnings.warn(
-                f"allow={quote(pattern)} allows nothing: no product or kernel that it matches is too wide. Delete it, "
+                f"allow={quote(pattern)} allows nothing: no matmul or kernel that it matches is too wide. Delete it, "
                 f"or correct it; what is too wide is {quote([_described(node) for node in wide])}.",
                 UnmatchedRuleWarning,
                 stacklevel=3,
@@ -116,7 +116,7 @@ def _message(subject: Subject, refused: Sequence[tuple[Node, float]], count: int
     have = "has" if len(refused) == 1 else "have"
     lines = [_line(subject, node, share) for node, share in ordered[:_LINES]]
     more = [f"  and {len(ordered) - _LINES} more"] if len(ordered) > _LINES else []
-    head = f"{len(refused)} of {count} products and kernels {have} operands wider than {dtype}:"
+    head = f"{len(refused)} of {count} matmuls and kernels {have} operands wider than {dtype}:"
     advice = "Cast there, or say what may be wider: allow=[regular expressions of scope, primitive or source]."
     return "\n".join([head, *lines, *more, advice])
 

@@ -34,7 +34,7 @@ class Audit:
     """
 
     products: tuple[ProductRow, ...]
-    """Matrix products and convolutions, the largest first."""
+    """Matmuls and convolutions, the largest first."""
     kernels: tuple[KernelRow, ...]
     """Kernels and foreign calls."""
     casts: tuple[CastRow, ...]
@@ -54,7 +54,7 @@ class Audit:
         what = "The loss and its gradient have" if self.is_loss else "The program has"
         count = sum(row.times for row in self.products)
         low = sum(row.flop_share for row in self.products if _is_low(row.operands))
-        figures = f"{what} {count} matrix products and convolutions"
+        figures = f"{what} {count} matmuls and convolutions"
         figures += f", {low:.1%} of their FLOPs on operands of 16 bits or fewer." if count else "."
         counts = [(s, sum(f.severity == s for f in self.findings)) for s in ("error", "warning", "note")]
         said = ", ".join(f"{n} {severity}{'s' if n > 1 else ''}" for severity, n in counts if n)
@@ -117,7 +117,7 @@ def audit(
         ``Audit``.
 
     Raises:
-        InvalidFunctionError: If ``fun`` is no function.
+        InvalidFunctionError: If ``fun`` is not a function.
         InvalidRuleError: As ``autocast``, and so for the other errors.
 
     Example:
@@ -128,7 +128,7 @@ def audit(
         ...         return x @ w.astype(jnp.float32)
         >>> [found] = jmp.analysis.audit(model)(*[jax.ShapeDtypeStruct((8, 8), jnp.bfloat16)] * 2).findings
         >>> print(found.kind, found.scope, found.message)
-        float32-leak body 1 product runs in float32 (50.0% of FLOPs; ...), because bfloat16 is cast or promoted to ...
+        float32-leak body 1 matmul runs in float32 (50.0% of FLOPs; ...), because bfloat16 is cast or promoted to ...
 
     References:
         Micikevicius et al., "Mixed Precision Training", arXiv:1710.03740, section 3.3, on sums. Chan, Golub and

@@ -1,4 +1,4 @@
-"""What a program is made of: tables of its products, kernels, casts and collectives."""
+"""What a program is made of: tables of its matmuls, kernels, casts and collectives."""
 
 import collections
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ COLLECTIVES = MOVING | {
 
 
 class ProductRow(NamedTuple):
-    """Matrix products or convolutions that are alike."""
+    """Matmuls or convolutions that are alike."""
 
     kind: str
     """``dot`` or ``conv``."""
@@ -35,7 +35,7 @@ class ProductRow(NamedTuple):
     times: int
     """How many there are; one in a scan counts as often as it runs."""
     flop_share: float
-    """Their share of the FLOPs of all products."""
+    """Their share of the FLOPs of all matmuls."""
 
 
 class KernelRow(NamedTuple):
@@ -81,7 +81,7 @@ class Census(NamedTuple):
 
 
 def products_of(flow: Flow) -> list[tuple[Node, int]]:
-    """Returns the matrix products and convolutions, each with its FLOPs, as often as it runs."""
+    """Returns the matmuls and convolutions, each with its FLOPs, as often as it runs."""
     return [(node, _flops(node.eqn) * node.site.trips) for node in flow.nodes if node.name in PRODUCTS]
 
 
@@ -111,7 +111,7 @@ def widest(node: Node) -> int:
 
 
 def is_low(node: Node) -> bool:
-    """Whether a product has floating operands, of 16 bits or fewer."""
+    """Whether a matmul has floating operands, of 16 bits or fewer."""
     return 0 < widest(node) <= 2
 
 

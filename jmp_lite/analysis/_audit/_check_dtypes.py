@@ -14,7 +14,7 @@ from jmp_lite.errors import UnmatchedRuleWarning
 
 #: Reasons of autocast that are the author's own.
 _ASKED = ("rule for ", "in a ", "compute dtype of the policy")
-_NOT_DECIDED = "not a product of float32 arrays"
+_NOT_DECIDED = "not a matmul of float32 arrays"
 _ELEMENTWISE = frozenset(
     {"add", "add_any", "sub", "mul", "div", "neg", "sqrt", "rsqrt", "max", "min", "integer_pow", "square"}
 )
@@ -36,7 +36,7 @@ class Entry(NamedTuple):
 
 
 def leaks(subject: Subject) -> Iterator[Finding]:
-    """Finds products in float32 beside those in 16 bits; names where float32 came in."""
+    """Finds matmuls in float32 beside those in 16 bits; names where float32 came in."""
     if not subject.has_low_products:
         return
     groups: dict[Entry, list[tuple[Node, float]]] = {}
@@ -56,7 +56,7 @@ def leaks(subject: Subject) -> Iterator[Finding]:
     for entry, members in groups.items():
         lines = list(dict.fromkeys(node.site.source for node, _ in members))
         share = sum(share for _, share in members)
-        count = f"{len(members)} product{'s run' if len(members) > 1 else ' runs'}"
+        count = f"{len(members)} matmul{'s run' if len(members) > 1 else ' runs'}"
         message = f"{count} in float32 ({share:.1%} of FLOPs; {first_few(lines)}), because {entry.what}."
         yield Finding(entry.kind, message, entry.source, entry.scope, share)
 
@@ -66,17 +66,17 @@ def _returns_wide(node: Node) -> bool:
 
 
 def _of_cotangents(asked: Mapping[str, Node], node: Node) -> Entry | None:
-    """Returns the product that a product of a backward pass belongs to, if that asks for a result of float32."""
+    """Returns the matmul that a matmul of a backward pass belongs to, if that asks for a result of float32."""
     made = asked.get(node.site.source) if node.site.is_backward else None
     return made and Entry.at(made, "it multiplies the cotangents of a result of float32", "float32-cotangents")
 
 
 def why_wide(node: Node, explanation: Explanation | None) -> tuple[str, str]:
-    """Returns the kind of finding that a product in float32 is worth, empty if none, and what to say."""
+    """Returns the kind of finding that a matmul in float32 is worth, empty if none, and what to say."""
     op, reason = classify(node.eqn, {})
     asked = asked_precision(node.eqn)
     if asked:
-        return "highest-precision", f"A product runs in float32, because it asks for precision={asked}."
+        return "highest-precision", f"A matmul runs in float32, because it asks for precision={asked}."
     if op is not OpClass.ALLOW:
         return "", ""
     if explanation is None:
@@ -87,12 +87,12 @@ def why_wide(node: Node, explanation: Explanation | None) -> tuple[str, str]:
             if reason.startswith(_ASKED):
                 return "", ""
             if not reason.startswith(_NOT_DECIDED):
-                return "float32-as-written", f"A product runs in float32: {reason}."
+                return "float32-as-written", f"A matmul runs in float32: {reason}."
     return "float32-leak", ""
 
 
 def origin(subject: Subject, product: Node) -> Entry:
-    """Returns where the float32 of a product came in, and what happened there."""
+    """Returns where the float32 of a matmul came in, and what happened there."""
     flow = subject.flow
     casts, results, others = list[Node](), list[Node](), list[Value]()
 
@@ -203,13 +203,13 @@ def settings(subject: Subject) -> Iterator[Finding]:
     products = {group: count for group, (count, _) in summary.products.items() if count}
     if subject.program.asks_16_bits and not products.keys() & {"low", "replaced"} and "float32" in products:
         reasons = list(dict.fromkeys(record.reason for record in summary.float32))
-        message = f"None of {sum(products.values())} products runs in 16 bits: {first_few(reasons)}."
+        message = f"None of {sum(products.values())} matmuls runs in 16 bits: {first_few(reasons)}."
         yield Finding("nothing-low", message, summary.float32[0].source, summary.float32[0].scope, 1.0)
     if summary.not_replaced:
         first, replaced = summary.not_replaced[0], products.get("replaced", 0)
         reasons = list(dict.fromkeys(record.reason.rpartition("; ")[2] for record in summary.not_replaced))
         count = sum(record.trips for record in summary.not_replaced)
-        message = f"dot= replaces {replaced} products and leaves {count}: {first_few(reasons)}."
+        message = f"dot= replaces {replaced} matmuls and leaves {count}: {first_few(reasons)}."
         kind = "recipe-partly-applied" if replaced else "recipe-not-applied"
         yield Finding(kind, message, first.source, first.scope)
 

@@ -180,7 +180,7 @@ def _largest_of(flow: Flow, node: Node, depth: int) -> int | None:
 
 
 def one_hot_products(subject: Subject) -> Iterator[Finding]:
-    """Finds products that look something up: one operand is a comparison with positions."""
+    """Finds matmuls that look something up: one operand is a comparison with positions."""
     flow = subject.flow
     for node, share in subject.products:
         for operand, dtype in zip(node.operands[:2], node.site.in_dtypes, strict=False):
@@ -188,7 +188,7 @@ def one_hot_products(subject: Subject) -> Iterator[Finding]:
                 continue
             comparisons = [made for _, made in flow.backward(operand, moves) if made is not None and made.name == "eq"]
             if any(_has_positions(flow, made) for made in comparisons):
-                message = f"A one-hot product looks rows of an array up, and returns them in {dtype}."
+                message = f"A one-hot matmul looks rows of an array up, and returns them in {dtype}."
                 yield found("one-hot-product", node, message, share)
 
 

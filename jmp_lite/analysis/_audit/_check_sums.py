@@ -178,7 +178,7 @@ def _adds_something_new(flow: Flow, node: Node, before: Value) -> bool:
 
 
 def scores(subject: Subject) -> Iterator[Finding]:
-    """Finds results of products that are rounded to 16 bits before something is chosen by them."""
+    """Finds results of matmuls that are rounded to 16 bits before something is chosen by them."""
     flow = subject.flow
 
     def through(node: Node, position: int) -> bool:
@@ -191,9 +191,9 @@ def scores(subject: Subject) -> Iterator[Finding]:
         uses = [use for use, _ in flow.forward(node.results[0], through)]
         choice = next((use for use in uses if use.name in _CHOICES and not use.site.is_backward), None)
         if choice is not None:
-            yield found("scores-rounded", node, f"{choice.name} chooses by a product rounded to {dtype}.", share)
+            yield found("scores-rounded", node, f"{choice.name} chooses by a matmul rounded to {dtype}.", share)
         elif any(use.name == "exp" and not use.site.is_backward and _sums_of(flow, use) for use in uses):
-            yield found("logits-rounded", node, f"A softmax takes a product rounded to {dtype}.", share)
+            yield found("logits-rounded", node, f"A softmax takes a matmul rounded to {dtype}.", share)
 
 
 CHECKS = (softmaxes, statistics, cancellations, accumulations, scores)

@@ -20,7 +20,7 @@ from jmp_lite.autocast._record import as_count
 
 #: Number of a value in the graph.
 Value = int
-#: Whether a search goes on, at an equation, between one of its operands and its results.
+#: Whether a search continues, at an equation, between one of its operands and its results.
 Through = Callable[["Node", int], bool]
 
 #: Larger constants are not looked at.
@@ -179,7 +179,7 @@ class Flow:
 
         Args:
             value: Where to start.
-            through: Where to go on.
+            through: Where to continue.
             stop: A value inside a body, of which it is not asked where it comes from.
         """
         queue, seen = [value], {value}

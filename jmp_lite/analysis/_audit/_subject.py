@@ -26,14 +26,14 @@ class Subject:
 
     @functools.cached_property
     def products(self) -> list[tuple[Node, float]]:
-        """The matrix products and convolutions, each with its share of all FLOPs."""
+        """The matmuls and convolutions, each with its share of all FLOPs."""
         products = products_of(self.flow)
         total = max(sum(flops for _, flops in products), 1)
         return [(node, flops / total) for node, flops in products]
 
     @functools.cached_property
     def has_low_products(self) -> bool:
-        """Whether a product has operands of 16 bits or fewer."""
+        """Whether a matmul has operands of 16 bits or fewer."""
         return any(is_low(node) for node, _ in self.products)
 
     def name_of(self, value: Value) -> str:

@@ -162,7 +162,7 @@ def compare(
 
     A function that returns one floating scalar is compared with its gradient in the floating arrays of its first
     argument; any other by what it returns. Beside each value the function is evaluated once more without any rounding,
-    which tells what each equation adds to the error and what it was given. Products that are quantized through integers
+    which tells what each equation adds to the error and what it was given. Matmuls that are quantized through integers
     count from there on as they are; results and gradients are always compared with a run of the plain function.
 
     It runs equation by equation, compiles only loops, branches and maps, and takes three times the memory.

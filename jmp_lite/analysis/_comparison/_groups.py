@@ -1,4 +1,4 @@
-"""Matrix products by the name scope that they stand in: the groups that rules can tell apart."""
+"""Matmuls by the name scope that they stand in: the groups that rules can tell apart."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,7 +8,7 @@ from jmp_lite.autocast._record import _flops
 
 
 def groups_of(steps: Sequence[Step], depth: int | None = None) -> tuple[str, ...]:
-    """Returns the scopes of the matrix products in a forward pass, in the order of the program.
+    """Returns the scopes of the matmuls in a forward pass, in the order of the program.
 
     Args:
         steps: Of a program.
@@ -19,13 +19,13 @@ def groups_of(steps: Sequence[Step], depth: int | None = None) -> tuple[str, ...
 
 
 def group_of(site: Site, groups: Sequence[str]) -> str | None:
-    """Returns the group of a product; that of a backward pass may stand in scopes around it too."""
+    """Returns the group of a matmul; that of a backward pass may stand in scopes around it too."""
     inside = [group for group in groups if f"/{group}/" in f"/{site.scope}/" or not group]
     return max(inside, key=len, default=None)
 
 
 def flop_shares(steps: Sequence[Step], groups: Sequence[str]) -> Mapping[str, float]:
-    """Returns the share of each group of the work of all products."""
+    """Returns the share of each group of the work of all matmuls."""
     work = dict.fromkeys(groups, 0)
     for step in flat(steps):
         group = group_of(step.site, groups) if step.site.primitive in PRODUCTS else None

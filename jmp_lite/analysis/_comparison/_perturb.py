@@ -1,4 +1,4 @@
-"""``perturb``: how much a loss and its gradient change when the operands of some products change a little."""
+"""``perturb``: how much a loss and its gradient change when the operands of some matmuls change a little."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +22,7 @@ from jmp_lite.errors import InvalidAnalysisError, InvalidFunctionError
 
 
 class Sensitivity(NamedTuple):
-    """How much errors in the operands of products matter.
+    """How much errors in the operands of matmuls matter.
 
     Attributes:
         loss: Relative change of the loss over the relative change of the operands.
@@ -41,7 +41,7 @@ class Sensitivity(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Sensitivities(Mapping[str, Sensitivity]):
-    """Sensitivities by the name scope of the products, the largest first.
+    """Sensitivities by the name scope of the matmuls, the largest first.
 
     Attributes:
         by_scope: What each scope is sensitive to.
@@ -82,7 +82,7 @@ class Sensitivities(Mapping[str, Sensitivity]):
 
 
 class _Perturbing(Analysis):
-    """Changes the operands of the products of one group; the state is the number of the group, and a key."""
+    """Changes the operands of the matmuls of one group; the state is the number of the group, and a key."""
 
     def __init__(self, groups: Sequence[str], scale: float) -> None:
         self.groups = groups
@@ -117,9 +117,9 @@ def _changed(array: Any, size: Any, key: Any) -> Any:
 def perturb(
     fun: Callable[..., Any], *, scale: float = 2.0**-8, depth: int | None = None
 ) -> Callable[..., Sensitivities]:
-    """Measures how sensitive a loss and its gradient are to errors in the operands of matrix products, by name scope.
+    """Measures how sensitive a loss and its gradient are to errors in the operands of matmuls, by name scope.
 
-    Each number among the operands of the products in a scope becomes larger or smaller by the same relative amount, at
+    Each number among the operands of the matmuls in a scope becomes larger or smaller by the same relative amount, at
     random, forward and backward; then the loss and the gradient in the floating arrays of the first argument are
     compared with those without it. No reference of higher precision is needed, and one program serves all scopes: it
     is compiled once and runs once more for each.
@@ -127,14 +127,14 @@ def perturb(
     Args:
         fun: A loss: it returns one floating scalar.
         scale: Relative size of the change.
-        depth: How many name scopes, from the outermost, to tell products apart by; ``None`` for all.
+        depth: How many name scopes, from the outermost, to tell matmuls apart by; ``None`` for all.
 
     Returns:
         A function with the arguments of ``fun`` that returns ``Sensitivities``.
 
     Raises:
         InvalidAnalysisError: If the scale is not positive.
-        InvalidFunctionError: If ``fun`` is no loss of floating arrays.
+        InvalidFunctionError: If ``fun`` is not a loss of floating arrays.
 
     Example:
         >>> def loss(w, x):

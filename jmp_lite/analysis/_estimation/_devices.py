@@ -19,7 +19,7 @@ class Device(NamedTuple):
         bandwidth: Bytes per second of its memory.
         peak: Operations per second of its matrix unit by dtype of the operands, dense: ``float32`` as XLA runs it by
             default, which is TF32 on NVIDIA and one pass of bfloat16 on TPUs. What is not in it has no units.
-        precise: Operations per second of products that are asked to be precise: float32 units on NVIDIA, six passes of
+        precise: Operations per second of matmuls that are asked to be precise: float32 units on NVIDIA, six passes of
             bfloat16 on TPUs.
         source: The datasheet.
         compiler: What compiles for it without one, if anything does.
@@ -100,7 +100,7 @@ def device_of(name: str) -> Device:
 
 
 def kind_of(dtypes: Sequence[str], *, exact: bool = False) -> str:
-    """Returns the key of ``Device.peak`` that a product of such operands runs at: that of the wider one.
+    """Returns the key of ``Device.peak`` that a matmul of such operands runs at: that of the wider one.
 
     Example:
         >>> kind_of(["float8_e4m3fn", "float8_e5m2"]), kind_of(["bfloat16", "float32"]), kind_of(["int8", "int8"])

@@ -40,7 +40,7 @@ def estimate(
 
     FLOPs are exact. Bytes are those of the program that the device's compiler makes, or by a model of what it joins
     into one launch: mostly within 10 % of what XLA compiles for H100 for language models, MLPs and a ResNet, up to a
-    quarter less where sizes are no multiples of 8, as in a ViT, or arrays are small (benchmarks/RESULTS.md,
+    quarter less where sizes are not multiples of 8, as in a ViT, or arrays are small (benchmarks/RESULTS.md,
     "Estimates"). The time is a roofline: every launch takes as long as its bytes at 0.85 of the bandwidth or its FLOPs
     at 0.7 of the peak, whichever is longer. Launch overheads, collectives and what kernels do inside do not count; a
     ``while`` loop counts once, of a ``cond`` the dearest branch, in a ``shard_map`` one device.
@@ -49,12 +49,12 @@ def estimate(
         fun: A loss in float32: a function of parameters and other arguments that returns a scalar.
         device: ``"a100"``, ``"l4"``, ``"h100"``, ``"h200"``, ``"b200"``, ``"tpu_v5e"``, ``"tpu_v5p"`` or ``"tpu_v6e"``.
         policies: Precisions to compare, the first one with which the others are: policies as for ``autocast``, and
-            recipes of ``jmp.quant`` or their names, which stand for mixed bfloat16 with products by them. In a dict,
-            under names of your own, also losses that have their precision inside. ``None`` if ``fun`` is no loss but a
+            recipes of ``jmp.quant`` or their names, which stand for mixed bfloat16 with matmuls by them. In a dict,
+            under your own names, also losses that have their precision inside. ``None`` if ``fun`` is not a loss but a
             step, which is taken as it is.
         argnums: Which arguments to differentiate by.
         has_aux: Whether ``fun`` returns the loss and something else.
-        compiled: Whether to compile, without the device, in a process of its own: some seconds for each precision, and
+        compiled: Whether to compile, without the device, in its own process: some seconds for each precision, and
             ``pip install 'jmp-lite[aot]'``, for H100 and H200. ``None``: if that is installed.
 
     Returns:
@@ -64,7 +64,7 @@ def estimate(
     Raises:
         InvalidAnalysisError: If the device is not known, there is nothing to compare, or ``compiled`` is true for a
             device that nothing compiles for.
-        InvalidFunctionError: If ``fun`` is no function.
+        InvalidFunctionError: If ``fun`` is not a function.
         UnknownDtypeError: If a policy cannot be parsed.
         ModuleNotFoundError: If ``compiled`` is true and the compiler is not installed.
 

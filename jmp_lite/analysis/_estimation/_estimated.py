@@ -31,13 +31,13 @@ class Configuration(NamedTuple):
     Attributes:
         name: Of the precision.
         bytes: Read and written by all launches.
-        flops: Of matrix products and convolutions, by what they run as: ``float8``, ``bfloat16``, ``precise``, ...
+        flops: Of matmuls and convolutions, by what they run as: ``float8``, ``bfloat16``, ``precise``, ...
         launches: How many.
         seconds: By the roofline.
         memory_bound: Share of the time in which launches wait for memory.
         speedup: Over the first precision.
         parts: What it is spent on: ``products`` with what is joined to them; ``quantize``, passes that find scales,
-            round to 8 bits and copy for products; ``casts`` of arrays as they are; ``loops``, what scans stack;
+            round to 8 bits and copy for matmuls; ``casts`` of arrays as they are; ``loops``, what scans stack;
             ``other``.
 
     Example:
@@ -62,7 +62,7 @@ class Configuration(NamedTuple):
 
     @property
     def is_narrow(self) -> bool:
-        """Whether there are products in 8 bits."""
+        """Whether there are matmuls in 8 bits."""
         return any(kind in self.flops for kind in _EIGHT)
 
     def cost_of(self, part: str) -> Part:
@@ -83,7 +83,7 @@ class Estimate:
         >>> w, x = (jax.ShapeDtypeStruct((512, 512), jnp.float32) for _ in range(2))
         >>> run = jmp.analysis.estimate(lambda w, x: jnp.sum(x @ w), device="tpu_v5e", policies=["float32", "bf16"])
         >>> print(str(run(w, x)).splitlines()[0])
-        On TPU v5e, by the model: bf16 does not pay, 0.94x over float32: products 0.00904 to 0.00603 ms...
+        On TPU v5e, by the model: bf16 does not pay, 0.94x over float32: matmuls 0.00904 to 0.00603 ms...
     """
 
     device: Device
@@ -147,7 +147,7 @@ class Estimate:
 
 def _without_units(device: Device, kind: str) -> str:
     wider = "bfloat16" if kind in _EIGHT else "float32"
-    return f"{device.title} has no units for {kind}: such products run as {wider}."
+    return f"{device.title} has no units for {kind}: such matmuls run as {wider}."
 
 
 def _changed(part: str, now: Part, before: Part, least: float) -> str:

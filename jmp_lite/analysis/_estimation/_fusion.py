@@ -1,9 +1,9 @@
 """Which arrays of a program lie in memory, by a simple model of what XLA joins into one launch.
 
 What is computed element by element is computed where it is used. So only these lie in memory: what a program is given
-and returns; operands and results of products, loops and kernels; sums and maxima; what is written in place; and what is
-cheaper to write once than to compute again for every launch that uses it. Sums and products with small arrays that
-follow a product are part of it.
+and returns; operands and results of matmuls, loops and kernels; sums and maxima; what is written in place; and what is
+cheaper to write once than to compute again for every launch that uses it. Sums and matmuls with small arrays that
+follow a matmul are part of it.
 
 References:
     OpenXLA, "XLA:GPU Architecture Overview" (priority fusion, multi-output fusion, GEMM rewriting).
@@ -23,7 +23,7 @@ SMALL = 4096
 
 
 class Epilogue(NamedTuple):
-    """What a product does to its result before it writes it.
+    """What a matmul does to its result before it writes it.
 
     Attributes:
         result: The array that it writes.
@@ -37,7 +37,7 @@ class Epilogue(NamedTuple):
 
 
 def with_layouts(flow: Dataflow) -> Dataflow:
-    """Returns a program with the copies that products in 8 bits need: one per array, however many use it."""
+    """Returns a program with the copies that matmuls in 8 bits need: one per array, however many use it."""
     arrays, nodes, copies = list(flow.arrays), list[Node](), dict[int, int]()
     for node in flow.nodes:
         operands = list(node.operands)
@@ -58,13 +58,13 @@ class Fusion:
     """A program, and what of it lies in memory.
 
     Attributes:
-        flow: The program, with the copies that products need.
+        flow: The program, with the copies that matmuls need.
         arrays: Its arrays.
         nodes: Its nodes.
         maker: By array, the number of the node that makes it.
         held: The arrays that lie in memory.
-        epilogues: By number of a product.
-        absorbed: Numbers of the nodes that are part of a product.
+        epilogues: By number of a matmul.
+        absorbed: Numbers of the nodes that are part of a matmul.
     """
 
     def __init__(self, flow: Dataflow) -> None:
@@ -88,13 +88,13 @@ class Fusion:
             self.held.update(array for array in self.nodes[at].results if self._is_better_held(at, array))
 
     def seen(self, array: int) -> int:
-        """Returns the array that lies in memory where a product takes its transpose."""
+        """Returns the array that lies in memory where a matmul takes its transpose."""
         while array in self.maker and _kinds.is_view(self.nodes[self.maker[array]]):
             array = self.nodes[self.maker[array]].operands[0]
         return array
 
     def ends(self, at: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Returns what a product, a loop or a kernel reads, each array once, and what it writes."""
+        """Returns what a matmul, a loop or a kernel reads, each array once, and what it writes."""
         epilogue = self.epilogues.get(at, Epilogue(0, (), ()))
         read = map(self.seen, (*self.nodes[at].operands, *epilogue.added))
         return tuple(dict.fromkeys(read)), (epilogue.result,) if epilogue.members else self.nodes[at].results
@@ -140,7 +140,7 @@ class Fusion:
             yield from (*node.results, node.operands[0])
 
     def _epilogue(self, at: int) -> Epilogue | None:
-        """Follows the result of a product for as long as its only use can be part of it."""
+        """Follows the result of a matmul for as long as its only use can be part of it."""
         if not _kinds.is_product(self.nodes[at]):
             return None
         array, added, members = self.nodes[at].results[0], list[int](), list[int]()
@@ -157,7 +157,7 @@ class Fusion:
         return Epilogue(array, tuple(added), tuple(members)) if members else None
 
     def _joins(self, at: int, user: int, array: int, others: list[int], added: list[int]) -> bool:
-        """Whether a product can do this to its result."""
+        """Whether a matmul can do this to its result."""
         node, arrays = self.nodes[user], self.arrays
         if node.primitive == "convert_element_type":
             return arrays[node.results[0]].width <= arrays[array].width
@@ -193,7 +193,7 @@ class Fusion:
         return uses * needed > needed + size + uses * size
 
     def _takes_long(self, array: int) -> bool:
-        """Whether dear functions stand between memory and an array."""
+        """Whether expensive functions stand between memory and an array."""
         waiting, known = [array], set[int]()
         while waiting:
             other = waiting.pop()

@@ -1,4 +1,4 @@
-"""What an operation is to a compiler: computed where it is used, added up, written in place, or a launch of its own."""
+"""What an operation is to a compiler: computed where it is used, added up, written in place, or its own launch."""
 
 import itertools
 import math
@@ -68,7 +68,7 @@ def is_update(node: Node) -> bool:
 
 
 def is_product(node: Node) -> bool:
-    """Whether it is a matrix product or a convolution."""
+    """Whether it is a matmul or a convolution."""
     return node.primitive in PRODUCTS
 
 
@@ -78,7 +78,7 @@ def is_dear(node: Node) -> bool:
 
 
 def is_heavy(node: Node) -> bool:
-    """Whether it is a launch of its own, or several: a product, a loop, a kernel, or what is in no table."""
+    """Whether it is its own launch, or several: a matmul, a loop, a kernel, or what is in no table."""
     return not (is_pointwise(node) or is_reduction(node) or is_update(node))
 
 
@@ -97,7 +97,7 @@ def _is_of_zeros(node: Node) -> bool:
 
 
 def is_view(node: Node) -> bool:
-    """Whether it swaps two groups of neighboring axes, which products take as they lie."""
+    """Whether it swaps two groups of neighboring axes, which matmuls take as they lie."""
     if node.primitive != "transpose":
         return False
     shape = _shape(node, 0)
@@ -128,10 +128,10 @@ def updated(node: Node) -> int:
 
 
 def wants_last(node: Node, index: int) -> bool:
-    """Whether a product in 8 bits needs a copy of an operand, with the axis that it adds up over the last one.
+    """Whether a matmul in 8 bits needs a copy of an operand, with the axis that it adds up over the last one.
 
     References:
-        "cuBLAS", section cublasLtMatmul: products in FP8 take the first operand transposed, the second one not.
+        "cuBLAS", section cublasLtMatmul: matmuls in FP8 take the first operand transposed, the second one not.
     """
     aval = node.eqn.invars[index].aval
     if node.primitive != "dot_general" or "float8" not in str(aval.dtype):

@@ -22,11 +22,11 @@ class Launch(NamedTuple):
     """A launch of a program.
 
     Attributes:
-        part: ``products``, ``quantize`` (passes that find scales, round to 8 bits or copy for a product), ``casts`` (of
+        part: ``products``, ``quantize`` (passes that find scales, round to 8 bits or copy for a matmul), ``casts`` (of
             an array as it is), ``loops`` (what a scan stacks) or ``other``.
         bytes: Read and written by one run.
         trips: How often it runs.
-        flops: Of one run, of matrix products and convolutions.
+        flops: Of one run, of matmuls and convolutions.
         dtypes: Of the operands of these.
         exact: Whether these are asked to be precise.
     """
@@ -51,7 +51,7 @@ def launches(flow: Dataflow, trips: int = 1) -> Iterator[Launch]:
 
 
 def _alone(fusion: Fusion, at: int, trips: int) -> Launch:
-    """A product with its epilogue, or a kernel."""
+    """A matmul with its epilogue, or a kernel."""
     node, (read, written) = fusion.nodes[at], fusion.ends(at)
     moved = sum(fusion.arrays[array].bytes for array in (*read, *written))
     if not _kinds.is_product(node):

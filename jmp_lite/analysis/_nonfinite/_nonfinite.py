@@ -125,7 +125,7 @@ def _described(found: Range) -> str:
 def first_nonfinite(fun: Callable[..., Any]) -> Callable[..., NonFinite | None]:
     """Finds the equation that made the first NaN or infinity of those that reach a result of a function.
 
-    Loops, branches, recomputation, custom derivatives and ``shard_map`` are gone into; inside of autocast too. An
+    Loops, branches, recomputation, custom derivatives and ``shard_map`` are followed; inside of autocast too. An
     infinity that reaches no result is none of it, such as a mask of minus infinity under a softmax, or a logarithm of
     zero that ``jnp.where`` leaves out. Give the gradient function, or the whole step, to find one in a backward pass.
 

@@ -28,10 +28,10 @@ _HIGHEST = 24
 def diagnose(ranges: Ranges, *, format: str = "float16") -> tuple[Finding, ...]:  # noqa: A002  # what it is
     """Says what is wrong with numbers that were counted, and what a format would make of them.
 
-    Who takes a number decides: the operands of matrix products and convolutions, which run in the format, and their
+    Who takes a number decides: the operands of matmuls and convolutions, which run in the format, and their
     results unless the program asks for wider ones; of formats of 8 bits, the operands alone. Leaves that ``ranges``
     counted under a name of yours are judged as if the format held them, and are gradients if the name has ``grad`` in
-    it. Arguments, and what stays in float32 between products, are judged where a product takes them. Zeros are no
+    it. Arguments, and what stays in float32 between matmuls, are judged where a matmul takes them. Zeros are no
     underflow.
 
     Args:
@@ -81,17 +81,17 @@ class _View(NamedTuple):
 
     @property
     def taken(self) -> Iterator[tuple[Row, Range]]:
-        """What products take and make, results, and leaves that the user named."""
+        """What matmuls take and make, results, and leaves that the user named."""
         return ((row, r) for row, r in self.pairs if (_is_product(row) if row.site else row.kind != "argument"))
 
     @property
     def held(self) -> Iterator[tuple[Row, Range]]:
-        """What the format holds: what products take or make in it, and leaves that the user named."""
+        """What the format holds: what matmuls take or make in it, and leaves that the user named."""
         return ((row, r) for row, r in self.taken if (_is_held(row, self.format) if row.site else row.kind != "result"))
 
     @property
     def gradients(self) -> Iterator[tuple[Row, Range]]:
-        """What the format holds of the backward pass: its products make gradients and cotangents."""
+        """What the format holds of the backward pass: its matmuls make gradients and cotangents."""
         return ((row, r) for row, r in self.held if _is_gradient(row))
 
 
@@ -100,7 +100,7 @@ def _is_product(row: Row) -> bool:
 
 
 def _is_held(row: Row, name: str) -> bool:
-    """Whether what a product takes or makes is held in a format."""
+    """Whether what a matmul takes or makes is held in a format."""
     if row.site is None or row.name != "out":
         return True
     taken = max(map(width, row.site.in_dtypes[:2]), default=0)
@@ -160,7 +160,7 @@ def _underflow(view: _View) -> Iterator[Finding]:
 
 
 def _all_lost(view: _View) -> Iterator[Finding]:
-    """Cotangents that are zero where a product of the format takes them, although gradients elsewhere are not."""
+    """Cotangents that are zero where a matmul of the format takes them, although gradients elsewhere are not."""
     if jnp.dtype(view.format).itemsize != 2:
         return
     zeros = [
@@ -233,7 +233,7 @@ def _int8(view: _View) -> Iterator[Finding]:
 
 
 def _dead(view: _View) -> Iterator[Finding]:
-    """Zeros that come as an argument, such as weights that start at zero, are no news."""
+    """Zeros that come as an argument, such as weights that start at zero, are not news."""
     given = {r.count for row, r in view.pairs if row.kind == "argument" and r.zero == r.count}
     for row, r in view.pairs:
         is_operand = row.site is not None and _is_product(row) and not row.site.is_backward and row.name != "out"

@@ -1,4 +1,4 @@
-"""``collect``: the ranges of arguments, results and matrix products, as extra results of a function."""
+"""``collect``: the ranges of arguments, results and matmuls, as extra results of a function."""
 
 import functools
 import warnings
@@ -40,7 +40,7 @@ def collect(
     Args:
         fun: The function, such as ``jax.value_and_grad(jmp.autocast(loss, policy))``.
         where: Which equations to look at: a pattern for their name scopes followed by the primitive, as in
-            ``"mlp/.*"``, ``"exp"`` or ``".*"`` for all. By default matrix products and convolutions. Operands of these
+            ``"mlp/.*"``, ``"exp"`` or ``".*"`` for all. By default matmuls and convolutions. Operands of these
             are looked at too; arguments and results always.
         when: When to look: a function of the same arguments that returns a boolean, such as ``lambda params, step:
             step % 100 == 0``. At other times the function runs as it is and the ranges are empty.
@@ -50,7 +50,7 @@ def collect(
 
     Raises:
         InvalidFunctionError: If ``fun`` or ``when`` cannot be called, or ``fun`` takes an NNX module.
-        InvalidPatternError: If ``where`` is no regular expression.
+        InvalidPatternError: If ``where`` is not a regular expression.
 
     Warns:
         UnmatchedRuleWarning: If ``where`` matches nothing.

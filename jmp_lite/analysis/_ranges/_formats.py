@@ -68,7 +68,7 @@ def _first_beyond(dtype: np.dtype[Any], tie: float, is_beyond: Any) -> int:
 def class_table() -> np.ndarray[Any, np.dtype[np.uint32]]:
     """Returns ``uint32[CLASSES - 1, EXPONENTS]``: for each exponent of float32, the bits from which on a class begins.
 
-    Zero, infinity and NaN have classes of their own.
+    Zero, infinity and NaN have their own classes.
     """
     starts: dict[int, list[int]] = {0: [1], EXPONENTS - 1: [INFINITY + 1]}
     for name in FORMATS:

@@ -22,7 +22,7 @@ class Row(NamedTuple):
 
     Attributes:
         kind: ``argument``, ``equation``, ``result``, or whatever a tree was called.
-        name: The path of a leaf; of an equation ``out``, and of a product also ``lhs`` and ``rhs``.
+        name: The path of a leaf; of an equation ``out``, and of a matmul also ``lhs`` and ``rhs``.
         site: Where the equation stands; ``None`` for a leaf.
 
     Example:
@@ -151,7 +151,7 @@ def ranges(tree: Any, kind: str = "") -> Ranges:
     """Returns the ranges of the floating arrays in a tree, by their paths: of parameters, gradients, updates, states.
 
     Args:
-        tree: A pytree. Leaves that are no floating arrays are left out.
+        tree: A pytree. Leaves that are not floating arrays are left out.
         kind: What to call the leaves, such as ``"gradient"``.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The formats that ``recommend`` chooses from, and what a choice of one for each group of products is as rules."""
+"""The formats that ``recommend`` chooses from, and what a choice of one for each group of matmuls is as rules."""
 
 import collections
 import dataclasses
@@ -19,12 +19,12 @@ _OF_FLOAT8 = 2.0**-4 / math.sqrt(3)
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A format for products.
+    """A format for matmuls.
 
     Attributes:
         name: As the user gave it, or ``float32``.
         dtype: The compute dtype beside it.
-        recipe: How products are quantized, or ``None``.
+        recipe: How matmuls are quantized, or ``None``.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Choice:
 
     @property
     def bits(self) -> int:
-        """Of an operand of the products."""
+        """Of an operand of the matmuls."""
         return 8 if self.recipe else 32 if self.name == FLOAT32 else 16
 
     def error(self, operand: Range) -> float:
@@ -60,7 +60,7 @@ def choices_of(formats: Sequence[str]) -> list[Choice]:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A choice for each group of products, as a policy and rules.
+    """A choice for each group of matmuls, as a policy and rules.
 
     Attributes:
         choices: By the name scope of the group.
@@ -82,7 +82,7 @@ class Plan:
         return FLOAT32 if self.base.dtype == FLOAT32 else f"mixed_{self.base.dtype}"
 
     def exceptions(self) -> dict[str, Choice]:
-        """Returns the groups that need a rule of their own, inner ones before those around them."""
+        """Returns the groups that need their own rule, inner ones before those around them."""
         plain = Choice(self.base.dtype, self.base.dtype) if self.base.recipe else self.base
         differing = [
             scope

@@ -33,12 +33,12 @@ _TRIALS = 8
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """What is recommended for a group of products.
+    """What is recommended for a group of matmuls.
 
     Attributes:
         scope: Name scope of the group.
         format: ``float32``, or one of the formats that were given.
-        flop_share: Share of the work of all products.
+        flop_share: Share of the work of all matmuls.
         predicted: Error of the gradient that the narrowest format that applies would make here, from ranges and
             sensitivity.
         reason: Why.
@@ -91,7 +91,7 @@ class Recommendation:
 
     @property
     def low_share(self) -> float:
-        """Share of the work of products that runs in fewer than 32 bits."""
+        """Share of the work of matmuls that runs in fewer than 32 bits."""
         return sum(line.flop_share for line in self.lines if line.format != FLOAT32)
 
     def autocast(self, fun: Callable[..., Any]) -> Callable[..., Any]:
@@ -121,7 +121,7 @@ class Recommendation:
         return table(("format", "FLOPs", "error", "products in", "reason"), rows)
 
     def __str__(self) -> str:
-        verdict = f"{self.low_share:.1%} of the FLOPs of products run in fewer than 32 bits, with an error of "
+        verdict = f"{self.low_share:.1%} of the FLOPs of matmuls run in fewer than 32 bits, with an error of "
         verdict += f"{self.error:.2e} on batches held out (tolerance {self.tolerance:g}). Casts: {self.casts}."
         scale = f" Loss scale: {self.loss_scale:g}." if self.loss_scale != 1 else ""
         before, after = self.cost.rows
@@ -145,7 +145,7 @@ def recommend(
 ) -> Recommendation:
     """Finds a policy and rules under which a loss and its gradient stay near those in float32, by measuring.
 
-    Products are taken by name scope. From the ranges of their operands and from how sensitive the gradient is to them
+    Matmuls are taken by name scope. From the ranges of their operands and from how sensitive the gradient is to them
     follows the error that each format would make. Groups are then raised to a wider format, those first that save most
     error for the work that becomes slower, until real runs on batches that were held out are within the tolerance.
     Groups that can be low after all are lowered again.
@@ -167,9 +167,9 @@ def recommend(
 
     Raises:
         InvalidAnalysisError: If there are fewer than two batches, the tolerance is not positive, or the loss has
-            no matrix product, or is not finite in float32.
+            no matmul, or is not finite in float32.
         InvalidRecipeError: If a format is not known.
-        InvalidFunctionError: If ``loss_fn`` is no loss.
+        InvalidFunctionError: If ``loss_fn`` is not a loss.
 
     Example:
         >>> def loss(w, x):
@@ -235,7 +235,7 @@ class _Search:
         steps = steps_of(traced(with_gradient(loss_fn), (params, *batch), {}).jaxpr)
         self.groups = groups_of(steps, depth)
         if not self.groups:
-            raise InvalidAnalysisError("The loss has no matrix product or convolution: nothing can be lower.")
+            raise InvalidAnalysisError("The loss has no matmul or convolution: nothing can be lower.")
         self.shares = flop_shares(steps, self.groups)
         counting = jax.jit(collect(with_gradient(loss_fn)))
         self.ranges: Ranges = sum((counting(params, *batch)[1] for batch in measuring[1:]), counting(params, *batch)[1])
@@ -261,7 +261,7 @@ class _Search:
         return found
 
     def _first(self, args: tuple[Any, ...]) -> dict[str, int]:
-        """Returns for each group the number of the narrowest choice that takes any of its products."""
+        """Returns for each group the number of the narrowest choice that takes any of its matmuls."""
         first = dict.fromkeys(self.groups, len(self.choices) - 1)
         for number, choice in reversed([*enumerate(self.choices)]):
             records = explain(self.loss_fn, f"mixed_{choice.dtype}", dot=choice.recipe)(*args) if choice.recipe else ()
@@ -360,7 +360,7 @@ class _Search:
 
     def _why_low(self, scope: str) -> str:
         recipe = self.choices[0].name
-        return "within tolerance" if not self.first[scope] else f"{recipe} applies to no product here"
+        return "within tolerance" if not self.first[scope] else f"{recipe} applies to no matmul here"
 
     def _reason(self, scope: str) -> str:
         narrowest = self.narrowest(scope)

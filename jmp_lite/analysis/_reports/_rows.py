@@ -146,7 +146,7 @@ def tables_of(entries: Sequence[Entry], histories: Sequence[History], name: str)
         yield _table("Loss scaling", [{"step": step, **flat_row(one)} for step, one in metrics])
 
 
-#: Columns of shares; those of findings and metrics are no shares.
+#: Columns of shares; those of findings and metrics are not shares.
 SHARES = frozenset({"zero", "overflow", "subnormal", "underflow", "error", "share", "flop_share"})
 
 

@@ -1,4 +1,4 @@
-"""Compiles for a device that need not exist, in a process of its own: its environment is set before JAX wakes up.
+"""Compiles for a device that need not exist, in its own process: its environment is set before JAX wakes up.
 
 A program crosses as what ``jax.export`` writes, and comes back as optimized HLO text.
 """
@@ -17,7 +17,7 @@ import jax
 from jmp_lite.analysis._estimation._compiled import _targets
 from jmp_lite.errors import InvalidAnalysisError
 
-#: All products by cuBLAS, whose calls say what they do; LLVM's part changes no figure.
+#: All matmuls by cuBLAS, whose calls say what they do; LLVM's part changes no figure.
 _FLAGS = (
     "--xla_gpu_enable_triton_gemm=false",
     "--xla_backend_optimization_level=0",

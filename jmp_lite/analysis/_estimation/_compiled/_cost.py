@@ -132,7 +132,7 @@ def _conditional_cost(module: Module, instruction: Instruction) -> Cost:
 
 
 def _transfer_cost(opcode: str, shape: str, source: str) -> Cost:
-    """An asynchronous copy or slice; one that moves data to or from on-chip memory is no extra copy."""
+    """An asynchronous copy or slice; one that moves data to or from on-chip memory is not an extra copy."""
     written = list(_hlo.arrays(shape))[_TRANSFERS[opcode]]
     dtype, elements, on_chip = written
     off_chip = (not on_chip) + (not next(_hlo.arrays(source))[2])

@@ -10,12 +10,12 @@ from jmp_lite.analysis._estimation._launches import Launch
 
 FORMULA = f"""The time is the sum over all launches of max(bytes / {REACHED_BANDWIDTH} of the bandwidth,
 FLOPs / {REACHED_PEAK} of the peak), for 3.35 TB/s, 989 TFLOP/s in bfloat16 and 1979 in float8; FLOPs are those of
-matrix products by cuBLAS, of convolutions by cuDNN, and of attention by cuDNN without what the mask leaves out."""
+matmuls by cuBLAS, of convolutions by cuDNN, and of attention by cuDNN without what the mask leaves out."""
 
 _BATCH = re.compile(r'"lhs_batch_dimensions":\[([^\]]*)\]')
 _TARGET = re.compile(r'custom_call_target="([^"]+)"')
 _LABELS = re.compile(r"dim_labels=\w+_(\w+)->")
-#: Products of [time, time, width] in an attention, half of which causal masks leave out: forward 2, backward 5.
+#: Matmuls of [time, time, width] in an attention, half of which causal masks leave out: forward 2, backward 5.
 _OF_ATTENTION = {"__cudnn$fmhaSoftmax": 2, "__cudnn$fmhaSoftmaxBackward": 5}
 #: Of a convolution, where its kernel and what has its output's shape are among the operands; the result comes first.
 _OF_CONVOLUTION = {

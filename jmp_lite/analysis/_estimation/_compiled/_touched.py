@@ -81,7 +81,7 @@ class _Launch:
         return name
 
     def updated(self, name: str) -> float:
-        """Elements that a line writes into an argument in place; 0 if it writes an array of its own."""
+        """Elements that a line writes into an argument in place; 0 if it writes its own array."""
         line = self.lines.get(name)
         if line is None or line.opcode not in _UPDATES or self.origin(line.operands[0]) not in self.arguments:
             return 0
