@@ -112,8 +112,8 @@ class CheckpointManager:
             CheckpointMismatchError: If the directory has a later step, so that this run did not start from it, or if
                 copies of a leaf on several devices or processes differ.
             CheckpointLockedError: If another job writes to the directory.
-            InvalidCheckpointError: If the step is not an int >= 0, a leaf is not an array, key or number, or the manager
-                is closed.
+            InvalidCheckpointError: If the step is not an int >= 0, a leaf is not an array, key or number, or the
+                manager is closed.
 
         Example:
             >>> import tempfile
