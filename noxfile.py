@@ -114,7 +114,7 @@ def docs(session):
     """The documentation, every page executed, warnings as errors."""
     session.install("-e", ".[docs]")
     target = pathlib.Path(session.create_tmp()) / "docs"
-    session.run("sphinx-build", "-W", "--keep-going", "-b", "html", "docs", str(target))
+    session.run("sphinx-build", "-j", "2", "-W", "--keep-going", "-b", "html", "docs", str(target))
 
 
 @nox.session(python=OLDEST)
