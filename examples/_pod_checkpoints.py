@@ -17,7 +17,7 @@ class ResumeError(Exception):
 class Checkpoints:
     """``<folder>/<step>`` for some steps, and ``<folder>/run.json`` with what the runs must have in common.
 
-    Without a folder nothing is saved and nothing restored. The position in the data needs no place of its own: batches
+    Without a folder nothing is saved and nothing restored. The position in the data is not stored: batches
     depend on the step alone.
     """
 

@@ -41,7 +41,7 @@ FLOAT32 = np.dtype(np.float32)
 STANDARD_FORMATS = frozenset({np.dtype(jnp.bfloat16), np.dtype(np.float16), FLOAT32})
 #: Those of 16 bits.
 NARROW_FORMATS = STANDARD_FORMATS - {FLOAT32}
-#: Formats of which two numbers are stored in one byte, though NumPy holds each in one of its own.
+#: Formats of which two numbers are stored in one byte, though NumPy uses one byte for each.
 OF_4_BITS = frozenset(map(np.dtype, (jnp.int4, jnp.uint4, jnp.float4_e2m1fn)))
 
 

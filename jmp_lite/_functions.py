@@ -1,4 +1,4 @@
-"""Functions that users give: what is none is refused with a word on what to give instead."""
+"""Functions that users give: anything else is refused, with what to give instead."""
 
 import functools
 import sys

@@ -100,7 +100,7 @@ def nearest_modules(key: str, paths: Iterable[str], limit: int = LONGEST_PATH) -
 def is_misspelt(key: str, module: str) -> bool:
     """Whether a key is the last segments of a module but for a typing error, one in five characters of a segment.
 
-    Another number is none: the module with that number may be elsewhere.
+    A path that differs in a number does not count: the module with that number may be elsewhere.
     """
     if without_numbers(f"/{module}").endswith(without_numbers(f"/{key}")):
         return False

@@ -46,7 +46,7 @@ T = TypeVar("T")
 
 
 def _floating(field: str, value: Any) -> DType:
-    """Converts what the user gave for a dtype field, or says why it is none."""
+    """Converts what the user gave for a dtype field, or says why it is not one."""
     if isinstance(value, str):
         try:
             return parse_dtype(value)

@@ -79,7 +79,7 @@ def is_narrow(leaf: Any) -> bool:
 
 
 def is_number(leaf: Any) -> bool:
-    """Whether a leaf is a number or an array of them; JAX's gradient of integers, ``float0``, is none."""
+    """Whether a leaf is a number or an array of them; JAX's gradient of integers, ``float0``, is not."""
     if is_array(leaf):
         return bool(leaf.dtype != jax.dtypes.float0)
     return isinstance(leaf, (bool, int, float, complex))

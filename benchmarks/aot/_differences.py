@@ -17,7 +17,7 @@ _PLACE = re.compile(r"file_name_id=(\d+) .*?line=(\d+)")
 
 
 class Seen(NamedTuple):
-    """A launch by what it does; where in the source it comes from is no part of that.
+    """A launch by what it does; where in the source it comes from does not count.
 
     Attributes:
       times: how often it runs.

@@ -7,7 +7,7 @@ from jmp_lite._compat import Equation, Jaxpr, is_transposed, program, scope_name
 from jmp_lite.autocast._api import Traced, is_array_or_shape, trace
 from jmp_lite.autocast._programs import programs_of
 
-#: Frames of this library are not source lines of the user's.
+#: Frames of this library are not the user's source lines.
 _OWN = ("/jmp_lite/autocast/", "/jmp_lite/analysis/")
 
 

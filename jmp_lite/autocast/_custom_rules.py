@@ -1,4 +1,4 @@
-"""Functions with derivative rules or batching rules of the user's.
+"""Functions with user-defined derivative or batching rules.
 
 The function itself is retyped like any call. The rule is not: it is traced on the dtypes that it was written for, by
 differentiating (or batching) the original equation, and the program found that way is autocast. A rule that checks its

@@ -30,7 +30,7 @@ LOW: Want = 1
 EITHER: Want = 2
 #: An operation that needs float32.
 HIGH: Want = 4
-#: The next iteration of a loop, which holds it in float32: worth no more than what it is made of.
+#: The next iteration of a loop, which holds it in float32: as precise as what it is made of.
 KEPT: Want = 8
 #: A cast to an integer: float32, whatever others want.
 PLACE: Want = 16
@@ -48,7 +48,7 @@ Wants = tuple[Want, ...]
 
 
 def is_float32(want: Want) -> bool:
-    """Whether a value is to be float32: for all its consumers, or for one that has the say."""
+    """Whether a value is to be float32: for all its consumers, or for one that decides."""
     return (want != 0 and not want & (LOW | EITHER)) or want & (PLACE | AS_WRITTEN) != 0
 
 

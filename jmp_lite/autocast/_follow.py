@@ -93,7 +93,7 @@ def _is_held_low(facts: Facts) -> bool:
 
 
 def _promotes(facts: Facts) -> bool:
-    """Whether an operand is data of its own right beside low ones: a parameter being updated, an accumulator."""
+    """Whether an operand is data in its own right beside low ones: a parameter being updated, an accumulator."""
 
     def is_data(value: Value) -> bool:
         is_state = value.known.origin in (Origin.INPUT, Origin.SCALED)

@@ -54,7 +54,7 @@ OF_WEIGHTS = frozenset({Origin.INPUT, Origin.MOVED})
 
 
 class Known(NamedTuple):
-    """How precise a value is, where it comes from, and the number that all its elements are."""
+    """How precise a value is, where it comes from, and the constant it is filled with, if known."""
 
     tag: Tag = Tag.NEUTRAL
     origin: Origin = Origin.COMPUTED

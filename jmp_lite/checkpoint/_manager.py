@@ -36,7 +36,7 @@ class CheckpointManager:
 
     A thin layer over ``orbax.checkpoint.CheckpointManager``: a checkpoint of step 100 is the directory ``100``, written
     under another name and renamed when it is complete. On top of that, every array is stored with a digest and
-    compared with it when it is restored, because values that rot on disk pass Orbax unnoticed.
+    compared with it when it is restored, because Orbax does not detect corrupted array values.
 
     Several processes of one job use it together: they make the same calls in the same order, in a directory that all
     of them see, and restore the same step. One job writes to a directory at a time: the first ``save`` takes a lock
@@ -267,7 +267,7 @@ class CheckpointManager:
         found = {}
         for path in self._manager.directory.iterdir():
             if (match := _UNFINISHED.fullmatch(path.name)) and int(match[1]) not in set(steps):
-                reason = "The job stopped while it wrote it, or another job is writing it now."
+                reason = "The job stopped while writing it, or another job is writing it now."
                 found[int(match[1])] = f"The checkpoint in {path} is incomplete. {reason}"
         return found
 

@@ -1,4 +1,4 @@
-"""What an analysis says about a function of the user's: ``audit``, ``analyze``, ``estimate``."""
+"""What an analysis says about a user's function: ``audit``, ``analyze``, ``estimate``."""
 
 import json as json_module
 from collections.abc import Iterable, Iterator

@@ -1,4 +1,4 @@
-"""What autocast does to a function of the user's: ``explain``."""
+"""What autocast does to a user's function: ``explain``."""
 
 from typing import Any
 

@@ -44,7 +44,7 @@ def _checked(sharding: Any) -> Any:
 
 
 def check_axes(axes: Sequence[Any], stored: Any) -> None:
-    """Raises if an axis is none of the mesh that is set, nor of a mesh among some shardings."""
+    """Raises if an axis belongs neither to the mesh that is set nor to a mesh among some shardings."""
     meshes = [leaf.mesh for leaf in jax.tree.leaves(stored) if isinstance(leaf, NamedSharding)]
     known = {name for mesh in (jax.sharding.get_abstract_mesh(), *meshes) for name in mesh.axis_names}
     for axis in axes:

@@ -61,7 +61,7 @@ def _merged(params: P, applied: P) -> P:
 
 
 def _check_trees(grads: Any, params: Any) -> None:
-    """Raises for gradients that are none of these parameters."""
+    """Raises for gradients that do not belong to these parameters."""
 
     def check(path: Any, param: Any, grad: Any) -> None:
         if not jax.tree_util.all_leaves([grad], is_leaf=is_hidden):

@@ -102,7 +102,7 @@ def test_autocast_of_a_model_raises_no_alarm(name, policy, rng):
 
 
 def test_autocast_keeps_numbers_that_16_bits_do_not_hold():
-    """What is a mistake in a model written for float16 is none in one that autocast runs in it."""
+    """A mistake in a model written for float16 is not one in a model that autocast runs in it."""
 
     def fun(x, w, mask):
         y = x @ w

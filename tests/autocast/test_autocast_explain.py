@@ -283,7 +283,7 @@ def test_what_is_cut():
 
 
 def test_code_of_jax_has_the_line_of_the_call():
-    """What JAX keeps traced knows no line of the user's; the equation that calls it does."""
+    """What JAX keeps traced does not know the user's line; the equation that calls it does."""
     jax.nn.relu(jnp.ones(3))  # so that it has been traced elsewhere
     found = jmp.explain(lambda x: jax.nn.relu(x) + jax.jit(jnp.exp)(x), LOW)(X)
     assert all("test_autocast_explain.py" in record.source for record in found)

@@ -1,4 +1,4 @@
-"""What takes the place of lax.dot_general under autocast: matmuls of the user's, and sums of matmuls in float32."""
+"""What takes the place of lax.dot_general under autocast: the user's matmuls, and sums of matmuls in float32."""
 
 import functools
 
@@ -30,7 +30,7 @@ def layers(x, w):
     return jnp.mean(jnp.tanh(jax.jit(jnp.matmul)(jnp.tanh(x), w)) ** 2)
 
 
-# --- Matmuls of the user's ---
+# --- The user's matmuls ---
 
 
 def recording(seen):

@@ -104,7 +104,7 @@ number = 3
 
 @pytest.fixture
 def module(tmp_path, monkeypatch):
-    """The name of a module of the user's, in the working directory."""
+    """The name of a user's module, in the working directory."""
     (tmp_path / "explained_module.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken_module.py").write_text("def (")

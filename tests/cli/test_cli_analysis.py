@@ -35,7 +35,7 @@ def stopped():
 
 @pytest.fixture(autouse=True)
 def module(tmp_path, monkeypatch):
-    """A module of the user's, in the working directory."""
+    """A user's module, in the working directory."""
     (tmp_path / "analyzed_module.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
     yield

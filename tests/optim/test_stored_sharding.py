@@ -55,7 +55,7 @@ def steps(tx, gradients, params, opt_state):
 
 
 def placed(tree, mesh, specs):
-    """A tree of leaves that are called as those of SHAPES, or are none of them."""
+    """A tree of leaves that are called as those of SHAPES, or none of them."""
 
     def place(path, leaf):
         name = next((n for n in SHAPES if n in jax.tree_util.keystr(path) and leaf.shape == SHAPES[n]), None)

@@ -158,7 +158,7 @@ def test_layers_with_the_recipe_inside_share_one_site(rng):
 
 
 def test_what_calibration_has_not_seen_has_scales_of_its_own(rng):
-    """A branch that no batch took is not a branch of int8 numbers with a scale out of the air."""
+    """A branch that no batch took is not quantized to int8 with a made-up scale."""
     w, x = 1e-3 * normal(rng, 16, 8), 1e-3 * normal(rng, 4, 16)
 
     def branches(w, x, flag):

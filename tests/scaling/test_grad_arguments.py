@@ -258,6 +258,6 @@ def test_no_scale_in_the_state():
 @both_makers
 @pytest.mark.parametrize("nothing", [None, {}, 1024.0], ids=str)
 def test_what_holds_no_scale_is_refused_when_the_gradient_is_made(make, nothing):
-    """The message says where one comes from; a bare number is none."""
+    """The message says where one comes from; a bare number is not one."""
     with pytest.raises(jmp.errors.LossScaleNotFoundError, match="Pass a loss scale, or the state of an optimizer"):
         make(lambda w: w * w, loss_scale=nothing)

@@ -38,7 +38,7 @@ _FAMILIES: Mapping[str, Family] = {
         "writes a part of its first operand, in place",
         "scatter scatter-add scatter-mul scatter-min scatter-max dynamic_update_slice",
     ),
-    "dear": Family(
+    "expensive": Family(
         "its arithmetic outweighs two bytes: computed once, and the result kept",
         "exp exp2 expm1 log log1p log2 tanh logistic erf erfc erf_inv pow rsqrt sqrt cbrt sin cos tan div",
     ),
@@ -74,7 +74,7 @@ def is_product(node: Node) -> bool:
 
 def is_dear(node: Node) -> bool:
     """Whether it is better computed once."""
-    return node.primitive in _BY_FAMILY["dear"]
+    return node.primitive in _BY_FAMILY["expensive"]
 
 
 def is_heavy(node: Node) -> bool:

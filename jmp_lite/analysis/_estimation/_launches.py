@@ -169,7 +169,7 @@ def _grouped(fusion: Fusion) -> Sequence[_Group]:
 
 
 def _note_heavy(fusion: Fusion, at: int, of: dict[int, _Group]) -> None:
-    """A group of its own that nothing joins, so that what waits for it is known."""
+    """A group that nothing joins, so that what waits for it is known."""
     read, written = fusion.ends(at)
     group = _Group(None)
     group.reads = dict.fromkeys(read, 1)

@@ -78,7 +78,7 @@ def replay(path: Any) -> Replayed:
         What was reported, and operands and results as NumPy arrays.
 
     Raises:
-        CorruptArtifactError: If the file is no such bundle.
+        CorruptArtifactError: If the file is not such a bundle.
         FileNotFoundError: If there is none.
         ModuleNotFoundError: Without the extra ``export``.
 

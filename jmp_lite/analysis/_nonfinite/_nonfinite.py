@@ -126,7 +126,7 @@ def first_nonfinite(fun: Callable[..., Any]) -> Callable[..., NonFinite | None]:
     """Finds the equation that made the first NaN or infinity of those that reach a result of a function.
 
     Loops, branches, recomputation, custom derivatives and ``shard_map`` are followed; inside of autocast too. An
-    infinity that reaches no result is none of it, such as a mask of minus infinity under a softmax, or a logarithm of
+    infinity that reaches no result does not count, such as a mask of minus infinity under a softmax, or a logarithm of
     zero that ``jnp.where`` leaves out. Give the gradient function, or the whole step, to find one in a backward pass.
 
     The function runs equation by equation, up to three times, and only loops, branches and maps are compiled.

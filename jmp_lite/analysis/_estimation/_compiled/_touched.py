@@ -97,7 +97,7 @@ class _Launch:
         return [root.name] * sum(1 for _ in _hlo.arrays(self.shapes[self.root]))
 
     def written(self) -> Iterator[Part]:
-        """The arrays of the result; what a library takes to work in is none of them."""
+        """The arrays of the result; the workspace of a library is not among them."""
         arrays = zip(_hlo.arrays(self.shapes[self.root]), self.outputs(), strict=True)
         for index, ((dtype, elements, on_chip), line) in enumerate(arrays):
             is_library = line in self.lines and _LIBRARY in self.lines[line].attributes
