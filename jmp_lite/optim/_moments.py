@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jmp_lite._dtypes import FLOAT32, STANDARD_FORMATS, DType
+from jmp_lite._dtypes import FLOAT32, STANDARD_FORMATS, DType, dtype_or_none
 from jmp_lite._messages import quote
 from jmp_lite._rounding import at_random, stochastic_floor, stochastic_round
 from jmp_lite.errors import InvalidStorageError
@@ -74,24 +74,26 @@ class Float:
     ones lose bits: second moments of small gradients do.
 
     Attributes:
-        dtype: ``bfloat16``, ``float16`` or ``float32``.
+        dtype: ``bfloat16``, ``float16`` or ``float32``, as a dtype or by name.
         stochastic: Rounded so that it is right on average. To nearest, what changes by less than half a unit a step
             stays as it is: a second moment with ``b2=0.999`` does.
 
     Example:
-        >>> format = jmp.optim.Float(jnp.dtype(jnp.bfloat16))
+        >>> format = jmp.optim.Float("bfloat16")
         >>> print(format.decode(format.encode(jnp.array([0.0, 1.0, 3.0]), jnp.zeros(3, jnp.uint32), None), None))
         [0. 1. 3.]
     """
 
-    dtype: DType = np.dtype(jnp.bfloat16)  # noqa: RUF009 (a constant)
+    dtype: Any = np.dtype(jnp.bfloat16)  # noqa: RUF009 (a constant)
     stochastic: bool = True
     relative_to: ClassVar[None] = None
     largest: ClassVar[tuple[int, ...]] = ()
 
     def __post_init__(self) -> None:
-        if self.dtype not in STANDARD_FORMATS:
+        dtype = dtype_or_none(self.dtype)
+        if dtype not in STANDARD_FORMATS:
             raise InvalidStorageError(f"dtype must be bfloat16, float16 or float32, got {quote(self.dtype)}.")
+        object.__setattr__(self, "dtype", dtype)
 
     def encode(self, value: jax.Array, bits: jax.Array, _: jax.Array | None) -> jax.Array:
         """Rounds float32 to what is stored."""

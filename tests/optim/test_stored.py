@@ -162,6 +162,7 @@ REFUSED = {
     "a class": (lambda: stored(adam(), state={"nu": Log}), "is not a format of a moment"),
     "a key": (lambda: stored(adam(), state={1: "log"}), "patterns, such as 'mu', got 1"),
     "a text for a bound": (lambda: Ratio(bound="8"), "bound must be .* got '8'"),
+    "an unknown name": (lambda: Float("bf17"), "got 'bf17'"),
     "whole numbers": (lambda: Float(np.dtype(np.int8)), "got dtype.'int8'"),
     "parameters that do not exist": (lambda: stored(adam(), params="split9"), r"params='split9' .* 'split8'\?"),
     "a dtype": (lambda: stored(adam(), params=jnp.bfloat16), "params=.*bfloat16.* is not a format"),
@@ -258,3 +259,9 @@ def test_lost_updates_are_said(dtype, rng):
     for params in WEIGHTS:
         jmp.loss_scaled(stored(adam(), params=params)).init(leaves)
     jmp.loss_scaled(adam()).init(weights(rng, jnp.float32))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "bf16", jnp.bfloat16, np.dtype(jnp.bfloat16)], ids=str)
+def test_dtypes_are_given_as_elsewhere(dtype):
+    assert Float(dtype) == Float()
+    assert hash(Float(dtype)) == hash(Float())
