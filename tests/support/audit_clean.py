@@ -213,7 +213,18 @@ BY_HAND = {
     "NNX layer, dtype=": Clean(*nnx_loss()),
 }
 
+
+def mixed(params, x):
+    """Four experts whose results a gate in float32 weighs: a matmul of a handful of terms."""
+    gate = jax.nn.softmax(x @ params["router"])
+    hidden = jax.nn.relu(jnp.einsum("td,edh->teh", x, params["up"]))
+    return jnp.mean(jnp.square(x + jnp.einsum("te,teh,ehd->td", gate, hidden, params["down"])))
+
+
+MIXED = {"router": array(F32, 64, 4), "up": array(F32, 4, 64, 128), "down": array(F32, 4, 128, 64)}
+
 UNDER_AUTOCAST = {
+    "mixture": Clean(mixed, (MIXED, array(F32, 256, 64))),
     "transformer": Clean(functools.partial(transformer_loss, dtype=F32), (transformer_params(), IDS)),
     "experts": Clean(lambda p, x: routed(p, x.astype(BF16)), (EXPERTS, array(F32, 512, 256))),
 }

@@ -42,8 +42,9 @@ def leaks(subject: Subject) -> Iterator[Finding]:
     groups: dict[Entry, list[tuple[Node, float]]] = {}
     forward = dict[str, Entry]()
     asked = {node.site.source: node for node, _ in subject.products if _returns_wide(node)}
+    following = {node.site.source for node, _ in subject.products if not node.site.is_backward and _follows(node)}
     for node, share in subject.products:
-        if widest(node) != 4 or is_decided(node):
+        if widest(node) != 4 or is_decided(node) or (node.site.is_backward and node.site.source in following):
             continue
         kind, message = why_wide(node, subject.program.explanation)
         if kind and kind != "float32-leak":
@@ -61,6 +62,11 @@ def leaks(subject: Subject) -> Iterator[Finding]:
         yield Finding(entry.kind, message, entry.source, entry.scope, share)
 
 
+def _follows(node: Node) -> bool:
+    """Whether a matmul has the dtype of its operands by right, and so have its gradients: a handful of terms."""
+    return classify(node.eqn, {})[0] is not OpClass.ALLOW
+
+
 def _returns_wide(node: Node) -> bool:
     return is_low(node) and not node.site.is_backward and width(node.site.out_dtypes[0]) == 4
 
@@ -73,11 +79,10 @@ def _of_cotangents(asked: Mapping[str, Node], node: Node) -> Entry | None:
 
 def why_wide(node: Node, explanation: Explanation | None) -> tuple[str, str]:
     """Returns the kind of finding that a matmul in float32 is worth, empty if none, and what to say."""
-    op, reason = classify(node.eqn, {})
     asked = asked_precision(node.eqn)
     if asked:
         return "highest-precision", f"A matmul runs in float32, because it asks for precision={asked}."
-    if op is not OpClass.ALLOW:
+    if _follows(node):
         return "", ""
     if explanation is None:
         return "float32-leak", ""
