@@ -22,7 +22,7 @@ def parser(module: str, description: str | None, *, quick: str, baseline: str) -
         prog=f"python -m {module}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument("--skip-peers", action="store_true", help=f"only {baseline} and jmp_lite")
-    made.add_argument("--quick", action="store_true", help=f"{quick}; written nowhere unless --out")
+    made.add_argument("--quick", "--tiny", action="store_true", help=f"{quick}; written nowhere unless --out")
     made.add_argument("--out", type=Path, help="results file (default: benchmarks/RESULTS.md)")
     return made
 

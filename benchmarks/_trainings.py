@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 import itertools
-import pathlib
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -17,9 +14,8 @@ import numpy as np
 import optax
 
 import jmp_lite as jmp
-from benchmarks import _storage
+from benchmarks import _examples, _storage
 
-EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 #: Steps at the end over which a loss is averaged.
 LAST = 50
 
@@ -43,15 +39,8 @@ class Problem:
     rate: float
 
 
-def _example(name: str) -> Any:
-    """A module of the examples."""
-    if str(EXAMPLES) not in sys.path:
-        sys.path.insert(0, str(EXAMPLES))
-    return importlib.import_module(name)
-
-
 def _digits() -> Problem:
-    data, model = _example("_digits_data"), _example("_digits_model")
+    data, model = _examples.module("_digits_data"), _examples.module("_digits_model")
     network = model.linen_network(jmp.get_policy("float32"))
     load = functools.lru_cache(data.load)
 
@@ -67,7 +56,7 @@ def _digits() -> Problem:
 
 
 def _gpt() -> Problem:
-    data, model = _example("_gpt_data"), _example("_gpt_model")
+    data, model = _examples.module("_gpt_data"), _examples.module("_gpt_model")
     text = data.load()
 
     def batch(seed: int, step: int) -> Any:

@@ -60,7 +60,7 @@ class Run:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Program:
+class Program:
     """Compiled functions and what they begin with: ``begin`` of parameters in float32, ``step`` of what it returns."""
 
     begin: Any
@@ -69,7 +69,7 @@ class _Program:
     batch: Any
 
     @classmethod
-    def of(cls, model: Model, variant: Variant, data: tuple[Any, Any], options: Any) -> "tuple[_Program, float]":
+    def of(cls, model: Model, variant: Variant, data: tuple[Any, Any], options: Any) -> "tuple[Program, float]":
         """Compiles both, and returns the seconds that the step took."""
         params, batch = data
         begin = jax.jit(variant.begin).lower(params).compile(options)
@@ -123,12 +123,12 @@ def measure(
         The runs, model by model.
     """
     runs = [Run(model, name) for model in models for name in variants]
-    programs: dict[int, _Program] = {}
+    programs: dict[int, Program] = {}
     data = {model.name: _drawn(model) for model in models}
     for index, run in enumerate(runs):
         report(f"{run.model.name}, {run.variant}: compiling")
-        with _noted(run):
-            programs[index], run.compile_seconds = _Program.of(
+        with noted(run):
+            programs[index], run.compile_seconds = Program.of(
                 run.model, variants[run.variant], data[run.model.name], compiler_options
             )
             run.peak_bytes = programs[index].reserved_bytes()
@@ -139,7 +139,7 @@ def measure(
             run = runs[index]
             report(f"{run.model.name}, {run.variant}: round {number + 1} of {rounds}")
             if not run.error:
-                with _noted(run):
+                with noted(run):
                     _take_turn(run, programs[index], steps, is_first=number == 0)
     return runs
 
@@ -162,7 +162,7 @@ def rotated(items: Sequence[int], by: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def _noted(run: Run) -> Iterator[None]:
+def noted(run: Run) -> Iterator[None]:
     """Around what may fail: compilers and devices do in as many ways as there are of them."""
     try:
         yield
@@ -170,7 +170,7 @@ def _noted(run: Run) -> Iterator[None]:
         run.error = described(error)
 
 
-def _take_turn(run: Run, program: _Program, steps: int, *, is_first: bool) -> None:
+def _take_turn(run: Run, program: Program, steps: int, *, is_first: bool) -> None:
     before = _memory()
     seconds, run.loss = program.turn(steps)
     run.rates.append(run.model.units / seconds)
