@@ -1,6 +1,6 @@
 """The models of `benchmarks.accelerator` in torch, trained under `torch.autocast` and `torch.compile`.
 
-A process of its own, so that neither framework holds memory while the other trains: prints figures as JSON. Attention,
+A its own process, so that neither framework holds memory while the other trains: prints figures as JSON. Attention,
 loss, optimizer and data are those of the models in Flax; parameters are torch's own draw.
 """
 
@@ -23,7 +23,7 @@ from benchmarks import _training_sizes
 
 
 class Attention(nn.Module):
-    """Causal self-attention with one product for queries, keys and values, and a softmax in float32."""
+    """Causal self-attention with one matmul for queries, keys and values, and a softmax in float32."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()

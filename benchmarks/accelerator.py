@@ -43,7 +43,7 @@ float32 model. `master weights` is `optim.stored(params="split16")`.
 
 - **per second**: tokens or images, median over the rounds; variants take turns in an order that rotates. The first step
   of a turn is not timed. **spread**: the fastest round less the slowest, over the median. **/ float32**: median of the
-  ratios within a round; of torch, which trains in a process of its own, the ratio of the medians.
+  ratios within a round; of torch, which trains in its own process, the ratio of the medians.
 - **memory**: arguments, outputs and scratch memory of the compiled step, arrays that are written in place counted once
   (`memory_analysis`); of torch, what its allocator counted (`max_memory_allocated`).
 - **compile**: to trace, lower and compile the step; of torch, its first step.
@@ -60,7 +60,7 @@ def sizes_for(device: jax.Device, *, is_tiny: bool) -> dict[str, _training_sizes
 
 
 def torch_runs(workloads: Sequence[_training_turns.Workload], arguments: Sequence[str]) -> tuple[list[Run], str]:
-    """Trains the same models in torch, in a process of its own; without CUDA, the reason why not.
+    """Trains the same models in torch, in its own process; without CUDA, the reason why not.
 
     Args:
       workloads: the models.

@@ -88,7 +88,7 @@ def test_a_variant_that_did_not_run_keeps_its_row(error, said):
 
 
 def test_a_training_that_runs_out_of_memory_ends_and_lets_go():
-    """As XLA says it on a GPU: the others go on."""
+    """As XLA says it on a GPU: the others continue."""
 
     class Full:
         params = ()
