@@ -12,6 +12,7 @@ from support import autocast_models, linen_models, nnx_models
 from support.audit_clean import BY_HAND, UNDER_AUTOCAST, Clean, as_loss, audited, lines_of, step_case
 from support.audit_faults import BF16, F32, FAULTS, array
 from support.comparisons import slow_but_for
+
 import jmp_lite as jmp
 from jmp_lite import analysis
 from jmp_lite.analysis._finding import KINDS

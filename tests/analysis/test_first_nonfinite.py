@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from support.comparisons import slow_but_for
+
 import jmp_lite as jmp
 from jmp_lite.analysis import first_nonfinite, replay
 

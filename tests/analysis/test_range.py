@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.comparisons import slow_but_for
+
 from jmp_lite.analysis._ranges._formats import FORMATS
 from jmp_lite.analysis._ranges._range import range_of
 from jmp_lite.analysis._ranges._tally import merged, tally

@@ -98,7 +98,7 @@ def result(program, args):
 
 
 def quick_slow_or_soak(quick, slow, cases):
-    """Pairs of a name and a policy, of which by default quick names run, in bfloat16; others are slow, or soak tests."""
+    """Pairs of a name and a policy: by default quick names run, in bfloat16; others are slow, or soak tests."""
 
     def marks(name, policy):
         if policy != "mixed_bfloat16" or name not in quick | slow:
@@ -106,6 +106,8 @@ def quick_slow_or_soak(quick, slow, cases):
         return () if name in quick else pytest.mark.slow
 
     return [pytest.param(name, policy, marks=marks(name, policy)) for name, policy in cases]
+
+
 OF_NUMBERS_WITH_PRODUCTS = {
     "jax.random.multivariate_normal",
     "jax.scipy.special.owens_t",
