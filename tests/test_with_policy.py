@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 from support import strategies
+from support.comparisons import slow_but_for
 from support.jaxprs import contractions
 
 import jmp_lite as jmp
@@ -102,7 +103,7 @@ def test_products_run_in_the_compute_dtype(transform, spec, rng):
     assert {expected} == {leaf.dtype for leaf in jax.tree.leaves(result)}
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("transform", slow_but_for(("eager", "scan", "cond", "shard_map", "jit_grad_scan"), TRANSFORMS))
 def test_values_are_those_of_a_cast_by_hand(transform, rng):
     """The wrapped function computes what the user's own casts compute, under every transform."""
     params, x = parameters(rng), jnp.asarray(rng.standard_normal((8, 4)), np.float32)

@@ -3,9 +3,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import optax
-from digits import cross_entropy, test_x, test_y, train_x, train_y
 
 import jmp_lite as jmp
+from digits import cross_entropy, test_x, test_y, train_x, train_y
 
 
 def init(key):

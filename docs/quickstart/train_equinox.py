@@ -1,9 +1,9 @@
 import equinox as eqx
 import jax
 import optax
-from digits import cross_entropy, test_x, test_y, train_x, train_y
 
 import jmp_lite as jmp
+from digits import cross_entropy, test_x, test_y, train_x, train_y
 
 model = eqx.nn.MLP(64, 10, width_size=128, depth=1, key=jax.random.key(0))
 params, static = eqx.partition(model, eqx.is_inexact_array)

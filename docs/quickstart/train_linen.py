@@ -3,10 +3,10 @@ import functools
 import flax.linen as nn
 import jax
 import optax
-from digits import cross_entropy, test_x, test_y, train_x, train_y
 from flax.training.train_state import TrainState
 
 import jmp_lite as jmp
+from digits import cross_entropy, test_x, test_y, train_x, train_y
 
 model = nn.Sequential([nn.Dense(128), nn.relu, nn.Dense(10)])
 params = model.init(jax.random.key(0), train_x)

@@ -1,8 +1,8 @@
 import optax
-from digits import cross_entropy, test_x, test_y, train_x, train_y
 from flax import nnx
 
 import jmp_lite as jmp
+from digits import cross_entropy, test_x, test_y, train_x, train_y
 
 
 class Net(nnx.Module):

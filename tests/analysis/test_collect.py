@@ -52,7 +52,7 @@ def made_by_products(x, w, construct):
     return np.concatenate([np.ravel(m) for m in made])
 
 
-@pytest.mark.parametrize("construct", CONSTRUCTS)
+@pytest.mark.parametrize("construct", slow_but_for(CONSTRUCTS.keys() - {"plain", "checkpoint", "scan"}, CONSTRUCTS))
 def test_products_are_counted_in_every_construct(construct, rng):
     x, w = (jnp.asarray(rng.normal(size=(4, 4)).astype(np.float32)) for _ in range(2))
     fun = CONSTRUCTS[construct]
@@ -66,7 +66,9 @@ def test_products_are_counted_in_every_construct(construct, rng):
     assert total == pytest.approx(np.sum(made.astype(np.float64) ** 2), rel=1e-5)
 
 
-@pytest.mark.parametrize("construct", CONSTRUCTS)
+@pytest.mark.parametrize(
+    "construct", slow_but_for(("checkpoint", "custom_vjp", "scan over weights", "cond", "vmap"), CONSTRUCTS)
+)
 def test_gradients_are_those_of_the_plain_function(construct, rng):
     x, w = (jnp.asarray(rng.normal(size=(4, 4)).astype(np.float32)) for _ in range(2))
     if construct == "while":
@@ -83,7 +85,10 @@ def sharded(mesh, *specs):
 
 
 @pytest.mark.parametrize("n", slow_but_for([8], [1, 2, 4, 8]))
-@pytest.mark.parametrize("way", ["jit", "shard_map", "shard_map of scan", "unchecked shard_map"])
+@pytest.mark.parametrize(
+    "way",
+    slow_but_for(("jit", "shard_map of scan"), ["jit", "shard_map", "shard_map of scan", "unchecked shard_map"]),
+)
 def test_sharded_is_as_unsharded(n, way, rng):
     x, w = (jnp.asarray(rng.normal(size=(8, 8)).astype(np.float32)) for _ in range(2))
     mesh = jax.make_mesh((n,), ("i",), devices=jax.devices()[:n], axis_types=(jax.sharding.AxisType.Auto,))
@@ -141,10 +146,12 @@ def test_a_scan_of_steps_is_added_up(rng):
     assert several["dot_general out"].count == 24
 
 
+AT_EVEN_STEPS = jax.jit(collect(lambda x, step: x @ x * step.astype(x.dtype), when=lambda x, step: step % 2 == 0))
+
+
 @pytest.mark.parametrize("step", [0, 1, 4])
 def test_when_says_at_which_steps(step):
-    fun = jax.jit(collect(lambda x, step: x @ x * step.astype(x.dtype), when=lambda x, step: step % 2 == 0))
-    result, found = fun(jnp.eye(3), jnp.int32(step))
+    result, found = AT_EVEN_STEPS(jnp.eye(3), jnp.int32(step))
     assert_identical(result, jnp.eye(3) * jnp.float32(step))
     assert found["dot_general out"].count == found["argument 0"].count == (9 if step % 2 == 0 else 0)
 
@@ -188,6 +195,12 @@ def test_nothing_is_called_back_and_a_second_call_compiles_nothing(rng):
     assert fun._cache_size() == 1
 
 
+@pytest.fixture(scope="module")
+def ranges_of_a_product():
+    _, found = collect(product)(jnp.eye(2), jnp.eye(2))
+    return found
+
+
 @pytest.mark.parametrize(
     ("change", "expectation"),
     [
@@ -201,10 +214,9 @@ def test_nothing_is_called_back_and_a_second_call_compiles_nothing(rng):
         (lambda found: found.by_scope(), contextlib.nullcontext()),
     ],
 )
-def test_uses_of_ranges(change, expectation):
-    _, found = collect(product)(jnp.eye(2), jnp.eye(2))
+def test_uses_of_ranges(change, expectation, ranges_of_a_product):
     with expectation:
-        change(found)
+        change(ranges_of_a_product)
 
 
 def test_the_table_lists_what_a_format_treats_worst_first():

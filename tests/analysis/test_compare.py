@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from support.comparisons import slow_but_for
 
 import jmp_lite as jmp
 from jmp_lite.analysis import compare, lost_updates
@@ -29,7 +30,7 @@ def arrays(rng, *shapes):
 
 
 @pytest.mark.parametrize(("policy", "eps"), [("mixed_bfloat16", 2.0**-8), ("mixed_float16", 2.0**-11)])
-@pytest.mark.parametrize("construct", CONSTRUCTS)
+@pytest.mark.parametrize("construct", slow_but_for(("scan", "cond"), CONSTRUCTS))
 def test_errors_are_those_of_the_format(construct, policy, eps, rng):
     x, w = arrays(rng, (16, 8), (8, 8))
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
+from support.comparisons import slow_but_for
 
 import jmp_lite as jmp
 from jmp_lite.analysis import estimate, estimate_storage
@@ -122,7 +123,7 @@ def test_a_product_runs_as_its_wider_operand(dtypes):
     assert kind_of(dtypes) == KINDS[dtypes]
 
 
-@pytest.mark.parametrize("name", ["GPT", "LLaMA", "MoE"])
+@pytest.mark.parametrize("name", slow_but_for(("GPT", "MoE"), ["GPT", "LLaMA", "MoE"]))
 def test_models_are_ordered_as_compiled_ones_are(name):
     """Bytes fall and rise again with the passes that quantize; time falls (benchmarks/RESULTS.md, "Estimates")."""
     model = _zoo.MODELS[name]

@@ -249,7 +249,7 @@ PICTURES = {
 
 
 @pytest.mark.parametrize("name", PICTURES)
-@pytest.mark.parametrize("held", ["float16", "int8"])
+@pytest.mark.parametrize("held", ["float16", pytest.param("int8", marks=pytest.mark.slow)])
 def test_pictures_are_of_what_there_is(name, held, tmp_path):
     parts, stems = PICTURES[name]
     found = report(*(make() for make in parts), format=held)

@@ -11,7 +11,7 @@ import optax
 import pytest
 from flax import nnx
 from support import jaxprs, linen_models, nnx_models
-from support.comparisons import assert_identical, compilations, raw, structure_and_dtypes
+from support.comparisons import assert_identical, compilations, raw, slow_but_for, structure_and_dtypes
 
 import jmp_lite as jmp
 
@@ -46,7 +46,7 @@ def expected_by_part(plain, full_part):
 # --- Linen ---
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", slow_but_for(("body",), PARTS))
 @pytest.mark.parametrize("name", linen_models.EVERY_MODEL)
 def test_paths_of_linen_modules(name, part, x, rng):
     """An exact path inside the model holds for every matmul of the module, forward and backward, and for no other."""
@@ -131,7 +131,7 @@ def test_names_of_the_model_are_not_part_of_paths(name, x):
 # --- NNX ---
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", slow_but_for(("body",), PARTS))
 @pytest.mark.parametrize("name", nnx_models.EVERY_MODEL)
 def test_paths_of_nnx_modules(name, part, x):
     """So it is for NNX, whose modules open no scopes; the model has its classes back afterwards."""
@@ -211,7 +211,7 @@ HOW = {
 
 
 @pytest.mark.parametrize("transform", HOW.values(), ids=HOW)
-@pytest.mark.parametrize("save", ["all", "low"])
+@pytest.mark.parametrize("save", slow_but_for(("low",), ["all", "low"]))
 def test_under_transformations_of_nnx(transform, save, x):
     """Values, gradients and the state left behind are near those of float32."""
     model, plain = Net(nnx.Rngs(0)), Net(nnx.Rngs(0))

@@ -97,12 +97,15 @@ def result(program, args):
     return program.compile(compiler_options={"xla_backend_optimization_level": 0})(*args)
 
 
-def quick_or_soak(quick, cases):
-    """Pairs of a name and a policy, of which all but quick names in bfloat16 are left to the soak tests."""
-    return [
-        pytest.param(name, policy, marks=() if name in quick and policy == "mixed_bfloat16" else pytest.mark.soak)
-        for name, policy in cases
-    ]
+def quick_slow_or_soak(quick, slow, cases):
+    """Pairs of a name and a policy: by default quick names run, in bfloat16; others are slow, or soak tests."""
+
+    def marks(name, policy):
+        if policy != "mixed_bfloat16" or name not in quick | slow:
+            return pytest.mark.soak
+        return () if name in quick else pytest.mark.slow
+
+    return [pytest.param(name, policy, marks=marks(name, policy)) for name, policy in cases]
 
 
 OF_NUMBERS_WITH_PRODUCTS = {
@@ -112,8 +115,20 @@ OF_NUMBERS_WITH_PRODUCTS = {
 }
 
 
+QUICK = OF_NUMBERS_WITH_PRODUCTS | {
+    "jax.scipy.linalg.toeplitz",
+    *(f"jax.numpy.{name}" for name in ("convolve", "corrcoef", "correlate", "cov", "polyfit")),
+    *(f"jax.numpy.linalg.{name}" for name in ("cholesky", "eigh", "inv", "lstsq", "matrix_power", "pinv", "qr", "svd")),
+    *("jax.scipy.signal.convolve", "jax.scipy.signal.correlate2d", "jax.image.resize"),
+}
+SLOW = {
+    *("jax.scipy.linalg.expm", "jax.scipy.stats.gaussian_kde"),
+    *("jax.scipy.signal.detrend", "jax.image.scale_and_translate"),
+}
+
+
 @pytest.mark.parametrize(
-    ("name", "policy"), quick_or_soak({*ARRAYS, *OF_NUMBERS_WITH_PRODUCTS}, itertools.product(HERE, POLICIES))
+    ("name", "policy"), quick_slow_or_soak(QUICK, ARRAYS.keys(), itertools.product(HERE, POLICIES))
 )
 def test_values_are_the_same_bits(name, policy, rng):
     function, args = CALLS[name].function_and_arrays(name, rng)
@@ -151,16 +166,9 @@ DIFFERENTIABLE = [
     for name, policy in itertools.product(HERE, POLICIES)
     if CALLS[name].has_gradient and (policy == "mixed_bfloat16" or name in {*ARRAYS, *OF_NUMBERS_WITH_PRODUCTS})
 ]
-QUICK = OF_NUMBERS_WITH_PRODUCTS | {
-    *("jax.scipy.linalg.expm", "jax.scipy.linalg.toeplitz", "jax.scipy.stats.gaussian_kde"),
-    *(f"jax.numpy.{name}" for name in ("convolve", "corrcoef", "correlate", "cov", "polyfit")),
-    *(f"jax.numpy.linalg.{name}" for name in ("cholesky", "eigh", "inv", "lstsq", "matrix_power", "pinv", "qr", "svd")),
-    *(f"jax.scipy.signal.{name}" for name in ("convolve", "correlate2d", "detrend")),
-    *("jax.image.resize", "jax.image.scale_and_translate"),
-}
 
 
-@pytest.mark.parametrize(("name", "policy"), quick_or_soak(QUICK, DIFFERENTIABLE))
+@pytest.mark.parametrize(("name", "policy"), quick_slow_or_soak(QUICK, SLOW, DIFFERENTIABLE))
 def test_gradients_are_near_those_of_float32(name, policy, rng):
     """Of grad(autocast) and of autocast(grad)."""
     function, args = CALLS[name].function_and_arrays(name, rng)

@@ -213,7 +213,7 @@ def test_table_has_a_row_per_run_and_says_what_its_columns_mean():
     """Numbers stand beside those of float32."""
     lines = _bench_report.as_text(SETTING, runs_of()).splitlines()
     assert lines[0].startswith("jmp_lite 1.2.3 on a device, jax ")
-    assert " ".join(lines[5].split()) == "a model autocast bf16 160 rows 125.0% 2.00 2.00 MB 2.0020 1.0010 1.5"
+    assert " ".join(lines[4].split()) == "a model autocast bf16 160 rows 125.0% 2.00 2.00 MB 2.0020 1.0010 1.5"
     assert "peak memory: what the compiler reserves for a step (memory_analysis)." in lines
 
 
@@ -231,7 +231,7 @@ def test_table_and_json_keep_what_failed():
     """No figure is made up: a dash, a null, and the reason."""
     runs = runs_of(rates=[], loss=math.nan, error="OSError: no.", peak_bytes=0)
     lines = _bench_report.as_text(SETTING, runs).splitlines()
-    assert lines[6].split()[5:] == ["-", "-", "-", "-", "-", "-", "1.2"]
+    assert lines[5].split()[5:] == ["-", "-", "-", "-", "-", "-", "1.2"]
     assert lines[-1] == "a model, bf16 by hand: OSError: no."
     found = json.loads(_bench_report.as_json(SETTING, runs))["runs"][-1]
     unknown = ("per_second", "spread", "ratio_to_float32", "loss", "loss_ratio_to_float32", "peak_bytes", "peak_source")

@@ -9,6 +9,7 @@ import time
 import jax
 import pytest
 from support import processes
+from support.comparisons import slow_but_for
 
 import jmp_lite as jmp
 
@@ -190,7 +191,7 @@ def test_fewer_processes_than_expected(start, port):
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("launcher", ["by hand", "slurm"])
+@pytest.mark.parametrize("launcher", slow_but_for(("slurm",), ["by hand", "slurm"]))
 def test_processes_join(start, port, launcher):
     """Once or twice; JAX then has the devices of both. Another job is refused."""
     code = "args = {}; print(call(*args), call(*args), call(), jax.process_index(), jax.process_count()); "

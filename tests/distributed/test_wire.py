@@ -208,7 +208,7 @@ def test_what_is_not_split_may_come_with_any_sharding():
 
 BAD_SHARDINGS = {
     "a name": ("data", "must be a NamedSharding, a PartitionSpec or None, got 'data'"),
-    "another tree": ({"v": P(AXIS)}, "no prefix of the tree"),
+    "another tree": ({"v": P(AXIS)}, "not a prefix of the tree"),
     "no mesh": (P(AXIS), "'data' is not an axis of a mesh here. No mesh is set. Pass a NamedSharding"),
 }
 

@@ -24,7 +24,7 @@ from support.autocast_modes import (
     together,
     unchanged,
 )
-from support.comparisons import assert_identical, compilations, raw
+from support.comparisons import assert_identical, compilations, raw, slow_but_for
 
 import jmp_lite as jmp
 
@@ -41,6 +41,20 @@ SLOW = {
     *("random numbers", "noise after a product", "shard_map, sums scattered", "shard_map, weights gathered"),
 }
 assert set(CASES) >= SLOW
+#: Cases that are much like others in what is compiled; by default they are only traced.
+TRACED = {
+    *("bias", "silu", "logsumexp", "RMS norm", "conv, depthwise", "conv, transposed", "einsum, batched"),
+    *("matrix and vector", "triangular solve", "sparse cg", "noise", "sort by key", "scatter, set", "scatter, max"),
+    *("segment_sum", "windows", "integers only", "float32 beside float64", "float16 beside float32", "pass-through"),
+    *("weakly typed argument", "Python scalars", "trees", "fori_loop over slices", "while, counting", "map"),
+    *("cond without operands", "switch, product", "switch, identity", "remat, CSE allowed", "remat", "vmap"),
+    *("remat saving dots without batch", "remat saving names", "jit in jit", "vmap with axis name"),
+    *("sharding constraint", "callbacks", "grad of grad", "vjp", "custom_jvp", "custom_jvp, nondiff_argnums"),
+    *("custom_jvp in vmap", "custom_vjp", "custom_vjp, nondiff_argnums", "custom_vjp of trees", "custom_vjp in vmap"),
+    *("custom_gradient", "custom_vmap", "linear_call", "static keywords", "closed-over array", "stop_gradient"),
+}
+assert set(CASES) >= TRACED
+compiled_case = pytest.mark.parametrize("name", slow_but_for(CASES.keys() - SLOW - TRACED, CASES))
 every_case = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CASES]
 )
@@ -109,7 +123,7 @@ def assert_near(actual, expected, *, error, exact=(), whole=False, where="value"
 
 
 NEAR = [
-    pytest.param(name, modes, marks=pytest.mark.slow if name in SLOW or modes == [OF_GRAD] else ())
+    pytest.param(name, modes, marks=pytest.mark.slow if name in SLOW | TRACED or modes == [OF_GRAD] else ())
     for name, case in CASES.items()
     for modes in ([JIT, GRAD_OF], [OF_GRAD])
     if set(modes) & set(case.modes)
@@ -164,7 +178,7 @@ def without_names(text):
     return re.sub(r"@[\w.]+", lambda found: f"@{numbers.setdefault(found[0], len(numbers))}", text)
 
 
-@every_case
+@compiled_case
 def test_float32_is_the_plain_function(name, case, args):
     """Autocast to float32 gives the bits of the function and of its gradient, in both orders."""
     full, plain = (in_modes(case, cast) for cast in (to(FULL), traced))

@@ -27,7 +27,7 @@ def run(mode, policy, rng, params, *, devices, inner=optax.sgd, faults=()):
 
 @pytest.mark.parametrize(
     "mode",
-    [mode if mode.form in ("jit", "pmap") else pytest.param(mode, marks=pytest.mark.slow) for mode in MODES],
+    slow_but_for([mode for mode in MODES if mode.form == "jit"], MODES),
     ids=str,
 )
 def test_eight_devices_are_one_device_in_float32(mode, seed):

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
-from support.comparisons import DEVICES, assert_close, assert_identical, mesh, standard
+from support.comparisons import DEVICES, assert_close, assert_identical, mesh, slow_but_for, standard
 
 import jmp_lite as jmp
 
@@ -113,6 +113,11 @@ TRANSFORMS = {
     "pmap": in_pmap,
 }
 every_transform = pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+most_transforms = pytest.mark.parametrize(
+    "transform",
+    slow_but_for([TRANSFORMS[name] for name in ("jit", "scan", "shard_map")], TRANSFORMS.values()),
+    ids=TRANSFORMS,
+)
 
 
 # --- Policies and scales ---
@@ -202,7 +207,7 @@ def scaled(scale, tree):
     return scale.scale(tree), scale.unscale(tree), scale.adjust(True), scale.adjust(False).adjust(False).adjust(True)
 
 
-@every_transform
+@most_transforms
 def test_scales_are_the_same_everywhere(transform, forest):
     """Every loss scale scales, unscales and adjusts inside every transformation as it does outside, bit for bit."""
     everything = lambda scales, tree: [scaled(scale, tree) for scale in scales]  # noqa: E731
@@ -285,7 +290,7 @@ def steps(scales, params, grads, bad):
 
 
 @pytest.mark.filterwarnings("ignore:Parameters of 16 bits")
-@every_transform
+@most_transforms
 def test_steps_are_the_same_everywhere(transform, rng):
     """Under every scale and transformation a good step moves, a bad step freezes, and all states are those outside."""
     params = {"w": floats(rng), "half": floats(rng, "bfloat16")}

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support.comparisons import assert_identical, gradients_like, standard, structure_and_dtypes
+from support.comparisons import assert_identical, gradients_like, slow_but_for, standard, structure_and_dtypes
 from support.pruning import everywhere, forms, fused, groups_of, masks_after, pruned_sgd, smallest, weights
 
 import jmp_lite as jmp
@@ -28,7 +28,7 @@ VALUES = {
 }
 
 
-@pytest.mark.parametrize("sparsity", SPARSITIES, ids=repr)
+@pytest.mark.parametrize("sparsity", slow_but_for((0, 0.25, np.float32(0.3)), SPARSITIES), ids=repr)
 def test_exactly_so_many_of_the_smallest_go(sparsity, rng):
     """`round(sparsity * size)` weights of each leaf, and of equal ones the first."""
     find = jax.jit(functools.partial(masks_after, prune(sparsity, where=everywhere)))

@@ -53,7 +53,7 @@ MAGNITUDES = [1e-12, 3.3e-9, 1e-7, 2.1e-5, 1e-3, 7.7e-3, 0.6, 13.0]
 
 
 @pytest.mark.parametrize("generator", slow_but_for(("counted",), ("counted", "threefry")))
-@pytest.mark.parametrize("name", STOCHASTIC)
+@pytest.mark.parametrize("name", slow_but_for(("float16", "log", "ratio"), STOCHASTIC))
 def test_rounding_is_right_on_average(name, generator, seed):
     """The mean is off by less than four standard errors, and each neighbor is as frequent as it should be.
 
@@ -93,7 +93,7 @@ def test_split_parameters_are_right_on_average(extra, dtype, seed):
         assert np.all(np.abs(np.float32(seen) - nearest) <= max(unit, 2.0**-24))
 
 
-@pytest.mark.parametrize("name", STOCHASTIC)
+@pytest.mark.parametrize("name", slow_but_for(("float16", "slog", "ratio"), STOCHASTIC))
 def test_numbers_of_a_format_stay_what_they_are(name, rng):
     """Whatever the random bits; a ratio is computed, and moves with the probability of a rounding error."""
     grid = np.float32(numbers(name))

@@ -103,6 +103,7 @@ def test_shards_inside_shard_map(layout, checked, params, state, rng):
     assert_identical(jax.jit(mapped)(gradients, leaves, opt_state), expected)
 
 
+@pytest.mark.slow
 def test_replicas_of_pmap_have_the_same_bits(rng):
     tx = optimizer("split8", "8bit")
     leaves = start(rng)
@@ -130,7 +131,7 @@ def test_forgotten_specs_are_an_error(rng):
         jax.eval_shape(mapped, leaves, leaves, opt_state)
 
 
-@pytest.mark.parametrize("layout", ["rows", "columns", "both", "together"])
+@pytest.mark.parametrize("layout", slow_but_for(("both", "together"), ["rows", "columns", "both", "together"]))
 def test_places_are_those_in_the_whole_array(layout):
     key = jnp.uint32(3)
     for name, shape in SHAPES.items():

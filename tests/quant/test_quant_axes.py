@@ -12,6 +12,7 @@ import optax
 import pytest
 from flax import nnx
 from jax import lax
+from support.comparisons import slow_but_for
 from support.lowbit import normal, relative
 from support.pruning import groups_of
 
@@ -174,7 +175,7 @@ def test_axes_of_models(model):
 # --- What uses them -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", slow_but_for(("attention", "tied embeddings", "NNX", "Equinox"), MODELS))
 def test_frozen_models_are_small_and_near(model, rng, tmp_path):
     """Every framework, with scales per output channel, and without a word about axes."""
     make, _ = MODELS[model]
@@ -221,7 +222,7 @@ def test_axes_of_another_tree_are_refused():
     assert held["b"] is params["b"]
 
 
-@pytest.mark.parametrize("model", ["attention", "NNX", "Equinox"])
+@pytest.mark.parametrize("model", slow_but_for(["attention"], ["attention", "NNX", "Equinox"]))
 def test_weights_are_pruned_along_what_is_contracted(model, rng):
     make, expected = MODELS[model]
     fun, params = make(normal(rng, *X.shape))

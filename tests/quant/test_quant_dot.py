@@ -50,7 +50,7 @@ def as_float32(tree):
 # --- Errors ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", slow_but_for(("fp8", "int8_qat"), RECIPES))
+@pytest.mark.parametrize("name", slow_but_for(("fp8",), RECIPES))
 @pytest.mark.parametrize(
     ("dtype", "cases"),
     [

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from jax import lax
-from support.comparisons import assert_identical
+from support.comparisons import assert_identical, slow_but_for
 from support.lowbit import normal, relative
 
 import jmp_lite as jmp
@@ -78,7 +78,13 @@ def wide(rng):
     return normal(rng, 8, 16) * jnp.exp2(jnp.round(3 * normal(rng, 1, 16)))
 
 
-@pytest.mark.parametrize("case", CASES)
+QUICK = {
+    *("two layers", "transposed", "one program, two weights", "scan, checkpoint", "while", "cond", "attention"),
+    *("experts", "ragged", "vmap", "looked up too"),
+}
+
+
+@pytest.mark.parametrize("case", slow_but_for(QUICK, CASES))
 def test_smoothed_functions_compute_the_same(case, rng):
     """Bit for bit: factors are powers of two. What is looked up, summed, returned or carried keeps its weights.
 
@@ -241,7 +247,7 @@ def test_compensated_weights_are_those_of_the_definition(rng):
     assert same.mean() > 0.9
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow_but_for(QUICK, CASES))
 def test_every_weight_that_products_take_is_quantized(case, rng):
     fun, shapes, _ = CASES[case]
     params, x = weights(rng, shapes), wide(rng)

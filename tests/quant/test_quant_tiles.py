@@ -1,5 +1,6 @@
 """Scales of tiles: matmuls and arrays, beside the same in plain NumPy, and beside JAX's matmul of tiles."""
 
+import functools
 import math
 
 import jax
@@ -84,6 +85,12 @@ def spread(rng, *shape):
     return x
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def product_and_pullback(product, x, w, g):
+    out, pull = jax.vjp(product, x, w)
+    return out, *pull(g)
+
+
 @pytest.mark.parametrize(
     "shape", slow_but_for([(10, 70, 20)], [(16, 256, 128), (10, 70, 20), (130, 60, 5), (1, 1, 1)]), ids=str
 )
@@ -92,8 +99,8 @@ def test_tiles_are_those_of_plain_loops(name, shape, rng):
     """Along what is added up, in all three matmuls; the last tile is shorter where it must be."""
     m, k, n = shape
     x, w, g = spread(rng, m, k), spread(rng, k, n), spread(rng, m, n)
-    out, pull = jax.vjp(lambda x, w: ALL[name](x, w, MATMUL), jnp.asarray(x), jnp.asarray(w))
-    for found, expected in zip((out, *pull(jnp.asarray(g))), product_and_gradients(ALL[name], x, w, g), strict=True):
+    found_of_all = product_and_pullback(lambda x, w: ALL[name](x, w, MATMUL), *map(jnp.asarray, (x, w, g)))
+    for found, expected in zip(found_of_all, product_and_gradients(ALL[name], x, w, g), strict=True):
         np.testing.assert_allclose(found, expected, atol=EXACT * max(np.abs(expected).max(), 1e-30))
 
 
@@ -102,12 +109,16 @@ def test_tiles_are_those_of_plain_loops(name, shape, rng):
 def test_any_dimension_numbers(name, case, rng):
     lhs_shape, rhs_shape, numbers = PRODUCTS[case]
     lhs, rhs = normal(rng, *lhs_shape), normal(rng, *rhs_shape)
-    exact, pull = jax.vjp(lambda x, w: jax.lax.dot_general(x, w, numbers), lhs, rhs)
-    out, own = jax.vjp(lambda x, w: RECIPES[name](x, w, numbers), lhs, rhs)
-    g = normal(rng, *exact.shape)
+    exact = functools.partial(jax.lax.dot_general, dimension_numbers=numbers)
+    g = normal(rng, *jax.eval_shape(exact, lhs, rhs).shape)
+    pairs = zip(
+        product_and_pullback(lambda x, w: RECIPES[name](x, w, numbers), lhs, rhs, g),
+        product_and_pullback(exact, lhs, rhs, g),
+        strict=True,
+    )
     # One term each: no error of another one cancels any of its own.
     bound = BOUNDS[name] if case != "outer" else 2 * BOUNDS[name]
-    for found, expected in zip((out, *own(g)), (exact, *pull(g)), strict=True):
+    for found, expected in pairs:
         assert found.shape == expected.shape
         assert relative(found, expected) < bound
 
@@ -118,7 +129,8 @@ def test_tiles_hold_outliers_apart(rng):
     x[0, 0] = 1e6
     w = normal(rng, 512, 16)
     exact = np.float64(x)[1:] @ np.float64(w)
-    errors = {name: relative(RECIPES[name](jnp.asarray(x), w, MATMUL)[1:], exact) for name in ("mxfp8", "fp8")}
+    run = jax.jit(lambda recipe, x, w: recipe(x, w, MATMUL), static_argnums=0)
+    errors = {name: relative(run(RECIPES[name], jnp.asarray(x), w)[1:], exact) for name in ("mxfp8", "fp8")}
     assert errors["mxfp8"] < BOUNDS["mxfp8"] < 0.1 < errors["fp8"]
 
 
@@ -149,20 +161,23 @@ def test_products_run_in_the_dtype_of_the_operands(name, dtype):
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="JAX runs it on CPUs from 0.12 on")
 @pytest.mark.parametrize("name", ["mxfp8", "nvfp4"])
-@pytest.mark.parametrize("case", [case for case in PRODUCTS if case != "outer"])
+@pytest.mark.parametrize(
+    "case",
+    slow_but_for(("vector", "two contracted, two batched"), [case for case in PRODUCTS if case != "outer"]),
+)
 def test_jax_multiplies_the_same_tiles(name, case, rng):
     lhs_shape, rhs_shape, numbers = PRODUCTS[case]
     lhs, rhs = normal(rng, *lhs_shape), normal(rng, *rhs_shape)
     recipe = RECIPES[name]
-    by_kernel = _tiles.kernel_product(
-        lhs,
-        rhs,
+    kernel = functools.partial(
+        _tiles.kernel_product,
         specs=(recipe.lhs, recipe.rhs),
         dimension_numbers=dimensions(numbers),
         dtype=jnp.float32,
         axis_name=None,
     )
-    assert relative(by_kernel, recipe(lhs, rhs, numbers)) < EXACT
+    by_kernel, by_recipe = jax.jit(lambda x, w: (kernel(x, w), recipe(x, w, numbers)))(lhs, rhs)
+    assert relative(by_kernel, by_recipe) < EXACT
 
 
 @pytest.mark.parametrize("name", ["mxfp8", "nvfp4", "deepseek"])

@@ -76,7 +76,14 @@ def test_model_reproduces_recorded_trajectory(name, run):
     assert states == recorded["states"]
 
 
-@pytest.mark.parametrize(("name", "changes"), CONFIGURATIONS, ids=str)
+QUICK = len(SYSTEMS)  # the first are the systems with their own settings
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [pytest.param(*one, marks=() if i < QUICK else pytest.mark.slow) for i, one in enumerate(CONFIGURATIONS)],
+    ids=str,
+)
 def test_model_is_followed_for_ten_thousand_steps(name, changes):
     """Over 8 patterns of 10,000 verdicts, scale and counters equal the system's own rules with our bounds applied."""
     system, verdicts = SYSTEMS[name], patterns()

@@ -117,7 +117,14 @@ PORT = {
 }
 
 
-@pytest.mark.parametrize(("name", "port"), PORT.items(), ids=PORT)
+QUICK = ("bf16_autocast", "fp16_lossx2^-20_gradscaler")
+
+
+@pytest.mark.parametrize(
+    ("name", "port"),
+    [pytest.param(*one, marks=() if one[0] in QUICK else pytest.mark.slow) for one in PORT.items()],
+    ids=PORT,
+)
 def test_half_precision_curves(name, port):
     """Half-precision runs are within twice of what another port has: training amplifies roundings."""
     first, mean = port
