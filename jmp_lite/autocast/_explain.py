@@ -35,11 +35,11 @@ class Summary(NamedTuple):
     Example:
         >>> x, w = jnp.ones((2, 8)), jnp.ones((8, 4))
         >>> summary = jmp.explain(lambda x, w: jnp.exp(x @ w), "mixed_bfloat16")(x, w).summary
-        >>> summary.products["low"], summary.casts
+        >>> summary.matmuls["low"], summary.casts
         ((1, 1.0), 2)
     """
 
-    products: Mapping[str, tuple[int, float]]
+    matmuls: Mapping[str, tuple[int, float]]
     """Number of matmuls and convolutions, and their share of all FLOPs of matmuls: those with operands of 16
     bits or fewer (``low``), in ``float32``, of a few terms or two vectors (``outer``), ``replaced``, and of other
     dtypes (``other``).
@@ -132,7 +132,7 @@ def _summarized(summary: Summary, records: Sequence[Record]) -> str:
 
     parts = [
         f"{count} {_GROUPS[group]} ({share:.1%} of FLOPs)"
-        for group, (count, share) in summary.products.items()
+        for group, (count, share) in summary.matmuls.items()
         if count
     ]
     skipped = "dot= not applied"

@@ -99,7 +99,7 @@ def test_autocast_of_a_model_raises_no_alarm(name, policy, rng):
     found = audited(Clean(as_loss(case.fun), case.args(rng), policy))
     assert found.is_loss
     assert [str(f) for f in found.findings if f.severity != "note"] == []
-    assert {row.operands for row in found.products} >= {(jmp.get_policy(policy).compute_dtype.name,) * 2}
+    assert {row.operands for row in found.matmuls} >= {(jmp.get_policy(policy).compute_dtype.name,) * 2}
 
 
 def test_autocast_keeps_numbers_that_16_bits_do_not_hold():
@@ -119,7 +119,7 @@ def test_training_step_raises_no_alarm():
     found = audited(step_case())
     assert not found.is_loss
     assert [str(f) for f in found.findings if f.severity != "note"] == []
-    assert any(row.is_backward for row in found.products)
+    assert any(row.is_backward for row in found.matmuls)
 
 
 # --- What is found by settings ---
@@ -149,7 +149,7 @@ def test_rule_is_no_leak():
     """The author decided: a matmul that a rule keeps in float32 is not worth a word."""
     found = analysis.audit(head, "mixed_bfloat16", rules=[jmp.Rule("head", precision="full")])(*ARRAYS)
     assert found.findings == ()
-    assert {row.operands for row in found.products} == {("float32", "float32"), ("bfloat16", "bfloat16")}
+    assert {row.operands for row in found.matmuls} == {("float32", "float32"), ("bfloat16", "bfloat16")}
 
 
 def test_recipe_that_is_applied_in_part_is_noted_with_the_reason():
@@ -219,10 +219,10 @@ def test_tables_of_a_loss():
     """Two matmuls forward, three backward: the first layer needs no gradient of its input."""
     params, x = [array(F32, 16, 32), array(F32, 32, 8)], array(F32, 64, 16)
     found = analysis.audit(two_layers, "mixed_bfloat16")(params, x)
-    count = {back: sum(row.times for row in found.products if row.is_backward is back) for back in (False, True)}
+    count = {back: sum(row.times for row in found.matmuls if row.is_backward is back) for back in (False, True)}
     assert count == {False: 2, True: 3}
-    assert {row.operands for row in found.products} == {("bfloat16", "bfloat16")}
-    assert sum(row.flop_share for row in found.products) == pytest.approx(1)
+    assert {row.operands for row in found.matmuls} == {("bfloat16", "bfloat16")}
+    assert sum(row.flop_share for row in found.matmuls) == pytest.approx(1)
     assert ("float32", "bfloat16") in {(row.source, row.result) for row in found.casts}
     assert found.residual_bytes["bfloat16"] >= 2 * 64 * (16 + 32)
     assert found.verdict.startswith("The loss and its gradient have 5 matmuls and convolutions, 100.0%")
@@ -241,7 +241,7 @@ def test_products_in_a_scan_count_as_often_as_it_runs():
     def fun(x, ws):
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, ws)[0]
 
-    [row] = analysis.audit(fun)(array(BF16, 8, 16), array(BF16, 5, 16, 16)).products
+    [row] = analysis.audit(fun)(array(BF16, 8, 16), array(BF16, 5, 16, 16)).matmuls
     assert (row.times, row.accumulation, row.result) == (5, "bfloat16", "bfloat16")
 
 
@@ -251,7 +251,7 @@ def test_result_is_the_dtype_that_is_used():
     def fun(x, w):
         return jax.lax.dot(x, w, preferred_element_type=F32).astype(BF16)
 
-    [row] = analysis.audit(fun)(array(BF16, 8, 16), array(BF16, 16, 16)).products
+    [row] = analysis.audit(fun)(array(BF16, 8, 16), array(BF16, 16, 16)).matmuls
     assert (row.accumulation, row.result) == ("float32", "bfloat16")
 
 
@@ -278,7 +278,7 @@ def test_everything_is_json():
     data = json.loads(json.dumps(found.to_dict()))
     assert data["verdict"] == found.verdict
     assert [f["kind"] for f in data["findings"]] == kinds(found)
-    assert data["products"][0]["operands"] == list(found.products[0].operands)
+    assert data["matmuls"][0]["operands"] == list(found.matmuls[0].operands)
 
 
 def test_printed_worst_first():

@@ -273,7 +273,7 @@ ENTRY %main (x: f32[]) -> f32[] {{
 """
     [launch] = _roofline.launches(_hlo.parse(text))
     assert (launch.flops, launch.dtypes) == (2 * multiplications, (dtype,) if dtype else ())
-    assert launch.part == ("products" if dtype else "other")
+    assert launch.part == ("matmuls" if dtype else "other")
 
 
 PARTS = {

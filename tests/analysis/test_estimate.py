@@ -133,7 +133,7 @@ def test_models_are_ordered_as_compiled_ones_are(name):
     assert wide.seconds > half.seconds > eight.seconds
     assert wide.bytes > eight.bytes > half.bytes
     assert eight.parts["quantize"].bytes > 0
-    assert eight.parts["products"].seconds < half.parts["products"].seconds < wide.parts["products"].seconds
+    assert eight.parts["matmuls"].seconds < half.parts["matmuls"].seconds < wide.parts["matmuls"].seconds
 
 
 # --- What is said ---
@@ -167,7 +167,7 @@ def test_a_verdict_holds_the_terms():
     found = traced()(wide, f32(16 * ROWS, 8 * WIDTH))
     assert found.verdict[0].startswith(f"mixed_bfloat16 pays {found['mixed_bfloat16'].speedup:.2f}x over float32: ")
     assert "fp8 pays" in found.verdict[1]
-    assert "over mixed_bfloat16: products" in found.verdict[1]
+    assert "over mixed_bfloat16: matmuls" in found.verdict[1]
     assert "quantize" in found.verdict[1]
     assert "by the model" in str(found)
     assert len(found.table().splitlines()) == 4

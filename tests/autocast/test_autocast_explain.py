@@ -155,7 +155,7 @@ def test_figures(name):
     """Numbers of matmuls and their shares of all FLOPs, from the shapes."""
     fun, args, options, expected = FIGURES[name]
     explanation = jmp.explain(fun, LOW, **options)(*args)
-    found = explanation.summary.products
+    found = explanation.summary.matmuls
     total = sum(work for _, work in expected.values())
     assert {group: figures for group, figures in found.items() if figures[0]} == {
         group: (count, pytest.approx(work / max(total, 1))) for group, (count, work) in expected.items()
@@ -171,9 +171,9 @@ def test_symbolic_sizes():
     [b] = export.symbolic_shape("b")
     x, xs = (jax.ShapeDtypeStruct((b, *shape), jnp.float32) for shape in ((K,), (M, K)))
     found = jmp.explain(lambda x, w, v: (x @ w, jmp.full_precision(jnp.matmul)(x, v)), LOW)(x, W, SQUARE)
-    assert found.summary.products["low"] == (1, pytest.approx(N / (N + K)))
+    assert found.summary.matmuls["low"] == (1, pytest.approx(N / (N + K)))
     looped = jmp.explain(lambda xs, w: lax.scan(lambda c, x: (c, x @ w), 0, xs)[1], LOW)(xs, W)
-    assert looped.summary.products["low"] == (1, 1)
+    assert looped.summary.matmuls["low"] == (1, 1)
 
 
 def test_casts():
@@ -437,5 +437,5 @@ def test_nnx_takes_what_autocast_takes():
         lambda: jmp.nnx.explain(functools.partial(call, model), LOW)(x=X),
         lambda: jmp.nnx.explain(call, LOW)(abstract, X),
     ]
-    assert {str(call().summary.products) for call in calls} == {str(calls[0]().summary.products)}
-    assert calls[0]().summary.products["low"] == (2, 1)
+    assert {str(call().summary.matmuls) for call in calls} == {str(calls[0]().summary.matmuls)}
+    assert calls[0]().summary.matmuls["low"] == (2, 1)

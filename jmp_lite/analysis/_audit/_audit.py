@@ -8,7 +8,7 @@ from jmp_lite._functions import check_function
 from jmp_lite._policy import Policy, PolicyMap
 from jmp_lite._text import table as laid_out
 from jmp_lite.analysis._audit import _check_dtypes, _check_numbers, _check_sums
-from jmp_lite.analysis._audit._census import CastRow, CollectiveRow, KernelRow, ProductRow, census
+from jmp_lite.analysis._audit._census import CastRow, CollectiveRow, KernelRow, MatmulRow, census
 from jmp_lite.analysis._audit._flow import Flow
 from jmp_lite.analysis._audit._subject import Subject
 from jmp_lite.analysis._finding import Finding, ordered
@@ -29,11 +29,11 @@ class Audit:
     Example:
         >>> x, w = jnp.ones((8, 16), jnp.bfloat16), jnp.ones((16, 4), jnp.bfloat16)
         >>> audit = jmp.analysis.audit(lambda w, x: x @ w)(w, x)
-        >>> [(row.operands, row.result, row.times) for row in audit.products], audit.findings
+        >>> [(row.operands, row.result, row.times) for row in audit.matmuls], audit.findings
         ([(('bfloat16', 'bfloat16'), 'bfloat16', 1)], ())
     """
 
-    products: tuple[ProductRow, ...]
+    matmuls: tuple[MatmulRow, ...]
     """Matmuls and convolutions, the largest first."""
     kernels: tuple[KernelRow, ...]
     """Kernels and foreign calls."""
@@ -52,8 +52,8 @@ class Audit:
     def verdict(self) -> str:
         """One paragraph on it all."""
         what = "The loss and its gradient have" if self.is_loss else "The program has"
-        count = sum(row.times for row in self.products)
-        low = sum(row.flop_share for row in self.products if _is_low(row.operands))
+        count = sum(row.times for row in self.matmuls)
+        low = sum(row.flop_share for row in self.matmuls if _is_low(row.operands))
         figures = f"{what} {count} matmuls and convolutions"
         figures += f", {low:.1%} of their FLOPs on operands of 16 bits or fewer." if count else "."
         counts = [(s, sum(f.severity == s for f in self.findings)) for s in ("error", "warning", "note")]
@@ -83,7 +83,7 @@ class Audit:
     __repr__ = __str__
 
 
-_TABLES = ("products", "kernels", "casts", "collectives")
+_TABLES = ("matmuls", "kernels", "casts", "collectives")
 
 
 def audit(
@@ -157,7 +157,7 @@ def audited(program: Program) -> Audit:
     findings = ordered(finding for check in CHECKS for finding in check(subject))
     tables = census(flow)
     return Audit(
-        tables.products,
+        tables.matmuls,
         tables.kernels,
         tables.casts,
         tables.collectives,

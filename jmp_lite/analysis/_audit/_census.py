@@ -19,7 +19,7 @@ COLLECTIVES = MOVING | {
 }
 
 
-class ProductRow(NamedTuple):
+class MatmulRow(NamedTuple):
     """Matmuls or convolutions that are alike."""
 
     kind: str
@@ -73,7 +73,7 @@ class CollectiveRow(NamedTuple):
 class Census(NamedTuple):
     """The tables of a program."""
 
-    products: tuple[ProductRow, ...]
+    matmuls: tuple[MatmulRow, ...]
     """The largest first."""
     kernels: tuple[KernelRow, ...]
     casts: tuple[CastRow, ...]
@@ -134,7 +134,7 @@ def census(flow: Flow) -> Census:
     total = max(sum(flops for _, flops in products.values()), 1)
     rows = [(key, count, flops / total) for key, (count, flops) in products.items()]
     return Census(
-        tuple(ProductRow._make((*key, count, share)) for key, count, share in sorted(rows, key=lambda row: -row[2])),
+        tuple(MatmulRow._make((*key, count, share)) for key, count, share in sorted(rows, key=lambda row: -row[2])),
         tuple(KernelRow._make((*key, count)) for key, count in kernels.items()),
         tuple(CastRow(*key, *figures) for key, figures in _largest_first(casts)),
         tuple(CollectiveRow(*key, *figures) for key, figures in _largest_first(collectives)),

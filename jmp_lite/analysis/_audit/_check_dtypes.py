@@ -205,7 +205,7 @@ def settings(subject: Subject) -> Iterator[Finding]:
     if subject.program.explanation is None:
         return
     summary = subject.program.explanation.summary
-    products = {group: count for group, (count, _) in summary.products.items() if count}
+    products = {group: count for group, (count, _) in summary.matmuls.items() if count}
     if subject.program.asks_16_bits and not products.keys() & {"low", "replaced"} and "float32" in products:
         reasons = list(dict.fromkeys(record.reason for record in summary.float32))
         message = f"None of {sum(products.values())} matmuls runs in 16 bits: {first_few(reasons)}."

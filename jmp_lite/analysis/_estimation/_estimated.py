@@ -10,7 +10,7 @@ from jmp_lite.analysis._estimation._devices import Device
 _EIGHT = ("float8", "int8")
 _COLUMNS = ("precision", "ms", "speed-up", "by memory", "MB", "launches", "TFLOP")
 #: Of what launches do, in the order in which they are told.
-_PARTS = ("products", "quantize", "casts", "loops", "other")
+_PARTS = ("matmuls", "quantize", "casts", "loops", "other")
 
 
 class Part(NamedTuple):
@@ -36,7 +36,7 @@ class Configuration(NamedTuple):
         seconds: By the roofline.
         memory_bound: Share of the time in which launches wait for memory.
         speedup: Over the first precision.
-        parts: What it is spent on: ``products`` with what is joined to them; ``quantize``, passes that find scales,
+        parts: What it is spent on: ``matmuls`` with what is joined to them; ``quantize``, passes that find scales,
             round to 8 bits and copy for matmuls; ``casts`` of arrays as they are; ``loops``, what scans stack;
             ``other``.
 

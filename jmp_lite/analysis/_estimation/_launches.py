@@ -22,7 +22,7 @@ class Launch(NamedTuple):
     """A launch of a program.
 
     Attributes:
-        part: ``products``, ``quantize`` (passes that find scales, round to 8 bits or copy for a matmul), ``casts`` (of
+        part: ``matmuls``, ``quantize`` (passes that find scales, round to 8 bits or copy for a matmul), ``casts`` (of
             an array as it is), ``loops`` (what a scan stacks) or ``other``.
         bytes: Read and written by one run.
         trips: How often it runs.
@@ -58,7 +58,7 @@ def _alone(fusion: Fusion, at: int, trips: int) -> Launch:
         return Launch("other", moved, trips)
     dtypes = tuple(str(v.aval.dtype) for v in node.eqn.invars[:2])
     exact = "HIGHEST" in str(node.eqn.params.get("precision"))
-    return Launch("products", moved, trips, _flops(node.eqn), dtypes, exact)
+    return Launch("matmuls", moved, trips, _flops(node.eqn), dtypes, exact)
 
 
 def _of_programs(fusion: Fusion, node: Node, trips: int) -> Iterator[Launch]:

@@ -54,7 +54,7 @@ def _named(dtype: str) -> str:
 def _part(module: _hlo.Module, line: _hlo.Instruction, flops: float) -> str:
     """What a launch is for; passes that find scales look like any other maximum, and are ``other``."""
     if flops:
-        return "products"
+        return "matmuls"
     if any(dtype.startswith("f8") for dtype, _, _ in _hlo.arrays(line.shape)):
         return "quantize"
     inside = module.computations.get((line.called("calls") or ("",))[0], ())
