@@ -86,7 +86,7 @@ class Value(NamedTuple):
 
     @property
     def is_activation(self) -> bool:
-        """Whether it was computed from arguments, like an embedding, and is not an argument, number or statistic itself."""
+        """Whether it was computed from arguments, like an embedding, and is not itself an argument, number or mean."""
         known = self.known
         return known.tag is Tag.NEUTRAL and known.origin is Origin.COMPUTED and known.number is None
 
