@@ -43,15 +43,15 @@ def decide(
     if op_class in (OpClass.AS_WRITTEN, OpClass.NESTED):
         return _float32(facts, Tag.HIGH, why)
     if facts.want & _demand.AS_WRITTEN and precision.mode != "low":
-        user = "linear algebra" if facts.want & _demand.SOLVED else "the test of a loop"
+        user = "linear algebra" if facts.want & _demand.SOLVED else "the condition of a loop"
         return _float32(facts, Tag.HIGH, f"{user} depends on it: as written")
     if op_class is OpClass.ALLOW and precision.mode != "low" and facts.takes_solution:
-        return _float32(facts, Tag.HIGH, "takes what linear algebra made: as written")
+        return _float32(facts, Tag.HIGH, "uses a result of linear algebra: as written")
     if op_class is OpClass.ALLOW or _follows_low_operand(facts):
         return _product(facts, why)
     if precision.mode == "low":
         if facts.is_made_as_written:
-            return _float32(facts, Tag.HIGH, "made of random numbers or other results that are as written")
+            return _float32(facts, Tag.HIGH, "computed from random numbers or other results that run as written")
         return _low(facts, _how_low(facts), precision.reason)
     if op_class is OpClass.DENY:
         return _float32(facts, Tag.HIGH, why)
@@ -127,11 +127,11 @@ def _replaced(facts: Facts) -> str:
 def _leaves_in_float32(facts: Facts, why: str) -> tuple[bool, str]:
     precision = facts.precision
     if precision.result == FLOAT32:
-        return True, f"result of float32 asked for by {precision.reason}"
+        return True, f"float32 result asked for by {precision.reason}"
     is_ours = precision.dot is None or (facts.name == "dot_general" and isinstance(precision.dot, RoundsOperands))
     is_wanted = is_float32(facts.want) and bool(facts.want & (_demand.FLOAT32 | _demand.PLACE))
     if is_wanted and is_ours and facts.name != "conv_general_dilated" and _is_free(facts.eqn):
-        return True, "all that use it want float32, which costs nothing more here"
+        return True, "all consumers want float32, which is free here"
     return False, why
 
 
@@ -149,7 +149,7 @@ def _why_not_replaced(facts: Facts) -> str | None:
     """Why the user's matmul does not replace this one, if it does not."""
     dot: Any = facts.precision.dot
     if product_of(dot, facts.name) is None:
-        return "dot= replaces dot_general alone"
+        return "dot= replaces only dot_general"
     if isinstance(dot, RoundsOperands) and not dot.takes(has_weight=any(x.is_parameter for x in facts.operands)):
         return 'dot= replaces matmuls with a weight alone: its products="weights"'
     return None
@@ -185,7 +185,7 @@ def decide_activation(eqn: Equation, operand: Value, precision: Precision, want:
     is_low = precision.mode == "auto" and precision.dtype != FLOAT32 and operand.tag.is_rounded
     if not is_low or is_float32(want) or not is_eligible(eqn.invars[0].aval):
         return None
-    reason = "an activation of bounded slope: computed in float32, kept in the compute dtype"
+    reason = "an activation with a bounded slope: computed in float32, kept in the compute dtype"
     return Decision(precision.dtype, How.SLOPE, (Known(Tag.LOW),), reason)
 
 

@@ -23,7 +23,7 @@ _WIDEST = 48
 _GROUPS = {
     "low": "in 16 bits",
     "float32": "in float32",
-    "outer": "that a matrix unit gains nothing from",
+    "outer": "too small for a matrix unit",
     "replaced": "replaced by dot= or ops=",
     "other": "of other dtypes, as written",
 }

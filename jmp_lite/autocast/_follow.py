@@ -114,26 +114,26 @@ def _is_shifted_for_product(facts: Facts) -> bool:
 
 
 FOLLOWS = (
-    FollowRule("a number, which can be had in any precision", _is_number, How.BOUND, lambda f: f.operands[0].tag),
+    FollowRule("a constant, for which any precision will do", _is_number, How.BOUND, lambda f: f.operands[0].tag),
     FollowRule("moved in the compute dtype, which costs least", _is_moved_low, How.LOWERED, Tag.LOW, True),
-    FollowRule("taken as precise as it is; its gradient adds up in float32", _is_taken, How.WIDE, Tag.LOW),
+    FollowRule("read in its own precision; its gradient accumulates in float32", _is_taken, How.WIDE, Tag.LOW),
     FollowRule("as precise in 16 bits as its operands", _is_as_precise_in_16_bits, How.LOWERED, Tag.LOW, True),
-    FollowRule("all that use it want float32", _is_wanted, How.BOUND, Tag.HIGH),
-    FollowRule("summed in float32, and as precise as what was pooled", _is_pooled, How.BOUND, Tag.SOFT),
+    FollowRule("all consumers want float32", _is_wanted, How.BOUND, Tag.HIGH),
+    FollowRule("summed in float32, and as precise as its input", _is_pooled, How.BOUND, Tag.SOFT),
     FollowRule(
-        "levels off, and something that uses it wants float32",
+        "saturates, and a consumer wants float32",
         _levels_off,
         How.BOUND,
         lambda facts: max(Tag.SOFT, facts.tag_of_whole),
     ),
-    FollowRule("made of a number that the compute dtype cannot hold", _is_out_of_range, How.BOUND, Tag.HIGH),
+    FollowRule("uses a number that the compute dtype cannot hold", _is_out_of_range, How.BOUND, Tag.HIGH),
     FollowRule(
-        "multiplied with a low array, or a mask, for a product", _is_multiplied_for_product, How.LOWERED, Tag.LOW, True
+        "multiplied by a low array or a mask for a matmul", _is_multiplied_for_product, How.LOWERED, Tag.LOW, True
     ),
     FollowRule("follows an operand that needs float32", _is_precise, How.BOUND, Tag.HIGH),
     FollowRule("no decision has touched its operands yet", _is_neutral, How.LOWERED, Tag.NEUTRAL, _is_held_low),
     FollowRule("a float32 argument as large as the others promotes", _promotes, How.BOUND, Tag.HIGH),
-    FollowRule("scaled or shifted by float32 statistics for a product", _is_shifted_for_product, How.WIDE, Tag.LOW),
+    FollowRule("scaled or shifted by float32 statistics for a matmul", _is_shifted_for_product, How.WIDE, Tag.LOW),
     FollowRule("scaled or shifted by float32 statistics", _is_shifted, How.BOUND, Tag.SOFT),
     FollowRule("scaled by a number before it is rounded", _is_scaled, How.WIDE, Tag.LOW),
     FollowRule("follows its operands", lambda _: True, How.LOWERED, Tag.LOW, True),

@@ -317,7 +317,7 @@ class Interpreter:
         is_tested = any(
             want & TESTED and is_eligible(v.aval) for v, want in zip(call.eqn.outvars, results, strict=True)
         )
-        return "a loop: what its floating-point test depends on runs as written" if is_tested else why
+        return "a loop: floats that its condition depends on run as written" if is_tested else why
 
 
 def _full_like(array: Any, number: float, dtype: DType) -> Any:

@@ -78,7 +78,7 @@ FAMILIES = (
     ),
     Family(
         OpClass.DENY,
-        "steps: a rounded argument lands on another one",
+        "steps: a rounded argument lands on another step",
         "floor ceil round",
     ),
     Family(
@@ -120,14 +120,14 @@ FAMILIES = (
         """optimization_barrier psum psum_invariant pmax pmin sort device_put pvary pcast preduced reduced_vary_cast
         reduced_vary_cast_p vary_unreduced_cast vary_unreduced_cast_p to_vma""",
     ),
-    Family(OpClass.NESTED, "holds programs, which are autocast in their turn", " ".join(PROGRAMS)),
+    Family(OpClass.NESTED, "holds programs, which autocast enters", " ".join(PROGRAMS)),
     Family(
         OpClass.AS_WRITTEN,
         _SOLVERS,
         """cholesky cholesky_update lu lu_pivots_to_permutation qr geqrf geqp3 ormqr householder_product eig eigh svd
         schur hessenberg triangular_solve tridiagonal tridiagonal_solve custom_linear_solve""",
     ),
-    Family(OpClass.AS_WRITTEN, "transforms: float32 and complex numbers alone", "fft"),
+    Family(OpClass.AS_WRITTEN, "transforms: only float32 and complex numbers", "fft"),
     Family(
         OpClass.AS_WRITTEN,
         "random numbers: the same bits with and without autocast",
@@ -180,7 +180,7 @@ _INNER = Family(
 _ASKED = Family(OpClass.AS_WRITTEN, "precision={} asks for more than the compute dtype", "")
 _SMALL_POWER = Family(OpClass.FOLLOW, "a small positive power: as precise as its operand", "")
 _OTHER_POWER = Family(OpClass.DENY, "a large or negative power: a rounded argument costs many digits", "")
-_LIBRARY = Family(OpClass.AS_WRITTEN, "a matmul inside a function of a library that nobody asked for: as written", "")
+_LIBRARY = Family(OpClass.AS_WRITTEN, "a matmul that a library function wrote, not the user: as written", "")
 
 #: Activations of ``jax.nn`` that hold exponentials or logarithms, by the name of their ``jit`` equation. Their slopes
 #: are bounded, so that value and slope may be rounded once they are computed.

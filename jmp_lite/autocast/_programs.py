@@ -18,7 +18,7 @@ class Body(NamedTuple):
     operands: tuple[int, ...]
     """For each input, the operand of the equation that it is at first."""
     results: tuple[int, ...] | None
-    """For each result, the result of the equation that it becomes; ``None`` for the test of a loop."""
+    """For each result, the result of the equation that it becomes; ``None`` for the condition of a loop."""
 
 
 class Programs(NamedTuple):
