@@ -1,9 +1,9 @@
 """Any JAX function in mixed precision.
 
-Read ``_interpreter`` first, a loop with one decision per equation; then ``_decide``, which makes it from ``_ops``, the
-classes of primitives, and ``_follow``, a table for what follows its operands. ``_demand`` looks ahead for what
-consumers want, ``_rules`` and ``_regions`` let the user steer, ``_control_flow`` and ``_custom_rules`` go into programs
-inside the program, which ``_programs`` lists.
+Read ``_interpreter`` first, a loop with one decision per equation; then ``_decide``, which makes that decision from
+``_ops``, the classes of primitives, and ``_follow``, the table for FOLLOW. ``_demand`` looks ahead for what consumers
+want, ``_rules`` and ``_regions`` let the user steer, and ``_control_flow`` and ``_custom_rules`` handle programs inside
+the program, which ``_programs`` lists.
 """
 
 from jmp_lite.autocast._api import autocast as autocast

@@ -35,44 +35,44 @@ def autocast(
     accumulation_dtype: Any = None,
     residuals: str = "all",
 ) -> Callable[P, R]:
-    """Runs a function in mixed precision: matmuls in the compute dtype, what is fragile in float32.
+    """Runs a function in mixed precision: matmuls in the compute dtype, fragile operations in float32.
 
-    The function is any that ``jax.jit`` takes: Flax, Haiku, Equinox or bare JAX, written for float32. Its matrix
+    ``fun`` can be any function that ``jax.jit`` accepts: Flax, Haiku, Equinox or bare JAX, written for float32. Its
     matmuls and convolutions run in the compute dtype, forward and backward; exponentials, logarithms, roots and sums,
-    and with them norms, softmax and losses, run in float32; the rest follows its operands. This holds inside ``jit``,
-    ``scan``, ``while_loop``, ``cond``, ``checkpoint``, ``shard_map``, ``pmap`` and functions with their own rules.
-    Linear algebra, random numbers, callbacks, kernels, integers, complex numbers and float64 are left as they are.
+    and therefore norms, softmax and losses, run in float32; the rest follows its operands. This holds inside ``jit``,
+    ``scan``, ``while_loop``, ``cond``, ``checkpoint``, ``shard_map``, ``pmap`` and functions with custom rules.
+    Linear algebra, random numbers, callbacks, kernels, integers, complex numbers and float64 stay as written.
 
-    Arguments, results and gradients keep the dtypes that they have without ``autocast``. Arrays among the arguments
-    are traced; Python numbers, strings and other leaves stay what they are.
+    Arguments, results and gradients keep the dtypes that they have without ``autocast``. Array arguments are traced;
+    Python numbers, strings and other leaves stay as they are.
 
-    Apply it to the loss, not to the whole training step: an optimizer is not a place for 16 bits.
+    Apply it to the loss, not to the whole training step: optimizers need float32.
 
     Args:
         fun: The function.
-        policy: A policy, a policy string, or a ``PolicyMap`` whose patterns are matched on name scopes. Only
-            ``compute_dtype`` acts: 16 bits, or float32 to leave everything as it is.
+        policy: A policy, a policy string, or a ``PolicyMap`` whose patterns match name scopes. Only ``compute_dtype``
+            matters: 16 bits, or float32 to leave everything as written.
         rules: Precisions for scopes and primitives, tried in order before the policy.
-        ops: Maps names of primitives to an ``OpClass``, or to a function ``op(*operands, **params)`` that takes the
-            place of the primitive; for this function only (see ``register_op``).
-        dot: Takes the place of ``lax.dot_general`` for matmuls in the compute dtype, and has its signature; also if
-            that is float32. Recipes of ``jmp.quant`` are such functions.
-        accumulation_dtype: ``jnp.float32`` to ask for sums of matmuls in float32 (which accelerators keep anyway)
-            before the result is rounded to the compute dtype. ``None`` leaves that to the compiler.
-        residuals: ``"all"`` keeps what the backward pass needs; ``"low"`` keeps no large float32 array, and computes
-            the inside of norms and softmax again, in each iteration of a scan for itself.
+        ops: Maps names of primitives to an ``OpClass``, or to a function ``op(*operands, **params)`` that replaces the
+            primitive; for this function only (see ``register_op``).
+        dot: Replaces ``lax.dot_general`` for matmuls in the compute dtype, even float32, and has the same signature.
+            Recipes of ``jmp.quant`` are such functions.
+        accumulation_dtype: ``jnp.float32`` asks for float32 accumulation in matmuls (which accelerators do anyway)
+            before the result is rounded to the compute dtype. ``None`` leaves the choice to the compiler.
+        residuals: ``"all"`` keeps all residuals; ``"low"`` keeps no large float32 array and recomputes the inside of
+            norms and softmax, in a scan separately for each iteration.
 
     Returns:
         A function with the signature of ``fun``.
 
     Raises:
         InvalidPolicyError: If the compute dtype has fewer than 16 bits.
-        InvalidRuleError: If a rule or a setting means nothing.
+        InvalidRuleError: If a rule or a setting is invalid.
         InvalidOpError: If something in ``ops`` is neither a class nor a function.
         UnknownDtypeError: If the policy string cannot be parsed.
 
     Warns:
-        SlowDtypeWarning: When called, once, if the device has no fast units for the compute dtype.
+        SlowDtypeWarning: On the first call, if the device has no fast units for the compute dtype.
 
     Example:
         >>> def loss(w, x):
@@ -112,7 +112,7 @@ def settings_from(
     accumulation_dtype: Any,
     root: str = "",
 ) -> Settings:
-    """Checks what the user gave."""
+    """Checks the settings that the user gave."""
     if accumulation_dtype is not None and dot is not None:
         raise InvalidRuleError("dot and accumulation_dtype both replace the matmul: give one of them.")
     if accumulation_dtype is not None and dtype_or_none(accumulation_dtype) != FLOAT32:
@@ -123,12 +123,12 @@ def settings_from(
 
 @functools.lru_cache(maxsize=128)
 def _interpreter(settings: Settings) -> Interpreter:
-    """One interpreter per settings: functions wrapped again at every step find the programs retyped before."""
+    """One interpreter per settings, so a function wrapped again at every step reuses the retyped programs."""
     return Interpreter(settings, HANDLERS)
 
 
 def wrap(fun: Callable[P, R], settings: Settings, residuals: str) -> Callable[P, R]:
-    """Wraps a function under settings that have been checked."""
+    """Wraps a function under checked settings."""
     check_function(fun, "autocast")
     if residuals not in ("all", "low"):
         raise InvalidRuleError(f"residuals must be 'all' or 'low', got {residuals!r}.")
@@ -148,7 +148,7 @@ def wrap(fun: Callable[P, R], settings: Settings, residuals: str) -> Callable[P,
 
 
 class Traced(NamedTuple):
-    """A call of a function as a program, with the arrays it was called with."""
+    """A function call as a program, with its array arguments."""
 
     jaxpr: Any
     arrays: list[Any]
@@ -164,7 +164,7 @@ def is_traced(leaf: Any) -> bool:
 
 
 def is_array_or_shape(leaf: Any) -> bool:
-    """Whether a leaf is such an array, or the shape of one: where nothing is computed."""
+    """Whether a leaf is such an array, or a shape in its place, for analyses that compute nothing."""
     return is_traced(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
 
 
@@ -174,7 +174,7 @@ def trace(
     kwargs: dict[str, Any],
     is_traced: Callable[[Any], bool] = is_traced,
 ) -> Traced:
-    """Traces a call. Leaves that are not arrays stay out of the program, on the way in and on the way out."""
+    """Traces a call. Arguments and results that are not arrays stay out of the program."""
     arrays, others, layout = partition((args, kwargs), is_traced)
     rest: list[Any] = []
 

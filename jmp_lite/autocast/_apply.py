@@ -1,4 +1,4 @@
-"""Runs one equation, or what takes its place, as was decided."""
+"""Runs one equation, or its replacement, as decided."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +19,7 @@ from jmp_lite.products._matmul import Matmul, float32_result, matmul, product_of
 
 
 def apply(eqn: Equation, arrays: Sequence[Any], op: Op, precision: Precision, decision: Decision) -> list[Any]:
-    """Runs the primitive of an equation, or what takes its place, on operands that have been cast."""
+    """Runs the primitive of an equation, or its replacement, on operands that have been cast."""
     match decision.how:
         case How.BOUND:
             return bind(eqn, arrays, eqn.params)
@@ -59,7 +59,7 @@ def _product(eqn: Equation, arrays: Sequence[Any], precision: Precision, decisio
 
 
 class _Multiply:
-    """A matmul other than ``dot_general`` as a hashable function of its operands and of the dtype of its result."""
+    """A matmul other than ``dot_general`` as a hashable function of its operands and result dtype."""
 
     def __init__(self, eqn: Equation) -> None:
         self.eqn = eqn
@@ -106,7 +106,7 @@ def _with_slope(jaxpr: Any, x: Any) -> Any:
 
 
 def _of_weights(eqn: Equation, arrays: Sequence[Any], params: dict[str, Any], precision: Precision) -> Any:
-    """Runs an equation on weights, which are rounded inside."""
+    """Runs an equation on weights and rounds them inside."""
     result, dtype = eqn.outvars[0].aval, precision.dtype
     if eqn.primitive.name in GATHERS:
 
@@ -142,7 +142,7 @@ def _checked(eqn: Equation, results: list[Any]) -> list[Any]:
 
 
 def _params_at(params: dict[str, Any], dtype: DType) -> dict[str, Any]:
-    """Returns the parameters of an equation that was written for float32, for a compute dtype."""
+    """Adapts the parameters of an equation that was written for float32 to a compute dtype."""
     changed = dict(params)
     if "preferred_element_type" in params:
         changed["preferred_element_type"] = dtype

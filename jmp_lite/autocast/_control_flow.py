@@ -52,7 +52,7 @@ def _shard_map(interpreter: Interpreter, call: Call) -> list[Value]:
 
 
 def _run_state(interpreter: Interpreter, call: Call) -> list[Value]:
-    """References keep their dtype, so their contents go in and come out in it."""
+    """References keep their dtype, so their contents enter and leave in it."""
     arrays = call.originals
     operands = [Value(v.aval) for v in program(call.params["jaxpr"])[0].invars]
     inner = interpreter.retype(call.params["jaxpr"], operands, call.scope)
@@ -93,7 +93,7 @@ def _cond(interpreter: Interpreter, call: Call) -> list[Value]:
 
 
 def _agreed(found: Sequence[tuple[Any, Known]], is_float: bool) -> tuple[DType | None, Known]:
-    """Returns the dtype that a result is forced to, if branches disagree about it, and what is known of it."""
+    """Returns the dtype that a result is forced to if branches disagree, and what is known of it."""
     tags, origins = [known.tag for _, known in found], {known.origin for _, known in found}
     known = Known(max(tags), origins.pop() if len(origins) == 1 else Origin.COMPUTED)
     if not is_float or len({dtype for dtype, _ in found}) == 1:
@@ -106,17 +106,17 @@ def _agreed(found: Sequence[tuple[Any, Known]], is_float: bool) -> tuple[DType |
 
 
 def _scan(interpreter: Interpreter, call: Call) -> list[Value]:
-    """A carry is low if it feeds matmuls alone, or if it starts low and the body keeps it low; a sum stays float32.
+    """A carry is low if it feeds only matmuls, or if it starts low and the body keeps it low; a sum stays float32.
 
-    An activation that no layer was added to yet, such as an embedding, starts low where weights are stacked, each for
-    its own layer. Weights that are the same in all iterations make a recurrence, in which errors add up: what does
-    not feed matmuls alone is float32 there.
+    An activation to which no layer was added yet, such as an embedding, starts low if the weights are stacked, one set
+    per layer. Weights that are the same in all iterations make a recurrence, in which errors accumulate: there, a carry
+    that feeds anything but matmuls is float32.
 
-    Constants go in as float32, and are cast inside: the backward pass adds up their gradients over all iterations, in
-    the dtype in which they went in. XLA moves such casts out of the loop by itself.
+    Constants enter as float32 and are cast inside: the backward pass sums their gradients over all iterations in the
+    dtype in which they entered. XLA moves such casts out of the loop.
 
-    Whether a carry is low is found by trying: each round either stands, or takes at least one carry for float32 that
-    was low before, so that there are at most as many rounds as carries and one more.
+    Low carries are found by trying: each round either succeeds, or moves at least one low carry to float32, so there
+    are at most as many rounds as carries, plus one.
     """
     body = call.params["jaxpr"]
     n_consts, n_carry = scan_counts(call.params)
@@ -164,13 +164,13 @@ def _scan(interpreter: Interpreter, call: Call) -> list[Value]:
 
 @functools.lru_cache(maxsize=256)
 def _saving_low(jaxpr: Jaxpr) -> Jaxpr:
-    """Gives the body of a loop the policy of ``residuals="low"``, without which all iterations' float32 is kept."""
+    """Applies ``residuals="low"`` to a loop body, which would otherwise keep float32 residuals of all iterations."""
     body = jax.checkpoint(lambda *arrays: run(jaxpr, *arrays), policy=saves_low, prevent_cse=False)
     return jax.make_jaxpr(body)(*program(jaxpr)[0].in_avals)
 
 
 def _kept_in_float32(want: Want) -> Want:
-    """What is wanted of the next value of a carry that is held in float32."""
+    """What the next iteration wants of a carry that is held in float32."""
     return want & AS_WRITTEN | KEPT
 
 
@@ -186,7 +186,7 @@ def _constant(value: Value) -> Value:
 
 
 def _carry(body: Any, v: Any, value: Value, want: Want, low: DType, *, repeats: bool, stacks: bool) -> Value:
-    """Returns how a carry enters a loop that repeats the same weights, or stacks those of layers."""
+    """Returns how a carry enters a loop with the same weights in each iteration, or with stacked layers."""
     if not is_eligible(v.aval):
         return Value(value.array, Known(value.tag, Origin.INPUT))
     if _adds_up(body, v):
@@ -199,15 +199,15 @@ def _carry(body: Any, v: Any, value: Value, want: Want, low: DType, *, repeats: 
 
 
 def _adds_up(jaxpr: Any, v: Any) -> bool:
-    """Whether a loop body does nothing with an input but arithmetic."""
+    """Whether a loop body uses an input only in arithmetic."""
     users = [eqn for eqn in jaxpr.eqns if any(atom is v for atom in eqn.invars)]
     return bool(users) and all(eqn.primitive.name in _ACCUMULATING for eqn in users)
 
 
 def _while(interpreter: Interpreter, call: Call) -> list[Value]:
-    """Carries keep their dtype; what the test of the loop depends on by way of floats runs as it was written.
+    """Carries keep their dtype; float computations that the condition depends on run as written.
 
-    A search for a root whose matmuls are rounded to 16 bits may never reach its tolerance.
+    A root search whose matmuls are rounded to 16 bits may never reach its tolerance.
     """
     n_cond, n_body = call.params["cond_nconsts"], call.params["body_nconsts"]
     test, body = programs_of(call.eqn).bodies

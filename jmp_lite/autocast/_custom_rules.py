@@ -1,8 +1,8 @@
 """Functions with user-defined derivative or batching rules.
 
-The function itself is retyped like any call. The rule is not: it is traced on the dtypes that it was written for, by
-differentiating (or batching) the original equation, and the program found that way is autocast. A rule that checks its
-dtypes finds what it expects, and residuals still cross from the forward to the backward pass in the compute dtype.
+The function itself is retyped like any call. The rule is not: it is traced with the dtypes it was written for, by
+differentiating (or batching) the original equation, and then autocast runs that program. A rule that checks its dtypes
+finds what it expects, and residuals still pass from the forward to the backward pass in the compute dtype.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from jmp_lite.autocast._values import Known, Tag, Value
 
 
 class _Parts(NamedTuple):
-    """A call of a custom function without its arguments: rules outlive the call, and must not keep its tracers."""
+    """A call of a custom function without its arguments: rules outlive the call and must not keep its tracers."""
 
     interpreter: Interpreter
     call: Call
@@ -47,13 +47,13 @@ class _Parts(NamedTuple):
         return [known._replace(array=array) for known, array in zip(self.call.operands, arrays, strict=True)]
 
     def evaluate(self, fun: Callable[..., Any], avals: Sequence[Any], operands: Sequence[Value]) -> list[Any]:
-        """Traces a function of the original equation at the original dtypes, and autocasts it."""
+        """Traces a function of the original equation with the original dtypes, and autocasts it."""
         jaxpr = jax.make_jaxpr(fun)(*avals)
         return [value.array for value in self.interpreter.evaluate(jaxpr, operands, self.call.scope)]
 
 
 def _parts(interpreter: Interpreter, call: Call) -> tuple[_Parts, list[Any]]:
-    """Splits a call into what its rules may keep, and the arguments."""
+    """Splits a call into the part that its rules may keep and the arguments."""
     operands = interpreter.rounded(call)
     [body] = programs_of(call.eqn).bodies
     inner = interpreter.retype(body.jaxpr, operands, call.scope, call.wants)
@@ -64,7 +64,7 @@ def _parts(interpreter: Interpreter, call: Call) -> tuple[_Parts, list[Any]]:
 
 
 def _like(arrays: Sequence[Any], dtypes: Sequence[Any]) -> list[Any]:
-    """Casts the floating arrays among some to the dtypes of others."""
+    """Casts floating arrays to the dtypes of others."""
     return [_cast_floating(array, dtype) for array, dtype in zip(arrays, dtypes, strict=True)]
 
 
@@ -73,7 +73,7 @@ def _cast_floating(array: Any, dtype: Any) -> Any:
 
 
 class _Live(NamedTuple):
-    """Which arguments are differentiated; the others stay constants, so that rules see them as such."""
+    """Which arguments are differentiated; the others stay constants, so rules see constants."""
 
     flags: tuple[bool, ...]
 
@@ -114,7 +114,7 @@ def _custom_jvp(interpreter: Interpreter, call: Call) -> list[Value]:
 
 
 class _Backward(NamedTuple):
-    """What the forward pass learns about the backward one."""
+    """What the forward pass learns about the backward pass."""
 
     tree: Any
     """Structure of the pullback, whose leaves are the residuals."""
@@ -172,7 +172,7 @@ def _custom_vjp(interpreter: Interpreter, call: Call) -> list[Value]:
 
 
 def _held(array: Any) -> Value:
-    """A value whose history is unknown: what is held in 16 bits was made by a matmul, or from one."""
+    """A value with unknown history: if it is held in 16 bits, it came from a matmul."""
     dtype = getattr(array, "dtype", None)
     is_low = dtype is not None and dtype.itemsize == 2 and jnp.issubdtype(dtype, jnp.floating)
     return Value(array, Known(Tag.LOW if is_low else Tag.NEUTRAL))

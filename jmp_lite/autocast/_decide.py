@@ -1,4 +1,4 @@
-"""Decides, for one equation, in which dtype it runs, how, and what is known of its results. Computes nothing."""
+"""Decides in which dtype an equation runs, how, and what is known of its results. Computes nothing."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,12 +21,12 @@ from jmp_lite.products._matmul import RoundsOperands, product_of
 def decide(
     eqn: Equation, operands: Sequence[Value], op: tuple[Op, str], precision: Precision, wants: Wants
 ) -> Decision:
-    """Decides about an equation that is to be applied as a whole.
+    """Decides about an equation that runs as a whole.
 
     Args:
-        eqn: The equation, of the original program.
+        eqn: The equation, from the original program.
         operands: Its operands, as they are held.
-        op: The class of its primitive, or a function that takes its place, and why.
+        op: The class of its primitive, or a function that replaces it, and why.
         precision: What rules and regions say.
         wants: What the consumers of each result want.
     """
@@ -43,15 +43,15 @@ def decide(
     if op_class in (OpClass.AS_WRITTEN, OpClass.NESTED):
         return _float32(facts, Tag.HIGH, why)
     if facts.want & _demand.AS_WRITTEN and precision.mode != "low":
-        user = "linear algebra" if facts.want & _demand.SOLVED else "the test of a loop"
+        user = "linear algebra" if facts.want & _demand.SOLVED else "the condition of a loop"
         return _float32(facts, Tag.HIGH, f"{user} depends on it: as written")
     if op_class is OpClass.ALLOW and precision.mode != "low" and facts.takes_solution:
-        return _float32(facts, Tag.HIGH, "takes what linear algebra made: as written")
+        return _float32(facts, Tag.HIGH, "uses a result of linear algebra: as written")
     if op_class is OpClass.ALLOW or _follows_low_operand(facts):
         return _product(facts, why)
     if precision.mode == "low":
         if facts.is_made_as_written:
-            return _float32(facts, Tag.HIGH, "made of random numbers or other results that are as written")
+            return _float32(facts, Tag.HIGH, "computed from random numbers or other results that run as written")
         return _low(facts, _how_low(facts), precision.reason)
     if op_class is OpClass.DENY:
         return _float32(facts, Tag.HIGH, why)
@@ -71,7 +71,7 @@ def _low(facts: Facts, how: How, reason: str) -> Decision:
 
 
 def _how_low(facts: Facts) -> How:
-    """Weights are rounded inside of what repeats or gathers them, because their gradients are sums."""
+    """Operations that broadcast or gather weights round them inside, because the gradients of weights are sums."""
     is_sum = facts.precision.widens_gradients and facts.name in _REPEATS
     is_gathered = facts.name in _ops.GATHERS and facts.precision.dtype != facts.precision.reduce_dtype
     return How.WEIGHTS if is_sum or is_gathered else How.LOWERED
@@ -90,7 +90,7 @@ def _conversion(facts: Facts) -> Decision:
 
 
 def _product(facts: Facts, why: str) -> Decision:
-    """A matmul leaves in float32 if all that use it want that and it is free, or if a rule asks for it."""
+    """A matmul returns float32 if all its consumers want that and it is free, or if a rule asks for it."""
     precision = facts.precision
     if not facts.floats or not all(is_eligible(v.aval) for v in facts.eqn.outvars):
         return _product_as_written(facts)
@@ -107,7 +107,7 @@ def _product(facts: Facts, why: str) -> Decision:
 
 
 def _product_as_written(facts: Facts) -> Decision:
-    """A matmul of 16 bits keeps the dtypes that the model wrote, also if the user's takes its place."""
+    """A 16-bit matmul keeps the dtypes that the model wrote, even if the user replaces it."""
     precision, reason = facts.precision, "not a matmul of float32 arrays"
     dtypes = [v.aval.dtype for v in (*facts.eqn.invars[:2], *facts.eqn.outvars)]
     if precision.dot is None or not all(jnp.issubdtype(x, jnp.floating) and 2 <= x.itemsize <= 4 for x in dtypes):
@@ -127,11 +127,11 @@ def _replaced(facts: Facts) -> str:
 def _leaves_in_float32(facts: Facts, why: str) -> tuple[bool, str]:
     precision = facts.precision
     if precision.result == FLOAT32:
-        return True, f"result of float32 asked for by {precision.reason}"
+        return True, f"float32 result asked for by {precision.reason}"
     is_ours = precision.dot is None or (facts.name == "dot_general" and isinstance(precision.dot, RoundsOperands))
     is_wanted = is_float32(facts.want) and bool(facts.want & (_demand.FLOAT32 | _demand.PLACE))
     if is_wanted and is_ours and facts.name != "conv_general_dilated" and _is_free(facts.eqn):
-        return True, "all that use it want float32, which costs nothing more here"
+        return True, "all consumers want float32, which is free here"
     return False, why
 
 
@@ -146,10 +146,10 @@ def _how_multiplied(facts: Facts, *, is_wide: bool) -> How:
 
 
 def _why_not_replaced(facts: Facts) -> str | None:
-    """Why the user's matmul does not take the place of one, if it does not."""
+    """Why the user's matmul does not replace this one, if it does not."""
     dot: Any = facts.precision.dot
     if product_of(dot, facts.name) is None:
-        return "dot= replaces dot_general alone"
+        return "dot= replaces only dot_general"
     if isinstance(dot, RoundsOperands) and not dot.takes(has_weight=any(x.is_parameter for x in facts.operands)):
         return 'dot= replaces matmuls with a weight alone: its products="weights"'
     return None
@@ -181,14 +181,14 @@ def _follow(facts: Facts) -> Decision:
 
 
 def decide_activation(eqn: Equation, operand: Value, precision: Precision, want: Want) -> Decision | None:
-    """Decides about an activation of ``jax.nn``; ``None`` where it is to be gone into like any program."""
+    """Decides about an activation of ``jax.nn``; ``None`` to interpret its body like any program."""
     is_low = precision.mode == "auto" and precision.dtype != FLOAT32 and operand.tag.is_rounded
     if not is_low or is_float32(want) or not is_eligible(eqn.invars[0].aval):
         return None
-    reason = "an activation of bounded slope: computed in float32, kept in the compute dtype"
+    reason = "an activation with a bounded slope: computed in float32, kept in the compute dtype"
     return Decision(precision.dtype, How.SLOPE, (Known(Tag.LOW),), reason)
 
 
 def _follows_low_operand(facts: Facts) -> bool:
-    """Whether a matmul of a few terms takes what a layer made, as adapters of low rank do."""
+    """Whether a matmul of a few terms takes the output of a layer, as low-rank adapters do."""
     return facts.op is OpClass.FOLLOW and facts.name in _ops.PRODUCTS and bool(facts.floats) and facts.tag is Tag.LOW

@@ -1,4 +1,4 @@
-"""What becomes of one equation."""
+"""The decision about one equation."""
 
 import enum
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from jmp_lite.autocast._values import Known
 
 
 class How(enum.Enum):
-    """How an equation is applied to its operands, which are cast before."""
+    """How an equation is applied to its operands, which are cast first."""
 
     BOUND = "the primitive, as written"
     LOWERED = "the primitive, its parameters rewritten for the compute dtype"
@@ -21,7 +21,7 @@ class How(enum.Enum):
 
 
 class Decision(NamedTuple):
-    """What becomes of an equation: all of it, so that nobody decides again."""
+    """The whole decision about an equation, so that nothing is decided twice."""
 
     dtype: DType | None
     """What its float32 operands are cast to: a compute dtype, float32, or ``None``, which leaves them as held."""

@@ -1,9 +1,8 @@
-"""Searches a program backwards for what the consumers of every variable want.
+"""Searches a program backward for what the consumers of every variable want.
 
-A precise operation is only as precise as its operands: where a square root or an exponential wants float32, the mild
-arithmetic that feeds nothing else is done in float32 too, so that variances, norms and softmax are computed as a whole.
-What linear algebra or the test of a loop depends on is computed as written. What feeds matmuls alone is cast
-before it is moved.
+A precise operation is only as precise as its operands: where a square root or an exponential wants float32, arithmetic
+that feeds nothing else runs in float32 too, so that a whole variance, norm or softmax does. Whatever linear algebra or
+the condition of a loop depends on runs as written. Values that feed only matmuls are cast before they are moved.
 
 References:
     The passes of TensorFlow's ``auto_mixed_precision.cc`` find such chains forward and backward between deny nodes.
@@ -48,7 +47,7 @@ Wants = tuple[Want, ...]
 
 
 def is_float32(want: Want) -> bool:
-    """Whether a value is to be float32: for all its consumers, or for one that decides."""
+    """Whether a value should be float32: all its consumers want that, or one that decides."""
     return (want != 0 and not want & (LOW | EITHER)) or want & (PLACE | AS_WRITTEN) != 0
 
 
@@ -67,7 +66,7 @@ class Demands:
         self._found: Any = weakref.WeakKeyDictionary()
 
     def of(self, jaxpr: Jaxpr, wanted: Wants, scope: str) -> Mapping[Var, Want]:
-        """Returns the want of every variable that has a consumer.
+        """Returns the want for every variable that has a consumer.
 
         Args:
             jaxpr: A program.
@@ -85,7 +84,7 @@ class Demands:
         """Searches the programs of an equation in a name scope, loops until nothing changes.
 
         Returns:
-            What is wanted of each operand, and of each result: of a carry also by the next iteration.
+            The wants for each operand and each result; for a carry, the next iteration is a consumer too.
         """
         programs, results = programs_of(eqn), list(of_results)
         wants = [0] * len(eqn.invars)
@@ -106,7 +105,7 @@ class Demands:
         return wants, tuple(results)
 
     def has_search(self, jaxpr: Jaxpr, scope: str, wanted: Wants = ()) -> bool:
-        """Whether a loop inside a program continues until what matmuls make of its carries is good enough."""
+        """Whether a loop in a program iterates until what matmuls make of its carries is good enough."""
         inner, _ = program(jaxpr)
         wants = self.of(inner, wanted or (EITHER,) * len(inner.outvars), scope)
         for eqn in inner.eqns:
@@ -123,7 +122,7 @@ class Demands:
         no_layers = self._no_layers(inner)
 
         def is_sum_of_layers(eqn: Equation) -> bool:
-            """Whether two arrays are added, such as a layer and what goes around it."""
+            """Whether two arrays are added, such as a layer and its residual connection."""
             shape = eqn.outvars[0].aval.shape if eqn.primitive.name == "add" else None
             return shape is not None and not any(
                 is_literal(v) or v in no_layers or v.aval.shape != shape for v in eqn.invars
@@ -141,7 +140,7 @@ class Demands:
         return wants
 
     def _no_layers(self, inner: Any) -> set[Var]:
-        """What is repeated, such as a bias, and what is float32 anyway, such as a logarithm; moved or not."""
+        """Broadcast values, such as a bias, and values that are float32 anyway, such as a logarithm; moved or not."""
         found: set[Var] = set()
         for eqn in inner.eqns:
             moved = _ops.moves_whole_arrays(eqn.primitive.name) and any(
@@ -188,7 +187,7 @@ def _inner(scope: str, eqn: Equation) -> str:
 
 
 def _passed_on(want: Want) -> Want:
-    """What is wanted of an operand that comes back as it is: a matmul behind may round it only then."""
+    """The want for an operand that passes through unchanged: a later matmul may round it, but only there."""
     return want & ~LOW | EITHER if want & LOW else want
 
 

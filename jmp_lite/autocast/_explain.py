@@ -23,7 +23,7 @@ _WIDEST = 48
 _GROUPS = {
     "low": "in 16 bits",
     "float32": "in float32",
-    "outer": "that a matrix unit gains nothing from",
+    "outer": "too small for a matrix unit",
     "replaced": "replaced by dot= or ops=",
     "other": "of other dtypes, as written",
 }
@@ -56,9 +56,9 @@ class Summary(NamedTuple):
 
 
 class Explanation(Sequence[Record]):
-    """The decisions about a program, in its order; what a loop or a call holds follows it.
+    """The decisions about a program, in program order; the equations inside a loop or a call follow it.
 
-    Printed, it is a summary and a table of the rows that concern floats.
+    It prints as a summary and a table of the equations on floats.
 
     Example:
         >>> explanation = jmp.explain(jnp.exp, "mixed_bfloat16")(jnp.ones(3))
@@ -86,7 +86,7 @@ class Explanation(Sequence[Record]):
 
     @property
     def summary(self) -> Summary:
-        """The figures that are printed first."""
+        """The totals that are printed first."""
         products = [record for record in self._records if record.group in _GROUPS]
         counts = collections.Counter[str]()
         work = collections.Counter[str]()
@@ -104,10 +104,10 @@ class Explanation(Sequence[Record]):
         )
 
     def table(self, *, all: bool = False) -> str:  # noqa: A002  # the word that a reader would look for
-        """Returns the decisions as text, one a line.
+        """Returns the decisions as text, one per line.
 
         Args:
-            all: Whether to list those that concern no floating-point array too.
+            all: Whether to also list equations on no floating-point array.
 
         Example:
             >>> explanation = jmp.explain(lambda x: x + 1, "mixed_bfloat16")(jnp.arange(3))
@@ -159,7 +159,7 @@ def _place(record: Record) -> str:
 
 
 def _tail(path: str) -> str:
-    """Leaves out folders or outer scopes that are too much; never a part of a name."""
+    """Drops folders or outer scopes that do not fit; never cuts a name."""
     *outer, tail = path.split("/")
     while outer and len(f".../{outer[-1]}/{tail}") <= _WIDEST:
         tail = f"{outer.pop()}/{tail}"
@@ -177,7 +177,7 @@ def _row(record: Record) -> tuple[str, ...]:
 
 
 def _listed(dtypes: Sequence[str]) -> str:
-    """Names dtypes in short; many that are alike once."""
+    """Abbreviates dtypes; names repeated ones once."""
     runs = [(dtype, len(list(run))) for dtype, run in itertools.groupby(map(_short, dtypes))]
     cell = ", ".join(f"{dtype} x{n}" if n > 4 else ", ".join([dtype] * n) for dtype, n in runs)
     return cell if len(cell) <= _WIDEST else f"{cell[:_WIDEST].rpartition(', ')[0]}, ..."
@@ -196,9 +196,9 @@ def explain(
     dot: Callable[..., Any] | None = None,
     accumulation_dtype: Any = None,
 ) -> Callable[..., Explanation]:
-    """Tells what ``autocast`` does to every equation of a function, and why. Nothing is computed.
+    """Shows what ``autocast`` does to every equation of a function, and why. Computes nothing.
 
-    Give ``jax.grad(fun)`` to see the backward pass. For Flax models there are ``linen.explain`` and ``nnx.explain``.
+    Pass ``jax.grad(fun)`` to see the backward pass. For Flax models use ``linen.explain`` and ``nnx.explain``.
 
     Args:
         fun: The function.
@@ -212,11 +212,11 @@ def explain(
         A function with the arguments of ``fun`` (arrays, or ``jax.ShapeDtypeStruct`` in their place) that returns an
         ``Explanation``: a sequence of records with the fields ``scope`` (name scopes), ``source`` (file and line),
         ``primitive``, ``op_class``, ``tag`` (how precise the results are), ``in_dtypes``, ``out_dtypes``, ``reason``,
-        and for matmuls ``group``, ``flops`` (of one run) and ``trips`` (how often it runs). Printed, it opens with its
-        ``summary``; ``table(all=True)`` also lists what concerns no floats.
+        and for matmuls ``group``, ``flops`` (of one run) and ``trips`` (how often it runs). It prints its ``summary``
+        first; ``table(all=True)`` also lists equations on no floats.
 
     Raises:
-        InvalidRuleError: As ``autocast``, and so for the other errors.
+        InvalidRuleError: As in ``autocast``, which lists the other errors.
 
     Example:
         >>> explanation = jmp.explain(lambda x, w: jnp.exp(x @ w), "mixed_bfloat16")(jnp.ones((2, 8)), jnp.ones((8, 4)))
@@ -228,7 +228,7 @@ def explain(
         Matmuls and convolutions: 1 in 16 bits (100.0% of FLOPs). Operands cast: 2.
 
     References:
-        TensorFlow's ``auto_mixed_precision`` writes the same to a file when asked for its debug log.
+        TensorFlow's ``auto_mixed_precision`` writes the same to a file as its debug log.
     """
     check_function(fun, "explain")
     settings = settings_from(policy, rules=rules, ops=ops, dot=dot, accumulation_dtype=accumulation_dtype)
@@ -238,7 +238,7 @@ def explain(
 def explained(
     fun: Callable[..., Any], settings: Settings, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Explanation, Any]:
-    """Explains a call under settings that have been checked; also returns what it returns, without its numbers."""
+    """Explains a call under checked settings; also returns its results as shapes."""
     check_function(fun, "explain")
     interpreter = Interpreter(settings, HANDLERS, keeps_records=True)
     traced = trace(fun, args, kwargs, is_array_or_shape)

@@ -1,4 +1,4 @@
-"""What the rules look at: an equation, its operands as they are held, and what is known of its results."""
+"""The input of the rules: an equation, its operands as they are held, and what is known of its results."""
 
 import functools
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ class Facts:
 
     @functools.cached_property
     def whole(self) -> list[Value]:
-        """Those of the arrays that have as much to say as the result; all floats if none has."""
+        """The arrays that are not broadcast to the shape of the result; all floats if there are none."""
         shape = self.eqn.outvars[0].aval.shape
         return [value for value in self.arrays if not _is_repeated(value, shape)] or self.floats
 
@@ -55,12 +55,12 @@ class Facts:
 
     @functools.cached_property
     def takes_solution(self) -> bool:
-        """Whether an operand is what linear algebra made."""
+        """Whether an operand comes from linear algebra."""
         return any(value.known.origin is Origin.SOLVED for value in self.arrays)
 
     @functools.cached_property
     def is_made_as_written(self) -> bool:
-        """Whether all operands are made as written, such as random numbers, or repeat something smaller."""
+        """Whether all operands are made as written, such as random numbers, or are broadcast from something smaller."""
         origins = {value.known.origin for value in self.arrays}
         return Origin.AS_WRITTEN in origins and origins <= {Origin.AS_WRITTEN, Origin.REPEATED}
 
@@ -111,7 +111,7 @@ def _is_float_array(atom: Atom) -> bool:
 
 
 def _is_repeated(value: Value, shape: Sequence[Any]) -> bool:
-    """Whether an operand has less to say than the result, such as a mean, or a bias moved to where it is added."""
+    """Whether an operand has fewer distinct values than the result, such as a mean, or a bias broadcast for an add."""
     own = value.array.shape
     is_small = not own or any(a == 1 != b for a, b in zip(own, shape, strict=False))
     return is_small or value.known.origin in (Origin.REPEATED, Origin.MOVED)

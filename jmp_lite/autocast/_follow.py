@@ -1,4 +1,4 @@
-"""The table of what follows its operands."""
+"""The table that decides how operations follow their operands."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from jmp_lite.autocast._values import Origin, Tag, Value, is_as_large, is_in_ran
 
 
 class FollowRule(NamedTuple):
-    """One row of the table of what follows its operands; the first whose condition holds decides."""
+    """One row of the FOLLOW table; the first row whose condition holds decides."""
 
     reason: str
     when: Callable[[Facts], bool]
@@ -27,7 +27,7 @@ def _is_number(facts: Facts) -> bool:
 
 
 def _is_moved_low(facts: Facts) -> bool:
-    """Whether matmuls alone want it; weights are moved in float32 and rounded in the matmul, but for gathers."""
+    """Whether only matmuls want it; except in gathers, weights are moved in float32 and rounded in the matmul."""
     is_low = facts.want == _demand.LOW and facts.tag is not Tag.HIGH and _ops.moves_whole_arrays(facts.name)
     is_kept = facts.precision.widens_gradients and facts.name not in _ops.GATHERS
     return is_low and not (is_kept and all(value.is_weight for value in facts.floats))
@@ -59,7 +59,7 @@ def _is_wanted(facts: Facts) -> bool:
 
 
 def _levels_off(facts: Facts) -> bool:
-    """Whether a function levels off, or resumes from one that did: ``1 - p`` has the digits that ``p`` lacks."""
+    """Whether a function saturates, or continues from one that did: ``1 - p`` has the digits that ``p`` lacks."""
     is_wanted = bool(facts.want & _demand.FLOAT32)
     if facts.tag is Tag.SOFT and not facts.has_float_results:
         return True  # compared as it is held
@@ -69,7 +69,7 @@ def _levels_off(facts: Facts) -> bool:
 
 
 def _is_multiplied_for_product(facts: Facts) -> bool:
-    """Whether a matmul takes what is multiplied with a low array, or with what dropout made."""
+    """Whether a matmul consumes a value multiplied by a low array or a dropout mask."""
     is_whole = facts.name == "mul" and len(facts.whole) == len(facts.operands) and facts.tag is not Tag.NEUTRAL
     is_other = any(value.tag is Tag.LOW or value.is_activation for value in facts.whole)
     return is_whole and is_other and facts.want == _demand.LOW
@@ -93,7 +93,7 @@ def _is_held_low(facts: Facts) -> bool:
 
 
 def _promotes(facts: Facts) -> bool:
-    """Whether an operand is data in its own right beside low ones: a parameter being updated, an accumulator."""
+    """Whether an operand is full-size data next to low ones: a parameter being updated, an accumulator."""
 
     def is_data(value: Value) -> bool:
         is_state = value.known.origin in (Origin.INPUT, Origin.SCALED)
@@ -114,26 +114,26 @@ def _is_shifted_for_product(facts: Facts) -> bool:
 
 
 FOLLOWS = (
-    FollowRule("a number, which can be had in any precision", _is_number, How.BOUND, lambda f: f.operands[0].tag),
+    FollowRule("a constant, for which any precision will do", _is_number, How.BOUND, lambda f: f.operands[0].tag),
     FollowRule("moved in the compute dtype, which costs least", _is_moved_low, How.LOWERED, Tag.LOW, True),
-    FollowRule("taken as precise as it is; its gradient adds up in float32", _is_taken, How.WIDE, Tag.LOW),
+    FollowRule("read in its own precision; its gradient accumulates in float32", _is_taken, How.WIDE, Tag.LOW),
     FollowRule("as precise in 16 bits as its operands", _is_as_precise_in_16_bits, How.LOWERED, Tag.LOW, True),
-    FollowRule("all that use it want float32", _is_wanted, How.BOUND, Tag.HIGH),
-    FollowRule("summed in float32, and as precise as what was pooled", _is_pooled, How.BOUND, Tag.SOFT),
+    FollowRule("all consumers want float32", _is_wanted, How.BOUND, Tag.HIGH),
+    FollowRule("summed in float32, and as precise as its input", _is_pooled, How.BOUND, Tag.SOFT),
     FollowRule(
-        "levels off, and something that uses it wants float32",
+        "saturates, and a consumer wants float32",
         _levels_off,
         How.BOUND,
         lambda facts: max(Tag.SOFT, facts.tag_of_whole),
     ),
-    FollowRule("made of a number that the compute dtype cannot hold", _is_out_of_range, How.BOUND, Tag.HIGH),
+    FollowRule("uses a number that the compute dtype cannot hold", _is_out_of_range, How.BOUND, Tag.HIGH),
     FollowRule(
-        "multiplied with a low array, or a mask, for a product", _is_multiplied_for_product, How.LOWERED, Tag.LOW, True
+        "multiplied by a low array or a mask for a matmul", _is_multiplied_for_product, How.LOWERED, Tag.LOW, True
     ),
     FollowRule("follows an operand that needs float32", _is_precise, How.BOUND, Tag.HIGH),
     FollowRule("no decision has touched its operands yet", _is_neutral, How.LOWERED, Tag.NEUTRAL, _is_held_low),
     FollowRule("a float32 argument as large as the others promotes", _promotes, How.BOUND, Tag.HIGH),
-    FollowRule("scaled or shifted by float32 statistics for a product", _is_shifted_for_product, How.WIDE, Tag.LOW),
+    FollowRule("scaled or shifted by float32 statistics for a matmul", _is_shifted_for_product, How.WIDE, Tag.LOW),
     FollowRule("scaled or shifted by float32 statistics", _is_shifted, How.BOUND, Tag.SOFT),
     FollowRule("scaled by a number before it is rounded", _is_scaled, How.WIDE, Tag.LOW),
     FollowRule("follows its operands", lambda _: True, How.LOWERED, Tag.LOW, True),

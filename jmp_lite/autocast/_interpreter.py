@@ -1,8 +1,8 @@
 """Evaluates a program with a dtype and a tag per value: the loop of ``jax.core.eval_jaxpr``, with a decision inside.
 
-A program is given by its jaxpr. Every variable that was float32 there may be held in a compute dtype here; each
-equation runs where ``_decide`` says. Equations that hold programs themselves are served by ``_control_flow`` and
-``_custom_rules``, which come back here through ``retype``.
+The program is a jaxpr. Every variable that is float32 there may be held in a compute dtype here; each equation runs as
+``_decide`` says. ``_control_flow`` and ``_custom_rules`` handle equations that hold programs themselves and come back
+here through ``retype``.
 """
 
 import dataclasses
@@ -50,13 +50,13 @@ class Retyped(NamedTuple):
 
     @property
     def dtypes(self) -> list[Any]:
-        """The dtypes of the results; ``None`` for what has none."""
+        """The dtypes of the results; ``None`` for a result without one."""
         return [getattr(aval, "dtype", None) for aval in self.jaxpr.out_avals]
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """An equation that holds programs, with its operands as arrays, for the handler that serves it."""
+    """An equation that holds programs, with its operands as arrays, for its handler."""
 
     eqn: Equation
     operands: list[Value]
@@ -76,7 +76,7 @@ class Call:
 
     @property
     def originals(self) -> list[Any]:
-        """The operands in the dtypes that they were written for."""
+        """The operands in their written dtypes."""
         pairs = zip(self.eqn.invars, self.arrays, strict=True)
         return [cast(array, FLOAT32) if is_eligible(v.aval) else array for v, array in pairs]
 
@@ -104,7 +104,7 @@ class Frame:
                 self.unused_after.setdefault(index, []).append(v)
 
     def _tag_of_constant(self, const: Any) -> Tag:
-        """A number that a compute dtype cannot hold (a mask of -1e9 in float16) keeps what it meets in float32."""
+        """A number that a compute dtype cannot hold (a mask of -1e9 in float16) keeps its operation in float32."""
         if (
             not isinstance(const, (np.ndarray, np.generic, float))
             or np.result_type(const) != FLOAT32
@@ -125,7 +125,7 @@ class Frame:
     def array(self, atom: Atom, dtype: DType | None) -> Any:
         """Returns a variable cast to a dtype if it was float32 in the original program.
 
-        Casts are made once, except those of inputs: a weight used many times gets its gradient added up in float32.
+        Casts are made once, except for inputs: a weight used many times accumulates its gradient in float32.
         """
         if is_literal(atom):
             in_half = is_eligible(atom.aval) and dtype not in (None, FLOAT32)
@@ -150,7 +150,7 @@ class Frame:
         self.values.update(zip(eqn.outvars, values, strict=True))
 
     def forget(self, index: int) -> None:
-        """Drops what no equation after this one reads."""
+        """Drops variables that no later equation reads."""
         for v in self.unused_after.get(index, ()):
             del self.values[v]
             for dtype in (FLOAT32, *self.settings.dtypes):
@@ -158,7 +158,7 @@ class Frame:
 
 
 class Interpreter:
-    """Evaluates programs under some settings, and keeps the programs that it retyped for the next time."""
+    """Evaluates programs under fixed settings, and caches the programs that it retyped."""
 
     def __init__(self, settings: Settings, handlers: Mapping[str, Handler], *, keeps_records: bool = False) -> None:
         self.settings = settings
@@ -171,7 +171,7 @@ class Interpreter:
         self._retyped: Any = weakref.WeakKeyDictionary()
 
     def run(self, jaxpr: Jaxpr, arrays: Sequence[Any]) -> list[Any]:
-        """Evaluates a whole program, whose results get the dtypes that they were written for."""
+        """Evaluates a whole program and returns results in their written dtypes."""
         operands = [Value(array, INPUT) for array in arrays]
         results = program(jaxpr)[0].outvars
         values = self.evaluate(jaxpr, operands, scope="", wants=(HIGH,) * len(results))
@@ -203,14 +203,14 @@ class Interpreter:
         wants: Wants | None = None,
         forced: tuple[DType | None, ...] | None = None,
     ) -> Retyped:
-        """Traces a program again for operands as they are held; the same question gets the same jaxpr.
+        """Traces a program again for operands as they are held; equal arguments return the same jaxpr.
 
         Args:
             jaxpr: A program, closed or open.
             operands: What it will be called with.
             scope: Name scope that it is called in.
             wants: What the consumers of its results want.
-            forced: Dtypes that results must have; ``None`` for those that may have any.
+            forced: Dtypes that results must have; ``None`` for results that may have any.
         """
         inner, consts = program(jaxpr)
         scope = scope if self.keeps_records else self._scope(scope)
@@ -244,7 +244,7 @@ class Interpreter:
             self.records = outer
 
     def _scope(self, scope: str) -> str:
-        """Returns as much of a name scope as decisions depend on."""
+        """Returns the part of a name scope that decisions depend on."""
         return scope if self.settings.depends_on_scope else _regions.innermost(scope) or ""
 
     def _is_low(self, scope: str, primitive: str) -> bool:
@@ -260,13 +260,13 @@ class Interpreter:
         return self._precisions[key]
 
     def through(self, call: Call) -> tuple[list[Want], Wants]:
-        """Returns what is wanted of the operands and of the results of an equation that holds programs."""
+        """Returns the wants for the operands and results of an equation that holds programs."""
         return self.demands.through(call.eqn, call.wants, self._scope(call.scope))
 
     def rounded(self, call: Call) -> list[Value]:
-        """Returns the operands of a call; those that lose nothing by it are rounded, unless float32 is wanted inside.
+        """Returns the operands of a call, rounded where that loses nothing and no consumer inside wants float32.
 
-        What the call saves for its backward pass, and the gradient it returns, are then held in the compute dtype.
+        The residuals of the call and the gradient it returns are then held in the compute dtype.
         """
         wants, _ = self.through(call)
         dtype = self.precision(call.scope, call.eqn.primitive.name).dtype
@@ -278,7 +278,7 @@ class Interpreter:
         ]
 
     def results(self, retyped: Retyped, arrays: Sequence[Any], trips: int = 1) -> list[Value]:
-        """Pairs what a retyped program returned with what is known of it, and keeps the record of its decisions."""
+        """Pairs the results of a retyped program with what is known of them, and keeps the record of its decisions."""
         self.records.extend(record._replace(trips=record.trips * as_count(trips)) for record in retyped.records)
         return list(map(Value, arrays, retyped.results))
 
@@ -310,24 +310,24 @@ class Interpreter:
         return values
 
     def _reason_of_call(self, call: Call, why: str) -> str:
-        """Says of a loop that what its test depends on runs as written, if that is any float."""
+        """Says for a loop that the floats its condition depends on run as written, if there are any."""
         if not self.keeps_records or call.eqn.primitive.name != "while":
             return why
         _, results = self.through(call)
         is_tested = any(
             want & TESTED and is_eligible(v.aval) for v, want in zip(call.eqn.outvars, results, strict=True)
         )
-        return "a loop: what its floating-point test depends on runs as written" if is_tested else why
+        return "a loop: floats that its condition depends on run as written" if is_tested else why
 
 
 def _full_like(array: Any, number: float, dtype: DType) -> Any:
-    """Makes an array of one number again: a cast of the old one would be kept for the backward pass."""
+    """Fills a new array with one number: a cast of the old array would be kept for the backward pass."""
     value = as_dtype(number, dtype)
     return value if array.ndim == 0 else jax.lax.full_like(array, value, dtype)
 
 
 def _checked_tag(array: Any, known: Known) -> Known:
-    """What takes the place of a primitive may return float32 where the primitive would not."""
+    """A replacement may return float32 where the primitive would not."""
     return known._replace(tag=Tag.HIGH) if known.tag is Tag.LOW and array.dtype == FLOAT32 else known
 
 
@@ -343,6 +343,6 @@ def _with_dtype(aval: Any, dtype: Any) -> Any:
 
 
 def _restore(array: Any, aval: Any) -> Any:
-    """Gives a result the dtype and the weak type that it was written with."""
+    """Restores the written dtype and weak type of a result."""
     is_number = isinstance(aval, jax.core.ShapedArray) and not jnp.issubdtype(aval.dtype, jax.dtypes.extended)
     return with_weak_type(array, aval) if is_number else array

@@ -1,7 +1,7 @@
-"""Products that nobody asked for: inside functions of libraries that solve, resize, correlate, normalize or compare.
+"""Matmuls that the user did not write: inside library functions that solve, resize, correlate, normalize or compare.
 
-They are told by where the library wrote them. The traceback of an equation survives jit, differentiation and
-transposition, and its innermost frames are those of the function that wrote it.
+They are recognized by where the library wrote them. The traceback of an equation survives jit, differentiation and
+transposition, and its innermost frames are in the function that wrote it.
 """
 
 from jmp_lite._compat import Equation
@@ -30,7 +30,7 @@ _REQUESTS = frozenset({"matmul", "tensordot", "vecdot", "outer", "multi_dot"})
 
 
 def is_of_library(eqn: Equation) -> bool:
-    """Whether a matmul stands in a function of a library that is not a request for a matmul."""
+    """Whether a matmul is inside a library function that the user did not call for a matmul."""
     traceback = eqn.source_info.traceback
     for frame in traceback.frames if traceback else ():
         file = frame.file_name.replace("\\", "/")

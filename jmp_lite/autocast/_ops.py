@@ -1,12 +1,12 @@
-"""Which precision each primitive of JAX wants: one table, with the reason for every family.
+"""The precision that each JAX primitive wants: one table, with the reason for every family.
 
-Primitives are known by name, so that the table holds for every supported version of JAX. A primitive that is not in it
-runs on the dtypes it was written for.
+Primitives are keyed by name, so the table holds for every supported version of JAX. A primitive that is not in it keeps
+the dtypes it was written for.
 
 References:
-    PyTorch, ``aten/src/ATen/autocast_mode.h``; TensorFlow, ``auto_mixed_precision_lists.h``. Both see whole layers, a
-    jaxpr holds what they are made of: norms, softmax and losses follow from the classes of logarithms, exponentials,
-    roots and sums, and from the search for what they depend on (``_demand.py``).
+    PyTorch, ``aten/src/ATen/autocast_mode.h``; TensorFlow, ``auto_mixed_precision_lists.h``. Both see whole layers; a
+    jaxpr holds their parts: norms, softmax and losses follow from the classes of logarithms, exponentials, roots and
+    sums, and from the search for what these depend on (``_demand.py``).
 """
 
 import enum
@@ -78,7 +78,7 @@ FAMILIES = (
     ),
     Family(
         OpClass.DENY,
-        "steps: a rounded argument lands on another one",
+        "steps: a rounded argument lands on another step",
         "floor ceil round",
     ),
     Family(
@@ -120,14 +120,14 @@ FAMILIES = (
         """optimization_barrier psum psum_invariant pmax pmin sort device_put pvary pcast preduced reduced_vary_cast
         reduced_vary_cast_p vary_unreduced_cast vary_unreduced_cast_p to_vma""",
     ),
-    Family(OpClass.NESTED, "holds programs, which are autocast in their turn", " ".join(PROGRAMS)),
+    Family(OpClass.NESTED, "holds programs, which autocast enters", " ".join(PROGRAMS)),
     Family(
         OpClass.AS_WRITTEN,
         _SOLVERS,
         """cholesky cholesky_update lu lu_pivots_to_permutation qr geqrf geqp3 ormqr householder_product eig eigh svd
         schur hessenberg triangular_solve tridiagonal tridiagonal_solve custom_linear_solve""",
     ),
-    Family(OpClass.AS_WRITTEN, "transforms: float32 and complex numbers alone", "fft"),
+    Family(OpClass.AS_WRITTEN, "transforms: only float32 and complex numbers", "fft"),
     Family(
         OpClass.AS_WRITTEN,
         "random numbers: the same bits with and without autocast",
@@ -180,7 +180,7 @@ _INNER = Family(
 _ASKED = Family(OpClass.AS_WRITTEN, "precision={} asks for more than the compute dtype", "")
 _SMALL_POWER = Family(OpClass.FOLLOW, "a small positive power: as precise as its operand", "")
 _OTHER_POWER = Family(OpClass.DENY, "a large or negative power: a rounded argument costs many digits", "")
-_LIBRARY = Family(OpClass.AS_WRITTEN, "a matmul inside a function of a library that nobody asked for: as written", "")
+_LIBRARY = Family(OpClass.AS_WRITTEN, "a matmul that a library function wrote, not the user: as written", "")
 
 #: Activations of ``jax.nn`` that hold exponentials or logarithms, by the name of their ``jit`` equation. Their slopes
 #: are bounded, so that value and slope may be rounded once they are computed.
@@ -220,13 +220,13 @@ _REGISTERED: dict[str, Op] = {}
 
 
 def register_op(primitive: "str | Primitive", op: Op) -> None:
-    """Tells autocast what to do with a primitive, everywhere.
+    """Registers what autocast does with a primitive, for all functions.
 
     Args:
         primitive: A primitive, or its name as it appears in a jaxpr.
-        op: A class, or a function ``op(*operands, **params)`` that takes the place of the primitive. It is given the
-            operands, float32 ones in the compute dtype, with the parameters of the equation, and returns what the
-            primitive would, in any floating dtype.
+        op: A class, or a function ``op(*operands, **params)`` that replaces the primitive. It receives the operands,
+            float32 ones cast to the compute dtype, and the parameters of the equation, and returns what the primitive
+            would, in any floating dtype.
 
     Raises:
         InvalidOpError: If ``op`` is neither, or ``OpClass.NESTED``, which only this library can serve.
@@ -242,7 +242,7 @@ def register_op(primitive: "str | Primitive", op: Op) -> None:
 
 
 def checked_ops(ops: Any) -> dict[str, Op]:
-    """Returns what the user gave for primitives, by name, if it can be used."""
+    """Checks the user's ops and returns them by primitive name."""
     if not (ops is None or isinstance(ops, Mapping)):
         raise InvalidOpError(f"ops must map names of primitives to classes or functions, got {ops!r}.")
     items = [] if ops is None else ops.items()
@@ -277,12 +277,12 @@ def is_known(name: str) -> bool:
 
 
 def moves_whole_arrays(name: str) -> bool:
-    """Whether a primitive does nothing but move arrays, so that a cast may come first."""
+    """Whether a primitive only moves arrays, so that a cast may come first."""
     return family(name).reason is _MOVEMENT
 
 
 def adds_axes(eqn: Equation) -> bool:
-    """Whether an equation repeats its operand along new axes, perhaps once, as is done with a bias."""
+    """Whether an equation broadcasts its operand along new axes, perhaps of size one, as for a bias."""
     name: str = eqn.primitive.name
     if name != "reshape":
         return name == "broadcast_in_dim"
@@ -291,7 +291,7 @@ def adds_axes(eqn: Equation) -> bool:
 
 
 def sums(name: str) -> bool:
-    """Whether a primitive adds up many terms, in which roundings average out."""
+    """Whether a primitive sums many terms, so that rounding errors average out."""
     return family(name).reason is _SUMS
 
 
@@ -301,7 +301,7 @@ def sums_windows(name: str) -> bool:
 
 
 def picks_values(name: str) -> bool:
-    """Whether every element of the results is an element of the operands, or the sign or place of one."""
+    """Whether every element of the results is an element of the operands, or the sign or index of one."""
     return family(name).reason is _PICKING
 
 
@@ -330,11 +330,11 @@ def is_activation(eqn: Equation) -> bool:
 
 
 def classify(eqn: Equation, ops: Mapping[str, Op]) -> tuple[Op, str]:
-    """Returns the class of an equation, or the function that takes its place, and the reason.
+    """Returns the class of an equation, or the function that replaces it, and the reason.
 
     Args:
         eqn: An equation of a jaxpr.
-        ops: What the user said for this function; it goes before what was registered, and before the table.
+        ops: The user's ops for this function; they override registered ops and the table.
     """
     name = eqn.primitive.name
     for source, table in (("given in ops", ops), ("registered", _REGISTERED)):
@@ -355,7 +355,7 @@ def classify(eqn: Equation, ops: Mapping[str, Op]) -> tuple[Op, str]:
 
 
 def asked_precision(eqn: Equation) -> str:
-    """Returns the name of a precision that promises more than 16-bit operands give, if a matmul asks for one."""
+    """Returns the name of the precision if a matmul asks for more than 16-bit operands give."""
     precision = eqn.params.get("precision")
     for asked in precision if isinstance(precision, tuple) else (precision,):
         if asked in (jax.lax.Precision.HIGH, jax.lax.Precision.HIGHEST):
@@ -371,7 +371,7 @@ def asked_precision(eqn: Equation) -> str:
 
 
 def takes_repeatedly(eqn: Equation) -> bool:
-    """Whether an equation may take an element more than a handful of times, so that its gradient is a sum."""
+    """Whether an equation may read an element more than a handful of times, so that its gradient is a sum."""
     if eqn.primitive.name != "gather":
         return bool(eqn.primitive.name == "dynamic_slice")
     *shape, _ = eqn.invars[1].aval.shape
@@ -381,20 +381,20 @@ def takes_repeatedly(eqn: Equation) -> bool:
 
 
 def rounds_to_integers(eqn: Equation) -> bool:
-    """Whether an equation turns floats into integers, such as coordinates into places in an array."""
+    """Whether an equation turns floats into integers, such as coordinates into array indices."""
     name = eqn.primitive.name
     is_cast = name == "convert_element_type" and jnp.issubdtype(eqn.params["new_dtype"], jnp.integer)
     return is_cast or name in ("floor", "ceil", "round")
 
 
 def is_inner(eqn: Equation) -> bool:
-    """Whether a matmul is one number per pair of vectors."""
+    """Whether a matmul computes one number per pair of vectors."""
     (contracted, _), (batch, _) = eqn.params["dimension_numbers"]
     return all(v.aval.ndim == len(contracted) + len(batch) for v in eqn.invars)
 
 
 def is_handful(eqn: Equation) -> bool:
-    """Whether a matmul adds up so few terms that they are not work for a matrix unit."""
+    """Whether a matmul sums too few terms for a matrix unit to pay."""
     (contracted, _), _ = eqn.params["dimension_numbers"]
     shape = eqn.invars[0].aval.shape
     terms = math.prod(shape[dimension] for dimension in contracted)

@@ -1,6 +1,6 @@
-"""The primitives that hold programs: how values go into these, come back, and how the equation is rebuilt.
+"""The primitives that hold programs: how values enter and leave these, and how to rebuild the equation.
 
-One table for all that goes into programs: the backward search, the interpreter, contracted axes.
+One table serves everything that enters programs: the backward search, the interpreter, contracted axes.
 """
 
 import functools
@@ -18,7 +18,7 @@ class Body(NamedTuple):
     operands: tuple[int, ...]
     """For each input, the operand of the equation that it is at first."""
     results: tuple[int, ...] | None
-    """For each result, the result of the equation that it becomes; ``None`` for the test of a loop."""
+    """For each result, the result of the equation that it becomes; ``None`` for the condition of a loop."""
 
 
 class Programs(NamedTuple):
@@ -32,7 +32,7 @@ class Programs(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What the table says about a primitive."""
+    """The table's entry for a primitive."""
 
     kind: str
     """``call``, ``branch``, ``loop``, or what only its own handler rebuilds: ``rule``, ``map``, ``references``."""
@@ -42,7 +42,7 @@ class Row(NamedTuple):
 
 
 def _call(kind: str, *parameters: str) -> Row:
-    """A primitive with one program, in the first of these parameters that it has, that takes all operands."""
+    """A primitive with one program, found in the first of these parameters that it has, that takes all operands."""
 
     def parameter(eqn: Equation) -> str:
         return next(name for name in parameters if name in eqn.params)
@@ -65,12 +65,12 @@ def _rebuilt_open(eqn: Equation, arrays: Sequence[Any], jaxprs: Sequence[Jaxpr])
 
 
 def _asked_as_jax(policy: Callable[..., Any], primitive: Any, *operands: Any, **params: Any) -> Any:
-    """Asks a policy of ``jax.checkpoint`` about matmuls of ours as about those of JAX, which it knows."""
+    """Asks a ``jax.checkpoint`` policy about our matmuls as if they were JAX's, which it knows."""
     return policy(as_primitive_of_jax(primitive), *operands, **params)
 
 
 def _on_references(eqn: Equation) -> Programs:
-    """A program on references, which returns nothing: the results of the equation are what these hold in the end."""
+    """A program on references, which returns nothing: the results of the equation are the final contents of these."""
     return Programs((Body(eqn.params["jaxpr"], tuple(range(len(eqn.invars))), ()),))
 
 

@@ -1,4 +1,4 @@
-"""What was decided about an equation, for ``explain``."""
+"""Records of decisions, for ``explain``."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ from jmp_lite.autocast._values import Value
 
 
 class Record(NamedTuple):
-    """What was decided about an equation; the fields of ``jmp.explain``."""
+    """The decision about an equation; the fields of ``jmp.explain``."""
 
     scope: str
     source: str
@@ -49,19 +49,19 @@ def records_of(
     has_dot: bool,
     inside: Sequence[Record],
 ) -> list[Record]:
-    """Writes down what became of an equation, and of those in its programs.
+    """Records the decisions about an equation and about the equations in its programs.
 
     Args:
         eqn: The equation.
         scope: Its name scope.
-        op: Its class, or what takes its place.
+        op: Its class, or its replacement.
         operands: Its operands as they were held.
-        arrays: The same as it was given them.
+        arrays: The operands as it received them.
         values: Its results.
-        decision: What was decided; ``None`` for one that was gone into.
+        decision: The decision; ``None`` if its programs were interpreted instead.
         reason: Why.
-        has_dot: Whether a function is to take the place of matmuls here.
-        inside: What was written down while it was gone into. What JAX wrote there gets the line of the call.
+        has_dot: Whether a function replaces matmuls here.
+        inside: Records of the equations inside. Equations that JAX wrote get the line of the call.
     """
     tag = "/".join(dict.fromkeys(value.tag.name for value in values))
     held, in_dtypes, out_dtypes = (_dtypes(x) for x in ([v.array for v in operands], arrays, [v.array for v in values]))
@@ -83,7 +83,7 @@ def as_count(size: Any) -> int:
 
 
 def _inside(eqn: Equation, outer: Record, *, has_dot: bool) -> Iterator[Record]:
-    """Yields the matmuls and kernels in programs that run as they were written."""
+    """Yields the matmuls and kernels in programs that run as written."""
     trips = outer.trips * as_count(eqn.params.get("length", 1))
     for body in programs_of(eqn).bodies:
         for inner in program(body.jaxpr)[0].eqns:
@@ -99,7 +99,7 @@ def _inside(eqn: Equation, outer: Record, *, has_dot: bool) -> Iterator[Record]:
 
 
 def _source(eqn: Equation) -> str:
-    """Returns the user's line; where there is none but the call of ``explain``, nothing."""
+    """Returns the user's line, or nothing if the only one is the call of ``explain``."""
     line = source_line(eqn)
     return "" if "/jmp_lite/autocast/" in line.replace("\\", "/") else line
 
@@ -130,7 +130,7 @@ def _group(record: Record) -> str:
 
 
 def _flops(eqn: Equation) -> int:
-    """Returns two for each multiplication of a matmul; those with the zeros that dilation puts in do not count."""
+    """Counts two FLOPs per multiplication of a matmul, except multiplications by the zeros that dilation inserts."""
     lhs, rhs, result = ([as_count(n) for n in v.aval.shape] for v in (*eqn.invars[:2], eqn.outvars[0]))
     params = eqn.params
     if eqn.primitive.name == "conv_general_dilated":

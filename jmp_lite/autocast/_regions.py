@@ -1,7 +1,7 @@
 """Parts of a program with their own precision: decorators and context managers.
 
-A region is a name scope. Name scopes survive ``jit``, loops, custom rules and differentiation, so the backward pass of
-a region is in the region as well; where no autocast is at work, a region does nothing.
+A region is a name scope. Name scopes survive ``jit``, loops, custom rules and differentiation, so a region covers its
+backward pass too; outside autocast, a region does nothing.
 """
 
 import functools
@@ -24,7 +24,7 @@ def full_precision() -> AbstractContextManager[None]: ...
 @overload
 def full_precision(fun: F) -> F: ...
 def full_precision(fun: Any = None) -> Any:
-    """Keeps a part of a program in float32 under ``autocast``; what is made there stays float32 until the next matmul.
+    """Keeps part of a program in float32 under ``autocast``; its results stay float32 until the next matmul.
 
     Args:
         fun: The function to decorate. Without it, a context manager is returned.
@@ -51,9 +51,9 @@ def low_precision() -> AbstractContextManager[None]: ...
 @overload
 def low_precision(fun: F) -> F: ...
 def low_precision(fun: Any = None) -> Any:
-    """Keeps a part of a program in the compute dtype under ``autocast``, sums and exponentials too.
+    """Keeps part of a program in the compute dtype under ``autocast``, sums and exponentials included.
 
-    Linear algebra, random numbers and other operations that must stay exact do so here as well.
+    Linear algebra, random numbers and other operations that must stay exact still do.
 
     Args:
         fun: The function to decorate. Without it, a context manager is returned.
@@ -77,7 +77,7 @@ def no_autocast() -> AbstractContextManager[None]: ...
 @overload
 def no_autocast(fun: F) -> F: ...
 def no_autocast(fun: Any = None) -> Any:
-    """Leaves a part of a program as it was written; its results count as untouched inputs of what follows.
+    """Leaves part of a program as written; its results count as untouched inputs to the rest.
 
     Args:
         fun: The function to decorate. Without it, a context manager is returned.

@@ -1,4 +1,4 @@
-"""What the backward pass may keep: activations in 16 bits, and not the float32 inside of norms and softmax."""
+"""The residuals that may be kept: activations in 16 bits, but not the float32 inside of norms and softmax."""
 
 import contextlib
 import math
@@ -19,8 +19,8 @@ _SMALL = 4096
 def saves_low(primitive: Any, *operands: Any, **params: Any) -> bool:
     """A policy of ``jax.checkpoint``: says whether the result of a primitive may be saved for the backward pass.
 
-    Casts may be saved if they are to 16 bits or fewer. Other results may be unless they are large and made from
-    float32: those are computed again.
+    Casts to 16 bits or fewer may be saved. Other results may be saved unless they are large and computed from float32;
+    these are recomputed.
     """
     if primitive.name == "convert_element_type":
         return bool(params["new_dtype"].itemsize < FLOAT32.itemsize)

@@ -24,7 +24,7 @@ _METHOD = re.compile(r"\.[A-Za-z_]\w*(?=/|\Z)")
 
 
 class Precision(NamedTuple):
-    """What holds for an equation: a mode (auto, full, low, off), a compute dtype, a matmul, and why."""
+    """The precision of an equation: a mode (auto, full, low, off), a compute dtype, a matmul, and why."""
 
     mode: str
     dtype: DType
@@ -41,33 +41,32 @@ class Precision(NamedTuple):
 
     @property
     def widens_gradients(self) -> bool:
-        """Whether gradients of weights leave equations in float32: devices may add them up right there."""
+        """Whether equations return float32 gradients of weights, because devices may sum them right there."""
         return self.dtype.itemsize < FLOAT32.itemsize and self.reduce_dtype != self.dtype
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    r"""A precision for the equations of some name scopes, of some primitives, or both.
+    r"""Sets the precision of equations by name scope, by primitive, or both.
 
-    The first rule that matches decides. Rules go before the policy, regions before rules.
+    The first matching rule wins. Rules override the policy, regions override rules.
 
     Args:
         scope: Regular expression over whole segments of a name scope such as ``GPT/block_0/attention``; it matches
-            there and in everything inside. ``None`` matches everywhere. Flax modules, ``jax.named_scope`` and many
-            functions of JAX open name scopes.
+            that scope and everything inside. ``None`` matches everywhere. Flax modules, ``jax.named_scope`` and many
+            JAX functions open name scopes.
         primitive: Regular expression for the whole name of a primitive, such as ``exp`` or ``reduce_.*``; ``None``
             matches all.
         precision: ``"full"``, float32; ``"low"``, the compute dtype, for exponentials and sums too; ``"auto"``, the
             classes of the primitives; or a dtype or policy as ``get_policy`` takes it, whose 16-bit compute dtype then
-            takes the place of that of the policy.
-        dot: Takes the place of ``lax.dot_general`` and has its signature; for matmuls that run in the compute
-            dtype.
-        result: ``jnp.float32`` for the dtype that matmuls leave in, from operands in the compute dtype, also
-            where the result is larger than these. Without it, matmuls leave in float32 where all that uses them wants
-            that and it costs nothing.
+            replaces the one of the policy.
+        dot: Replaces ``lax.dot_general`` and has the same signature; for matmuls that run in the compute dtype.
+        result: ``jnp.float32`` makes matmuls return float32 from operands in the compute dtype, even if the result
+            takes more bytes than they do. By default, matmuls return float32 if all their consumers want that and it
+            costs nothing.
 
     Raises:
-        InvalidRuleError: If the precision or the result means nothing.
+        InvalidRuleError: If the precision or the result is invalid.
         InvalidPatternError: If a pattern is not a regular expression.
 
     Example:
@@ -116,7 +115,7 @@ class Rule:
         return self.scope is None or any(matches(self.scope, path) for path in _readings(scope))
 
     def applied_to(self, precision: Precision) -> Precision:
-        """Returns what holds where the rule matches, given what would hold without it."""
+        """Returns the precision where the rule matches, given the precision without it."""
         is_whole = self.precision == "full" and self.primitive is not None
         dot, reason = self.dot or precision.dot, str(self)
         held = precision._replace(dot=dot, reason=reason, result=self.result)
@@ -135,7 +134,7 @@ _MODES = ("auto", "full", "low")
 
 
 def checked_dot(dot: Any) -> Any:
-    """Returns what the user gave in place of a matmul, if it can be called."""
+    """Returns the user's replacement for a matmul, if it can be called."""
     if dot is not None and not callable(dot):
         raise InvalidRuleError(f"dot must be a function with the signature of lax.dot_general, got {quote(dot)}.")
     return dot
@@ -170,14 +169,14 @@ def _checked_precision(precision: Any) -> Any:
 
 
 def _readings(scope: str) -> tuple[str, ...]:
-    """Returns a scope as it is, and without the names of methods: what ``encoder.decode`` calls is in ``encoder``."""
+    """Returns a scope unchanged, and without method names: a call inside ``encoder.decode`` is in ``encoder``."""
     plain = _METHOD.sub("", scope)
     return (scope,) if plain == scope else (scope, plain)
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Everything that the user said, checked; equal settings share what was made for them."""
+    """All settings of the user, checked; equal settings share their interpreter."""
 
     policy: Policy | PolicyMap
     rules: tuple[Rule, ...] = ()
@@ -190,7 +189,7 @@ class Settings:
 
     @functools.cached_property
     def ops_by_name(self) -> Mapping[str, Op]:
-        """Maps primitive names to what the user gave for them."""
+        """Maps primitive names to the user's ops."""
         return dict(self.ops)
 
     @functools.cached_property
@@ -203,12 +202,12 @@ class Settings:
 
     @property
     def has_replacements(self) -> bool:
-        """Whether functions take the place of primitives, also where the compute dtype is float32."""
+        """Whether functions replace primitives, even where the compute dtype is float32."""
         return self.dot is not None or any(not isinstance(op, OpClass) for _, op in self.ops)
 
     @property
     def depends_on_scope(self) -> bool:
-        """Whether the precision of an equation depends on its name scope, regions apart."""
+        """Whether the precision of an equation depends on its name scope, apart from regions."""
         dot: Any = self.dot
         of_dot = isinstance(dot, RoundsOperands) and dot.depends_on_scope
         return bool(self.rules) or isinstance(self.policy, PolicyMap) or of_dot
@@ -235,7 +234,7 @@ class Settings:
 
     @functools.cached_property
     def patterns(self) -> Mapping[str, tuple[str, Callable[[str, str], bool]]]:
-        """What the user named parts of the program by: a pattern, and a test of a name scope and a primitive."""
+        """The user's patterns for parts of the program, each with a test of a name scope and a primitive."""
         rules = {str(rule): (rule.scope or rule.primitive or "", rule.matches) for rule in self.rules}
         policies = self.policy.policies if isinstance(self.policy, PolicyMap) else ()
         keys = {f"pattern {quote(key)} of the PolicyMap": (key, _names(key, self.root)) for key, _ in policies}
@@ -256,23 +255,23 @@ def _names(key: str, root: str) -> Callable[[str, str], bool]:
 
 
 class Matches:
-    """Which rules and patterns have matched an equation so far; the others are worth a warning, once."""
+    """Which rules and patterns have matched an equation so far; the others warn once."""
 
     def __init__(self, settings: Settings) -> None:
         self._missing = dict(settings.patterns)
         self._seen: set[str] = set()
 
     def note(self, scope: str, primitive: str) -> None:
-        """Takes note of an equation."""
+        """Records which patterns an equation matches."""
         self._seen.add(scope)
         for name in [name for name, (_, holds) in self._missing.items() if holds(scope, primitive)]:
             del self._missing[name]
 
     def warn(self) -> None:
-        """Warns of what has matched nothing.
+        """Warns about patterns that matched nothing.
 
         Warns:
-            UnmatchedRuleWarning: With the name scopes that come nearest.
+            UnmatchedRuleWarning: With the nearest name scopes.
         """
         for name, (pattern, _) in self._missing.items():
             near = nearest_modules(pattern, sorted(self._seen))[:3]
@@ -292,11 +291,11 @@ def _path_in_model(scope: str, root: str) -> str:
 
 
 def checked_settings(policy: Any, rules: Any, ops: Mapping[str, Op], **settings: Any) -> Settings:
-    """Builds settings from what the user gave.
+    """Builds settings from the user's arguments.
 
     Raises:
         InvalidPolicyError: If the compute dtype has fewer than 16 bits.
-        InvalidRuleError: If something among the rules is not a rule.
+        InvalidRuleError: If an element of the rules is not a rule.
     """
     rules = (rules,) if isinstance(rules, Rule) else rules
     if not (isinstance(rules, Sequence) and all(isinstance(rule, Rule) for rule in rules)):

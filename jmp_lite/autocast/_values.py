@@ -74,19 +74,19 @@ class Value(NamedTuple):
 
     @property
     def is_weight(self) -> bool:
-        """Whether it is a parameter that no decision has touched, transposed or cut perhaps."""
+        """Whether it is an untouched parameter, possibly transposed or sliced."""
         return self.tag is Tag.NEUTRAL and self.known.number is None and self.known.origin in OF_WEIGHTS
 
     @property
     def is_parameter(self) -> bool:
-        """The same, also of one that is held in 16 bits."""
+        """The same, or a parameter held in 16 bits."""
         known = self.known
         is_argument = known.origin is Origin.INPUT and known.tag is Tag.NEUTRAL
         return known.number is None and (is_argument or known.origin is Origin.MOVED)
 
     @property
     def is_activation(self) -> bool:
-        """Whether it was made of arguments, as an embedding is, and is not an argument, number or statistic itself."""
+        """Whether it was computed from arguments, like an embedding, and is not itself an argument, number or mean."""
         known = self.known
         return known.tag is Tag.NEUTRAL and known.origin is Origin.COMPUTED and known.number is None
 
@@ -95,7 +95,7 @@ INPUT = Known(origin=Origin.INPUT)
 
 
 def is_eligible(aval: Any) -> bool:
-    """Whether autocast may hold a variable of the original program in another dtype: it is a float32 array."""
+    """Whether autocast may hold a variable of the original program in another dtype: only float32 arrays."""
     return isinstance(aval, jax.core.ShapedArray) and aval.dtype == FLOAT32
 
 
@@ -105,7 +105,7 @@ def size(array: Any) -> Any:
 
 
 def is_as_large(a: Any, b: Any) -> bool:
-    """Whether one number of elements is at least another; those that cannot be compared are taken for smaller."""
+    """Whether one number of elements is at least another; sizes that cannot be compared count as smaller."""
     try:
         return bool(a >= b)
     except jax.errors.InconclusiveDimensionOperation:
@@ -113,7 +113,7 @@ def is_as_large(a: Any, b: Any) -> bool:
 
 
 def as_dtype(number: Any, dtype: Any) -> Any:
-    """Casts a number of the program; float32's largest becomes the largest of a dtype with the same exponents."""
+    """Casts a number of the program; float32's maximum becomes the maximum of a dtype with the same exponents."""
     with np.errstate(over="ignore", under="ignore"):
         rounded = np.asarray(number, FLOAT32).astype(dtype)
     if np.isinf(rounded) and np.isfinite(number):
@@ -124,7 +124,7 @@ def as_dtype(number: Any, dtype: Any) -> Any:
 
 @functools.lru_cache(maxsize=4096)
 def is_in_range(number: float, dtype: DType) -> bool:
-    """Whether a dtype holds a number to within its rounding error: neither infinity nor zero takes its place."""
+    """Whether a dtype holds a number to within its rounding error, neither as infinity nor as zero."""
     if number == 0 or not math.isfinite(number):
         return True
     held = float(as_dtype(number, dtype))

@@ -222,7 +222,7 @@ def test_explain_says_how_fast_tiles_are(name):
     records = jmp.explain(model, "mixed_bfloat16", dot=ALL[name])(weights, jnp.ones((2, 8, 8, 64)))
     reasons = {record.primitive: record.reason for record in records}
     assert reasons["dot_general"].endswith(SPEEDS[name])
-    assert "dot= replaces dot_general alone" in reasons["conv_general_dilated"]
+    assert "dot= replaces only dot_general" in reasons["conv_general_dilated"]
 
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
