@@ -1,4 +1,4 @@
-"""Precision policies: which dtype parameters, computation and outputs have.
+"""Precision policies: the dtypes of parameters, computation and outputs.
 
 A ``Policy`` is a triple of dtypes with three pure casts. A ``PolicyMap`` gives each module its own. Both answer
 ``policy_for(path)``, which is all that the rest of the library asks of them.
@@ -46,7 +46,7 @@ T = TypeVar("T")
 
 
 def _floating(field: str, value: Any) -> DType:
-    """Converts what the user gave for a dtype field, or says why it is not one."""
+    """Converts a dtype field to a floating dtype, or raises with the reason."""
     if isinstance(value, str):
         try:
             return parse_dtype(value)
@@ -81,15 +81,15 @@ class Policy:
     do float8 and (with x64 enabled) float64 arrays unless the policy names them.
 
     Args:
-        param_dtype: Dtype in which parameters are stored and updated. Dtypes may be given as anything NumPy takes or as
-            a name such as ``"bf16"``.
+        param_dtype: Dtype in which parameters are stored and updated. Give dtypes as anything NumPy accepts or as a
+            name such as ``"bf16"``.
         compute_dtype: Dtype of the arithmetic.
-        output_dtype: Dtype of what the wrapped function returns.
-        reduce_dtype: Dtype of gradient reductions between devices; ``None`` stands for float32.
+        output_dtype: Dtype of the results of the wrapped function.
+        reduce_dtype: Dtype of gradient reductions across devices; ``None`` means float32.
 
     Raises:
         InvalidPolicyError: If a dtype is not floating-point.
-        UnknownDtypeError: If a name is not known.
+        UnknownDtypeError: If a name is unknown.
 
     Example:
         >>> policy = jmp.Policy("float32", jnp.bfloat16, np.float32)
@@ -99,7 +99,7 @@ class Policy:
         dtype(bfloat16)
 
     References:
-        The triple is that of jmp (github.com/google-deepmind/jmp). Micikevicius et al., "Mixed Precision Training",
+        jmp (github.com/google-deepmind/jmp) defines the same triple. Micikevicius et al., "Mixed Precision Training",
         arXiv:1710.03740.
     """
 
@@ -234,20 +234,20 @@ def get_policy(spec: "PolicyMap") -> "PolicyMap": ...
 @overload
 def get_policy(spec: "PolicyLike") -> "Policy | PolicyMap": ...
 def get_policy(spec: "PolicyLike") -> "Policy | PolicyMap":
-    """Returns the policy that a string stands for.
+    """Returns the policy for a string.
 
-    Case and spaces do not matter. Accepted are
+    Ignores case and spaces. Accepts
 
     - jmp's grammar, ``"params=float32,compute=bfloat16,output=float32"`` or ``"p=f32,c=bf16"``: parameters default to
       float32, compute to the parameters' dtype, output to compute's; ``reduce=`` (``r=``) is new;
     - one dtype for everything: ``"bf16"``, ``"float32"``, ``"half"``, ``"full"``;
     - ``"mixed_float16"``, ``"mixed_bfloat16"`` (Keras), ``"16-mixed"``, ``"bf16-mixed"``, ``"16-true"``,
       ``"bf16-true"``, ``"32-true"``, ``"64-true"`` (Lightning), ``"O0"`` to ``"O3"`` (Apex). The mixed ones keep
-      parameters and outputs in float32. Parameters of 16 bits, as in ``"bf16-true"``, ``"16-true"`` and ``"O3"``, train
+      parameters and outputs in float32. 16-bit parameters, as in ``"bf16-true"``, ``"16-true"`` and ``"O3"``, train
       only under ``optim.master_weights``, ``optim.stochastic_rounding`` or another form of ``optim.stored``.
 
     Args:
-        spec: Such a string, or a policy, which is returned as it is.
+        spec: A string as above, or a policy, which is returned unchanged.
 
     Returns:
         A ``Policy`` (the ``PolicyMap`` itself if that was given). ``get_policy(str(policy)) == policy``.
@@ -287,18 +287,18 @@ def _prefixes(path: str) -> Iterator[str]:
 class PolicyMap:
     r"""A policy per module, chosen by path; used wherever a ``Policy`` is.
 
-    A key is a regular expression over whole path segments. It applies to the module or parameter it names, wherever in
-    the path that is, and to everything inside. A key that equals the path, or its deepest ancestor, beats every
-    pattern. Two patterns that both match with different policies are an error. Flags such as ``(?i)`` stand first and
-    hold for the whole pattern; ``^`` and ``$`` are the ends of the path of a parameter, not of a module.
+    A key is a regular expression over whole path segments. It applies to the module or parameter that it names,
+    anywhere in the path, and to everything inside. A key that equals the path, or its deepest ancestor, beats every
+    pattern. Two patterns that both match with different policies raise an error. Flags such as ``(?i)`` come first and
+    apply to the whole pattern; ``^`` and ``$`` match the ends of a parameter's path, not of a module's.
 
-    Names are looked up, however many there are. Regular expressions are searched for in paths of up to 1000 characters;
-    one that would backtrack for ever is cut off by an error. A key that matched nothing, but differs only by a typing
-    error from a module that no other key names, is reported when a tree is cast.
+    Plain names are looked up in a table, so a map can have many. Regular expressions search paths of up to 1000
+    characters; one with catastrophic backtracking raises an error. Casting a tree warns about a key that matched
+    nothing but differs only by a typo from a module that no other key names.
 
     Args:
         policies: Maps patterns to policies or policy strings.
-        default: Policy, or policy string, of everything that no pattern matches, and of the model's own inputs and
+        default: Policy, or policy string, for everything that no pattern matches, and for the model's inputs and
             outputs.
 
     Raises:
@@ -315,7 +315,7 @@ class PolicyMap:
         dtype(bfloat16)
 
     References:
-        The rules for exact keys and for contradictions are those of Keras' ``DTypePolicyMap``.
+        Keras' ``DTypePolicyMap`` has the same rules for exact keys and for contradictions.
     """
 
     policies: tuple[tuple[str, Policy], ...]
@@ -395,7 +395,7 @@ class PolicyMap:
         return result
 
     def _warn_of_misspelt_keys(self, paths: list[str]) -> None:
-        """Warns of keys that nearly name a module; those far from all names may be meant for another tree."""
+        """Warns about keys that nearly name a module; keys far from all names may be meant for another tree."""
         trees = len(self._seen)
         self._seen.add(hash(tuple(paths)))
         if not self._unmatched or len(self._seen) == trees:
@@ -413,7 +413,7 @@ class PolicyMap:
             )
 
     def _misspelt_keys(self, paths: list[str]) -> dict[str, str]:
-        """Returns the keys that are meant for this tree, as far as one can tell, and the modules that they may mean."""
+        """Returns the keys that are probably meant for this tree, and the modules that they may mean."""
         unmatched = sorted(self._unmatched)  # of this moment: another thread may cast too
         segments = {segment for path in paths for segment in path.split("/")}
         unlike = list({without_numbers(path): path for path in reversed(paths)}.values())[::-1]

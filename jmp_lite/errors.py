@@ -3,47 +3,48 @@
 ::
 
     JmpLiteError
-    ├── UnknownDtypeError         ValueError      a dtype or policy string nobody can parse
-    ├── InvalidPolicyError        TypeError       a policy of what is not a floating dtype, or two for the same path
-    ├── InvalidPatternError       ValueError      a pattern that no path can be searched for
+    ├── UnknownDtypeError         ValueError      a dtype or policy string that cannot be parsed
+    ├── InvalidPolicyError        TypeError       a dtype that is not floating, or two policies for the same path
+    ├── InvalidPatternError       ValueError      a pattern that is not a regular expression
     ├── InvalidLossScaleError     ValueError      a loss scale or one of its settings is out of range, or traced
-    ├── InvalidSelectionError     TypeError       a verdict that is not one boolean, or trees that are not alike
-    ├── InvalidFunctionError      TypeError       no pure function of arrays, or one that returns no loss
-    ├── InvalidMicrobatchError    ValueError      a batch that cannot be split as asked
-    ├── InvalidStepError          TypeError       no optimizer, or gradients of other parameters
-    ├── MissingAxisError          ValueError      devices that could decide differently whether to skip a step
-    ├── ReplicasDisagreeError     RuntimeError    replicas of pmap that took different decisions
+    ├── InvalidSelectionError     TypeError       a verdict that is not one boolean, or trees that do not match
+    ├── InvalidFunctionError      TypeError       not a pure function of arrays, or one that returns no loss
+    ├── InvalidMicrobatchError    ValueError      a batch that cannot be split into microbatches
+    ├── InvalidStepError          TypeError       not an optimizer, or gradients of other parameters
+    ├── MissingAxisError          ValueError      devices that could disagree on skipping a step
+    ├── ReplicasDisagreeError     RuntimeError    pmap replicas that decided differently
     ├── LossScaleNotFoundError    ValueError      no loss scale in the state, or several and no name
-    ├── LossScaleStalledError     RuntimeError    nothing but skipped steps at the lowest scale
-    ├── PolicyMismatchError       ValueError      a checkpoint or artifact made under another policy or recipe
-    ├── CheckpointMismatchError   ValueError      a state and a checkpoint that do not belong together
-    ├── CheckpointNotFoundError   FileNotFoundError  no checkpoint where one was asked for
-    ├── CorruptCheckpointError    RuntimeError    a checkpoint that is damaged, and no good one before it
-    ├── ForeignCheckpointError    ValueError      a checkpoint that another program wrote
-    ├── InvalidCheckpointError    ValueError      a step, a setting or a leaf that no checkpoint can have
-    ├── CheckpointLockedError     RuntimeError    a directory that another job writes its checkpoints to
-    ├── InvalidExportError        ValueError      something that cannot be frozen into an artifact
-    ├── CorruptArtifactError      ValueError      a file that is not an artifact, a damaged one, or not the one meant
+    ├── LossScaleStalledError     RuntimeError    every step is skipped at the lowest scale
+    ├── PolicyMismatchError       ValueError      a checkpoint or artifact with another policy or recipe
+    ├── CheckpointMismatchError   ValueError      a state and a checkpoint that do not match
+    ├── CheckpointNotFoundError   FileNotFoundError  the requested checkpoint does not exist
+    ├── CorruptCheckpointError    RuntimeError    a damaged checkpoint, without a good one before it
+    ├── ForeignCheckpointError    ValueError      a checkpoint that jmp_lite did not write
+    ├── InvalidCheckpointError    ValueError      a step, a setting or a leaf that is not valid
+    ├── CheckpointLockedError     RuntimeError    another job is writing to the directory
+    ├── InvalidExportError        ValueError      a function or parameters that cannot be frozen
+    ├── CorruptArtifactError      ValueError      not an artifact, a damaged one, or not the pinned one
     ├── PlatformMismatchError     RuntimeError    an artifact that this process cannot run
-    ├── InvalidShardingError      ValueError      shardings that cannot be gathered from
-    ├── ClusterError              RuntimeError    the processes of a job do not find each other
-    ├── InvalidRecipeError        ValueError      a way to quantize that does not exist
-    ├── InvalidPruningError       ValueError      a way to prune that does not exist
-    ├── InvalidStorageError       ValueError      parameters or state that cannot be kept as asked
-    ├── SecondDerivativeError     NotImplementedError  a second derivative through quantized matmuls
-    ├── InvalidOpError            TypeError       something that cannot stand for a primitive in autocast
-    ├── InvalidRuleError          ValueError      a rule or a setting of autocast that means nothing
-    ├── InvalidAnalysisError      ValueError      an analysis of something that does not exist, or with too little
+    ├── InvalidShardingError      ValueError      shardings that cannot be gathered
+    ├── ClusterError              RuntimeError    the processes of a job cannot connect
+    ├── InvalidRecipeError        ValueError      a format or a recipe that does not exist
+    ├── InvalidPruningError       ValueError      invalid settings of prune
+    ├── InvalidStorageError       ValueError      a storage format that does not fit the parameters or the state
+    ├── SecondDerivativeError     NotImplementedError  a second derivative of quantized matmuls
+    ├── InvalidOpError            TypeError       an invalid class or replacement for a primitive
+    ├── InvalidRuleError          ValueError      an invalid rule or setting of autocast
+    ├── InvalidAnalysisError      ValueError      an unknown device or format, or too little data
     └── ComputeDtypeError         AssertionError  matmuls in a wider dtype than asserted
-    NonFiniteUpdateWarning        UserWarning     an optimizer made infinities of finite gradients
-    SlowDtypeWarning              UserWarning     a format that this accelerator cannot run fast
-    UnmatchedRuleWarning          UserWarning     a rule or a key of a PolicyMap that matches nothing
-    LostUpdatesWarning            UserWarning     parameters of 16 bits that small updates will not change
-    UncompressedStateWarning      UserWarning     state of an optimizer that stays in float32
-    CorruptCheckpointWarning      UserWarning     a damaged checkpoint that was passed over
+    NonFiniteUpdateWarning        UserWarning     finite gradients, but NaN or infinity in the updates
+    SlowDtypeWarning              UserWarning     a compute dtype that this accelerator runs slowly
+    UnmatchedRuleWarning          UserWarning     a rule or PolicyMap key that matches nothing
+    LostUpdatesWarning            UserWarning     16-bit parameters that lose small updates
+    UncompressedStateWarning      UserWarning     optimizer state that stays in float32
+    LeftDenseWarning              UserWarning     a weight that prune leaves dense
+    CorruptCheckpointWarning      UserWarning     a damaged checkpoint that was skipped
 
-Rule for a new one: ``<what is wrong>Error``, a builtin that users already catch as second base, a docstring with code
-that fails and code that works, and a message that quotes the input and says what to do.
+To add one: name it ``<problem>Error``, make a builtin that users already catch the second base, show code that fails
+and code that works in the docstring, and write a message that quotes the input and says what to do.
 """
 
 
@@ -57,7 +58,7 @@ class JmpLiteError(Exception):
 
 
 class UnknownDtypeError(JmpLiteError, ValueError):
-    """A dtype name or policy string that cannot be parsed.
+    """A dtype name or policy string cannot be parsed.
 
     Example:
         >>> jmp.get_policy("compute_float16")
@@ -69,7 +70,7 @@ class UnknownDtypeError(JmpLiteError, ValueError):
 
 
 class InvalidPolicyError(JmpLiteError, TypeError, ValueError):
-    """A policy built from something that is not a floating-point dtype, or a map with two policies for one path.
+    """A policy with a dtype that is not floating-point, or a map with two policies for one path.
 
     Example:
         >>> jmp.Policy(jnp.int32, jnp.float16, jnp.float32)
@@ -84,7 +85,7 @@ class InvalidPolicyError(JmpLiteError, TypeError, ValueError):
 
 
 class InvalidPatternError(JmpLiteError, ValueError):
-    """A pattern of a ``PolicyMap`` or ``Rule`` that is not a regular expression, or that no path can be searched for.
+    """A pattern of a ``PolicyMap`` or ``Rule`` is not a regular expression, or takes too long to search.
 
     Example:
         >>> jmp.PolicyMap({"head(": "full"}, default="mixed_bfloat16")
@@ -109,7 +110,7 @@ class InvalidLossScaleError(JmpLiteError, ValueError, TypeError):
 
 
 class InvalidSelectionError(JmpLiteError, TypeError, ValueError, AssertionError):
-    """A verdict is not a single boolean, or two trees differ in a leaf that no array operation can choose between.
+    """A verdict is not a single boolean, or two trees differ in a leaf that cannot be selected.
 
     Example:
         >>> jmp.select_tree(jnp.array([True, False]), 1.0, 2.0)
@@ -122,7 +123,7 @@ class InvalidSelectionError(JmpLiteError, TypeError, ValueError, AssertionError)
 
 
 class InvalidFunctionError(JmpLiteError, TypeError):
-    """Not a pure function of arrays, or one called with what none can take, or one that returned no real scalar.
+    """Not a pure function of arrays, invalid arguments for one, or a result that is not a real scalar.
 
     Fails and works::
 
@@ -137,7 +138,7 @@ class InvalidFunctionError(JmpLiteError, TypeError):
 
 
 class InvalidMicrobatchError(JmpLiteError, ValueError):
-    """A batch cannot be split into the microbatches asked for.
+    """A batch cannot be split into the requested number of microbatches.
 
     Example:
         >>> def loss_fn(w, x):
@@ -152,7 +153,7 @@ class InvalidMicrobatchError(JmpLiteError, ValueError):
 
 
 class InvalidStepError(JmpLiteError, TypeError, ValueError):
-    """What a training step was given does not belong together: no optimizer, or gradients of other parameters.
+    """The arguments of a training step do not match: not an optimizer, or gradients of other parameters.
 
     Example:
         >>> jmp.loss_scaled(optax.adam)
@@ -163,7 +164,7 @@ class InvalidStepError(JmpLiteError, TypeError, ValueError):
 
 
 class MissingAxisError(JmpLiteError, ValueError):
-    """Devices see different gradients, and nothing says over which axis they are to agree.
+    """Devices see different gradients, and no ``axis_name`` says over which axis they must agree.
 
     Fails and works::
 
@@ -175,7 +176,7 @@ class MissingAxisError(JmpLiteError, ValueError):
 
 
 class ReplicasDisagreeError(JmpLiteError, RuntimeError):
-    """Replicas of ``pmap`` that train the same model have taken different decisions.
+    """``pmap`` replicas of the same model decided differently.
 
     Fails and works::
 
@@ -186,7 +187,7 @@ class ReplicasDisagreeError(JmpLiteError, RuntimeError):
 
 
 class LossScaleNotFoundError(JmpLiteError, ValueError):
-    """A state that should hold a loss scale holds none, or several and none was asked for by name.
+    """A state holds no loss scale, or several and no name was given.
 
     Example:
         >>> jmp.metrics(optax.adam(1e-3).init({"w": jnp.ones(2)}))
@@ -203,7 +204,7 @@ class LossScaleNotFoundError(JmpLiteError, ValueError):
 
 
 class LossScaleStalledError(JmpLiteError, RuntimeError):
-    """Step after step is skipped and the loss scale cannot go lower.
+    """Every step is skipped, and the loss scale cannot go lower.
 
     Example:
         >>> tx = jmp.loss_scaled(optax.sgd(0.1), jmp.DynamicLossScale(1.0))
@@ -218,7 +219,7 @@ class LossScaleStalledError(JmpLiteError, RuntimeError):
 
 
 class PolicyMismatchError(JmpLiteError, ValueError):
-    """A checkpoint was written under a policy other than the one it is restored with.
+    """A checkpoint or artifact was written under another policy or recipe.
 
     Example:
         >>> from jmp_lite import checkpoint
@@ -230,7 +231,7 @@ class PolicyMismatchError(JmpLiteError, ValueError):
 
 
 class CheckpointMismatchError(JmpLiteError, ValueError):
-    """A state and a checkpoint do not belong together: they differ in structure, shapes, dtypes, or in the run.
+    """A state and a checkpoint do not match: they differ in structure, shapes or dtypes, or come from different runs.
 
     Example:
         >>> import tempfile
@@ -245,7 +246,7 @@ class CheckpointMismatchError(JmpLiteError, ValueError):
 
 
 class CheckpointNotFoundError(JmpLiteError, FileNotFoundError):
-    """There is no checkpoint where one was asked for.
+    """The requested checkpoint does not exist.
 
     Example:
         >>> jmp.checkpoint.restore("no_such_run", {"w": jnp.zeros(2)}, policy="full")
@@ -255,7 +256,7 @@ class CheckpointNotFoundError(JmpLiteError, FileNotFoundError):
 
 
 class CorruptCheckpointError(JmpLiteError, RuntimeError):
-    """A checkpoint is damaged, and there is no good one to fall back to.
+    """A checkpoint is damaged, and no good one is left to fall back to.
 
     Example:
         >>> import pathlib, tempfile
@@ -269,7 +270,7 @@ class CorruptCheckpointError(JmpLiteError, RuntimeError):
 
 
 class ForeignCheckpointError(JmpLiteError, ValueError):
-    """A checkpoint without the header of this library: Orbax or Flax wrote it by themselves.
+    """A checkpoint lacks the header of this library: Orbax or Flax wrote it without jmp_lite.
 
     Example:
         >>> from flax import serialization
@@ -283,7 +284,7 @@ class ForeignCheckpointError(JmpLiteError, ValueError):
 
 
 class InvalidCheckpointError(JmpLiteError, ValueError):
-    """A step, a setting or a leaf that no checkpoint can have.
+    """A step, a setting or a leaf is not valid for a checkpoint.
 
     Example:
         >>> import tempfile
@@ -294,7 +295,7 @@ class InvalidCheckpointError(JmpLiteError, ValueError):
 
 
 class CheckpointLockedError(JmpLiteError, RuntimeError):
-    """Another job, or another manager of this one, writes its checkpoints to the directory.
+    """Another job, or another manager in this job, is writing to the directory.
 
     Example:
         >>> import tempfile
@@ -323,7 +324,7 @@ class InvalidExportError(JmpLiteError, ValueError):
 
 
 class CorruptArtifactError(JmpLiteError, ValueError):
-    """A file is not an artifact, was changed after it was written, or is another one than the caller pinned.
+    """A file is not an artifact, was changed after it was written, or does not match the pinned digest.
 
     Example:
         >>> import pathlib, tempfile
@@ -339,7 +340,7 @@ class CorruptArtifactError(JmpLiteError, ValueError):
 
 
 class PlatformMismatchError(JmpLiteError, RuntimeError):
-    """An artifact cannot be run by this process: it was made for other devices, another JAX, or needs float64.
+    """This process cannot run an artifact: it was made for other devices or another JAX, or it needs float64.
 
     Example:
         >>> import pathlib, tempfile
@@ -352,7 +353,7 @@ class PlatformMismatchError(JmpLiteError, RuntimeError):
 
 
 class ClusterError(JmpLiteError, RuntimeError):
-    """The processes of a job do not find each other, or a process was told something that cannot be.
+    """The processes of a job cannot connect, or a process got invalid arguments.
 
     Example:
         >>> jmp.distributed.initialize("10.0.0.1:1234", num_processes=2)
@@ -364,7 +365,7 @@ class ClusterError(JmpLiteError, RuntimeError):
 
 
 class InvalidShardingError(JmpLiteError, ValueError):
-    """Something that is not a sharding of these parameters, or one that cannot be gathered from.
+    """Not a sharding of these parameters, or one that cannot be gathered.
 
     Example:
         >>> jmp.distributed.gather_params({"w": jnp.ones(8)}, "data", "mixed_bfloat16")
@@ -376,7 +377,7 @@ class InvalidShardingError(JmpLiteError, ValueError):
 
 
 class InvalidRecipeError(JmpLiteError, ValueError):
-    """A format, a granularity or a combination of these that nothing can be quantized with.
+    """A quantization format, granularity or combination that does not exist.
 
     Example:
         >>> jmp.quant.QuantSpec(jnp.int4)
@@ -386,7 +387,7 @@ class InvalidRecipeError(JmpLiteError, ValueError):
 
 
 class InvalidPruningError(JmpLiteError, ValueError):
-    """Settings of ``prune`` that mean nothing, or weights that cannot be pruned as asked.
+    """Settings of ``prune`` are invalid, or do not fit the weights.
 
     Example:
         >>> jmp.optim.prune(80)
@@ -396,7 +397,7 @@ class InvalidPruningError(JmpLiteError, ValueError):
 
 
 class InvalidStorageError(JmpLiteError, ValueError):
-    """A format of parameters or optimizer state that does not exist, or that cannot hold what it is asked to.
+    """A storage format does not exist, or cannot hold these parameters or this optimizer state.
 
     Example:
         >>> jmp.optim.stored(optax.adam(1e-3), params="splt8")
@@ -406,7 +407,7 @@ class InvalidStorageError(JmpLiteError, ValueError):
 
 
 class SecondDerivativeError(JmpLiteError, NotImplementedError):
-    """Quantized matmuls have first derivatives only: rounding has no derivative, and a stand-in for it no second.
+    """Quantized matmuls have first derivatives only: the straight-through derivative of rounding has no second.
 
     Example:
         >>> jax.hessian(lambda x: jmp.quant.FP8(x, x, (((0,), (0,)), ((), ()))))(jnp.ones(2))
@@ -416,7 +417,7 @@ class SecondDerivativeError(JmpLiteError, NotImplementedError):
 
 
 class InvalidOpError(JmpLiteError, TypeError):
-    """Something that is neither a class of operations nor a function was given for a primitive.
+    """The entry for a primitive is neither an operation class nor a function.
 
     Example:
         >>> jmp.register_op("exp", "float32")
@@ -428,7 +429,7 @@ class InvalidOpError(JmpLiteError, TypeError):
 
 
 class InvalidRuleError(JmpLiteError, ValueError):
-    """A rule or a setting of autocast that means nothing.
+    """A rule or a setting of autocast is invalid.
 
     Example:
         >>> jmp.Rule("head", precision="fast")
@@ -440,7 +441,7 @@ class InvalidRuleError(JmpLiteError, ValueError):
 
 
 class InvalidAnalysisError(JmpLiteError, ValueError):
-    """A device, a format or a setting of an analysis that does not exist, or too little to analyze.
+    """A device, format or setting of an analysis does not exist, or there is too little to analyze.
 
     Example:
         >>> jmp.analysis.estimate(jnp.sum, device="h10")
@@ -450,7 +451,7 @@ class InvalidAnalysisError(JmpLiteError, ValueError):
 
 
 class ComputeDtypeError(JmpLiteError, AssertionError):
-    """A matmul, a convolution or a kernel has wider operands than was asserted.
+    """A matmul, convolution or kernel has wider operands than asserted.
 
     Example:
         >>> check = jmp.analysis.assert_compute_dtype(jnp.matmul, "bfloat16")
@@ -462,7 +463,7 @@ class ComputeDtypeError(JmpLiteError, AssertionError):
 
 
 class SlowDtypeWarning(UserWarning):
-    """The accelerator in use cannot run the compute dtype fast; the message names the better choice.
+    """The accelerator runs the compute dtype slowly; the message names a better choice.
 
     Example:
         >>> issubclass(jmp.errors.SlowDtypeWarning, UserWarning)
@@ -471,7 +472,7 @@ class SlowDtypeWarning(UserWarning):
 
 
 class NonFiniteUpdateWarning(UserWarning):
-    """An optimizer made updates that are not finite of gradients that are; they were left out.
+    """An optimizer returned NaN or infinite updates for finite gradients; those updates were dropped.
 
     Example:
         >>> issubclass(jmp.errors.NonFiniteUpdateWarning, UserWarning)
@@ -480,7 +481,7 @@ class NonFiniteUpdateWarning(UserWarning):
 
 
 class UnmatchedRuleWarning(UserWarning):
-    """A rule, or a key of a ``PolicyMap``, matched nothing in a program or tree; the message names what comes nearest.
+    """A rule or ``PolicyMap`` key matched nothing in a program or tree; the message names the nearest match.
 
     Example:
         >>> issubclass(jmp.errors.UnmatchedRuleWarning, UserWarning)
@@ -489,7 +490,7 @@ class UnmatchedRuleWarning(UserWarning):
 
 
 class LostUpdatesWarning(UserWarning):
-    """Parameters of 16 bits are rounded to nearest at each step, so that updates below half a unit are lost.
+    """16-bit parameters are rounded to nearest at each step, which loses updates below half a unit in the last place.
 
     Example:
         >>> issubclass(jmp.errors.LostUpdatesWarning, UserWarning)
@@ -498,7 +499,7 @@ class LostUpdatesWarning(UserWarning):
 
 
 class UncompressedStateWarning(UserWarning):
-    """State of an optimizer that ``stored`` does not know stays in float32; the message names it.
+    """Optimizer state that ``stored`` does not recognize stays in float32; the message names it.
 
     Example:
         >>> issubclass(jmp.errors.UncompressedStateWarning, UserWarning)
@@ -507,7 +508,7 @@ class UncompressedStateWarning(UserWarning):
 
 
 class LeftDenseWarning(UserWarning):
-    """A weight is not pruned in groups, because nobody said which of its axes matmuls contract; the message names it.
+    """A weight is not pruned in groups, because its contracted axes are unknown; the message names it.
 
     Example:
         >>> issubclass(jmp.errors.LeftDenseWarning, UserWarning)
@@ -516,7 +517,7 @@ class LeftDenseWarning(UserWarning):
 
 
 class CorruptCheckpointWarning(UserWarning):
-    """A checkpoint is damaged or was not written to its end; the run resumes from the last good one before it.
+    """A checkpoint is damaged or incomplete; the run resumes from the last good one before it.
 
     Example:
         >>> issubclass(jmp.errors.CorruptCheckpointWarning, UserWarning)

@@ -43,7 +43,7 @@ def scaled_value_and_grad(
             ``nnx.DiffState`` chooses.
         has_aux: Whether ``fn`` returns auxiliary output.
         loss_scale: A loss scale or anything that holds one, such as an ``nnx.Optimizer`` around ``loss_scaled``.
-        name: Segment of the path of the loss scale wanted, if there are several.
+        name: A path segment of the loss scale to use, if there are several.
 
     Returns:
         A function with the signature of ``fn``. It returns ``(loss, grads)`` or ``((loss, aux), grads)``.
@@ -136,7 +136,7 @@ def accumulate_gradients(
             differentiated.
         on_nonfinite: As for ``jmp_lite.accumulate_gradients``.
         axis_name: As for ``jmp_lite.accumulate_gradients``.
-        name: Segment of the path of the loss scale wanted, if there are several.
+        name: A path segment of the loss scale to use, if there are several.
 
     Returns:
         A function with the signature of ``fn`` that returns what ``jmp_lite.accumulate_gradients`` does; the gradients

@@ -1,4 +1,4 @@
-"""What optimizers keep between steps: parameters and state in few bytes, and masks of what is pruned."""
+"""Parameters and optimizer state in few bytes, and pruning."""
 
 from jmp_lite.optim._full_precision import from_full_precision as from_full_precision
 from jmp_lite.optim._full_precision import full_precision_params as full_precision_params

@@ -1,4 +1,4 @@
-"""Weights of float32 behind parameters of 16 bits: taken out of the state of ``stored``, and put into it."""
+"""Float32 weights behind 16-bit parameters: read from the state of ``stored``, and written into it."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ from jmp_lite.scaling._in_state import is_stored
 
 
 def _low_bits(opt_state: Any) -> dict[Path, Any]:
-    """Low bits by path of the parameter; several ``stored``, each for some of them, have theirs."""
+    """Low bits by path of the parameter, collected from every ``stored`` in the state."""
     states = stored_states(opt_state)
     if not states:
         raise InvalidStorageError(
@@ -29,17 +29,17 @@ def _low_bits(opt_state: Any) -> dict[Path, Any]:
 
 
 def full_precision_params(opt_state: Any, params: Any) -> Any:
-    """Returns the float32 weights that an optimizer made by ``stored`` has, for evaluation, averaging and export.
+    """Returns the float32 weights that a ``stored`` optimizer holds, for evaluation, averaging and export.
 
     Args:
         opt_state: Its state, or any state that holds it.
         params: The parameters that the model sees.
 
     Returns:
-        A tree like ``params``, the leaves of 16 bits in float32: with their low bits where the state has some.
+        A tree like ``params`` with 16-bit leaves in float32, including the low bits that the state holds.
 
     Raises:
-        InvalidStorageError: If the state holds none of ``stored``.
+        InvalidStorageError: If the state holds no state of ``stored``.
 
     Example:
         >>> tx = jmp.optim.master_weights(optax.sgd(0.1))
@@ -59,22 +59,22 @@ def full_precision_params(opt_state: Any, params: Any) -> Any:
 def from_full_precision(
     tx: optax.GradientTransformation, params: Any, policy: PolicyLike = "bfloat16", *, opt_state: Any = None
 ) -> tuple[Any, Any]:
-    """Starts training from float32 weights: what the model sees of them, and a state that keeps the rest.
+    """Starts training from float32 weights: returns the parameters for the model, and a state with the remaining bits.
 
     Args:
-        tx: An optimizer made by ``stored``, or one with it inside, such as by ``loss_scaled``.
+        tx: An optimizer made by ``stored``, or a wrapper of one, such as ``loss_scaled``.
         params: Weights in float32.
-        policy: Its ``param_dtype`` says which leaves the model sees in 16 bits: a dtype, a ``Policy`` or a
-            ``PolicyMap``, which leaves norms in float32 for example.
-        opt_state: State of the same optimizer without ``stored``, to resume from a run in float32.
+        policy: Its ``param_dtype`` sets which leaves the model sees in 16 bits: a dtype, a ``Policy`` or a
+            ``PolicyMap``, for example to keep norms in float32.
+        opt_state: State of the same optimizer without ``stored``, to resume from a float32 run.
 
     Returns:
-        ``(params, opt_state)``. Without ``opt_state``, copies that an optimizer makes of parameters at ``init`` are of
-        what the model sees.
+        ``(params, opt_state)``. Without ``opt_state``, an optimizer that copies parameters at ``init`` copies the
+        rounded ones.
 
     Raises:
-        InvalidStorageError: If ``tx`` holds none of ``stored``, or ``opt_state`` is of another optimizer; else as its
-            ``init``.
+        InvalidStorageError: If ``tx`` contains no ``stored``, or ``opt_state`` belongs to another optimizer; otherwise
+            as its ``init``.
 
     Example:
         >>> params = {"norm": {"scale": jnp.ones(4)}, "dense": {"kernel": jnp.ones((4, 4))}}
@@ -108,13 +108,13 @@ def from_full_precision(
 
 
 def halves(full: Any, low: Any, dtype: Any) -> tuple[jax.Array, Any]:
-    """Splits float32 to nearest, into a number of this dtype and low bits as they are elsewhere."""
+    """Splits float32 into a number of this dtype, rounded to nearest, and low bits as ``Split`` stores them."""
     to_nearest = jnp.full(low.shape, 2**31, jnp.uint32)
     return format_of(low).encode(jnp.asarray(full, FLOAT32), to_nearest, dtype)
 
 
 def _filled(state: Any, opt_state: Any) -> Any:
-    """A state with the numbers of one in float32, which has that of the inner optimizer where this has ``stored``."""
+    """Fills a state from a float32 one, which has the inner optimizer's state in place of ``stored``'s."""
 
     def fill(node: Any, given: Any) -> Any:
         if not is_stored(node):

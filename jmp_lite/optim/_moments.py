@@ -1,9 +1,9 @@
-"""Formats of optimizer state: how a moment of a gradient is kept between steps in 8 or 16 bits.
+"""Formats of optimizer state: how to store gradient moments in 8 or 16 bits between steps.
 
-A format has two pure functions. ``encode(value, bits, other)`` takes float32 to what is stored, ``decode(stored,
-other)`` takes it back; ``bits`` are random, ``uint32`` of the same shape, and ``other`` is the decoded moment that this
-one is stored relative to, if it is. Both work element by element, without a scale that elements share: a scale would
-be a maximum of new values, and cost a second pass over memory.
+A format has two pure functions. ``encode(value, bits, other)`` converts float32 to the stored form, ``decode(stored,
+other)`` converts it back; ``bits`` are random, ``uint32`` of the same shape, and ``other`` is the decoded moment that
+this one is stored relative to, if any. Both are elementwise, without shared scales: a scale would be the max of the new
+values, and cost a second pass over memory.
 """
 
 import dataclasses
@@ -24,12 +24,12 @@ _DROPPED = 21
 
 
 class StateFormat(Protocol):
-    """What a format of optimizer state is; write one as a frozen dataclass.
+    """Interface of a format of optimizer state; write one as a frozen dataclass.
 
     Attributes:
-        dtype: Of what is stored.
+        dtype: Stored dtype.
         relative_to: Name of the field of the same state that holds ``other``, or ``None``.
-        largest: What is stored of the largest numbers; empty where nothing saturates. See ``optim.saturated``.
+        largest: The stored values of saturated numbers; empty if nothing saturates. See ``optim.saturated``.
 
     Example:
         >>> @dataclasses.dataclass(frozen=True)
@@ -58,25 +58,25 @@ class StateFormat(Protocol):
     def largest(self) -> tuple[int, ...]: ...
 
     def encode(self, value: jax.Array, bits: jax.Array, other: jax.Array | None, /) -> jax.Array:
-        """From float32, random bits (``uint32``) and what it is relative to, all of one shape, to what is stored."""
+        """Encodes float32, given random bits (``uint32``) and the reference moment, all of one shape."""
         ...
 
     def decode(self, stored: jax.Array, other: jax.Array | None, /) -> jax.Array:
-        """Back to float32."""
+        """Decodes to float32."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Float:
-    """A floating dtype of 16 bits, stochastically rounded, or float32 as it is.
+    """A 16-bit floating dtype, stochastically rounded, or float32 unchanged.
 
-    ``bfloat16`` has float32's range. Numbers beyond that of ``float16`` become its largest, and those below its normal
-    ones lose bits: second moments of small gradients do.
+    ``bfloat16`` has float32's range. Numbers above the range of ``float16`` become its largest, and numbers below its
+    normal range lose bits, as second moments of small gradients do.
 
     Attributes:
         dtype: ``bfloat16``, ``float16`` or ``float32``, as a dtype or by name.
-        stochastic: Rounded so that it is right on average. To nearest, what changes by less than half a unit a step
-            stays as it is: a second moment with ``b2=0.999`` does.
+        stochastic: Whether to round stochastically, which is unbiased. Rounded to nearest, a number that changes by
+            less than half a unit per step never changes, such as a second moment with ``b2=0.999``.
 
     Example:
         >>> format = jmp.optim.Float("bfloat16")
@@ -96,25 +96,25 @@ class Float:
         object.__setattr__(self, "dtype", dtype)
 
     def encode(self, value: jax.Array, bits: jax.Array, _: jax.Array | None) -> jax.Array:
-        """Rounds float32 to what is stored."""
+        """Rounds float32 to the stored form."""
         return stochastic_round(bits, value, self.dtype) if self.stochastic else value.astype(self.dtype)
 
     def decode(self, stored: jax.Array, _: jax.Array | None) -> jax.Array:
-        """Returns the numbers that are stored, in float32."""
+        """Returns the stored numbers in float32."""
         return stored.astype(FLOAT32)
 
 
 @dataclasses.dataclass(frozen=True)
 class Log:
-    """A number that is never negative, such as a second moment, in 8 bits: six of exponent, two of mantissa.
+    """A nonnegative number, such as a second moment, in 8 bits: six of exponent, two of mantissa.
 
-    Numbers from ``2**(highest - 63)`` to ``1.25 * 2**highest``, stochastically rounded, 25 % from one to the next. What
-    is larger becomes the largest; see ``optim.saturated``. What is smaller becomes the smallest or zero, right on
-    average. NaN and infinity are kept as NaN, and what is negative becomes zero.
+    Numbers from ``2**(highest - 63)`` to ``1.25 * 2**highest`` in steps of 25 %, stochastically rounded. Larger numbers
+    become the largest; see ``optim.saturated``. Smaller numbers become the smallest or zero, without bias. NaN and
+    infinity become NaN, and negative numbers become zero.
 
     Attributes:
-        highest: Exponent of the largest number. 7 is for second moments of gradients below 12 in magnitude and above
-            1e-7: in the first steps they are a thousandth of the square. Smaller ones need a lower one.
+        highest: Exponent of the largest number. 7 fits second moments of gradients between 1e-7 and 12 in magnitude: in
+            the first steps a moment is a thousandth of the square. Smaller gradients need a lower exponent.
 
     Example:
         >>> format = jmp.optim.Log()
@@ -131,12 +131,12 @@ class Log:
         _check_highest(self.highest)
 
     def encode(self, value: jax.Array, bits: jax.Array, _: jax.Array | None) -> jax.Array:
-        """Rounds float32 to what is stored."""
+        """Rounds float32 to the stored form."""
         code = _to_code(jnp.maximum(value, 0), bits, self.highest - 63, 254)
         return jnp.where(jnp.isfinite(value), code, 255).astype(jnp.uint8)
 
     def decode(self, stored: jax.Array, _: jax.Array | None) -> jax.Array:
-        """Returns the numbers that are stored, in float32."""
+        """Returns the stored numbers in float32."""
         return jnp.where(stored == 255, jnp.nan, _from_code(stored.astype(jnp.uint32), self.highest - 63))
 
 
@@ -144,8 +144,7 @@ class Log:
 class SignedLog:
     """A signed number, such as a momentum, in 8 bits: sign, five bits of exponent, two of mantissa.
 
-    Magnitudes from ``2**(highest - 31)`` to ``1.5 * 2**highest``, rounded as by ``Log``. NaN and infinity are kept as
-    NaN.
+    Magnitudes from ``2**(highest - 31)`` to ``1.5 * 2**highest``, rounded as in ``Log``. NaN and infinity become NaN.
 
     Attributes:
         highest: Exponent of the largest magnitude.
@@ -165,13 +164,13 @@ class SignedLog:
         _check_highest(self.highest)
 
     def encode(self, value: jax.Array, bits: jax.Array, _: jax.Array | None) -> jax.Array:
-        """Rounds float32 to what is stored."""
+        """Rounds float32 to the stored form."""
         code = _to_code(jnp.abs(value), bits, self.highest - 31, 127)
         signed = jnp.where((value < 0) & (code > 0), code + 128, code)
         return jnp.where(jnp.isfinite(value), signed, 128).astype(jnp.uint8)
 
     def decode(self, stored: jax.Array, _: jax.Array | None) -> jax.Array:
-        """Returns the numbers that are stored, in float32."""
+        """Returns the stored numbers in float32."""
         code = stored.astype(jnp.uint32)
         magnitude = _from_code(code & np.uint32(127), self.highest - 31)
         return jnp.where(code == 128, jnp.nan, jnp.where(code > 128, -magnitude, magnitude))
@@ -179,14 +178,14 @@ class SignedLog:
 
 @dataclasses.dataclass(frozen=True)
 class Ratio:
-    """A first moment in 8 bits, relative to the root of the second one beside it: ``m / (bound * sqrt(v))``.
+    """A first moment in 8 bits, relative to the root of the second moment: ``m / (bound * sqrt(v))``.
 
-    So the step of Adam is bounded by what is stored of ``v``, however small. 255 numbers from -1 to 1 lie closer
-    together near zero (softsign), and are stochastically rounded. With ``b1=0.9`` and ``b2=0.999`` the first moment is
-    at most 7.3 times the root; what is more becomes the most. NaN and infinity are kept as NaN.
+    So the stored ``v`` bounds Adam's step, however small ``v`` is. The 255 values from -1 to 1 are denser near zero
+    (softsign); rounding is stochastic. With ``b1=0.9`` and ``b2=0.999`` the first moment is at most 7.3 times the root;
+    larger ratios become ``bound``. NaN and infinity become NaN.
 
     Attributes:
-        bound: Largest magnitude, in units of the root.
+        bound: Largest ratio to the root.
         relative_to: Name of the second moment.
 
     Example:
@@ -205,7 +204,7 @@ class Ratio:
             raise InvalidStorageError(f"bound must be a number between 0 and 2**40, got {quote(self.bound)}.")
 
     def encode(self, value: jax.Array, bits: jax.Array, other: jax.Array | None) -> jax.Array:
-        """Rounds float32 to what is stored."""
+        """Rounds float32 to the stored form."""
         largest = self.bound * jnp.sqrt(_known(other))
         relative = jnp.minimum(jnp.abs(value) / jnp.maximum(largest, _TINY), 1)
         below = jnp.minimum(jnp.floor(_LEVELS * 2 * relative / (1 + relative)), _LEVELS - 1)
@@ -216,7 +215,7 @@ class Ratio:
         return jnp.where(jnp.isfinite(value) & jnp.isfinite(largest), signed, -128).astype(jnp.int8)
 
     def decode(self, stored: jax.Array, other: jax.Array | None) -> jax.Array:
-        """Returns the numbers that are stored, in float32."""
+        """Returns the stored numbers in float32."""
         code = stored.astype(FLOAT32)
         relative = jnp.sign(code) * _softsign(jnp.abs(code))
         return jnp.where(stored == -128, jnp.nan, relative * (self.bound * jnp.sqrt(_known(other))))

@@ -1,7 +1,7 @@
-"""Pruning as an Optax transformation: chosen weights are zero, exactly, and stay so.
+"""Pruning as an Optax transformation: pruned weights are exactly zero, and stay zero.
 
-Nothing is sorted. The weights below a sparsity are found by bisecting the bits of their magnitudes, which needs only
-counts: a sharded leaf stays where it is and devices exchange one number per bit.
+Nothing is sorted. A bisection over the bits of the magnitudes finds the weights to prune, and needs only counts: a
+sharded leaf stays in place and devices exchange one number per bit.
 """
 
 import functools
@@ -29,8 +29,8 @@ class PruneState(NamedTuple):
 
     Attributes:
         step: ``int32[]``, steps taken.
-        masks: A tree like the parameters: ``bool`` arrays, True where a weight is alive, and ``optax.MaskedNode`` for
-            parameters that are never pruned. (Give ``optax.tree.map_params`` an ``is_leaf`` that knows it.)
+        masks: A tree like the parameters: ``bool`` arrays, True where a weight is kept, and ``optax.MaskedNode`` for
+            parameters that are never pruned. (Pass ``optax.tree.map_params`` an ``is_leaf`` that recognizes it.)
 
     Example:
         >>> state = jmp.optim.prune(0.5, where=lambda path, leaf: True).init({"w": jnp.ones(2)})
@@ -84,7 +84,7 @@ def _threshold(keys: jax.Array, count: jax.Array, bits: int) -> jax.Array:
 
 
 def _all_but_smallest(keys: jax.Array, count: jax.Array) -> jax.Array:
-    """Returns a mask without the ``count`` smallest keys; of equal ones the first in the array go first."""
+    """Returns a mask without the ``count`` smallest keys; among equal keys the first in the array go first."""
     threshold = _threshold(keys, count, 8 * keys.dtype.itemsize)
     bits = keys.size.bit_length()
     strides = [math.prod(keys.shape[axis + 1 :]) for axis in range(keys.ndim)]
@@ -98,7 +98,7 @@ def _all_but_smallest(keys: jax.Array, count: jax.Array) -> jax.Array:
 
 
 def _largest_of_groups(keys: jax.Array, n: int, m: int, axis: int) -> jax.Array:
-    """Returns a mask of the ``n`` largest of every ``m`` consecutive keys along an axis; of equal ones the last."""
+    """Returns a mask of the ``n`` largest of every ``m`` consecutive keys along an axis; the last of equal keys."""
     axis %= keys.ndim
     groups = keys.reshape(*keys.shape[:axis], keys.shape[axis] // m, m, *keys.shape[axis + 1 :])
     ranks = jnp.argsort(jnp.argsort(groups, axis=axis + 1), axis=axis + 1)
@@ -107,7 +107,7 @@ def _largest_of_groups(keys: jax.Array, n: int, m: int, axis: int) -> jax.Array:
 
 
 def _zeros_of(sparsity: Any, size: int) -> jax.Array:
-    """Returns how many of ``size`` weights are zero: exactly where the sparsity is a number of Python."""
+    """Returns how many of ``size`` weights are zero; exact if the sparsity is a Python number."""
     if _is_number(sparsity):
         return jnp.asarray(round(float(sparsity) * size), jnp.uint32)
     zeros: jax.Array = jnp.clip(jnp.round(jnp.asarray(sparsity).astype(jnp.float32) * size), 0, size)
@@ -131,7 +131,7 @@ def _fitting(leaf: Any, m: int, axes: Sequence[int] | None) -> list[int]:
 
 
 def _axes_by_path(axes: Any) -> Callable[[str, Any], Sequence[int] | None]:
-    """Returns a function of path and leaf: the axes that matmuls contract, ``None`` where that is not known."""
+    """Returns a function of path and leaf: the contracted axes, ``None`` if unknown."""
     if axes is None:
         return lambda _, leaf: (0,) if leaf.ndim == 2 else None
     if _is_integer(axes):
@@ -165,7 +165,7 @@ def _is_axes(node: Any) -> bool:
 
 
 def _check(sparsity: Any, nm: Any, axes: Any, begin: Any, every: Any) -> None:
-    """Refuses settings that mean nothing."""
+    """Raises for invalid settings."""
     if (sparsity is None) == (nm is None):
         raise InvalidPruningError(
             f"prune takes either a sparsity or nm, got sparsity={sparsity!r} and nm={nm!r}. Write for example "
@@ -207,50 +207,49 @@ def prune(
     begin: int = 0,
     every: int = 1,
 ) -> optax.GradientTransformationExtraArgs:
-    """Zeroes the weights of smallest magnitude while training continues; give it ``sparsity`` or ``nm``.
+    """Zeroes the weights of smallest magnitude during training; pass ``sparsity`` or ``nm``.
 
-    It goes last in ``optax.chain``: where a weight is pruned its update is minus the weight, so that
-    ``optax.apply_updates`` and ``jmp.apply_gradients`` leave exactly zero, in any floating dtype. Anything that changes
-    parameters afterwards (another transformation, weights averaged over steps that began earlier) revives zeros. What
-    is pruned stays pruned.
+    Put it last in ``optax.chain``: the update of a pruned weight is minus the weight, so ``optax.apply_updates`` and
+    ``jmp.apply_gradients`` leave exactly zero, in any floating dtype. Anything that changes parameters afterwards
+    (another transformation, an average over earlier steps) makes them nonzero again. Pruned weights stay pruned.
 
-    A number prunes once, at step ``begin``, and so does ``nm``: the further steps are the fine-tuning. A schedule
-    prunes step by step; that of Zhu & Gupta is ``optax.polynomial_schedule(0.0, 0.8, power=3, transition_steps=n,
-    transition_begin=t)``, with ``every`` for their pruning frequency.
+    A number prunes once, at step ``begin``, and so does ``nm``: the remaining steps fine-tune. A schedule prunes step
+    by step; Zhu & Gupta's is ``optax.polynomial_schedule(0.0, 0.8, power=3, transition_steps=n, transition_begin=t)``,
+    with ``every`` for their pruning frequency.
 
     Inside ``loss_scaled``, ``optax.apply_if_finite`` and ``optax.MultiSteps`` a step that is skipped, or that only
     accumulates, changes neither masks nor ``step``. For ``optax.inject_hyperparams`` write it as a function of the
-    sparsity alone: ``lambda sparsity: chain(..., prune(sparsity))``. Masks cost one byte per weight. Under ``jit`` a
+    sparsity only: ``lambda sparsity: chain(..., prune(sparsity))``. Masks cost one byte per weight. Under ``jit`` a
     sharded leaf counts as a whole; inside ``shard_map`` each device prunes its own shard to the sparsity.
 
     Args:
-        sparsity: Fraction in [0, 1) of the weights of each leaf that are zero: a number, or an Optax schedule of the
-            steps taken so far. Exactly ``round(sparsity * size)`` weights are zero (computed in float32 for a
-            schedule), fewer never again; of equal magnitudes the first in the array go first.
-        nm: ``(n, m)``: of every ``m`` consecutive weights along an axis that matmuls contract the ``n`` largest are
-            kept, as ``(2, 4)`` for the sparse tensor cores of NVIDIA.
+        sparsity: Fraction in [0, 1) of zeros in each leaf: a number, or an Optax schedule of the steps taken so far.
+            Exactly ``round(sparsity * size)`` weights are zero (computed in float32 for a schedule), and the count
+            never falls; among equal magnitudes the first in the array go first.
+        nm: ``(n, m)`` keeps the ``n`` largest of every ``m`` consecutive weights along a contracted axis, such as ``(2,
+            4)`` for NVIDIA's sparse tensor cores.
         where: ``where(path, leaf) -> bool`` chooses floating parameters by paths such as ``"dense/kernel"``. The
             default takes leaves of at least two axes and 1024 elements that are not called ``bias``, ``scale``, ``b``
             or ``offset``. So the first convolution of a small network stays dense (3 x 3 x 3 x 32 is 864 elements): it
-            holds next to nothing of the bytes, and zeroing 80 % of one with 144 elements cost 3 points of accuracy on
-            the digits of scikit-learn. For ``nm`` it also leaves out, as NVIDIA's ASP does, embeddings and leaves that
-            ``m`` does not divide.
-        axes: The axes of ``nm``: what ``quant.contracted_axes(fun)(params, *args)`` finds in the program, a tree like
-            the parameters; of several contracted axes of a leaf the last that ``m`` divides counts, and leaves that no
-            matmul takes (``None``) stay dense. Or one number for all leaves. By default the first of two axes, as in
-            the kernels of Flax and Haiku; larger leaves then stay dense, with a warning.
+            holds almost none of the bytes, and zeroing 80 % of one with 144 elements cost 3 points of accuracy on
+            scikit-learn's digits. For ``nm`` the default also skips embeddings and leaves that ``m`` does not divide,
+            as NVIDIA's ASP does.
+        axes: The axes for ``nm``: the result of ``quant.contracted_axes(fun)(params, *args)``, a tree like the
+            parameters; among several contracted axes of a leaf, ``prune`` uses the last that ``m`` divides, and leaves
+            that no matmul uses (``None``) stay dense. Or one number for all leaves. The default is the first of two
+            axes, as in Flax and Haiku kernels; leaves with more axes then stay dense, with a warning.
         begin: First step that prunes, counted from 0.
-        every: Steps from one change of the masks to the next; for schedules.
+        every: Steps between changes of the masks; for schedules.
 
     Returns:
         A transformation whose state is a ``PruneState``. Its ``update`` needs ``params``.
 
     Raises:
-        InvalidPruningError: For settings that mean nothing; in ``init`` for a leaf chosen by ``where`` whose axes are
-            not known or cannot be divided by ``m``; in ``update`` without ``params``.
+        InvalidPruningError: For invalid settings; in ``init`` for a leaf chosen by ``where`` whose axes are unknown or
+            that ``m`` does not divide; in ``update`` without ``params``.
 
     Warns:
-        LeftDenseWarning: In ``init``, if larger leaves stay dense because their axes are not known.
+        LeftDenseWarning: In ``init``, if leaves with more axes stay dense because their contracted axes are unknown.
 
     Example:
         >>> tx = optax.chain(optax.sgd(0.1), jmp.optim.prune(0.5, where=lambda path, leaf: leaf.ndim == 2))
@@ -330,7 +329,7 @@ def prune(
 
 
 def _pruned(update: Any, param: Any, mask: Any) -> Any:
-    """The update, or what leaves zero of the parameter where it is pruned."""
+    """The update, or the one that makes a pruned parameter zero."""
     if _is_no_mask(mask) or not _is_floating(update):
         return update
     dtype = update.dtype if update.dtype == param.dtype else _wide(param, update)

@@ -1,4 +1,4 @@
-"""Where the state of an optimizer holds moments, and which format each is kept in."""
+"""Finds the moments in an optimizer state and chooses a format for each."""
 
 import dataclasses
 import itertools
@@ -76,7 +76,7 @@ class Slot:
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """How one leaf of a state is kept.
+    """How one leaf of a state is stored.
 
     Attributes:
         leaf: Which one of all leaves it is.
@@ -96,11 +96,11 @@ class Kept:
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What is kept how: a part of the structure of a state.
+    """How each moment is stored; part of the tree structure of a state.
 
     Attributes:
-        kept: Leaves of the state; those that others are relative to come first.
-        params: Paths of the parameters of 16 bits, as ``jax.tree_util.keystr`` writes them.
+        kept: Leaves of the state; reference moments come first.
+        params: Paths of the 16-bit parameters, as ``jax.tree_util.keystr`` writes them.
     """
 
     kept: tuple[Kept, ...] = ()
@@ -132,7 +132,7 @@ def _node_at(tree: Any, path: Path) -> Any:
 
 
 def check_formats(formats: Any) -> None:
-    """Raises for formats that do not exist, before there are parameters."""
+    """Raises for unknown formats, before ``init`` sees parameters."""
     if isinstance(formats, str):
         if formats not in PRESETS:
             meant = nearest(formats, PRESETS, 3)
@@ -169,14 +169,14 @@ def _format(key: str, value: Any) -> StateFormat:
 
 
 def choose(inner: Any, inner_state: Any, params: Any, formats: Formats) -> tuple[Kept, ...]:
-    """Chooses formats for the state that an optimizer made of float32 parameters.
+    """Chooses formats for the state of an optimizer, initialized from float32 parameters.
 
     Returns:
-        What is kept how; moments that others are relative to come first.
+        How each moment is stored; reference moments come first.
 
     Raises:
-        InvalidStorageError: If a pattern matches nothing, or two contradict each other, or a moment has no neighbor
-            that it could be relative to.
+        InvalidStorageError: If a pattern matches nothing, or two contradict each other, or a relative moment has no
+            reference moment.
     """
     found = slots(inner_state, params)
     if not isinstance(formats, str):
@@ -213,12 +213,12 @@ def _preset(name: str, found: Mapping[Path, Slot], inner: Any, params: Any) -> l
 
 
 def _adams(slot: Slot, one: StateFormat, growth: tuple[float, float] | None) -> StateFormat | None:
-    """The format of a moment in a class of state that Adam has in common with relatives.
+    """The format of a moment in the state class that Adam shares with related optimizers.
 
     Args:
         slot: The moment.
         one: The format that it has in Adam.
-        growth: By which factors ``mu`` and ``nu`` grow where gradients are twice as large; ``None``: not known.
+        growth: The factors by which ``mu`` and ``nu`` grow when gradients double; ``None``: unknown.
     """
     if slot.owner != "ScaleByAdamState":
         return one
@@ -229,7 +229,7 @@ def _adams(slot: Slot, one: StateFormat, growth: tuple[float, float] | None) -> 
 
 
 def _warn_of_the_rest(name: str, chosen: list[tuple[Slot, StateFormat]], inner_state: Any, params: Any) -> None:
-    """Says what of a state stays as it is, if that is more than small change."""
+    """Warns about state that stays in float32, if it is large enough to matter."""
     paths = {slot.path for slot, _ in chosen}
     rest = [
         (path, leaf.size)
@@ -278,11 +278,11 @@ def _by_pattern(formats: Mapping[str, Any], found: Mapping[Path, Slot]) -> list[
 
 
 def _growth(inner: Any, params: Any) -> dict[Path, tuple[float, float]]:
-    """Tries an optimizer out, on one number for each parameter: how moments grow with gradients.
+    """Tries an optimizer on one number per parameter to see how moments grow with gradients.
 
     Returns:
-        By path of a state, the factors by which ``mu`` and ``nu`` are larger where gradients are twice as large;
-        nothing of an optimizer that cannot be tried out.
+        By path of a state, the factors by which ``mu`` and ``nu`` grow when gradients double; empty for an optimizer
+        that cannot be tried.
     """
     small = jax.tree.map(lambda x: np.ones((1,) * np.ndim(x), np.float32) if is_inexact(x) else x, params)
 

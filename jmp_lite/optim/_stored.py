@@ -1,4 +1,4 @@
-"""An optimizer that computes in float32, and keeps parameters and state in fewer bytes between steps."""
+"""An optimizer that computes in float32 and stores parameters and state in fewer bytes between steps."""
 
 import dataclasses
 import functools
@@ -30,10 +30,10 @@ class StoredState(NamedTuple):
     """State of ``stored``.
 
     Attributes:
-        inner_state: State of the wrapped optimizer, its moments as they are stored.
-        low: What of the parameters is kept beside what the model sees: a tree like them, of ``int8`` or ``int16``, with
-            ``None`` where nothing is.
-        step: ``uint32[]``, steps taken; of this and the seed the random bits are made.
+        inner_state: State of the wrapped optimizer, with encoded moments.
+        low: Low bits of the parameters, which the model does not see: a tree like the parameters, of ``int8`` or
+            ``int16``, with ``None`` for leaves without low bits.
+        step: ``uint32[]``, steps taken; seeds the random bits together with ``seed``.
         layout: How each moment is stored; no array.
 
     Example:
@@ -50,7 +50,7 @@ class StoredState(NamedTuple):
 
     @property
     def params_in_float32(self) -> frozenset[str]:
-        """Asked by ``loss_scaled``: paths of parameters of 16 bits that it need not take care of."""
+        """For ``loss_scaled``: paths of the 16-bit parameters that it need not handle."""
         return self.layout.params
 
 
@@ -148,7 +148,7 @@ class _Stored:
 
 
 def _refuse_forgotten_specs(params: Any, bits: _Bits) -> None:
-    """Raises where parameters are sharded over axes that the step is not, and nobody said how."""
+    """Raises if parameters are sharded over axes that the step is not, and ``specs`` does not say how."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         axes = varying_axes(leaf) - varying_axes(bits.key) if is_array(leaf) else frozenset()
         if axes and path_string(path) not in bits.specs:
@@ -160,7 +160,7 @@ def _refuse_forgotten_specs(params: Any, bits: _Bits) -> None:
 
 
 def _no_low(weights: WeightFormat, param: Any) -> Any:
-    """The low bits of a parameter of which no more is known than what the model sees."""
+    """The low bits of a parameter without a float32 original."""
     if not is_narrow(param) or weights.low_dtype is None:
         return None
     return jnp.zeros_like(param, dtype=weights.low_dtype)
@@ -180,7 +180,7 @@ def _check_some_narrow(params: Any, name: str) -> None:
 
 
 def encoded(inner_state: Any, layout: Layout, bits: _Bits) -> Any:
-    """Takes the moments of a state from float32 to what is stored of them."""
+    """Encodes the float32 moments of a state."""
     leaves, treedef = jax.tree.flatten(inner_state)
     known = dict(enumerate(leaves))
     for kept in layout.kept:
@@ -197,17 +197,17 @@ def encoded_at_first(inner_state: Any, layout: Layout) -> Any:
 
 
 def saturated(opt_state: Any) -> dict[str, jax.Array]:
-    """Returns the share of each moment of 8 bits that is the largest number of its format, so that it may be larger.
+    """Returns the saturated share of each 8-bit moment: elements at the largest number of the format.
 
-    It reads a byte per parameter: call it where you log. Where it is not 0, clip gradients, or begin the next run with
-    a higher range: ``{"nu": optim.Log(highest=20)}``. A run cannot change it: bytes of one range mean other numbers in
-    another.
+    It reads a byte per parameter, so call it when you log. If a share is not 0, clip gradients, or start the next run
+    with a higher range: ``{"nu": optim.Log(highest=20)}``. Do not change the range during a run: the same bytes mean
+    different numbers in another range.
 
     Args:
         opt_state: State of an optimizer made by ``stored``, or any state that holds it.
 
     Returns:
-        ``float32[]`` by path; nothing for moments of 16 bits and more.
+        ``float32[]`` by path; moments of 16 or more bits are not listed.
 
     Example:
         >>> tx = jmp.optim.stored(optax.adam(1e-3), params="split8", state="8bit")
@@ -236,7 +236,7 @@ def decoded(inner_state: Any, layout: Layout) -> Any:
 
 
 def stored_states(opt_state: Any) -> list[StoredState]:
-    """Returns what ``stored`` keeps, wherever it is in a state."""
+    """Returns every ``StoredState`` in a state."""
     return [node for _, node in nodes(opt_state, is_stored)]
 
 
@@ -248,37 +248,39 @@ def stored(
     seed: int = 0,
     specs: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Wraps an optimizer so that parameters and its state take 4 to 6 bytes between steps, and train like float32.
+    """Wraps an optimizer to store each parameter and its state in 4 to 6 bytes, and train like float32.
 
-    A step decodes both to float32, runs ``inner``, and encodes: element by element, in one pass over memory. Random
-    bits for rounding are made of the seed, the step, the path of a leaf and the place of an element, so they are the
-    same on all devices, under every sharding, and after a restart.
+    A step decodes both to float32, runs ``inner``, and encodes: elementwise, in one pass over memory. Random bits for
+    rounding are a hash of the seed, the step, the path of a leaf and the position of an element, so they are the same
+    on all devices, under every sharding, and after a restart.
 
     Args:
-        inner: Any Optax transformation; extra arguments of ``update`` reach it.
-        params: How parameters of ``bfloat16`` and ``float16`` are kept (those of float32 stay as they are):
-            ``"split16"``, 16 further bits in the state, exact for bfloat16; ``"split8"``, 8 further bits;
-            ``"stochastic"``, none, right on average; ``"nearest"``, none, which loses updates below half a unit;
-            ``"float32"``: there are no such parameters.
-        state: How moments are kept: ``"8bit"``, ``"bfloat16"`` or ``"float32"`` for all, or a format for each pattern
-            of paths, such as ``{"mu": "ratio", "nu": "log"}``; patterns as in ``PolicyMap``. Formats are the names
-            ``"log"`` (never negative), ``"slog"`` (signed), ``"ratio"`` (relative to ``nu``), ``"bfloat16"``,
+        inner: Any Optax transformation; it receives the extra arguments of ``update``.
+        params: How to store ``bfloat16`` and ``float16`` parameters (float32 ones stay unchanged): ``"split16"``, 16
+            more bits in the state, exact for bfloat16; ``"split8"``, 8 more bits; ``"stochastic"``, no more bits,
+            unbiased; ``"nearest"``, no more bits, loses updates below half a unit; ``"float32"``: there are no 16-bit
+            parameters.
+        state: How to store moments: ``"8bit"``, ``"bfloat16"`` or ``"float32"`` for all, or a format for each path
+            pattern, such as ``{"mu": "ratio", "nu": "log"}``; patterns as in ``PolicyMap``. Formats are the names
+            ``"log"`` (nonnegative), ``"slog"`` (signed), ``"ratio"`` (relative to ``nu``), ``"bfloat16"``,
             ``"float16"``, both also with ``"-nearest"``, and ``"float32"``; or objects such as
-            ``optim.Log(highest=20)``. ``"8bit"`` is ``"ratio"`` and ``"log"`` for Adam, ``"slog"`` for moments alone.
+            ``optim.Log(highest=20)``. ``"8bit"`` is ``"ratio"`` and ``"log"`` for Adam, ``"slog"`` for a momentum
+            without ``nu``.
         seed: Of the random bits.
-        specs: Inside ``shard_map`` over sharded parameters: their PartitionSpecs, a tree like them.
+        specs: PartitionSpecs of the parameters, a tree like them; required inside ``shard_map`` over sharded
+            parameters.
 
     Returns:
-        A transformation whose state is a ``StoredState``. ``optax.apply_updates`` lands on what is stored. It goes
-        around ``chain``, ``masked``, ``inject_hyperparams``; ``loss_scaled`` and ``MultiSteps`` go around it.
+        A transformation whose state is a ``StoredState``. ``optax.apply_updates`` gives exactly the stored parameters.
+        Wrap ``chain``, ``masked`` and ``inject_hyperparams`` in it; wrap it in ``loss_scaled`` and ``MultiSteps``.
 
     Raises:
-        InvalidStorageError: For a format that does not exist; in ``init`` for a pattern that matches nothing, and for
-            parameters that the format cannot hold; in ``update`` without ``params``.
+        InvalidStorageError: For an unknown format; in ``init`` for a pattern that matches nothing, and for parameters
+            that the format cannot hold; in ``update`` without ``params``.
         MissingAxisError: In ``update`` inside ``shard_map``, for sharded parameters without ``specs``.
 
     Warns:
-        UncompressedStateWarning: In ``init``, of state that ``"8bit"`` and ``"bfloat16"`` leave as it is.
+        UncompressedStateWarning: In ``init``, for state that ``"8bit"`` or ``"bfloat16"`` leaves in float32.
 
     Example:
         >>> tx = jmp.optim.stored(optax.adam(1e-3), params="split8", state="8bit")
@@ -310,9 +312,9 @@ def stored(
 
 
 def master_weights(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Keeps float32 behind parameters of 16 bits: ``stored(inner, params="split16")``.
+    """Keeps float32 weights behind 16-bit parameters: ``stored(inner, params="split16")``.
 
-    Two bytes beside those that the model has, where a copy in float32 would take four.
+    It stores two bytes per parameter besides the model's two, where a float32 copy would take four.
 
     Args:
         inner: Any Optax transformation.
@@ -334,7 +336,7 @@ def master_weights(inner: optax.GradientTransformation) -> optax.GradientTransfo
 
 
 def stochastic_rounding(inner: optax.GradientTransformation, seed: int = 0) -> optax.GradientTransformationExtraArgs:
-    """Rounds parameters of 16 bits so that they are right on average: ``stored(inner, params="stochastic")``.
+    """Rounds 16-bit parameters stochastically, without bias: ``stored(inner, params="stochastic")``.
 
     Args:
         inner: Any Optax transformation.

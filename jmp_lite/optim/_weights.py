@@ -1,7 +1,7 @@
-"""Formats of parameters: what the model sees in 16 bits, and what of float32 the optimizer keeps beside it.
+"""Formats of parameters: the 16 bits that the model sees, and the low bits that the optimizer stores.
 
-A format has two pure functions. ``encode(full, bits, dtype)`` takes float32 to the number that the model sees and to
-its low bits, an integer, or ``None`` where none are kept; ``decode(seen, low)`` takes both back to float32.
+A format has two pure functions. ``encode(full, bits, dtype)`` splits float32 into the number that the model sees and
+its low bits, an integer, or ``None`` if the format stores none; ``decode(seen, low)`` joins both to float32.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from jmp_lite._rounding import nearest_round, stochastic_floor, stochastic_round
 
 
 class WeightFormat(Protocol):
-    """What a format of parameters is.
+    """Interface of a format of parameters.
 
     Attributes:
         low_dtype: Of the low bits.
@@ -33,10 +33,10 @@ class WeightFormat(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Whole:
-    """All that is kept is what the model sees, rounded to nearest or at random.
+    """Stores only the number that the model sees, rounded to nearest or stochastically.
 
     Attributes:
-        stochastic: Rounded so that it is right on average.
+        stochastic: Whether to round stochastically, which is unbiased.
     """
 
     stochastic: bool
@@ -55,14 +55,14 @@ _HIGH = np.uint32(0xFFFF0000)
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """The model sees float32 rounded to 16 bits; 8 or 16 further bits are kept beside it.
+    """The model sees float32 rounded to 16 bits; the state stores 8 or 16 more bits.
 
-    ``bfloat16`` is the first half of a float32, so that with 16 further bits every float32 from 2**-133 on is kept to
-    the last bit. Of 8 bits the last is rounded stochastically. ``float16`` with 16 bits keeps float32 from 2**-17 to
-    65504, and below that multiples of 2**-40; numbers beyond 65504 become that.
+    ``bfloat16`` is the first half of a float32, so 16 more bits hold every float32 from 2**-133 on to the last bit.
+    With 8 bits the last one is rounded stochastically. ``float16`` with 16 more bits holds float32 from 2**-17 to
+    65504, and below that multiples of 2**-40; larger numbers become 65504.
 
     Attributes:
-        extra: How many bits are kept beside what the model sees.
+        extra: How many bits the state stores.
     """
 
     extra: int
@@ -137,5 +137,5 @@ WEIGHT_FORMATS: dict[str, WeightFormat] = {
 
 
 def format_of(low: Any) -> WeightFormat:
-    """Returns the format that keeps low bits of this dtype, or one that keeps none."""
+    """Returns the format with low bits of this dtype, or one without low bits."""
     return Whole(stochastic=False) if low is None else Split(8 * low.dtype.itemsize)

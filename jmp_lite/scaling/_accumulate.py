@@ -65,7 +65,7 @@ def _shards(array: Any) -> int:
 
 
 def _check_leaves(named: list[tuple[str, Any]], parts: int) -> None:
-    """Raises for the first leaf that cannot be split as the others are."""
+    """Raises for the first leaf that cannot be split like the others."""
     if not named:
         raise InvalidMicrobatchError(
             f"No array to split into num_microbatches={parts}: keyword arguments, and positional ones outside of "
@@ -201,34 +201,35 @@ def accumulate_gradients(
     axis_name: Any = None,
     name: str | None = None,
 ) -> Callable[..., Any]:
-    """Like ``scaled_value_and_grad``, for a batch that is taken in parts: the memory of one, the mean of all.
+    """Like ``scaled_value_and_grad``, over microbatches: the memory of one microbatch, the mean over all.
 
-    One ``lax.scan`` runs over the microbatches, all with the same loss scale, and sums their gradients in float32. What
-    is left between them is that sum, as large as the parameters in float32. ``fun`` is traced once; call it under
-    ``jit``, because each eager call compiles the scan again. If it returns a mean over its rows, the result is the
-    gradient of the mean over the whole batch.
+    One ``lax.scan`` runs over the microbatches, all with the same loss scale, and sums their gradients in float32. Only
+    that sum, as large as the float32 parameters, stays in memory between them. ``fun`` is traced once; call the result
+    under ``jit``, because each eager call compiles the scan again. If ``fun`` returns a mean over its rows, the result
+    is the gradient of the mean over the whole batch.
 
-    Microbatch ``i`` holds the rows ``i, i + n, i + 2 * n, ...`` for ``n`` microbatches. So where ``jit`` has split the
-    batch over devices, each device takes its own rows in every step and none travel, as long as ``n`` divides the
-    number of rows per device; contiguous ones would have to be gathered first. In ``pmap`` and ``shard_map`` a device
+    Microbatch ``i`` holds the rows ``i, i + n, i + 2 * n, ...`` for ``n`` microbatches. If ``jit`` shards the batch
+    over devices, each device uses only its rows in every microbatch and none travel, as long as ``n`` divides the
+    number of rows per device; contiguous microbatches would need a gather first. In ``pmap`` and ``shard_map`` a device
     splits its own rows: reduce the gradients once, after the window. (With the ``check_vma`` of ``shard_map``, mark
     parameters as varying first, or JAX sums their gradients in every microbatch.)
 
     Args:
-        fun: Returns the mean loss of the rows that it is given: a real floating-point scalar, or ``(scalar, aux)``.
+        fun: Returns the mean loss of its rows: a real floating-point scalar, or ``(scalar, aux)``.
         num_microbatches: How many microbatches to split the batch into.
         argnums: Which positional arguments to differentiate.
         has_aux: Whether ``fun`` returns auxiliary output, a tree of arrays.
         batch_argnums: Which positional arguments to split, along the leading axis of all their arrays; the default is
-            all that are not differentiated. The others, and keyword arguments, are the same for each microbatch. One
-            PRNG key for each comes as ``jax.random.split(key, num_microbatches)``; ``fun`` finds its own at ``key[0]``.
-        on_nonfinite: ``"skip_window"``: one microbatch with NaN or infinity in its gradients makes the result so, and
-            ``loss_scaled`` skips it and lowers the scale. ``"skip_microbatch"``: loss and gradients are the mean over
-            the other microbatches, NaN if there are none; how many were left out is a third result.
+            all that are not differentiated. The others, and keyword arguments, are the same for each microbatch. To
+            give each a PRNG key, pass ``jax.random.split(key, num_microbatches)``; ``fun`` finds its key at ``key[0]``.
+        on_nonfinite: ``"skip_window"``: NaN or infinity in the gradients of one microbatch makes the result non-finite,
+            so ``loss_scaled`` skips the step and lowers the scale. ``"skip_microbatch"``: loss and gradients are the
+            mean over the other microbatches, NaN if none are left; the number of skipped microbatches is a third
+            result.
         loss_scale: As for ``scaled_value_and_grad``.
         axis_name: Mapped axes whose replicas must leave out the same microbatches; only used with
             ``"skip_microbatch"``, and needed there unless gradients are the same on all.
-        name: Segment of the path of the loss scale wanted, if the state holds several.
+        name: A path segment of the loss scale to use, if the state holds several.
 
     Returns:
         A function with exactly the signature of ``fun``, as ``scaled_value_and_grad`` returns it. Its results are
@@ -237,7 +238,7 @@ def accumulate_gradients(
         still scaled, in float32 or wider; ``aux`` has a leading axis of ``num_microbatches``.
 
     Raises:
-        InvalidMicrobatchError: If a setting means nothing, or the batch cannot be split so.
+        InvalidMicrobatchError: If a setting is invalid, or the batch cannot be split this way.
         InvalidFunctionError: If ``fun`` is not a function or does not return what it should, or an argument is an NNX
             module.
         LossScaleNotFoundError: If ``loss_scale`` holds none, or several and no name is given.
@@ -253,8 +254,8 @@ def accumulate_gradients(
         70.0 70.0 float32
 
     References:
-        Gradient accumulation of torch.amp's examples and ``optax.MultiSteps``; the exclusion of whole windows is that
-        of Megatron-LM and DeepSpeed.
+        Gradient accumulation in torch.amp's examples and ``optax.MultiSteps``; Megatron-LM and DeepSpeed also skip
+        whole windows.
     """
     check_settings(num_microbatches, on_nonfinite)
     check_function(fun, "accumulate_gradients")

@@ -1,4 +1,4 @@
-"""The cheapest form of a loss-scaled step: check, update and apply in one."""
+"""The fused loss-scaled step: check, update and apply in one."""
 
 from typing import Any, TypeVar
 
@@ -35,8 +35,8 @@ def _sum(param: jax.Array, update: jax.Array) -> jax.Array:
 def _apply(params: P, updates: Any, stored: frozenset[str]) -> tuple[P, jax.Array]:
     """Returns new parameters, and whether their updates are finite.
 
-    Elements that an update would make infinite or NaN stay as they are; leaves without an update are ``None``. Of
-    parameters at the paths ``stored`` the optimizer takes care by itself.
+    Elements that an update would make infinite or NaN keep their values; leaves without an update are ``None``. The
+    optimizer itself handles parameters at the paths ``stored``.
     """
     seen: list[tuple[Any, jax.Array]] = []
 
@@ -89,21 +89,21 @@ def apply_gradients(
 ) -> tuple[P, Any]:
     """Updates parameters from scaled gradients, or skips the step: ``tx.update`` and ``optax.apply_updates`` in one.
 
-    With ``tx`` made by ``loss_scaled`` the whole step is decided at once, so that updates are never written to memory.
-    Any other transformation (such as a chain or ``MultiSteps`` around it) takes the plain two calls. Donate ``params``
-    and ``opt_state`` to the jitted step, in the order in which it returns them.
+    If ``loss_scaled`` made ``tx``, the whole step is fused, so updates are never written to memory. Any other
+    transformation (such as a chain or ``MultiSteps`` around it) runs as the two plain calls. Donate ``params`` and
+    ``opt_state`` to the jitted step, in the order in which it returns them.
 
-    No number that is not finite reaches a parameter, also if an optimizer makes one of finite gradients: an element
-    whose update would make it infinite or NaN stays as it is, and ``metrics`` counts the step among
-    ``nonfinite_updates``. (Seen in all parameters of 16 bits that ``optim.stored`` does not keep, and in one element of
-    the smallest of the others: looking at all would cost a pass over memory.)
+    No NaN or infinity reaches a parameter, even if an optimizer computes one from finite gradients: an element whose
+    update would make it infinite or NaN keeps its value, and ``metrics`` counts the step in ``nonfinite_updates``. (The
+    count looks at all 16-bit parameters that ``optim.stored`` does not store, and at one element of the smallest other
+    parameter: looking at all would cost a pass over memory.)
 
     Args:
         tx: The optimizer.
         grads: Scaled gradients, a tree like ``params``.
         opt_state: State of ``tx``.
-        params: Parameters of any floating dtypes; leaves with no update (``None``, ``float0``) stay, such as the
-            functions and integers in a module of Equinox.
+        params: Parameters of any floating dtypes; leaves without an update (``None``, ``float0``) stay, such as
+            functions and integers in an Equinox module.
         **extra_args: Passed on to ``tx.update``.
 
     Returns:
@@ -111,8 +111,7 @@ def apply_gradients(
 
     Raises:
         InvalidStepError: If ``tx`` is not an optimizer, or ``grads`` and ``params`` are different trees.
-        LossScaleNotFoundError: If ``opt_state`` holds no loss scale: the gradients of a scaled loss would reach the
-            parameters as they are.
+        LossScaleNotFoundError: If ``opt_state`` holds no loss scale: the scaled gradients would reach the parameters.
         MissingAxisError: As ``loss_scaled``.
 
     Example:

@@ -154,15 +154,15 @@ def scaled_value_and_grad(
 ) -> Callable[..., Any]:
     """Like ``jax.value_and_grad``, for the loss times the current loss scale.
 
-    The value is the true loss: unscaled, float32, correct also on a step whose gradients overflow. The gradients are
-    still scaled; ``loss_scaled`` and ``apply_gradients`` unscale them with the same scale. Make the gradient again in
-    every step, from the loss scale of that step, as in the example of ``loss_scaled``: it costs nothing under ``jit``.
+    The value is the true loss: unscaled, float32, correct even on a step whose gradients overflow. The gradients are
+    still scaled; ``loss_scaled`` and ``apply_gradients`` unscale them with the same scale. Call this inside the step,
+    with the loss scale of that step, as in the example of ``loss_scaled``: it costs nothing under ``jit``.
 
-    Leaves that cannot be differentiated need no special care. The gradient of integers, booleans and PRNG keys is
-    ``float0``, as in JAX; that of leaves that are not arrays, such as the activation functions of Equinox's modules, is
-    ``None``, as in Equinox. Optimizers wrapped in ``loss_scaled`` leave both alone. Python floats are parameters, as
-    for ``jax.grad``: where a module holds some, such as the rate of Equinox's Dropout, take its arrays out first, with
-    ``eqx.partition(model, eqx.is_inexact_array)``. Functions of NNX modules have ``jmp.nnx.scaled_value_and_grad``.
+    Leaves that cannot be differentiated need no special handling. The gradient of integers, booleans and PRNG keys is
+    ``float0``, as in JAX; the gradient of leaves that are not arrays, such as activation functions in Equinox modules,
+    is ``None``, as in Equinox. Optimizers wrapped in ``loss_scaled`` leave both alone. Python floats are parameters, as
+    for ``jax.grad``: if a module holds some, such as the rate of Equinox's Dropout, partition it first with
+    ``eqx.partition(model, eqx.is_inexact_array)``. For functions of NNX modules use ``jmp.nnx.scaled_value_and_grad``.
 
     Args:
         fun: Returns a real floating-point scalar, or ``(scalar, aux)`` with ``has_aux``.
@@ -173,18 +173,18 @@ def scaled_value_and_grad(
         max_retries: How often to recompute at a halved scale, within the step, while gradients are not finite. Needs a
             ``DynamicLossScale``, and ``aux`` made of arrays. The lowered scale is returned in a third result.
         axis_name: Mapped axes whose replicas must retry together; only used with ``max_retries``.
-        name: Segment of the path of the loss scale wanted, if the state holds several.
+        name: A path segment of the loss scale to use, if the state holds several.
 
     Returns:
         A function with exactly the signature of ``fun``. It returns ``(loss, grads)`` or ``((loss, aux), grads)``; with
-        ``max_retries`` what was given as ``loss_scale``, with the lowered scale in it, comes third. ``loss`` is
-        ``float32[]`` (``float64[]`` if ``fun`` returns that).
+        ``max_retries`` it also returns ``loss_scale``, with the lowered scale in it. ``loss`` is ``float32[]``
+        (``float64[]`` if ``fun`` returns that).
 
     Raises:
         InvalidFunctionError: If ``fun`` is not a function or does not return what it should, or an argument is an NNX
             module.
         LossScaleNotFoundError: If ``loss_scale`` holds none, or several and no name is given.
-        InvalidLossScaleError: If ``max_retries`` is asked of a scale that cannot be lowered.
+        InvalidLossScaleError: If ``max_retries`` is set with a scale that cannot be lowered.
         MissingAxisError: If devices of a ``shard_map`` could retry differently, and ``axis_name`` is missing.
 
     Example:

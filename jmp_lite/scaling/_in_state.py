@@ -1,4 +1,4 @@
-"""What is inside of states of optimizers: loss scales, found and replaced."""
+"""Find or replace the loss scale in an optimizer state."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -18,18 +18,18 @@ def is_loss_scale(node: Any) -> bool:
 
 
 def nodes(state: Any, is_node: Callable[[Any], bool]) -> list[tuple[str, Any]]:
-    """Returns path and node of everything in a state that is of one kind."""
+    """Returns the path and the node of everything of one kind in a state."""
     leaves = jax.tree_util.tree_leaves_with_path(state, is_leaf=is_node)
     return [(path_string(path), node) for path, node in leaves if is_node(node)]
 
 
 def is_stored(node: Any) -> bool:
-    """Whether a node is the state of an optimizer that takes care of parameters of 16 bits by itself."""
+    """Whether a node is the state of an optimizer that handles 16-bit parameters itself."""
     return isinstance(getattr(node, "params_in_float32", None), frozenset)
 
 
 def stored_params(state: Any) -> frozenset[str]:
-    """Returns the paths of parameters that optimizers in a state compute with in float32 by themselves."""
+    """Returns the paths of the parameters that optimizers in a state already compute with in float32."""
     return frozenset().union(*(node.params_in_float32 for _, node in nodes(state, is_stored)))
 
 
@@ -38,7 +38,7 @@ def find_loss_scale(state: Any, name: str | None = None) -> tuple[str, LossScale
 
     Args:
         state: A loss scale, an Optax state, a train state: any pytree.
-        name: A segment of the path to the scale wanted, needed if there are several.
+        name: A path segment of the scale to find, required if there are several.
 
     Returns:
         Its path (``inner_states/a/loss_scale``; empty if ``state`` is the scale itself) and the scale.

@@ -79,9 +79,9 @@ class NoOpLossScale(Opaque):
 
 @dataclasses.dataclass(frozen=True)
 class StaticLossScale(Opaque):
-    """A constant loss scale. It has no leaves: its value is part of the tree structure, so a new value is a new trace.
+    """A constant loss scale without leaves: its value is part of the tree structure, so a new value causes a new trace.
 
-    For a constant that is data rather than structure, use ``DynamicLossScale(value, factor=1)``, which never moves.
+    For a constant that is data, use ``DynamicLossScale(value, factor=1)``, which never changes.
 
     Args:
         loss_scale: A Python number, or a concrete scalar array. Powers of two scale exactly.
@@ -161,9 +161,9 @@ class DynamicLossScale(Opaque):
             scales exactly.
         counter: Finite steps since the last change, ``int32[]``.
         period: Finite steps between growths.
-        factor: Growth factor, at least 1; with 1 the scale never moves, unless ``backoff_factor`` lowers it.
-        min_loss_scale: Lowest scale; may be below 1. ``0`` stands for ``2**-126``.
-        backoff_factor: Multiplier after a non-finite step, in (0, 1]; ``None`` stands for ``1 / factor``.
+        factor: Growth factor, at least 1; with 1 the scale never changes, unless ``backoff_factor`` lowers it.
+        min_loss_scale: Lowest scale; may be below 1. ``0`` means ``2**-126``.
+        backoff_factor: Multiplier after a non-finite step, in (0, 1]; ``None`` means ``1 / factor``.
         max_loss_scale: Highest scale that growth may reach, at most ``2**126``.
         hysteresis: Non-finite steps tolerated per growth period, the last of which backs off (Megatron, DeepSpeed).
         consecutive_hysteresis: Whether one finite step restores the tolerance, rather than only the next growth.
@@ -184,7 +184,7 @@ class DynamicLossScale(Opaque):
         32768.0 0
 
     References:
-        Micikevicius et al., "Mixed Precision Training", arXiv:1710.03740; the interface is that of jmp.
+        Micikevicius et al., "Mixed Precision Training", arXiv:1710.03740; jmp has the same interface.
     """
 
     loss_scale: Any = 2.0**15
@@ -219,9 +219,10 @@ class DynamicLossScale(Opaque):
 
     @classmethod
     def like(cls, system: str, **overrides: Any) -> "DynamicLossScale":
-        """Returns a scale with the trajectory of another system's scaler, within our bounds.
+        """Returns a scale that reproduces another system's trajectory, within jmp_lite's bounds.
 
-        Their defects are not kept: the scale stays within ``[2**-126, 2**126]`` where theirs becomes 0 or infinite.
+        It does not reproduce their bugs: the scale stays within ``[2**-126, 2**126]`` where theirs becomes 0 or
+        infinite.
 
         Args:
             system: ``"torch"``, ``"flax"``, ``"keras"``, ``"megatron"``, ``"deepspeed"`` or ``"jmp"``.
@@ -232,7 +233,7 @@ class DynamicLossScale(Opaque):
             The scale with that system's defaults.
 
         Raises:
-            InvalidLossScaleError: If the system is not known.
+            InvalidLossScaleError: If the system is unknown.
 
         Example:
             >>> jmp.DynamicLossScale.like("megatron", period=500).hysteresis
@@ -276,7 +277,7 @@ class DynamicLossScale(Opaque):
         )
 
     def _next_hysteresis(self, finite: jax.Array, grow: jax.Array) -> tuple[Any, Any]:
-        """Returns the tolerance left after this step, and whether it was used up before."""
+        """Returns the remaining tolerance after this step, and whether it was already used up."""
         if self.hysteresis_left is None:
             return None, True
         full = np.int32(self.hysteresis)

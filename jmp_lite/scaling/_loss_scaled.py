@@ -25,10 +25,10 @@ class LossScaledState(NamedTuple):
         inner_state: State of the wrapped transformation; frozen on a skipped step.
         loss_scale: The scale for the next step.
         last_finite: ``bool[]``, whether the last step was taken.
-        notfinite_count: ``int32[]``, steps skipped in a row up to now.
+        notfinite_count: ``int32[]``, consecutive skipped steps.
         total_notfinite: ``int32[]``, steps skipped since ``init``.
-        nonfinite_updates: ``int32[]``, steps taken in a row in which the inner transformation made updates that are not
-            finite, out of gradients that are; see ``apply_gradients``.
+        nonfinite_updates: ``int32[]``, consecutive steps on which the inner transformation returned non-finite updates
+            for finite gradients; see ``apply_gradients``.
         total_nonfinite_updates: ``int32[]``, such steps since ``init``.
 
     Example:
@@ -47,7 +47,7 @@ class LossScaledState(NamedTuple):
 
 
 def trainable(tree: Any) -> Any:
-    """Hides from an optimizer what has no gradient: numbers that are not floats, and leaves that are not numbers."""
+    """Hides leaves without a gradient from an optimizer: integers, booleans, keys, and leaves that are not arrays."""
     return jax.tree.map(lambda leaf: leaf if is_inexact(leaf) else None, tree)
 
 
@@ -68,9 +68,9 @@ def loss_scaled_states(opt_state: Any) -> list[tuple[str, LossScaledState]]:
 
 
 def _held_in_float32(inner_state: Any, params: Any) -> tuple[Any, Any]:
-    """State and parameters in float32, but for what ``optim.stored`` takes care of.
+    """Casts state and parameters to float32, except those that ``optim.stored`` handles.
 
-    Beside float32 gradients an optimizer computes in float32: an eps of 1e-8 is 0 in float16.
+    With float32 gradients the optimizer must compute in float32: an eps of 1e-8 is 0 in float16.
     """
     stored = stored_params(inner_state)
     wide = jax.tree.map(
@@ -98,9 +98,9 @@ def _finite_or_nothing(update: Any) -> tuple[Any, jax.Array]:
 
 
 def check_gradient(path: Any, param: Any, grad: Any) -> None:
-    """Raises for a gradient of whole numbers of a parameter that is trained: no step would scale it back.
+    """Raises for an integer gradient of a trained parameter: nothing would unscale it.
 
-    A parameter of ``None`` is not known; it may be one that is trained.
+    If the parameter is ``None``, it is unknown and may be trained.
     """
     if (param is None or is_inexact(param)) and is_array(grad) and is_number(grad) and not is_inexact(grad):
         parameter = "and params are not given" if param is None else f"and the parameter {describe(param)}"
@@ -111,13 +111,13 @@ def check_gradient(path: Any, param: Any, grad: Any) -> None:
 
 
 def _of_hidden(grad: Any) -> Any:
-    """The update of what has no gradient: nothing, of arrays of whole numbers; otherwise what was given."""
+    """Returns the update of a leaf without a gradient: a no-op for integer arrays; otherwise the given gradient."""
     return jnp.zeros_like(grad) if is_array(grad) and is_number(grad) else grad
 
 
 @dataclasses.dataclass(frozen=True)
 class LossScaledUpdate:
-    """The ``update`` of ``loss_scaled``: a function, whose parts ``apply_gradients`` uses to fuse the step."""
+    """The ``update`` function of ``loss_scaled``; ``apply_gradients`` uses its parts to fuse the step."""
 
     inner: optax.GradientTransformationExtraArgs
     axis_name: Any
@@ -134,7 +134,7 @@ class LossScaledUpdate:
     def inner_update(self, grads: Any, state: LossScaledState, params: Any, extra_args: Any) -> tuple[Any, Any]:
         """Returns the inner transformation's updates and state for scaled gradients, whatever the verdict.
 
-        It computes in float32 also for parameters of 16 bits; its state is held in the dtypes that ``init`` gave it.
+        It computes in float32, even for 16-bit parameters; its state keeps the dtypes from ``init``.
         """
         unscaled = unscale(trainable(grads), state.loss_scale)
         if "grad" in extra_args:  # what line searches ask for, beside the value of the loss
@@ -148,7 +148,7 @@ class LossScaledUpdate:
     def next_state(
         self, state: LossScaledState, inner_state: Any, finite: jax.Array, updates_finite: jax.Array
     ) -> LossScaledState:
-        """Returns the state after a step with this verdict, and these updates if it was taken."""
+        """Returns the state after a step with this verdict, and the updates if the step was taken."""
         skipped = (~finite).astype(jnp.int32)
         bad = (finite & ~updates_finite).astype(jnp.int32)
         return LossScaledState(
@@ -206,7 +206,7 @@ def _warn_of_lost_updates(params: Any, inner_state: Any) -> None:
 
 
 def check_optimizer(tx: Any, caller: str) -> None:
-    """Raises for what has no ``init`` and no ``update``."""
+    """Raises for an object without ``init`` or ``update``."""
     if callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None)):
         return
     name = getattr(tx, "__name__", "")
@@ -220,25 +220,25 @@ def loss_scaled(
     *,
     axis_name: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Wraps an optimizer so that it takes the gradients of a scaled loss, and skips steps that are not finite.
+    """Wraps an optimizer to take the gradients of a scaled loss and skip non-finite steps.
 
     One ``update`` unscales the gradients to float32 with the scale that produced them, decides once whether they are
     finite, then runs ``inner`` or freezes all of its state (step counts and schedules too) and returns zero updates,
-    and adjusts the scale. Clipping belongs inside, where gradients are unscaled. Gradients so large
-    that their global norm may overflow float32 count as not finite. Updates that are not finite although the gradients
-    are, such as Adafactor makes of float16 parameters, change nothing and are counted: see ``apply_gradients``.
+    and adjusts the scale. Clipping belongs inside, where gradients are unscaled. Gradients so large that their global
+    norm may overflow float32 count as non-finite. Non-finite updates from finite gradients, which Adafactor returns for
+    float16 parameters, change nothing and are counted: see ``apply_gradients``.
 
     Gradient accumulation belongs inside too: ``loss_scaled(optax.MultiSteps(inner, n).gradient_transformation())``
-    skips one bad micro-step. ``MultiSteps`` around ``loss_scaled`` works while gradients are finite, but its
-    accumulator never loses a NaN again, and with ``should_skip_update_fn`` the scale never hears of one.
-    ``accumulate_gradients`` needs neither.
+    skips one bad micro-step. ``MultiSteps`` around ``loss_scaled`` works while gradients are finite, but a NaN stays in
+    its accumulator forever, and with ``should_skip_update_fn`` the scale never sees one. ``accumulate_gradients``
+    avoids both problems.
 
     Args:
-        inner: Any Optax transformation; extra arguments of ``update`` reach it.
+        inner: Any Optax transformation; it receives the extra arguments of ``update``.
         loss_scale: Initial scale: ``DynamicLossScale``, ``StaticLossScale`` or ``NoOpLossScale``.
         axis_name: Name, or tuple of names, of the mapped axes (``pmap``, ``shard_map``) over which replicas must agree.
-            Needed when replicas see different gradients, such as shards; harmless after ``lax.pmean``. Under ``jit``
-            with sharded arrays the verdict is global without it. (Inside ``shard_map`` with its default ``check_vma``,
+            Required when replicas see different gradients, such as shards; harmless after ``lax.pmean``. Under ``jit``
+            with sharded arrays the verdict is global anyway. (Inside ``shard_map`` with its default ``check_vma``,
             gradients of replicated parameters arrive already summed over the axis.)
 
     Returns:
@@ -246,14 +246,14 @@ def loss_scaled(
         ``optax.chain``, ``masked``, ``multi_transform``, ``inject_hyperparams`` and ``MultiSteps``.
 
     Raises:
-        InvalidStepError: If ``inner`` is not an optimizer, such as ``optax.adam`` that was not called.
+        InvalidStepError: If ``inner`` is not an optimizer, for example ``optax.adam`` without a call.
         InvalidLossScaleError: If ``loss_scale`` is not a loss scale.
         MissingAxisError: In ``update``, under the ``check_vma`` of ``shard_map``, if devices see different gradients
             and ``axis_name`` does not say so.
 
     Warns:
-        LostUpdatesWarning: In ``init``, of parameters of 16 bits under an optimizer that only rounds them to nearest;
-            ``optim.stored`` keeps more of them.
+        LostUpdatesWarning: In ``init``, for 16-bit parameters under an optimizer that only rounds them to nearest;
+            ``optim.stored`` keeps more bits.
 
     Example:
         >>> params = {"w": jnp.array([1.0, 2.0])}

@@ -1,4 +1,4 @@
-"""What a training loop logs and checks about its loss scale."""
+"""Metrics and checks of the loss scale for a training loop."""
 
 import warnings
 from typing import Any
@@ -23,19 +23,19 @@ _COUNTED = ("last_finite", "notfinite_count", "total_notfinite", "nonfinite_upda
 
 
 def metrics(opt_state: Any) -> dict[str, jax.Array]:
-    """Returns what to log about loss scaling, as scalars; works inside and outside ``jit``.
+    """Returns the metrics of loss scaling as scalars; works inside and outside ``jit``.
 
-    ``loss_scale`` is the scale for the next step; the others are those of ``LossScaledState``. They are copies, which
-    outlive a state that is donated. Outside ``jit``, ``jax.tree.map(lambda x: x.tolist(), jmp.metrics(opt_state))``
-    gives what ``json.dumps`` takes.
+    ``loss_scale`` is the scale for the next step; the others are fields of ``LossScaledState``. The metrics are copies,
+    so they outlive a donated state. Outside ``jit``, pass ``jax.tree.map(lambda x: x.tolist(),
+    jmp.metrics(opt_state))`` to ``json.dumps``.
 
     Args:
         opt_state: An Optax state, or any pytree around it, that holds the state of ``loss_scaled``.
 
     Returns:
         ``{"loss_scale": float32[], "last_finite": bool[], "notfinite_count": int32[], "total_notfinite": int32[],
-        "nonfinite_updates": int32[], "total_nonfinite_updates": int32[]}``. If there are several such states, each name
-        has the path of its state in front.
+        "nonfinite_updates": int32[], "total_nonfinite_updates": int32[]}``. With several such states, the path of its
+        state precedes each name.
 
     Raises:
         LossScaleNotFoundError: If there is none.
@@ -69,7 +69,7 @@ def _lowest(loss_scale: LossScale) -> Any:
 
 
 def _replicas(leaf: Any) -> list[int]:
-    """Returns where the last axis of flags is set; ``pmap`` puts an axis of devices, all alike, in front."""
+    """Returns where the last axis of flags is set; ``pmap`` adds a leading axis of identical rows."""
     return [] if leaf.ndim == 0 else np.flatnonzero(np.any(leaf, axis=tuple(range(leaf.ndim - 1)))).tolist()
 
 
@@ -88,24 +88,24 @@ def _nonfinite_leaves(grads: Any) -> str:
 
 
 def check_loss_scale(opt_state: Any, grads: Any = None, *, max_skips: int = 10) -> None:
-    """Raises if training has stalled: step after step skipped although the loss scale is at its lowest.
+    """Raises if training has stalled: every step is skipped although the loss scale is at its lowest.
 
-    Call it on the host, outside ``jit``, every now and then; it waits for the state to be computed. A leading axis is
-    that of an ensemble (``vmap``), each member of which counts for itself. If each of its rows is on a device of its
-    own, they are replicas (``pmap``), which must agree, as must the copies of a number without axes.
+    Call it on the host, outside ``jit``, every so often; it waits for the state to be computed. A leading axis is an
+    ensemble (``vmap``), whose members are checked separately. If each row is on a different device, the rows are
+    replicas (``pmap``) and must agree, and so must the copies of a scalar.
 
     Args:
         opt_state: Any pytree that holds states of ``loss_scaled``.
         grads: Gradients of the last step, to name the leaves that are not finite; or what
             ``distributed.nonfinite_leaves`` returned for them, to name the replicas too.
-        max_skips: How many steps in a row raise: skipped at the lowest scale, or with updates that are not finite
-            although the gradients are. Fewer of the latter are a ``NonFiniteUpdateWarning``.
+        max_skips: How many consecutive bad steps raise: skipped at the lowest scale, or with non-finite updates from
+            finite gradients. Fewer of the latter give a ``NonFiniteUpdateWarning``.
 
     Raises:
-        LossScaleStalledError: If it was ``max_skips`` or more.
+        LossScaleStalledError: After ``max_skips`` or more bad steps.
         ReplicasDisagreeError: If replicas have different scales or counts.
-        LossScaleNotFoundError: If the state holds none.
-        InvalidStepError: Inside ``jit``, or if ``max_skips`` is not a whole number of at least 1.
+        LossScaleNotFoundError: If the state holds no ``LossScaledState``.
+        InvalidStepError: Inside ``jit``, or if ``max_skips`` is not an integer of at least 1.
 
     Example:
         >>> tx = jmp.loss_scaled(optax.sgd(0.1))
@@ -127,7 +127,7 @@ def check_loss_scale(opt_state: Any, grads: Any = None, *, max_skips: int = 10) 
 
 
 def _check_replicas(state: LossScaledState, where: str) -> None:
-    """Raises if rows that are on their own devices differ."""
+    """Raises if rows on different devices differ."""
     for name, value in (("loss scale", state.loss_scale.loss_scale), *((n, getattr(state, n)) for n in _COUNTED)):
         shards = getattr(value, "addressable_shards", ())
         is_replicated = np.ndim(value) <= 1 and len(shards) > 1 and all(shard.data.size == 1 for shard in shards)

@@ -1,12 +1,12 @@
 """One verdict per step: may these gradients reach the parameters?
 
-Every element must, after unscaling, be smaller than the magnitude at which the sum of the squares of all of them could
-overflow. So the verdict is False for a NaN or an infinity, for an overflow in the unscaling, and for gradients whose
-global norm may overflow, because a clip by that norm would silently turn the step into zeros. With 10**8 float32
-parameters the limit is about 10**15. It is also False for a scale out of range, which only an outside edit can produce.
+After unscaling, every element must be smaller than the magnitude at which the sum of all squares could overflow. So the
+verdict is False for NaN or infinity, for an overflow in the unscaling, and for gradients whose global norm may
+overflow, because clipping by that norm would silently turn the step into zeros. With 10**8 float32 parameters the limit
+is about 10**15. It is also False for a scale out of range, which only an outside edit can produce.
 
-The test is element by element, never a sum, which would round, and never a maximum of floats, of which XLA on CPU loses
-NaN. XLA fuses it with the read of the gradients.
+The test is elementwise: a sum would round, and XLA on CPU loses NaN in a max of floats. XLA fuses the test with the
+read of the gradients.
 """
 
 import functools
@@ -113,14 +113,14 @@ def refuse_forgotten_axes(verdict: jax.Array, scale: Any, decision: str, remedy:
 
 
 def watched(updates: list[tuple[Any, jax.Array]]) -> jax.Array:
-    """Returns ``bool[]``: whether updates are finite, as far as that is seen without reading memory once more.
+    """Returns ``bool[]``: whether updates are finite, as far as it can tell without another pass over memory.
 
-    Where 16 bits take part, an optimizer may make infinities of finite gradients leaf by leaf, and all elements are
-    looked at. Leaves of float32 become so together, when a hyperparameter does, and one element of the smallest, if
-    that has at most ``SMALL_LEAF``, stands for them.
+    With 16-bit leaves an optimizer may turn finite gradients into infinities in single leaves, so all elements are
+    checked. Float32 leaves become non-finite together, when a hyperparameter does, so one element of the smallest leaf
+    represents them, if that leaf has at most ``SMALL_LEAF``.
 
     Args:
-        updates: The dtype of each leaf, and of each element whether it is finite.
+        updates: The dtype of each leaf, and whether each element is finite.
     """
     narrow = [is_finite for dtype, is_finite in updates if dtype.itemsize < FLOAT32.itemsize]
     wide = [is_finite for dtype, is_finite in updates if dtype.itemsize >= FLOAT32.itemsize]
