@@ -1,9 +1,9 @@
-"""Saving and restoring a whole train state: parameters, optimizer state with its loss scale, PRNG keys, policy.
+"""Saves and restores a whole train state: parameters, optimizer state with its loss scale, PRNG keys, policy.
 
-Two forms of the same: bytes through ``flax.serialization``, and directories through Orbax, one by one or managed. All
-need the extra ``jmp_lite[checkpoint]``. What is restored is bit-identical, so a resumed run continues as if it had not
-stopped. The policy travels with the state, because weights restored under another one would silently compute something
-else.
+Two forms: bytes through ``flax.serialization``, and directories through Orbax, one by one or managed. Both need the
+extra ``jmp_lite[checkpoint]``. The restored state is bit-identical, so a resumed run continues as if it had never
+stopped. The policy is saved with the state, because the same weights under another policy would silently give different
+results.
 """
 
 from jmp_lite._messages import naming_extra as _naming_extra

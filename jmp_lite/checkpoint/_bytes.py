@@ -39,8 +39,8 @@ def to_bytes(state: Any, *, policy: PolicyLike) -> bytes:
         the classes of loss scales, and shape, dtype and digest of every array.
 
     Raises:
-        CheckpointMismatchError: If copies of a leaf on several devices or processes differ, or two paths are one when
-            written with slashes.
+        CheckpointMismatchError: If copies of a leaf on several devices or processes differ, or two paths are the same
+            when written with slashes.
         InvalidCheckpointError: If a leaf is not an array, key or number.
 
     Example:
@@ -62,26 +62,26 @@ def _in_host_memory(leaf: Any) -> Any:
 
 
 def from_bytes(template: T, data: bytes, *, policy: PolicyLike, migrate: bool = False) -> T:
-    """Restores what ``to_bytes`` wrote.
+    """Restores a state from the bytes of ``to_bytes``.
 
     Args:
         template: A state of the same structure, shapes and dtypes, such as a freshly initialized one, of arrays or
-            ``jax.ShapeDtypeStruct``; it gives the restored arrays their sharding, and loss scales their settings.
+            ``jax.ShapeDtypeStruct``; restored arrays get its shardings, and loss scales its settings.
         data: The bytes.
-        policy: The policy that training continues with.
-        migrate: Lets the policy change. Arrays are cast to the template's floating dtypes, and loss scales of another
-            class or with other fields are the template's own; a run in float32 continues where the template has the
-            state of ``optim.stored``. Everything else must match.
+        policy: The policy of the resumed run.
+        migrate: Lets the policy change. Arrays are cast to the template's floating dtypes; a loss scale of another
+            class or with other fields comes from the template; a float32 run can continue in a template with the state
+            of ``optim.stored``. Everything else must match.
 
     Returns:
-        The saved state, with every array compared with the digest that was taken when it was saved.
+        The saved state, with every array verified against its saved digest.
 
     Raises:
         PolicyMismatchError: If it was saved under another policy.
         InvalidLossScaleError: If a loss scale in the template is of another class than the one saved.
         CheckpointMismatchError: If structures, shapes or dtypes differ.
-        CorruptCheckpointError: If the bytes cannot be read, or do not contain what was saved.
-        ForeignCheckpointError: If Flax wrote them by itself.
+        CorruptCheckpointError: If the bytes cannot be read, or an array does not match its digest.
+        ForeignCheckpointError: If Flax wrote them without jmp_lite.
         InvalidCheckpointError: If ``data`` is not bytes.
 
     Example:
@@ -103,7 +103,7 @@ def from_bytes(template: T, data: bytes, *, policy: PolicyLike, migrate: bool = 
 
 
 def _read(data: bytes) -> tuple[Header, Any]:
-    """Takes the bytes apart into the header and what stands beside it."""
+    """Splits the bytes into the header and the arrays."""
     try:
         parts = serialization.msgpack_restore(data)
         if isinstance(parts, dict) and set(parts) == {"header", "state"} and isinstance(parts["header"], dict):
@@ -117,7 +117,7 @@ def _read(data: bytes) -> tuple[Header, Any]:
 
 
 def _checked_values(header: Header, stored: Any, template: Any) -> Any:
-    """The leaves in the structure of the template, if they are those that were saved."""
+    """The leaves in the structure of the template, once verified."""
     names, (leaves, treedef) = list(named_leaves(template)), jax.tree.flatten(template)
     try:
         values = [_own(stored[name]) for name in names]
@@ -144,5 +144,5 @@ def _damaged(error: Exception) -> CorruptCheckpointError:
 
 
 def _own(value: Any) -> Any:
-    """An array that may be changed; Flax gives views of bytes."""
+    """A writable array; Flax returns views of bytes."""
     return np.array(value) if isinstance(value, (np.ndarray, np.generic)) else value

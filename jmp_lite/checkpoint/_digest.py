@@ -1,10 +1,10 @@
-"""Digests of arrays that do not depend on how an array is spread over devices.
+"""Digests of arrays that do not depend on sharding.
 
-Every element is hashed together with its position, and the hashes are added up modulo 2**32. Shards can thus be hashed
-where they are, and an array restored onto another mesh has the digest of the array that was saved. The hash of one
-element of up to 32 bits is a bijection of these, so a change of one is always noticed; other accidents are overlooked
-with probability 2**-64. Nothing in it is secret: whoever can write a file can also make its digest right. Formats of
-arrays on disk do not do this for us: OCDBT leaves the values of a checkpoint unchecked.
+Every element is hashed together with its position, and the hashes are summed modulo 2**32. So each device hashes its
+shards in place, and an array restored onto another mesh has the same digest as the saved one. The hash of one element
+of up to 32 bits is a bijection, so a change to one element is always detected; other accidents are missed with
+probability 2**-64. The digest holds no secret: anyone who can write a file can also write a matching digest. Array
+formats on disk do not verify this: OCDBT leaves the values of a checkpoint unchecked.
 """
 
 import functools
@@ -35,14 +35,14 @@ _STEPS = (0x9E3779B1, 0xB5297A4D)
 
 
 def _mix(x: Any) -> Any:
-    """A bijection of uint32 in which every bit of the input moves every bit of the output."""
+    """A bijection of uint32 in which every bit of the input affects every bit of the output."""
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         x = (x ^ (x >> np.uint32(shift))) * np.uint32(factor)
     return x ^ (x >> np.uint32(16))
 
 
 def _sums(words: Any, starts: Any, strides: Any, xp: Any) -> Any:
-    """Two sums, uint32[2], over the words of a block that begins at ``starts`` of an array with such ``strides``."""
+    """Two sums, uint32[2], over the words of a block that begins at ``starts`` in an array with these ``strides``."""
     position = xp.arange(words.shape[-1], dtype=np.uint32).reshape((1,) * (words.ndim - 1) + (-1,))
     for axis, size in enumerate(words.shape[:-1]):
         along = (starts[axis] + xp.arange(size, dtype=np.uint32)) * strides[axis]
@@ -52,7 +52,7 @@ def _sums(words: Any, starts: Any, strides: Any, xp: Any) -> Any:
 
 
 def _add_up(first: jax.Array, second: jax.Array) -> jax.Array:
-    """Both sums in one pass: XLA for CPU makes of this a loop of vectors, ten times as fast as two ``sum``."""
+    """Both sums in one pass: XLA on CPU vectorizes this loop, ten times as fast as two ``sum``."""
     zero = np.uint32(0)
     both = lax.reduce((first, second), (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), tuple(range(first.ndim)))
     return jnp.stack(both)
@@ -143,7 +143,7 @@ def is_shared(leaf: Any) -> bool:
 
 
 def _is_in_host_memory(leaf: jax.Array) -> bool:
-    """Whether NumPy sees the whole array where it is."""
+    """Whether NumPy sees the whole array without a copy."""
     devices: list[Any] = list(leaf.sharding.device_set)
     return leaf.is_fully_addressable and len(devices) == 1 and devices[0].platform == "cpu"
 
@@ -171,7 +171,7 @@ def _local_sums(leaf: Any) -> tuple[list[int], Any]:
 
 
 def _copies(leaf: Any) -> int:
-    """How often the whole leaf exists."""
+    """How many copies of the whole leaf exist."""
     if not is_shared(leaf):
         return int(jax.process_count())
     blocks: list[str] = [str(index) for index in leaf.sharding.devices_indices_map(leaf.shape).values()]
@@ -179,7 +179,7 @@ def _copies(leaf: Any) -> int:
 
 
 def local_sums(leaves: Sequence[Any]) -> NDArray[np.uint32]:
-    """Hashes what this process has of the leaves: uint32[leaves, (first copy, all copies), 2]; not a collective."""
+    """Hashes this process's part of the leaves: uint32[leaves, (first copy, all copies), 2]; not a collective."""
     with without_mesh(), jax.transfer_guard("allow"):
         pending = [_local_sums(leaf) for leaf in leaves]
     table = np.zeros((len(leaves), 2, 2), np.uint32)
@@ -191,7 +191,7 @@ def local_sums(leaves: Sequence[Any]) -> NDArray[np.uint32]:
 
 
 def combine(leaves: Sequence[Any], sums: NDArray[np.uint32]) -> tuple[list[str], list[bool]]:
-    """Adds up the hashes of all processes; a collective."""
+    """Sums the hashes of all processes; a collective."""
     table = gather(sums).sum(axis=0, dtype=np.uint32)
     times = np.array([_copies(leaf) for leaf in leaves], np.uint32)
     alike = (table[:, 1] == table[:, 0] * times[:, None]).all(axis=1)
@@ -206,6 +206,6 @@ def digests(leaves: Sequence[Any]) -> tuple[list[str], list[bool]]:
 
     Returns:
         For each leaf the digest of its first copy, and whether all copies (replicas on devices, or arrays of the same
-        name in the processes of a job) have the same.
+        name in the processes of a job) have the same digest.
     """
     return combine(leaves, local_sums(leaves))

@@ -39,15 +39,15 @@ _UNWRITTEN = (jnp.uint4, jnp.int2, jnp.uint2)
 
 
 def absolute(path: str | Path) -> epath.Path:
-    """The path from the root, as Orbax wants it; ``gs://...`` is one already."""
+    """The absolute path, as Orbax requires; ``gs://...`` is already one."""
     return epath.Path(path if "://" in str(path) else Path(path).absolute())
 
 
 def items(state: Any, policy: PolicyLike) -> ocp.args.Composite:
-    """What a checkpoint consists of; a collective.
+    """The items of a checkpoint; a collective.
 
     Raises:
-        InvalidCheckpointError: If a leaf cannot be stored, by Orbax or at all.
+        InvalidCheckpointError: If Orbax or jmp_lite cannot store a leaf.
     """
     _check_for_orbax(state)
     return ocp.args.Composite(
@@ -56,7 +56,7 @@ def items(state: Any, policy: PolicyLike) -> ocp.args.Composite:
 
 
 def _check_for_orbax(state: Any) -> None:
-    """Raises for what Orbax refuses, some of it only after ``save`` has returned."""
+    """Raises for leaves that Orbax rejects, in some cases only after ``save`` has returned."""
     leaves = named_leaves(state)
     problems = [] if leaves else ["The state is empty"]
     problems += ["The state is a bare leaf"] if jax.tree_util.all_leaves([state]) else []
@@ -79,7 +79,7 @@ _OBSTACLES = ("PERMISSION_DENIED", "UNAUTHENTICATED", "RESOURCE_EXHAUSTED", "UNA
 
 
 def _is_damage(error: Exception) -> bool:
-    """Whether an error comes from what was read, rather than from a lack of memory, permission or network."""
+    """Whether an error comes from the data, rather than from memory, permissions or the network."""
     if isinstance(error, OSError):
         return error.errno in _DAMAGE
     is_device = isinstance(error, (MemoryError, jax.errors.JaxRuntimeError))
@@ -87,7 +87,7 @@ def _is_damage(error: Exception) -> bool:
 
 
 def _together(path: epath.Path, act: Callable[[], T]) -> T:
-    """Runs something that may fail on a damaged checkpoint; if it fails in one process, all raise. A collective."""
+    """Runs a function that may fail on a damaged checkpoint; if it fails in one process, all raise. A collective."""
     result: Any = None
     cause: Exception | None = None
     try:
@@ -104,7 +104,7 @@ def _together(path: epath.Path, act: Callable[[], T]) -> T:
 
 
 def _check_origin(path: epath.Path) -> None:
-    """Raises unless there is a checkpoint, and one that ``save`` wrote, whole or damaged; a collective."""
+    """Raises unless ``save`` wrote the checkpoint, whole or damaged; a collective."""
     if first_failure(None if path.exists() else "missing"):
         raise CheckpointNotFoundError(f"There is no checkpoint in {path}. Check the path, or start from the beginning.")
     if first_failure("file" if path.is_file() else None):
@@ -120,7 +120,7 @@ def _check_origin(path: epath.Path) -> None:
 
 
 def _is_plain_orbax(path: epath.Path) -> bool:
-    """Whether Orbax wrote it for another program: it has no header, and does not say that it had one."""
+    """Whether Orbax wrote it for another program: it has no header, and no sign of a lost one."""
     if (path / "header").exists():
         return False
     try:
@@ -131,7 +131,7 @@ def _is_plain_orbax(path: epath.Path) -> bool:
 
 
 def _reader() -> ocp.Checkpointer:
-    """Reads without waiting for other processes: where one fails, the others would wait for ever."""
+    """Reads without waiting for other processes: if one fails, the others would wait forever."""
     this = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(
         primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"read_{this}"
@@ -153,7 +153,7 @@ def _read_state(path: epath.Path, header: Header, template: Any) -> Any:
 
 
 def _check_values(path: epath.Path, header: Header, names: list[str], state: Any) -> None:
-    """Raises CorruptCheckpointError, in all processes, unless the arrays are those that were saved."""
+    """Raises CorruptCheckpointError, in all processes, unless the arrays match their digests."""
     leaves = jax.tree.leaves(state)
     sums = _together(path, lambda: local_sums(leaves))
     found = zip(names, *combine(leaves, sums), strict=True)
@@ -165,7 +165,7 @@ def _check_values(path: epath.Path, header: Header, names: list[str], state: Any
 
 
 def save(path: str | Path, state: Any, *, policy: PolicyLike) -> None:
-    """Writes a train state to a new directory with Orbax, atomically: it is there complete or not at all.
+    """Writes a train state to a new directory with Orbax, atomically: complete or not at all.
 
     All processes of a job call it together.
 
@@ -192,29 +192,29 @@ def save(path: str | Path, state: Any, *, policy: PolicyLike) -> None:
 
 
 def restore(path: str | Path, template: T, *, policy: PolicyLike, migrate: bool = False) -> T:
-    """Restores what ``save`` wrote.
+    """Restores a state that ``save`` wrote.
 
     All processes of a job call it together, and all of them restore or all of them raise.
 
     Args:
         path: The directory.
         template: A state of the same structure, shapes and dtypes, of arrays or ``jax.ShapeDtypeStruct``; restored
-            arrays get its shardings, over whatever devices and processes there are now.
-        policy: The policy that training continues with.
-        migrate: Lets the policy change. Arrays are cast to the template's floating dtypes, and loss scales of another
-            class or with other fields are the template's own; a run in float32 continues where the template has the
-            state of ``optim.stored``. Everything else must match.
+            arrays get its shardings, on any devices and processes.
+        policy: The policy of the resumed run.
+        migrate: Lets the policy change. Arrays are cast to the template's floating dtypes; a loss scale of another
+            class or with other fields comes from the template; a float32 run can continue in a template with the state
+            of ``optim.stored``. Everything else must match.
 
     Returns:
-        The saved state, with every array compared with the digest that was taken when it was saved.
+        The saved state, with every array verified against its saved digest.
 
     Raises:
         PolicyMismatchError: If it was saved under another policy.
         InvalidLossScaleError: If a loss scale in the template is of another class than the one saved.
         CheckpointMismatchError: If structures, shapes or dtypes differ.
-        CheckpointNotFoundError: If there is no such checkpoint.
-        CorruptCheckpointError: If it is incomplete, cannot be read, or does not contain what was saved.
-        ForeignCheckpointError: If it is a plain Orbax checkpoint, which this library did not write.
+        CheckpointNotFoundError: If the checkpoint does not exist.
+        CorruptCheckpointError: If it is incomplete, cannot be read, or an array does not match its digest.
+        ForeignCheckpointError: If it is a plain Orbax checkpoint, written without jmp_lite.
 
     Example:
         >>> from jmp_lite import checkpoint

@@ -1,4 +1,4 @@
-"""A lock on a directory for the one job that writes to it; the kernel takes it from a job that died."""
+"""A lock on a directory for the one job that writes to it; the kernel releases it when a job dies."""
 
 import contextlib
 import errno
@@ -23,16 +23,16 @@ _GONE = {errno.ENOENT, errno.ESTALE}
 
 
 class WriterLock:
-    """The right to write to a directory, until ``release`` or the end of the process, however it ends.
+    """The exclusive right to write to a directory, until ``release`` or the end of the process, however it ends.
 
-    It is advice among writers: readers do not ask for it. Object stores, file systems without ``flock`` and Windows
-    know no such lock, and every writer gets it there.
+    The lock is advisory and only among writers: readers ignore it. Object stores, file systems without ``flock`` and
+    Windows do not support it; there every writer gets it.
 
     Args:
-        directory: A directory that exists, or an address such as ``gs://...``.
+        directory: An existing directory, or an address such as ``gs://...``.
 
     Raises:
-        CheckpointLockedError: If somebody else has it.
+        CheckpointLockedError: If another process holds it.
         OSError: If the directory cannot be written to.
     """
 
@@ -48,7 +48,7 @@ class WriterLock:
         _HELD.add(self)
 
     def release(self) -> None:
-        """Gives the lock back; nothing happens if it was never there."""
+        """Releases the lock; does nothing if it was never held."""
         if self._file is not None and _is_at(self._path, self._file):
             with contextlib.suppress(PermissionError):  # another user's, in a directory such as /tmp
                 self._path.unlink(missing_ok=True)
@@ -62,7 +62,7 @@ class WriterLock:
 
 
 def _locked(path: Path) -> IO[str] | None:
-    """The file, open and locked; None where there are no locks."""
+    """The file, open and locked; None without lock support."""
     if sys.platform == "win32":
         return None
     while True:
@@ -97,7 +97,7 @@ def _opened(path: Path) -> IO[str]:
 
 
 def _is_at(path: Path, file: IO[str]) -> bool:
-    """Whether an open file is the one at this path, rather than one that its last holder removed."""
+    """Whether an open file is still the one at this path; its last holder may have removed it."""
     try:
         return os.path.samestat(path.stat(), os.fstat(file.fileno()))
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Checkpoints of a running job, written while it trains, with Orbax."""
+"""Checkpoints of a running job, written with Orbax while it trains."""
 
 import operator
 import re
@@ -32,23 +32,23 @@ _UNFINISHED = re.compile(r"(\d+)\.orbax-checkpoint-tmp.*")
 
 
 class CheckpointManager:
-    """Saves train states while training continues, keeps the newest few, and finds the last good one.
+    """Saves train states while training continues, keeps the newest few, and restores the last good one.
 
-    A thin layer over ``orbax.checkpoint.CheckpointManager``: a checkpoint of step 100 is the directory ``100``, written
-    under another name and renamed when it is complete. On top of that, every array is stored with a digest and
-    compared with it when it is restored, because Orbax does not detect corrupted array values.
+    A thin layer over ``orbax.checkpoint.CheckpointManager``: the checkpoint of step 100 is the directory ``100``,
+    written under a temporary name and renamed when it is complete. In addition, every array is stored with a digest and
+    verified on restore, because Orbax does not detect corrupted array values.
 
-    Several processes of one job use it together: they make the same calls in the same order, in a directory that all
-    of them see, and restore the same step. One job writes to a directory at a time: the first ``save`` takes a lock
-    that ends with ``close`` or with the process, however it ends. Others may restore meanwhile.
+    All processes of a job use it together: they make the same calls in the same order, on a shared directory, and
+    restore the same step. One job writes to a directory at a time: the first ``save`` takes a lock and holds it until
+    ``close`` or until the process ends, however it ends. Other jobs may restore meanwhile.
 
     Args:
-        directory: Where the checkpoints are; created if need be.
-        policy: The policy of the run. It is stored, and checked when restoring.
-        max_to_keep: How many checkpoints are kept, the newest, or ``None`` for all. Two or more, so that one is left if
-            one is damaged.
-        save_interval_steps: ``save`` takes multiples of this, and any step when the job is about to be preempted, where
-            ``jax.distributed`` tells.
+        directory: Directory of the checkpoints; created if needed.
+        policy: The policy of the run. It is saved, and checked on restore.
+        max_to_keep: How many of the newest checkpoints to keep, or ``None`` for all. Keep two or more, so that one is
+            left if one is damaged.
+        save_interval_steps: ``save`` saves multiples of this, and any step at which ``jax.distributed`` reports a
+            coming preemption.
 
     Raises:
         InvalidCheckpointError: If ``max_to_keep`` or ``save_interval_steps`` is not an int >= 1.
@@ -95,22 +95,22 @@ class CheckpointManager:
         self._lock: WriterLock | None = None
 
     def save(self, step: int, state: Any) -> bool:
-        """Starts to save a state, and returns when its arrays may be donated, changed or deleted.
+        """Starts saving a state, and returns when you may donate, change or delete its arrays.
 
-        The rest happens in the background: copying to disk, renaming the finished directory, deleting the oldest. An
-        error there is raised by the next ``save``, ``restore``, ``wait`` or ``close``.
+        The rest happens in the background: copying to disk, renaming the finished directory, deleting the oldest. The
+        next ``save``, ``restore``, ``wait`` or ``close`` raises any error there.
 
         Args:
             step: Number of the step, an int >= 0. It also names the checkpoint.
-            state: Any pytree of arrays, sharded or not, typed PRNG keys, and Python numbers such as the position in
-                the data. What is not sharded over all processes must be equal in all.
+            state: Any pytree of arrays, sharded or not, typed PRNG keys, and Python numbers such as the position in the
+                data. Leaves that are not sharded over all processes must be equal in all of them.
 
         Returns:
             Whether it is saved: False between multiples of ``save_interval_steps``, and for the step saved last.
 
         Raises:
-            CheckpointMismatchError: If the directory has a later step, so that this run did not start from it, or if
-                copies of a leaf on several devices or processes differ.
+            CheckpointMismatchError: If the directory has a later step, which this run did not start from, or if copies
+                of a leaf on several devices or processes differ.
             CheckpointLockedError: If another job writes to the directory.
             InvalidCheckpointError: If the step is not an int >= 0, a leaf is not an array, key or number, or the
                 manager is closed.
@@ -141,16 +141,16 @@ class CheckpointManager:
     def restore(self, template: T, *, step: int | None = None, migrate: bool = False) -> tuple[int, T]:
         """Restores the last good checkpoint.
 
-        What is incomplete or damaged, for one process or for all, is passed over with a ``CorruptCheckpointWarning``.
-        The next ``save`` renames it to ``<step>.corrupt``.
+        Skips incomplete and damaged checkpoints, even if only one process cannot read one, with a
+        ``CorruptCheckpointWarning``. The next ``save`` renames them to ``<step>.corrupt``.
 
         Args:
             template: A state of the same structure, shapes and dtypes, of arrays or ``jax.ShapeDtypeStruct``; restored
-                arrays get its shardings, over whatever devices and processes there are now.
-            step: Restores this step or nothing.
-            migrate: Lets the policy change. Arrays are cast to the template's floating dtypes, and loss scales of
-                another class or with other fields are the template's own; a run in
-                float32 continues where the template has the state of ``optim.stored``. Everything else must match.
+                arrays get its shardings, on any devices and processes.
+            step: Restores only this step.
+            migrate: Lets the policy change. Arrays are cast to the template's floating dtypes; a loss scale of another
+                class or with other fields comes from the template; a float32 run can continue in a template with the
+                state of ``optim.stored``. Everything else must match.
 
         Returns:
             The step, and its state.
@@ -159,9 +159,9 @@ class CheckpointManager:
             PolicyMismatchError: If it was saved under another policy.
             InvalidLossScaleError: If a loss scale in the template is of another class than the one saved.
             CheckpointMismatchError: If structures, shapes or dtypes differ.
-            CheckpointNotFoundError: If there is no checkpoint, or none of this step.
-            CorruptCheckpointError: If there are only damaged ones; the message lists what was tried.
-            ForeignCheckpointError: If it was not written by this library.
+            CheckpointNotFoundError: If no checkpoint exists, or none for this step.
+            CorruptCheckpointError: If all are damaged; the message lists the ones it tried.
+            ForeignCheckpointError: If it was not written by jmp_lite.
             InvalidCheckpointError: If the step is not an int >= 0, or the manager is closed.
 
         Example:
@@ -206,9 +206,9 @@ class CheckpointManager:
         )
 
     def latest_step(self) -> int | None:
-        """Number of the newest checkpoint that is complete or being written, None if there is none.
+        """Step of the newest checkpoint that is complete or being written; None without checkpoints.
 
-        Whether its contents are good shows when it is restored; steps that turned out damaged do not count.
+        Only a restore verifies its contents; steps that turned out damaged do not count.
 
         Example:
             >>> import tempfile
@@ -233,7 +233,7 @@ class CheckpointManager:
         self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, stops the threads that write, and lets other jobs write. Leaving the ``with`` block does it, too.
+        """Waits, stops the writer threads, and lets other jobs write. Leaving the ``with`` block does the same.
 
         Example:
             >>> import tempfile
@@ -259,11 +259,11 @@ class CheckpointManager:
         self.close()
 
     def _steps(self) -> set[int]:
-        """Steps that have a directory now; Orbax keeps the list that it read when it was made."""
+        """Steps that have a directory now; Orbax caches the list from its construction."""
         return {int(path.name) for path in self._manager.directory.iterdir() if path.name.isdecimal()}
 
     def _unfinished(self, steps: Iterable[int]) -> dict[int, str]:
-        """Steps whose writing began but did not end, with the reason to pass them over."""
+        """Steps whose writing began but did not end, with the reason to skip them."""
         found = {}
         for path in self._manager.directory.iterdir():
             if (match := _UNFINISHED.fullmatch(path.name)) and int(match[1]) not in set(steps):
@@ -283,9 +283,9 @@ class CheckpointManager:
         self._writes = True
 
     def _make_room(self) -> None:
-        """Renames damaged checkpoints before the first save, which must not count among those to keep.
+        """Renames damaged checkpoints before the first save, so they do not count among those to keep.
 
-        Those unfinished are removed: nobody will finish them.
+        Removes unfinished ones.
         """
         if self._tidy and not self._damaged:
             return
@@ -328,7 +328,7 @@ def _free(directory: Any, name: str) -> Any:
 
 
 def _warn(tried: dict[int, str], *, after: int | None = None) -> None:
-    """Names every step that was passed over, the newest first."""
+    """Names every skipped step, the newest first."""
     back = "to the beginning" if after is None else f"to step {after}"
     for step in sorted((step for step in tried if after is None or step > after), reverse=True):
         message = f"Step {step} cannot be restored, going back {back}. {tried[step]}"

@@ -1,4 +1,4 @@
-"""What the processes of a job must do alike: they see one list of steps, and one failure is a failure of all."""
+"""Agreement among the processes of a job: all see the same steps, and a failure in one fails all."""
 
 import contextlib
 from collections.abc import Callable
@@ -29,14 +29,14 @@ def gather(array: NDArray[np.uint32]) -> NDArray[np.uint32]:
 
 
 def of_first_process(number: int) -> int:
-    """Gives every process the number of process 0, which must lie in ``[-1, 2**64 - 1)``; a collective."""
+    """Broadcasts a number from process 0, which must lie in ``[-1, 2**64 - 1)``; a collective."""
     halves = np.array([(number + 1) >> 32, (number + 1) & 0xFFFFFFFF], np.uint32)
     high, low = (int(half) for half in gather(halves)[0])
     return (high << 32 | low) - 1
 
 
 def in_first_process(act: Callable[[], None], otherwise: type[Exception]) -> None:
-    """Runs something in process 0; if it fails there, the others raise ``otherwise`` with its reason. A collective."""
+    """Runs a function in process 0; if it fails there, the others raise ``otherwise`` with its reason. A collective."""
     cause: Exception | None = None
     if jax.process_index() == 0:
         try:

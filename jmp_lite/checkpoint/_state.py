@@ -1,4 +1,4 @@
-"""A train state as what is stored of it, the header that describes it, and the way back through a template."""
+"""Converts a train state to its stored form and a header, and back through a template."""
 
 import hashlib
 import json
@@ -36,7 +36,7 @@ _LARGE = 1 << 20
 
 
 def is_key(leaf: Any) -> bool:
-    """Whether a leaf, or what stands for it in a template, is a typed PRNG key."""
+    """Whether a leaf, or its placeholder in a template, is a typed PRNG key."""
     return isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
@@ -53,7 +53,7 @@ def _key_impl(keys: Any) -> Any:
 
 
 def key_data(leaf: Any) -> Any:
-    """Replaces typed PRNG keys, which no format can store, by their data."""
+    """Replaces typed PRNG keys, which no format can store, with their data."""
     if not is_key(leaf):
         return leaf
     if isinstance(leaf, jax.Array):
@@ -68,9 +68,9 @@ def wrap_key_data(template: Any, data: Any) -> Any:
 
 
 def to_store(state: Any) -> Any:
-    """What Orbax is given: key data for keys, and copies of host arrays, which the program may change meanwhile.
+    """The leaves for Orbax: key data for keys, and copies of host arrays, which the program may change meanwhile.
 
-    Arrays that live in one process of several are host arrays too.
+    Process-local arrays in a job of several processes count as host arrays too.
     """
 
     def stored(leaf: Any) -> Any:
@@ -83,7 +83,7 @@ def to_store(state: Any) -> Any:
 
 
 def _sharding(leaf: Any) -> Any:
-    """Where the template wants a leaf, None for anywhere."""
+    """The template's sharding of a leaf, None for any."""
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf.sharding
     return leaf.sharding if isinstance(leaf, jax.Array) and leaf.committed else None
@@ -93,7 +93,7 @@ def _sharding(leaf: Any) -> Any:
 
 
 def named_leaves(state: Any) -> dict[str, Any]:
-    """Leaves by path; paths that become one on disk are refused."""
+    """Leaves by path; raises if two paths are the same on disk."""
     leaves: dict[str, Any] = {}
     on_disk: dict[str, str] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
@@ -241,11 +241,11 @@ def check_structure(header: Header, template: Any, *, migrate: bool) -> None:
 
 
 def agree(header: Header, template: Any, policy: PolicyLike, *, migrate: bool) -> tuple[Any, Callable[[Any], Any]]:
-    """Checks that a checkpoint and a template belong together, before any array is read.
+    """Checks that a checkpoint and a template match, before any array is read.
 
     Returns:
-        What to read into, the template or, if a loss scale migrates, something of the structure that was saved; and a
-        function that puts the template's own loss scales into a state of this structure.
+        The target to read into, which is the template or, if a loss scale migrates, a tree of the saved structure; and
+        a function that puts the template's loss scales into a state of this structure.
 
     Raises:
         PolicyMismatchError: If it was saved under another policy, and may not migrate.
@@ -270,7 +270,7 @@ def agree(header: Header, template: Any, policy: PolicyLike, *, migrate: bool) -
 
 
 def _check_template(template: Any) -> None:
-    """Raises for what no checkpoint can be restored into, so that none is taken for a damaged one."""
+    """Raises for a template that no checkpoint can be restored into, so that no good checkpoint counts as damaged."""
     for name, leaf in named_leaves(template).items():
         if isinstance(leaf, jax.core.Tracer):
             raise InvalidCheckpointError(
@@ -324,10 +324,10 @@ def _fits(entry: dict[str, Any], leaf: Any, *, migrate: bool) -> bool:
 
 
 def without_changed_scales(header: Header, template: Any) -> tuple[Any, Callable[[Any], Any]]:
-    """Replaces loss scales whose kind changed by stand-ins of the kind that was saved.
+    """Replaces loss scales whose kind changed with stand-ins of the saved kind.
 
     Returns:
-        The new template, and a function that puts the template's own loss scales into a state of its structure.
+        The new template, and a function that puts the template's loss scales into a state of its structure.
     """
     changed = changed_loss_scales(header, template)
 
@@ -343,14 +343,14 @@ def without_changed_scales(header: Header, template: Any) -> tuple[Any, Callable
 
 
 def _stand_in(fields: list[str]) -> Any:
-    """A loss scale with these fields, whatever is in them."""
+    """A loss scale with these fields, unchecked."""
     kinds = (NoOpLossScale(), DynamicLossScale(), DynamicLossScale(hysteresis=2))
     kind = next((kind for kind in kinds if _fields(kind) == fields), kinds[0])
     return jax.tree.map(np.asarray, kind)
 
 
 def target(entry: dict[str, Any], leaf: Any) -> Any:
-    """What Orbax is asked for: the saved dtype, in the template's place."""
+    """The target for Orbax: the saved dtype, with the template's sharding."""
     leaf = key_data(leaf)
     dtype = leaf.dtype if _is_key_type(entry["dtype"]) else jnp.dtype(entry["dtype"])
     sharding = _sharding(leaf) or _host(leaf, dtype)
@@ -360,7 +360,7 @@ def target(entry: dict[str, Any], leaf: Any) -> Any:
 
 
 def _host(leaf: Any, dtype: Any) -> Any:
-    """Where Orbax makes an array that NumPy sees without a copy, for a large leaf that will be there, else None.
+    """Sharding for which Orbax creates an array that NumPy sees without a copy, for a large leaf on CPU; else None.
 
     Such an array is tied to its device, and ``fill`` makes one of it that is not, in the same memory.
     """
@@ -373,7 +373,7 @@ def _host(leaf: Any, dtype: Any) -> Any:
 
 
 def fill(leaf: Any, value: Any) -> Any:
-    """Gives what was read the kind, the dtype, the place and (for keys) the implementation of the template's leaf."""
+    """Converts a restored leaf to the kind, dtype, sharding and (for keys) implementation of the template's leaf."""
     if is_key(leaf):
         return wrap_key_data(leaf, fill(key_data(leaf), value))
     if is_number(leaf):
@@ -395,7 +395,7 @@ def fill(leaf: Any, value: Any) -> Any:
 
 
 def _checked(cast: T, value: Any) -> T:
-    """Returns a cast array unless a number became infinite by it."""
+    """Returns a cast array, or raises if the cast made a number infinite."""
     array: Any = cast
     if jnp.issubdtype(array.dtype, jnp.floating) and not bool((is_finite(array) | ~is_finite(value)).all()):
         raise CheckpointMismatchError(

@@ -1,4 +1,4 @@
-"""From a run in float32 to one whose optimizer keeps parameters and state in fewer bytes."""
+"""Migration from a float32 run to an optimizer that stores parameters and state in fewer bytes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,26 +15,26 @@ from jmp_lite.scaling._in_state import is_stored
 
 
 def _sharded_like(wide: Any, leaf: Any) -> Any:
-    """A shape in place of a leaf, of another dtype."""
+    """The shape and sharding of a leaf, in another dtype."""
     is_placed = isinstance(leaf, jax.ShapeDtypeStruct) or (isinstance(leaf, jax.Array) and leaf.committed)
     return jax.ShapeDtypeStruct(wide.shape, wide.dtype, sharding=leaf.sharding if is_placed else None)
 
 
 def _in_float32(node: StoredState) -> Any:
-    """What the state of the optimizer was without ``stored``."""
+    """The state of the optimizer without ``stored``."""
     wide = jax.eval_shape(lambda inner_state: decoded(inner_state, node.layout), node.inner_state)
     return jax.tree.map(_sharded_like, wide, node.inner_state)
 
 
 def without_stored(saved: Any, template: Any) -> tuple[Any, Callable[[Any], Any]]:
-    """Replaces what ``optim.stored`` keeps in a template by what a run in float32 has in its place.
+    """Replaces the state of ``optim.stored`` in a template with the state of a float32 run.
 
     Args:
-        saved: Names of the leaves of the checkpoint. Where it has the state of ``stored``, nothing is replaced.
+        saved: Names of the leaves of the checkpoint. If it has the state of ``stored``, nothing is replaced.
         template: Of the new run.
 
     Returns:
-        The new template, and a function that makes a state of the given one of what was read into it.
+        The new template, and a function that converts a state restored into it to the structure of the given one.
 
     Raises:
         CheckpointMismatchError: If two leaves could be the parameter that has low bits.
@@ -78,7 +78,7 @@ def without_stored(saved: Any, template: Any) -> tuple[Any, Callable[[Any], Any]
 
 
 def _parameter(own: Path, low: Any, leaves: dict[Path, Any]) -> Path:
-    """The path of the leaf of a template whose low bits these are: of 16 bits, and with the same keys in the end."""
+    """The path of the 16-bit template leaf that these low bits belong to: its keys end the same way."""
     found = [path for path, leaf in leaves.items() if path[len(path) - len(own) :] == own and leaf.shape == low.shape]
     if len(found) != 1:
         names = ", ".join(repr(path_string(path)) for path in found) or "none"

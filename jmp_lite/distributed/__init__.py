@@ -1,4 +1,4 @@
-"""Several devices and several hosts: what travels between them, in which dtype, and how they find each other."""
+"""Several devices and hosts: dtypes of gathers and reductions, non-finite gradients by replica, cluster start."""
 
 from jmp_lite.distributed._cluster import initialize
 from jmp_lite.distributed._gather import gather_params

@@ -1,7 +1,7 @@
 """Joining the processes of a job: ``jax.distributed.initialize`` with errors that say what to check.
 
-Left to itself, JAX ends the process (SIGABRT) when its timeout strikes, and crashes (SIGSEGV) when the port of process
-0 is taken. Here both are exceptions.
+JAX alone aborts the process (SIGABRT) on a timeout, and crashes (SIGSEGV) if the port of process 0 is in use. Here both
+raise exceptions.
 """
 
 import os
@@ -27,33 +27,33 @@ def initialize(
     *,
     timeout: float = 300,
 ) -> bool:
-    """Joins the processes of a job, so that ``jax.devices()`` lists the devices of all of them.
+    """Connects the processes of a job, so that ``jax.devices()`` lists the devices of all of them.
 
     A thin layer over ``jax.distributed.initialize``. Call it once in every process, before anything asks JAX for its
-    devices. Without arguments the job is the one that JAX detects: SLURM, Open MPI, a Cloud TPU slice or several of
-    them, and Kubernetes (``Job`` or ``JobSet``). A process that is in no cluster stays alone.
+    devices. Without arguments, JAX detects the job: SLURM, Open MPI, one or several Cloud TPU slices, and Kubernetes
+    (``Job`` or ``JobSet``). A process outside a cluster runs alone.
 
     Args:
         coordinator_address: ``"host:port"`` of process 0, the same text in every process. Process 0 opens the port.
         num_processes: How many processes the job has.
-        process_id: The number of this one, from 0 to ``num_processes - 1``.
+        process_id: The index of this process, from 0 to ``num_processes - 1``.
         timeout: Seconds to wait for all processes.
 
     Returns:
-        True in a process that has joined a job, now or before. False in one that is alone; nothing has changed then.
+        True if the process has joined a job, now or before. False if it runs alone; then nothing has changed.
 
     Raises:
         ClusterError: If only some of the three arguments are given or one is malformed, if JAX already started its
-            devices (alone or not, so that the mistake shows on a laptop), if the port of process 0 is taken, if not all
-            processes came within ``timeout`` seconds, or if the process belongs to another job already. After a
-            timeout end the process: JAX continues waiting in the background.
+            devices (alone or not, so that the mistake shows on a laptop), if the port of process 0 is in use, if not
+            all processes connected within ``timeout`` seconds, or if the process already belongs to another job. After
+            a timeout, exit: JAX keeps waiting in the background.
 
     Note:
-        Two mistakes still end the process, in JAX's runtime and with its message: two processes with one number, and
+        Two mistakes still abort the process with a message from JAX's runtime: two processes with the same index, and
         processes that disagree about ``num_processes``.
 
-        One task in SLURM or Open MPI is alone: JAX would leave it one of its GPUs. With several tasks, each gets the
-        GPU of its local rank unless the environment sets ``JAX_LOCAL_DEVICE_IDS``.
+        A single task in SLURM or Open MPI runs alone, because JAX would give it only one of its GPUs. With several
+        tasks, each gets the GPU of its local rank unless the environment sets ``JAX_LOCAL_DEVICE_IDS``.
 
     Example:
         >>> jmp.distributed.initialize("10.0.0.1", num_processes=2, process_id=0)
@@ -85,7 +85,7 @@ def initialize(
 
 
 def _checked(coordinator_address: Any, num_processes: Any, process_id: Any) -> dict[str, Any] | None:
-    """Returns the three arguments by name, or None if none is given."""
+    """Returns the three arguments by name, or None without arguments."""
     job = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
     missing = [name for name, value in job.items() if value is None]
     if len(missing) == len(job):
@@ -144,7 +144,7 @@ def _check_port_is_free(job: dict[str, Any]) -> None:
 
 
 def _join(job: dict[str, Any] | None, timeout: float) -> bool:
-    """Calls JAX in a thread, which can be given up; False if JAX detects no cluster."""
+    """Calls JAX in a thread that can be abandoned; False if JAX detects no cluster."""
     errors: list[Exception] = []
 
     def join() -> None:
@@ -174,7 +174,7 @@ def _join(job: dict[str, Any] | None, timeout: float) -> bool:
 
 
 def _why_not(job: dict[str, Any] | None, timeout: float) -> str:
-    """What is known about a job that did not come together."""
+    """The reasons why the processes of a job did not connect."""
     if job is None:
         return (
             f"The job that JAX detected did not come together within {timeout:g} s. Check that every process of it was "

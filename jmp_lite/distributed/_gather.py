@@ -1,4 +1,4 @@
-"""Parameters on their way to the devices that compute with them, and their gradients on the way back."""
+"""Gathers sharded parameters, and reduces their gradients."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -23,32 +23,29 @@ Move = Callable[[Any], Any]
 def gather_params(params: T, shardings: Any, policy: PolicyLike, *, axis_name: Any = None) -> T:
     """Gathers sharded parameters: they travel in the compute dtype, their gradients in ``reduce_dtype``.
 
-    Call it inside the function that is differentiated, on the parameters as they are stored. Each shard is rounded to
-    the compute dtype before it is sent. The full parameter comes back in its own dtype, so that models, ``autocast``
-    and ``with_policy`` work on as if nothing had happened; XLA drops the casts in between. Parameters that are not
-    sharded neither travel nor lose digits.
+    Call it inside the differentiated function, on the sharded parameters. It rounds each shard to the compute dtype
+    before sending. The full parameter has its original dtype again, so models, ``autocast`` and ``with_policy`` work
+    unchanged; XLA drops the casts in between. Parameters that are not sharded neither travel nor lose digits.
 
-    The gradient with respect to a sharded parameter is the sum over devices, of which each keeps its shard
-    (reduce-scatter). Under ``jit`` XLA adds up right behind the operation that makes the gradient, in its dtype. With
-    ``autocast`` that is ``reduce_dtype`` for weights of matmuls, biases, scales and embeddings, also when they
-    are transposed, reshaped or cut before; it is the compute dtype for convolutions, for weights that are computed
-    from others, and with models that are cast by hand.
+    The gradient of a sharded parameter is summed over devices, and each device keeps its shard (reduce-scatter). Under
+    ``jit`` XLA sums right after the operation that computes the gradient, in its dtype. With ``autocast`` that is
+    ``reduce_dtype`` for matmul weights, biases, scales and embeddings, even if they are transposed, reshaped or sliced
+    first; it is the compute dtype for convolutions, for weights computed from others, and in models that cast by hand.
 
     Args:
         params: Any pytree. Under ``jit`` global arrays; inside ``shard_map`` and ``pmap`` the shards of this device.
-        shardings: How they are stored: a pytree, or the prefix of one, of ``NamedSharding`` or ``PartitionSpec``
+        shardings: The shardings of ``params``: a pytree, or a prefix of one, of ``NamedSharding`` or ``PartitionSpec``
             (``None``: replicated). Under ``jit`` a ``PartitionSpec`` needs ``jax.set_mesh``.
-        policy: Names the dtypes; a ``PolicyMap`` is asked by path.
-        axis_name: Name, or tuple of names, of the mesh axes to gather over; over others, parameters stay sharded. By
-            default all axes that the shardings name. Inside ``shard_map`` with ``check_vma``, parameters that are the
-            same on all devices along these axes are marked as varying, so that their gradients are summed in
-            ``reduce_dtype`` too.
+        policy: Sets the dtypes; a ``PolicyMap`` is looked up by path.
+        axis_name: Name, or tuple of names, of the mesh axes to gather over; over other axes, parameters stay sharded.
+            By default all axes in ``shardings``. Inside ``shard_map`` with ``check_vma``, parameters that are
+            replicated along these axes are marked as varying, so their gradients are summed in ``reduce_dtype`` too.
 
     Returns:
-        Parameters of the same structure and dtypes, full along these axes.
+        Parameters of the same structure and dtypes, gathered along these axes.
 
     Raises:
-        InvalidShardingError: If something is not a sharding, or cannot be gathered from.
+        InvalidShardingError: If something is not a sharding, or cannot be gathered.
 
     Example:
         >>> mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -91,8 +88,8 @@ def travel(leaf: Any, dtype: DType | None, reduce_dtype: DType | None, there: Mo
 
     Args:
         leaf: An array.
-        dtype: What a float32 array travels in, if that is narrower. Others travel as they are.
-        reduce_dtype: What its gradient is added up in; ``None`` for float32, or its own dtype if that is wider.
+        dtype: The dtype in which a float32 array travels, if narrower. Other arrays travel unchanged.
+        reduce_dtype: The dtype of gradient sums; ``None`` means float32, or the gradient's dtype if wider.
         there: Moves it.
         back: Moves a tangent of it; the transpose of this moves the gradient.
     """

@@ -1,4 +1,4 @@
-"""The gradients of all devices, made one."""
+"""Averages gradients over devices."""
 
 import math
 from typing import Any, TypeVar
@@ -16,22 +16,22 @@ T = TypeVar("T")
 
 
 def reduce_gradients(grads: T, axis_name: Any, policy: PolicyLike = "float32", *, shardings: Any = None) -> T:
-    """Averages gradients over devices, added up in ``reduce_dtype``, inside ``pmap`` and ``shard_map``.
+    """Averages gradients over devices, summed in ``reduce_dtype``, inside ``pmap`` and ``shard_map``.
 
-    Each device must have differentiated its own loss, the mean over its own part of the batch. Gradients may still be
-    scaled: a NaN or infinity on one device then reaches all of them. They are divided before they are rounded and
-    added up, so that a narrow ``reduce_dtype`` does not overflow by the number of devices.
+    Each device must differentiate a local loss, the mean over its shard of the batch. Gradients may still be scaled: a
+    NaN or infinity on one device then reaches all of them. They are divided before they are rounded and summed, so a
+    narrow ``reduce_dtype`` does not overflow with many devices.
 
-    Gradients that were added up before are only divided: those of parameters sharded over an axis, which
-    ``gather_params`` or an ``all_to_all`` of activations has summed; and, under the ``check_vma`` of ``shard_map``,
-    those of parameters that do not vary over it, which JAX sums by itself. Under ``jit`` with sharded arrays there is
-    nothing to call: the loss is the mean over all devices.
+    Gradients that are already summed are only divided: gradients of parameters sharded over an axis, summed by
+    ``gather_params`` or an ``all_to_all`` of activations; and, under the ``check_vma`` of ``shard_map``, gradients of
+    parameters that do not vary over it, summed by JAX. Under ``jit`` with sharded arrays do not call it: the loss is
+    already the mean over all devices.
 
     Args:
         grads: Any pytree; leaves that are not floating or complex stay as they are.
         axis_name: Name, or tuple of names, of the mapped axes over which the batch is split.
-        policy: Names the ``reduce_dtype`` (default float32); a ``PolicyMap`` is asked by path.
-        shardings: How parameters are stored, as for ``gather_params``; by default replicated.
+        policy: Sets the ``reduce_dtype`` (default float32); a ``PolicyMap`` is looked up by path.
+        shardings: The shardings of the parameters, as for ``gather_params``; by default replicated.
 
     Returns:
         The averages, float32 or wider.

@@ -1,4 +1,4 @@
-"""Reading shardings: which mesh axes an array is split over, and what JAX knows of them at this point of a trace."""
+"""Reads shardings: which mesh axes an array is split over, and what JAX knows about them at this point of a trace."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any

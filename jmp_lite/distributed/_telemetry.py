@@ -13,12 +13,12 @@ def nonfinite_leaves(grads: Any, *, axis_name: Any = None) -> dict[str, jax.Arra
     """Returns, for each floating or complex leaf, whether it holds a NaN or an infinity, and on which replicas.
 
     Call it inside the step and return the dict: it holds one boolean per leaf and replica, gathered in one collective
-    for all leaves together, and is the same on every device. ``check_loss_scale`` takes it in place of gradients.
+    for all leaves, and is the same on every device. ``check_loss_scale`` accepts it in place of gradients.
 
     Args:
         grads: Gradients, scaled or not, or any other tree.
         axis_name: Name, or tuple of names, of mapped axes (``pmap``, ``shard_map``) to tell apart. Under ``jit`` with
-            sharded arrays leave it out: there is no replica to name.
+            sharded arrays leave it out: there are no replicas to name.
 
     Returns:
         A dict from paths such as ``"decoder/w"`` to ``bool[]``, or with an axis ``bool[replicas]``, the replicas in the

@@ -1,11 +1,11 @@
-"""Trained models as one file: the compiled program, its 8-bit or wider weights, and the policy that it computes under.
+"""Trained models as one file: the traced program, its 8-bit or wider weights, and its policy.
 
-The file is in the safetensors format: any program that reads it sees the weights under their paths. The program is what
-``jax.export`` makes of the function, StableHLO, so serving needs JAX and this chapter (the extra ``jmp_lite[export]``),
-but none of the code that the model was written or trained with. Nothing is pickled. A file in which a single bit was
-changed is refused; that says nothing about who wrote it, so pin the digest of what comes from elsewhere.
+The file is in the safetensors format: any safetensors reader sees the weights under their paths. The program is
+StableHLO from ``jax.export``, so serving needs JAX and this subpackage (the extra ``jmp_lite[export]``), but none of
+the code that defined or trained the model. Nothing is pickled. ``load`` rejects a file with a single changed bit; that
+does not prove who wrote it, so pin the digest of files from elsewhere.
 
-JAX promises that its releases of the next six months can run a program; weights and header stay readable beyond.
+JAX promises that its releases of the next six months can run a program; weights and header stay readable longer.
 """
 
 from jmp_lite._messages import naming_extra as _naming_extra

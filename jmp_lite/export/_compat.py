@@ -8,19 +8,19 @@ from jax.interpreters import mlir
 
 
 def parse_program(exported: Any) -> Any:
-    """Parses the program of an artifact, which JAX itself does when it is first called.
+    """Parses the program of an artifact; JAX does so only on the first call.
 
     Returns:
-        The module; it is valid in the context that is current.
+        The module, valid in the current context.
 
     Raises:
-        ValueError: Or another, if it is none.
+        ValueError: Or another error, if it is not a program.
     """
     return exported.mlir_module(serialized=False)
 
 
 def without_source_lines(exported: Any) -> Any:
-    """Takes the files and lines of the traced code out of a program, in which JAX notes them.
+    """Removes the files and lines of the traced code, which JAX records in a program.
 
     JAX has a setting for it, but only for all threads at once.
     """

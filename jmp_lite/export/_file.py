@@ -33,7 +33,7 @@ _ALIGNMENT = 64
 
 
 def write(path: PathLike, arrays: Arrays, header: dict[str, Any]) -> str:
-    """Writes arrays and a header, and returns the digest; what stood there before is replaced at once or not at all."""
+    """Writes arrays and a header, and returns the digest; replaces an existing file atomically."""
     dtypes = {name: array.dtype.name for name, array in arrays.items()}
     packed = {name: array.shape for name, array in arrays.items() if array.dtype in OF_4_BITS}
     arrays = {name: pack(array) if name in packed else array for name, array in arrays.items()}
@@ -65,10 +65,10 @@ def write(path: PathLike, arrays: Arrays, header: dict[str, Any]) -> str:
 
 
 def read(path: PathLike, pinned: str | None) -> tuple[Arrays, Header, str]:
-    """Reads what ``write`` wrote, every byte once and into its place, and returns the digest too.
+    """Reads a file that ``write`` wrote, every byte once and in place, and also returns the digest.
 
     Raises:
-        CorruptArtifactError: If the file is anything else, or its digest is not the pinned one.
+        CorruptArtifactError: If the file is not an artifact, or its digest is not the pinned one.
     """
     name = repr(os.fspath(path))
     with pathlib.Path(path).open("rb") as file:
@@ -102,13 +102,13 @@ def _array(slot: Slot, block: NDArray[np.uint8]) -> NDArray[Any]:
 
 
 def _read_header(file: io.BufferedReader) -> tuple[bytes, bytes]:
-    """The length of the header, as it stands in the file, and the header, which may be cut."""
+    """The length of the header, as stored in the file, and the header, which may be truncated."""
     length = file.read(8)
     return length, file.read(min(int.from_bytes(length, "little"), _LONGEST))
 
 
 def _read_block(file: io.BufferedReader, size: int, hashed: Any) -> NDArray[np.uint8]:
-    """The next bytes of a file, hashed while they are at hand; zeros where it ends before."""
+    """The next bytes of a file, hashed while in cache; zeros past its end."""
     memory = np.zeros(size + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
     block = memory[start : start + size]

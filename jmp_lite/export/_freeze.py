@@ -32,40 +32,39 @@ def freeze(
     recipe: str | DotRecipe | None = None,
     platforms: Sequence[str] | None = None,
 ) -> str:
-    """Writes ``apply(params, *args)`` as one file: program, weights, and the precision that it computes in.
+    """Writes ``apply(params, *args)`` as one file: program, weights and precision.
 
-    What ``load`` gives back computes bit for bit what ``jax.jit`` of the frozen function computes here: ``apply``, in
-    ``autocast(apply, policy, dot=recipe)`` if a policy is given, on what quantized weights stand for.
+    The loaded function returns bit for bit the results of ``jax.jit`` of the frozen function here: ``apply``, or
+    ``autocast(apply, policy, dot=recipe)`` if a policy is given, on dequantized weights.
 
-    A recipe says how weights are held. Kernels (see ``quant.quantize_tree``) are stored in the format of
-    ``recipe.rhs``, or of ``lhs`` if that is ``None``, with one scale per output channel: shared along the axes that
-    matmuls contract, wherever the framework has these (``quant.contracted_axes``). If some parameters are quantized
-    already, all are stored as they are, which is the way to choose leaves, axes or formats yourself. If the recipe
-    quantizes activations too (``W8A8``, ``FP8``), matmuls are those of the recipe, which quantizes the kernels again:
-    to the numbers that are stored, if these have the scales that the recipe gives them, one per output channel. All
-    else is float32 unless the policy says otherwise. If the recipe does not (``W8A16``), matmuls are those of the
-    policy.
+    The recipe sets how to store weights. Kernels (see ``quant.quantize_tree``) are stored in the format of
+    ``recipe.rhs``, or of ``lhs`` if that is ``None``, with one scale per output channel, shared along the contracted
+    axes of any framework (``quant.contracted_axes``). If some parameters are already quantized, all are stored
+    unchanged: quantize them yourself to choose leaves, axes or formats. If the recipe also quantizes activations
+    (``W8A8``, ``FP8``), matmuls use the recipe, which quantizes the kernels again: to the stored numbers, if those have
+    the recipe's scales, one per output channel. Everything else is float32 unless the policy says otherwise. If the
+    recipe does not quantize activations (``W8A16``), matmuls follow the policy.
 
     Args:
-        apply: Function that ``jax.jit`` takes: ``model.apply`` of Linen and Haiku, ``lambda state, x:
+        apply: Function that ``jax.jit`` accepts: ``model.apply`` of Linen and Haiku, ``lambda state, x:
             nnx.merge(graphdef, state)(x)``, ``lambda model, x: model(x)`` for Equinox, or any other.
-        params: Its first argument. Arrays become weights of the file under their paths; other leaves stay as they are
-            in the program.
+        params: Its first argument. Arrays become weights in the file under their paths; other leaves become constants
+            of the program.
         *args: Its other arguments, as arrays or ``jax.ShapeDtypeStruct`` in dicts, lists, tuples and ``None``. Only
             shapes and dtypes matter; a free size comes from ``jax.export.symbolic_shape("batch, 28, 28")``.
         path: File to write, by convention ``*.safetensors``.
-        policy: Policy to compute under; ``None`` leaves ``apply`` as it is.
+        policy: Policy to compute under; ``None`` runs ``apply`` as written.
         recipe: How to quantize, or its name; from ``quant.calibrate``, scales become constants of the program.
-        platforms: Where it is to run: any of ``"cpu"``, ``"cuda"``, ``"rocm"``, ``"tpu"``; this process' own platform
-            by default.
+        platforms: Where it will run: any of ``"cpu"``, ``"cuda"``, ``"rocm"``, ``"tpu"``; by default the platform of
+            this process.
 
     Returns:
-        The SHA-256 digest of the file, to pin it with ``load(path, digest=...)``.
+        The SHA-256 digest of the file; pin it with ``load(path, digest=...)``.
 
     Raises:
         InvalidExportError: If a leaf cannot be stored, two have the same path, arguments or results are not trees of
-            arrays in containers that every Python knows, a platform does not exist, or the recipe quantizes no weight.
-        InvalidRecipeError: If nothing is known by the name of the recipe.
+            arrays in built-in containers, a platform does not exist, or the recipe quantizes no weight.
+        InvalidRecipeError: If the name of the recipe is unknown.
         UnknownDtypeError: If the policy string cannot be parsed.
 
     Example:
@@ -80,8 +79,8 @@ def freeze(
 
     References:
         ``jax.export`` and its compatibility guarantees (docs.jax.dev, "Exporting and serializing staged-out
-        computations"); safetensors (github.com/huggingface/safetensors). The problem is that of Sculley et al., "Hidden
-        Technical Debt in Machine Learning Systems": training and serving that compute different things.
+        computations"); safetensors (github.com/huggingface/safetensors). Sculley et al., "Hidden Technical Debt in
+        Machine Learning Systems", on training and serving that compute different things.
     """
     check_function(apply, "freeze")
     resolved = None if policy is None else get_policy(policy)
@@ -108,7 +107,7 @@ def freeze(
 def _serialized(
     frozen: Callable[..., Any], targets: Sequence[str] | None, specs: Any, weight_specs: Any
 ) -> tuple[list[str], bytes]:
-    """Returns the platforms of a program, and the program as it stands in the file."""
+    """Returns the platforms of a program, and the program as stored in the file."""
     try:
         exported = export(jax.jit(frozen), platforms=targets)(*specs, weights=weight_specs)
     except NotImplementedError as error:
@@ -144,7 +143,7 @@ def _checked_platforms(platforms: Sequence[str] | None) -> tuple[str, ...] | Non
 def _with_precision(
     apply: Callable[..., Any], policy: Policy | PolicyMap | None, recipe: DotRecipe | None
 ) -> Callable[..., Any]:
-    """The function that is frozen, of parameters that are dequantized."""
+    """The function to freeze, of dequantized parameters."""
     if recipe is None or None in (recipe.lhs, recipe.rhs):
         return apply if policy is None else autocast(apply, policy)
     return autocast(apply, "full" if policy is None else policy, dot=recipe)
@@ -154,7 +153,7 @@ def _with_precision(
 
 
 def _held(apply: Callable[..., Any], params: Any, args: tuple[Any, ...], recipe: DotRecipe | None) -> Any:
-    """Parameters as they are stored."""
+    """Parameters in their stored form."""
     if recipe is None or any(map(is_quantized, jax.tree.leaves(params, is_leaf=is_quantized))):
         return params
     spec: Any = recipe.rhs or recipe.lhs
@@ -171,7 +170,7 @@ def _held(apply: Callable[..., Any], params: Any, args: tuple[Any, ...], recipe:
 
 
 def _split(params: Any) -> tuple[dict[str, Any], Callable[[dict[str, Any]], Any]]:
-    """Takes the arrays out of a tree, by path, and tells how to put arrays in again."""
+    """Extracts the arrays of a tree, by path, and returns a function that puts arrays back."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
     weights: dict[str, Any] = {}
     places: list[tuple[str | None, Any]] = []
@@ -200,7 +199,7 @@ def _split(params: Any) -> tuple[dict[str, Any], Callable[[dict[str, Any]], Any]
 
 
 def _as_jax_would(name: str, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """The numbers in the dtype that the program gets them in, in the order in which safetensors writes the buffer."""
+    """The numbers in the dtype that the program receives, in the order in which safetensors writes the buffer."""
     native = np.asarray(array, array.dtype.newbyteorder("="), order="C")
     narrow = native.astype(jax.dtypes.canonicalize_dtype(native.dtype), copy=False)
     if jnp.issubdtype(native.dtype, jnp.integer) and (narrow != native).any():
@@ -212,12 +211,12 @@ def _as_jax_would(name: str, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any
 
 
 def _quantized(params: Any) -> dict[str, str]:
-    """The dtype that each quantized leaf stands for, by path."""
+    """The dequantized dtype of each quantized leaf, by path."""
     nodes = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_quantized)
     return {path_string(path): node.dtype.name for path, node in nodes if is_quantized(node)}
 
 
 def _spec(leaf: Any) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of an argument, and nothing of where it is."""
+    """Shape and dtype of an argument, without its sharding."""
     array = leaf if hasattr(leaf, "shape") and hasattr(leaf, "dtype") else jnp.asarray(leaf)
     return jax.ShapeDtypeStruct(array.shape, jax.dtypes.canonicalize_dtype(array.dtype, allow_extended_dtype=True))

@@ -1,4 +1,4 @@
-"""What the file of a model says about itself: where its arrays lie, and how the program was frozen."""
+"""The header of a model file: the positions of its arrays, and how the program was frozen."""
 
 import json
 import math
@@ -26,7 +26,7 @@ Header = dict[str, Any]
 
 
 class Slot(NamedTuple):
-    """An array of the file; they follow one another without gaps."""
+    """An array of the file; arrays are contiguous, without gaps."""
 
     name: str
     shape: tuple[int, ...]
@@ -34,14 +34,14 @@ class Slot(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Its bytes: of 4-bit numbers two are one."""
+        """Its bytes; two 4-bit numbers take one."""
         return (
             -(-math.prod(self.shape) // 2) if self.dtype in OF_4_BITS else math.prod(self.shape) * self.dtype.itemsize
         )
 
 
 def pack(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Returns 4-bit numbers as bytes of two, the first of them in the low bits."""
+    """Packs two 4-bit numbers per byte, the first in the low bits."""
     bits = array.ravel().view(np.uint8) & 15
     bits = np.pad(bits, (0, bits.size % 2))
     return bits[::2] | bits[1::2] << 4
@@ -54,13 +54,13 @@ def unpack(packed: np.ndarray[Any, Any], slot: Slot) -> np.ndarray[Any, Any]:
 
 
 def parse(text: bytes, size: int) -> tuple[list[Slot], Header]:
-    """Takes apart the JSON at the beginning of a file, before ``size`` bytes of arrays.
+    """Parses the JSON at the start of a file, before ``size`` bytes of arrays.
 
     Returns:
-        The arrays in the order of the file, and our header, in which all entries are there and of their type.
+        The arrays in file order, and jmp_lite's header, with all entries present and of the right type.
 
     Raises:
-        ValueError: If anything is not as ``freeze`` writes it; the message says what.
+        ValueError: If anything differs from what ``freeze`` writes; the message says what.
     """
     try:
         described = json.loads(text)
@@ -90,7 +90,7 @@ def _check_header(header: Any) -> None:
 
 
 def _slots(described: dict[str, Any], dtypes: dict[str, str], packed: dict[str, Any], size: int) -> list[Slot]:
-    """Arrays by their place in the file, which they fill."""
+    """Arrays by their position in the file, which they fill."""
     slots, end = [], 0
     for name, entry in sorted(described.items(), key=lambda item: item[1]["data_offsets"]):
         dtype = _dtype(dtypes[name])
@@ -114,7 +114,7 @@ def _dtype(name: str) -> np.dtype[Any]:
 
 
 def _check_arrays(slots: dict[str, Slot], header: Header) -> None:
-    """The program is there, and what is said of arrays is said of some that are there."""
+    """Checks that the program exists, and that every array in the header exists."""
     if slots[PROGRAM].dtype != np.uint8 or len(slots[PROGRAM].shape) != 1:
         raise ValueError("its program is not a sequence of bytes")
     for name in header["dtypes"]:

@@ -22,18 +22,18 @@ from jmp_lite.quant._array import QuantizedArray
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Served:
-    """A frozen model: a function of arrays, with its weights in it.
+    """A frozen model: a function of arrays that holds its weights.
 
     It is jitted. Call it with arrays of the shapes and dtypes in ``in_avals``.
 
     Attributes:
-        policy: The policy that it computes under, as text; ``None`` if it was frozen without one.
-        recipe: How it is quantized, as text, or ``None``.
+        policy: Its policy, as text; ``None`` if it was frozen without one.
+        recipe: Its recipe, as text, or ``None``.
         platforms: Where it runs: ``"cpu"``, ``"cuda"``, ``"rocm"``, ``"tpu"``.
         params: Weights by path; quantized ones as ``QuantizedArray``.
         in_avals: Shapes and dtypes of the arguments, in their containers.
-        out_avals: The same of the result.
-        jax_version: JAX that it was frozen with.
+        out_avals: The same for the result.
+        jax_version: The JAX version that froze it.
         digest: SHA-256 of the file.
 
     Example:
@@ -86,28 +86,28 @@ def load(
     recipe: str | DotRecipe | None = None,
     digest: str | None = None,
 ) -> Served:
-    """Reads what ``freeze`` wrote; neither the model's code nor its framework is needed.
+    """Loads a file that ``freeze`` wrote; it needs neither the model's code nor its framework.
 
-    A file in which anything was changed is refused, and so is one whose header or program is malformed. This protects
-    from damage; whoever can write the file can also write a whole new one, so give the ``digest`` for files from places
-    that you do not control: JAX runs the program without further checks, and bytes made up to look like a program may
-    crash its parser. Weights are read once, into the memory where they are used on a CPU.
+    It rejects a file with any change, or with a malformed header or program. This protects against damage, not
+    tampering: anyone who can write the file can also write a whole new one, so pass the ``digest`` for files from
+    places that you do not control. JAX runs the program without further checks, and crafted bytes may crash its parser.
+    On a CPU, weights are read once, directly into the memory where they are used.
 
     Args:
         path: The file.
-        policy: The policy that it is expected to compute under; ``None`` accepts any.
-        recipe: The recipe that it is expected to be quantized by; ``None`` accepts any.
-        digest: What ``freeze`` returned, to accept this very artifact only.
+        policy: The expected policy; ``None`` accepts any.
+        recipe: The expected recipe; ``None`` accepts any.
+        digest: The digest that ``freeze`` returned, to accept only that file.
 
     Returns:
-        A function of the arguments that were given to ``freeze``, with a description of itself in its attributes.
+        A function of the arguments given to ``freeze``; its attributes describe it.
 
     Raises:
-        CorruptArtifactError: If the file is not an artifact, was changed, is malformed, or has another digest.
-        FileNotFoundError: If there is no file.
-        PlatformMismatchError: If it was frozen for other platforms, by a JAX that this one does not understand, or with
-            float64 that is not enabled here.
-        PolicyMismatchError: If policy or recipe are others than those that it was frozen with.
+        CorruptArtifactError: If the file is not an artifact, was changed, is malformed, or does not match ``digest``.
+        FileNotFoundError: If the file does not exist.
+        PlatformMismatchError: If it was frozen for other platforms, by an incompatible JAX, or with float64, which is
+            not enabled here.
+        PolicyMismatchError: If the policy or the recipe differs from the one it was frozen with.
 
     Example:
         >>> import tempfile
@@ -152,7 +152,7 @@ def load(
 
 
 def _take_program(path: str, arrays: Arrays, header: Header) -> Any:
-    """Takes the program out of the arrays, reads it to its last operation, and compares it with the others."""
+    """Takes the program out of the arrays, parses it to its last operation, and checks it against the others."""
     data: Any = arrays.pop(PROGRAM).data
     try:
         if hashlib.sha256(data).hexdigest() != header["program"]:
@@ -182,7 +182,7 @@ def _types(arrays: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
 
 
 def _on_device(path: str, name: str, array: np.ndarray[Any, Any]) -> jax.Array:
-    """The array where it is needed, without a copy where this memory will do."""
+    """The array on its device, without a copy if this memory can be used."""
     weight: jax.Array = jax.device_put(array, may_alias=True)
     if weight.dtype != array.dtype:
         raise PlatformMismatchError(
@@ -201,7 +201,7 @@ def _check(what: str, frozen: str | None, expected: str | None) -> None:
 
 
 def _params(weights: dict[str, jax.Array], quantized: dict[str, str]) -> dict[str, Any]:
-    """Weights by path, with quantized ones put together."""
+    """Weights by path, with quantized ones reassembled."""
     params: dict[str, Any] = {}
     for name, weight in weights.items():
         parent, _, part = name.rpartition("/")

@@ -1,4 +1,4 @@
-"""Autocast for ``model.apply``, with the paths of modules in place of name scopes."""
+"""Autocast for ``model.apply``, with module paths instead of name scopes."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -24,16 +24,15 @@ def autocast(
     accumulation_dtype: Any = None,
     residuals: str = "all",
 ) -> Callable[..., Any]:
-    """Runs ``model.apply`` in mixed precision: ``autocast`` with the paths of a ``PolicyMap`` inside the model.
+    """Runs ``model.apply`` in mixed precision: ``autocast`` with ``PolicyMap`` paths inside the model.
 
     Paths are those inside ``params``, such as ``encoder/Dense_0``, as for ``linen.with_policy``. Parameters, statistics
-    and every other collection keep their dtypes, in and out; random numbers are the same bits; layers need no
-    ``dtype``.
+    and every other collection keep their dtypes, in and out; random bits do not change; layers need no ``dtype``.
 
     Args:
         apply: ``model.apply`` or another method of a bound signature, also as a ``functools.partial``.
         policy: As for ``autocast``; patterns are matched on paths inside the model.
-        rules: As for ``autocast``; scopes start with the name of the model's class, which patterns need not.
+        rules: As for ``autocast``; scopes start with the name of the model's class, which patterns may omit.
         ops: As for ``autocast``.
         dot: As for ``autocast``.
         accumulation_dtype: As for ``autocast``.
@@ -43,7 +42,7 @@ def autocast(
         A function with the signature of ``apply``.
 
     Raises:
-        InvalidRuleError: As ``autocast``, and so for the other errors.
+        InvalidRuleError: As ``autocast``; other errors likewise.
 
     Example:
         >>> import flax.linen as nn
@@ -81,7 +80,7 @@ def explain(
     dot: Callable[..., Any] | None = None,
     accumulation_dtype: Any = None,
 ) -> Callable[..., Explanation]:
-    """Tells what ``linen.autocast`` does to every equation of ``model.apply``, and why: ``jmp.explain`` for Linen.
+    """Explains what ``linen.autocast`` does to every equation of ``model.apply``, and why: ``jmp.explain`` for Linen.
 
     Args:
         apply: As for ``linen.autocast``.
@@ -95,7 +94,7 @@ def explain(
         A function with the arguments of ``apply`` that returns an ``Explanation``.
 
     Raises:
-        InvalidRuleError: As ``autocast``, and so for the other errors.
+        InvalidRuleError: As ``autocast``; other errors likewise.
 
     Example:
         >>> import flax.linen as nn

@@ -1,4 +1,4 @@
-"""Dynamic loss scaling with Flax's own interface."""
+"""Dynamic loss scaling with Flax's interface."""
 
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ _STATIC = {"pytree_node": False}
 
 
 class DynamicScaleResult(NamedTuple):
-    """What the function returned by ``DynamicScale.value_and_grad`` returns.
+    """Result of the function that ``DynamicScale.value_and_grad`` returns.
 
     Attributes:
         dynamic_scale: The scale of the next step.
@@ -41,19 +41,19 @@ class DynamicScaleResult(NamedTuple):
 class DynamicScale(struct.PyTreeNode):  # type: ignore[no-untyped-call]
     """Dynamic loss scaling with the interface of ``flax.training.dynamic_scale.DynamicScale``.
 
-    It makes the same steps, growth after ``growth_interval + 1`` finite ones included, and stores the same state. What
-    it does otherwise: the loss returned is the true one, also on a step that overflows; gradients of complex and
-    float64 parameters keep their type, those of integers are ``float0``; keyword arguments reach the function; a
-    training step is traced once; the scale stays within ``[2**-126, 2**126]``. New code does better with
-    ``loss_scaled``, which also skips the update.
+    It takes the same steps, including growth after ``growth_interval + 1`` finite ones, and stores the same state.
+    Differences: it returns the true loss, even on a step that overflows; gradients of complex and float64 parameters
+    keep their type, gradients of integers are ``float0``; keyword arguments reach the function; a training step is
+    traced once; the scale stays within ``[2**-126, 2**126]``. In new code use ``loss_scaled``, which also skips the
+    update.
 
     Args:
         growth_factor: Multiplier of the scale after ``growth_interval + 1`` finite steps in a row.
         backoff_factor: Multiplier of the scale after a step with a non-finite gradient.
-        growth_interval: Finite steps between growths, less one.
+        growth_interval: Finite steps between growths, minus one.
         fin_steps: Finite steps since the last change, ``int32[]``.
         scale: The current scale, ``float32[]``.
-        minimum_scale: Lowest scale; ``None`` stands for ``2**-126``.
+        minimum_scale: Lowest scale; ``None`` means ``2**-126``.
 
     Example:
         >>> def loss_fn(params, x):
@@ -76,7 +76,7 @@ class DynamicScale(struct.PyTreeNode):  # type: ignore[no-untyped-call]
     minimum_scale: float | None = dataclasses.field(metadata=_STATIC, default=SMALLEST_SCALE)
 
     def __post_init__(self) -> None:
-        """Gives the state the strong types that it has after a step, so that a step is traced only once."""
+        """Gives the state the strong types that it has after a step, so a step is traced only once."""
         object.__setattr__(self, "fin_steps", strong_scalar(self.fin_steps, np.int32))
         object.__setattr__(self, "scale", strong_scalar(self.scale, np.float32))
 

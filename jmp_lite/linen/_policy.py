@@ -17,23 +17,22 @@ def with_policy(apply: Callable[..., Any], policy: str | Policy | PolicyMap) -> 
     """Wraps ``model.apply`` or ``model.init``: ``linen.autocast`` inside, results in the output dtype.
 
     Under ``apply`` the model runs as under ``linen.autocast``, and its floating results are cast to the output dtype of
-    the policy, that of the default for a map. Updated collections (``batch_stats``, ``cache``, ...) are those of the
-    model, in the dtypes that it gives them. Gradients have the dtype of the parameters. A compute dtype of float32 or
-    more leaves the model as it is written.
+    the policy (for a map, of its default). Updated collections (``batch_stats``, ``cache``, ...) keep the dtypes that
+    the model gives them. Gradients have the dtype of the parameters. With a compute dtype of float32 or wider, the
+    model runs as written.
 
-    Under ``init`` the model runs as it is written, and parameters are cast to the parameter dtype, by path for a map.
+    Under ``init`` the model runs as written, and parameters are cast to the parameter dtype, by path for a map.
 
     Args:
         apply: ``model.apply``, ``model.init``, ``model.init_with_output``, ``model.lazy_init``, or a function with the
-            signature of ``apply``; also as a ``functools.partial``, which is where ``mutable`` may be fixed in advance.
-        policy: A policy, a policy string or a map, whose paths are those inside ``params``, such as
-            ``encoder/Dense_0``.
+            signature of ``apply``; also as a ``functools.partial``, which may fix ``mutable``.
+        policy: A policy, a policy string or a map, with paths inside ``params``, such as ``encoder/Dense_0``.
 
     Returns:
         A function with the signature of ``apply``.
 
     Raises:
-        InvalidFunctionError: If ``apply`` is not a function, such as the model itself.
+        InvalidFunctionError: If ``apply`` is not a function, for example the model itself.
         InvalidPolicyError: If the compute dtype has fewer than 16 bits; when called, if two patterns of a map
             contradict each other.
         UnknownDtypeError: If the policy string cannot be parsed.
@@ -84,5 +83,5 @@ def _params_cast(variables: Any, policy: Policy | PolicyMap) -> Any:
 
 
 def _returns_variables(mutable: Any = False, capture_intermediates: Any = False, **_: Any) -> bool:
-    """Whether ``apply`` with these keywords returns updated collections beside its output."""
+    """Whether ``apply`` with these keywords also returns updated collections."""
     return mutable is not False or bool(capture_intermediates)

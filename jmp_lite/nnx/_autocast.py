@@ -35,17 +35,17 @@ def autocast(
 ) -> Callable[..., Any]:
     """Runs a function of NNX modules in mixed precision; ``jmp_lite.autocast`` for arguments that are modules.
 
-    Modules, variables and ``nnx.Rngs`` may stand anywhere among the arguments. Whatever the function does to them
-    stays: running statistics, random counters, caches, new attributes. Variables keep their dtypes, random numbers
-    are the same bits, layers need no ``dtype``.
+    Modules, variables and ``nnx.Rngs`` may appear anywhere in the arguments. Every change that the function makes to
+    them survives: running statistics, random counters, caches, new attributes. Variables keep their dtypes, random bits
+    do not change, layers need no ``dtype``.
 
-    NNX opens no name scopes, so each method of a module runs in one here, named by its path in the module that was
-    passed, such as ``layers/0/attention``. Rules and the patterns of a ``PolicyMap`` are matched on these.
+    NNX opens no name scopes, so autocast runs each method of a module in one, named by its path in the passed module,
+    such as ``layers/0/attention``. Rules and ``PolicyMap`` patterns match these scopes.
 
     Args:
-        fn: A function of modules and any other arguments; a module, a bound method of one or a ``functools.partial``
-            stands for the function that is left when the module is given.
-        policy: As for ``autocast``; patterns are matched on paths of modules.
+        fn: A function of modules and any other arguments; a module, a bound method or a ``functools.partial`` works
+            too, with the module already bound.
+        policy: As for ``autocast``; patterns match module paths.
         rules: As for ``autocast``.
         ops: As for ``autocast``.
         dot: As for ``autocast``.
@@ -53,10 +53,10 @@ def autocast(
         residuals: As for ``autocast``.
 
     Returns:
-        A function with the signature of ``fn``. It can be given to ``nnx.jit``, ``nnx.value_and_grad`` and the like.
+        A function with the signature of ``fn``, for use in ``nnx.jit``, ``nnx.value_and_grad`` and the like.
 
     Raises:
-        InvalidRuleError: As ``autocast``, and so for the other errors.
+        InvalidRuleError: As ``autocast``; other errors likewise.
 
     Example:
         >>> from flax import nnx
@@ -74,7 +74,7 @@ def autocast(
         (dtype('float32'), dtype('float32'), dtype('float32'), True)
 
     References:
-        ``torch.autocast``. State crosses as in ``nnx.jit``: flax.readthedocs.io, "NNX graph".
+        ``torch.autocast``. State is passed as in ``nnx.jit``: flax.readthedocs.io, "NNX graph".
     """
     function, first = unbound(fn, "nnx.autocast")
     settings = settings_from(policy, rules=rules, ops=ops, dot=dot, accumulation_dtype=accumulation_dtype)
@@ -95,9 +95,9 @@ def explain(
     dot: Callable[..., Any] | None = None,
     accumulation_dtype: Any = None,
 ) -> Callable[..., Explanation]:
-    """Tells what ``nnx.autocast`` does to every equation of a function of modules: ``jmp.explain`` for NNX.
+    """Explains what ``nnx.autocast`` does to every equation of a function of modules: ``jmp.explain`` for NNX.
 
-    Nothing is computed, and the modules stay as they are. Scopes are the paths of modules.
+    Computes nothing and does not change the modules. Scopes are module paths.
 
     Args:
         fn: As for ``nnx.autocast``.
@@ -111,7 +111,7 @@ def explain(
         A function with the arguments of ``fn`` that returns an ``Explanation``.
 
     Raises:
-        InvalidRuleError: As ``autocast``, and so for the other errors.
+        InvalidRuleError: As ``autocast``; other errors likewise.
 
     Example:
         >>> from flax import nnx

@@ -31,16 +31,16 @@ def scaled_value_and_grad(
 ) -> Callable[..., Any]:
     """Like ``nnx.value_and_grad``, for the loss times the current loss scale.
 
-    Whatever the function does to its modules stays: running statistics, random counts, caches. The value is the true
-    loss, unscaled and in float32; the gradients are still scaled, in the form that ``optimizer.update(model, grads)``
-    takes. Make the gradient inside of the jitted step, from the optimizer that the step is given: the scale of one from
-    outside would be a constant of the program.
+    Every change that the function makes to its modules survives: running statistics, random counts, caches. The value
+    is the true loss, unscaled and in float32; the gradients are still scaled, in the form that
+    ``optimizer.update(model, grads)`` takes. Call it inside the jitted step, with the step's optimizer: the scale of an
+    optimizer from outside would become a constant.
 
     Args:
         fn: A function of modules and any other arguments. Returns a real floating-point scalar, or ``(scalar, aux)``
             with ``has_aux``.
-        argnums: Which positional arguments to differentiate: of modules the ``nnx.Param`` variables, or those that an
-            ``nnx.DiffState`` chooses.
+        argnums: Which positional arguments to differentiate: in modules the ``nnx.Param`` variables, or those that an
+            ``nnx.DiffState`` selects.
         has_aux: Whether ``fn`` returns auxiliary output.
         loss_scale: A loss scale or anything that holds one, such as an ``nnx.Optimizer`` around ``loss_scaled``.
         name: A path segment of the loss scale to use, if there are several.
@@ -84,7 +84,7 @@ def scaled_value_and_grad(
 
 
 def _check(fn: Callable[..., Any], caller: str) -> None:
-    """Raises, in the name of the caller, for what is not a function of modules."""
+    """Raises an error that names the caller if ``fn`` is not a function of modules."""
     check_function(fn, caller)
     whole = fn
     while isinstance(whole, functools.partial):
@@ -99,7 +99,7 @@ def _check(fn: Callable[..., Any], caller: str) -> None:
 
 
 def _from_the_front(args: tuple[Any, ...], argnums: Argnums) -> Argnums:
-    """The same arguments, counted from the front, with filters as they are."""
+    """Counts ``argnums`` from the front, and leaves filters unchanged."""
     chosen = argnums if isinstance(argnums, Sequence) else (argnums,)
     positions = positions_among(args, [_position(argnum) for argnum in chosen])
     counted = tuple(
@@ -123,17 +123,17 @@ def accumulate_gradients(
 ) -> Callable[..., Any]:
     """Like ``jmp_lite.accumulate_gradients``, for functions of NNX modules.
 
-    The state of the modules goes from microbatch to microbatch: statistics move and random counts advance once for
-    each. With ``"skip_microbatch"`` what a microbatch that is left out did to them is undone.
+    Module state carries over from microbatch to microbatch: each one updates statistics and advances random counts.
+    ``"skip_microbatch"`` undoes the changes of a skipped microbatch.
 
     Args:
-        fn: As for ``nnx.scaled_value_and_grad``; returns the mean loss of the rows that it is given.
+        fn: As for ``nnx.scaled_value_and_grad``; returns the mean loss of its rows.
         num_microbatches: How many microbatches to split the batch into.
         argnums: As for ``nnx.scaled_value_and_grad``.
         has_aux: Whether ``fn`` returns auxiliary output, a tree of arrays.
         loss_scale: As for ``nnx.scaled_value_and_grad``.
-        batch_argnums: Which positional arguments to split; the default is all that hold no modules and are not
-            differentiated.
+        batch_argnums: Which positional arguments to split; the default is every non-differentiated argument without
+            modules.
         on_nonfinite: As for ``jmp_lite.accumulate_gradients``.
         axis_name: As for ``jmp_lite.accumulate_gradients``.
         name: A path segment of the loss scale to use, if there are several.
@@ -143,9 +143,9 @@ def accumulate_gradients(
         are in the form that ``optimizer.update(model, grads)`` takes.
 
     Raises:
-        InvalidMicrobatchError: If a setting means nothing, or the batch cannot be split so.
-        InvalidFunctionError: If ``fn`` does not return what it should, adds variables to a module, or takes some away,
-            which a loop cannot carry.
+        InvalidMicrobatchError: If a setting is invalid, or the batch cannot be split this way.
+        InvalidFunctionError: If ``fn`` does not return what it should, or adds or removes variables of a module, which
+            a loop cannot carry.
 
     Example:
         >>> from flax import nnx

@@ -1,4 +1,4 @@
-"""What autocast asks of NNX: which values have an identity, and classes whose methods do something more."""
+"""What autocast needs from NNX: values with an identity, and classes with wrapped methods."""
 
 import functools
 import inspect
@@ -19,7 +19,7 @@ def is_node(value: Any) -> bool:
 
 
 def is_leaf(value: Any) -> bool:
-    """Whether a value is not to be looked into as a pytree."""
+    """Whether to treat a value as a leaf of a pytree."""
     return is_node(value) or isinstance(value, Opaque)
 
 
@@ -31,7 +31,7 @@ def objects(nodes: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
 def unbound(fn: Callable[..., Any], caller: str) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """Splits a module, a bound method of one, or a partial function, into a function and its first arguments.
 
-    Raises, in the name of the caller, for what is not a function.
+    Raises an error that names the caller if it is not a function.
     """
     check_function(fn, caller)
     if isinstance(fn, functools.partial):

@@ -14,19 +14,18 @@ from jmp_lite.nnx._modules import is_leaf, is_node, unbound, wraps
 def with_policy(fn: Callable[..., Any], policy: str | Policy | PolicyMap) -> Callable[..., Any]:
     """Wraps a function of NNX modules: ``nnx.autocast`` inside, results in the output dtype.
 
-    The function runs as under ``nnx.autocast``, and its floating results are cast to the output dtype of the policy,
-    that of the default for a map. Whatever it does to its modules stays, in the dtypes that it gives: running
-    statistics, random counts, caches. Modules and variables among the results are not cast. Gradients have the dtype of
-    the parameters. A compute dtype of float32 or more leaves the function as it is written.
+    The function runs as under ``nnx.autocast``, and its floating results are cast to the output dtype of the policy
+    (for a map, of its default). Every change that it makes to its modules survives, in the dtypes that the function
+    gives: running statistics, random counts, caches. Modules and variables in the results are not cast. Gradients have
+    the dtype of the parameters. With a compute dtype of float32 or wider, the function runs as written.
 
     Args:
-        fn: A function of modules and any other arguments, usually ``fn(model, *args)``; a module, a bound method of one
-            or a ``functools.partial`` stands for the function that is left when the module is given.
-        policy: A policy, a policy string or a map, whose paths are those inside the module that is passed, such as
-            ``layers/0/attention``.
+        fn: A function of modules and any other arguments, usually ``fn(model, *args)``; a module, a bound method or a
+            ``functools.partial`` works too, with the module already bound.
+        policy: A policy, a policy string or a map, with paths inside the passed module, such as ``layers/0/attention``.
 
     Returns:
-        A function with the signature of ``fn``. It can be given to ``nnx.jit``, ``nnx.value_and_grad`` and the like.
+        A function with the signature of ``fn``, for use in ``nnx.jit``, ``nnx.value_and_grad`` and the like.
 
     Raises:
         InvalidFunctionError: If ``fn`` cannot be called.

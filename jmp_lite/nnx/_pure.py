@@ -23,16 +23,16 @@ def call_pure(
     *,
     around: Callable[[list[Any]], contextlib.AbstractContextManager[Any]],
 ) -> Any:
-    """Calls a transformed function of modules; what the function does to the modules is done to those given.
+    """Calls a transformed function of modules and applies its changes to the given modules.
 
-    Where it does nothing to them nothing is written, so that they may come from outside a trace.
+    Unchanged modules are not written, so they may come from outside a trace.
 
     Args:
         fn: A function of modules and any other arguments.
-        transform: Takes a pure function of pytrees, and returns one that is called in its place.
+        transform: Maps a pure function of pytrees to the one to call instead.
         args: Positional arguments of ``fn``.
         kwargs: Keyword arguments of ``fn``.
-        around: Makes a context, from the modules that ``fn`` is called with, for it to run in.
+        around: Makes a context from the modules, in which ``fn`` runs.
 
     Raises:
         InvalidFunctionError: If a variable lives in a mutable array.

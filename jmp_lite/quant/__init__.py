@@ -1,4 +1,4 @@
-"""Below 16 bits: matmuls of float8 and int8 operands, and weights held in 8 or 4 bits."""
+"""Below 16 bits: matmuls of float8 and int8 operands, and weights stored in 8 or 4 bits."""
 
 from jmp_lite.quant._array import QuantizedArray as QuantizedArray
 from jmp_lite.quant._array import dequantize_tree as dequantize_tree

@@ -1,4 +1,4 @@
-"""Weights held in 8 or 4 bits: one array of a tree, or all that matter."""
+"""Weights stored in 8 or 4 bits: one array, or all kernels of a tree."""
 
 import dataclasses
 import math
@@ -33,25 +33,25 @@ Axes = Sequence[int] | Callable[[str, Any], Sequence[int] | None] | Any
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class QuantizedArray(Opaque):
-    """An array held as numbers of 8 or 4 bits and float32 scales: a weight that a layer takes as it is.
+    """An array stored as 8-bit or 4-bit numbers and float32 scales: a weight that layers accept unchanged.
 
-    It is a pytree with two children, ``values`` and ``scale``, and stands where an array stood: in parameters of Linen
-    and Haiku, in variables of NNX, in modules of Equinox, in checkpoints. Functions of ``jax.numpy``, matmuls
-    (``x @ w``, ``w * x``) and indexing take it for the array that it stands for, ``values * scale``; casts of policies
-    leave it alone. It has no gradient: it is for inference.
+    It is a pytree with two children, ``values`` and ``scale``, and replaces an array in Linen and Haiku parameters, NNX
+    variables, Equinox modules and checkpoints. Functions of ``jax.numpy``, operators (``x @ w``, ``w * x``) and
+    indexing treat it as the array ``values * scale``; policy casts leave it alone. It has no gradient: use it for
+    inference.
 
-    Layers of Linen and NNX take it (not ``WeightNorm`` and ``SpectralNorm``, which take a kernel apart), and so do
-    those of Equinox and Haiku but for convolutions, which hand their kernel straight to ``lax``. Functions of
-    ``jax.lax`` raise an error of JAX that speaks of ``__jax_array__``: use ``dequantize_tree`` inside the function. A
-    loop takes slices of values and scales: one scale for all layers of a stack cannot be sliced, so let ``axes=`` leave
-    out the first axis, as it does by default.
+    Linen and NNX layers accept it (except ``WeightNorm`` and ``SpectralNorm``, which decompose a kernel), and so do
+    Equinox and Haiku layers except convolutions, which pass their kernel straight to ``lax``. Functions of ``jax.lax``
+    raise a JAX error that mentions ``__jax_array__``: call ``dequantize_tree`` inside the function. A loop slices
+    values and scales: it cannot slice one scale for all layers of a stack, so leave the first axis out of ``axes=``, as
+    the default does.
 
     Args:
         values: ``int8``, ``float8_e4m3fn``, ``float8_e5m2``, ``int4`` or ``float4_e2m1fn`` of any shape.
-        scale: ``float32`` of the same rank, with the size 1 along axes that share a scale, and the number of tiles
-            along axes with tiles. Both are split, stacked and sharded like any other array: a leading axis of stacked
-            layers is one of the scale too.
-        dtype: Floating dtype that it stands for.
+        scale: ``float32`` of the same rank, with size 1 along axes that share a scale, and the number of tiles along
+            axes with tiles. Split, stack and shard both like any other array: a leading axis of stacked layers is also
+            an axis of the scale.
+        dtype: Dtype of the dequantized array.
 
     Example:
         >>> w = jmp.quant.quantize_array(jnp.array([[64.0, 254.0], [-127.0, 128.0]]), axes=[0])
@@ -65,7 +65,7 @@ class QuantizedArray(Opaque):
 
     References:
         Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",
-        arXiv:1712.05877, with zero point 0. ``QArray`` of qwix and ``QTensor`` of AQT are the same idea.
+        arXiv:1712.05877, with zero point 0. qwix's ``QArray`` and AQT's ``QTensor`` are the same idea.
     """
 
     values: Any
@@ -78,7 +78,7 @@ class QuantizedArray(Opaque):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the array that it stands for."""
+        """Shape of the dequantized array."""
         return tuple(self.values.shape)
 
     @property
@@ -93,15 +93,15 @@ class QuantizedArray(Opaque):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of values and scales together; two numbers of 4 bits are one byte, as in files and on accelerators."""
+        """Bytes of values and scales together; two 4-bit numbers take one byte, as in files and on accelerators."""
         return _nbytes(self.values) + _nbytes(self.scale)
 
     def dequantize(self, dtype: Any = None) -> jax.Array:
-        """Returns ``values * scale``, computed in float32, in ``dtype`` or else in its own."""
+        """Returns ``values * scale``, computed in float32, in ``dtype`` or else in the array's dtype."""
         return dequantize(self.values, self.scale, self.dtype if dtype is None else dtype)
 
     def astype(self, dtype: Any) -> jax.Array:
-        """Returns the array that it stands for in another dtype, as an ordinary array."""
+        """Returns the dequantized array in another dtype."""
         return self.dequantize(dtype)
 
     def __jax_array__(self) -> jax.Array:
@@ -189,7 +189,7 @@ def _from_state_dict(array: QuantizedArray, state: Any) -> QuantizedArray:
 
 
 def _shared_axes(axes: Sequence[int] | None, ndim: int, name: str) -> tuple[int, ...]:
-    """Numbers of axes from 0 on."""
+    """Axis numbers, counted from 0."""
     if axes is None:
         return tuple(range(ndim))
     try:
@@ -205,7 +205,7 @@ def _shared_axes(axes: Sequence[int] | None, ndim: int, name: str) -> tuple[int,
 
 
 def _checked_spec(dtype: Any) -> QuantSpec:
-    """What a format, or a spec, asks of an array."""
+    """The checked spec for a format or a spec."""
     spec = dtype if isinstance(dtype, QuantSpec) else QuantSpec(dtype, "channel")
     if spec.stochastic:
         raise InvalidRecipeError(
@@ -238,20 +238,19 @@ def _quantize(name: str, x: Any, spec: QuantSpec, axes: Sequence[int] | None) ->
 
 
 def quantize_array(x: Any, dtype: Any = jnp.int8, axes: Sequence[int] | None = None) -> QuantizedArray:
-    """Quantizes one array, to nearest, with the largest magnitude as the largest number of the format.
+    """Quantizes one array to nearest; its largest magnitude becomes the largest number of the format.
 
     Args:
         x: Floating array of any shape.
-        dtype: ``int8``, ``float8_e4m3fn`` (``"e4m3"``) or ``float8_e5m2`` (``"e5m2"``); or a ``QuantSpec``, such as
-            that of the kernels in a recipe (``FP8.rhs``, ``W4A16.rhs``), whose ``margin``, ``pow2`` and ``tile`` count
-            too.
+        dtype: ``int8``, ``float8_e4m3fn`` (``"e4m3"``) or ``float8_e5m2`` (``"e5m2"``); or a ``QuantSpec``, such as a
+            recipe's kernel spec (``FP8.rhs``, ``W4A16.rhs``), including its ``margin``, ``pow2`` and ``tile``.
         axes: Axes that share a scale; ``None`` for all of them, one scale for the whole array.
 
     Returns:
         A ``QuantizedArray`` of the shape of ``x``; its scale has size 1 along ``axes``.
 
     Raises:
-        InvalidRecipeError: If the format is another, ``x`` is not a floating array, an axis does not exist, or tiles do
+        InvalidRecipeError: If the format is unknown, ``x`` is not a floating array, an axis does not exist, or tiles do
             not divide it.
 
     Example:
@@ -304,30 +303,29 @@ def _listed(axes: Axes, treedef: Any) -> list[Axes]:
 def quantize_tree(
     params: T, dtype: Any = jnp.int8, *, where: Callable[[str, Any], bool] = _is_kernel, axes: Axes = _inner
 ) -> T:
-    """Quantizes the weights of a trained model: what stands in the tree afterwards needs a quarter of the bytes.
+    """Quantizes the weights of a trained model: in 8 bits they take a quarter of the float32 bytes.
 
     Args:
         params: Parameters of any framework: dicts, ``FrozenDict``, ``nnx.State``, modules of Equinox.
-        dtype: ``int8``, ``float8_e4m3fn`` (``"e4m3"``) or ``float8_e5m2`` (``"e5m2"``); or a ``QuantSpec``, such as
-            that of the kernels in a recipe (``FP8.rhs``, ``W4A16.rhs``), whose ``margin``, ``pow2`` and ``tile`` count
-            too.
+        dtype: ``int8``, ``float8_e4m3fn`` (``"e4m3"``) or ``float8_e5m2`` (``"e5m2"``); or a ``QuantSpec``, such as a
+            recipe's kernel spec (``FP8.rhs``, ``W4A16.rhs``), including its ``margin``, ``pow2`` and ``tile``.
         where: ``where(path, leaf)`` chooses leaves by path (``decoder/layers_3/kernel``) and by leaf. By default
             floating arrays of two or more axes that are not called ``bias``, ``b``, ``scale`` or ``offset`` and whose
-            path has no ``embed`` in it, in any case: kernels, but neither biases, nor scales of norms, nor embedding
-            tables. A table is looked up, not multiplied, and with one scale
-            per feature its rare rows would be rounded to the grid of the largest; give it ``axes=[1]``, one per row.
-        axes: Axes that share a scale: what ``contracted_axes(fun)(params, *args)`` finds in the program, a tree like
-            the parameters, in which leaves that no matmul takes (``None``) are left alone. Or numbers of axes as for
-            ``quantize_array``, or ``axes(path, leaf)``, which returns these. By default the inputs of a kernel of two
-            axes (inputs, outputs), and of larger ones all axes but the first and the last, so that experts and stacked
-            layers have their own scales; all for a spec of granularity ``"tensor"``.
+            path does not contain ``embed``, ignoring case: kernels, but not biases, norm scales or embedding tables. A
+            table is looked up, not multiplied, and one scale per feature would round its rare rows to the grid of the
+            largest; pass ``axes=[1]`` for one scale per row.
+        axes: Axes that share a scale: the result of ``contracted_axes(fun)(params, *args)``, a tree like the
+            parameters, whose ``None`` leaves (not used in a matmul) stay unquantized. Or axis numbers as for
+            ``quantize_array``, or ``axes(path, leaf)``, which returns them. The default is the input axis of a kernel
+            with two axes (inputs, outputs), and all axes but the first and the last of larger ones, so experts and
+            stacked layers have their own scales; all axes for a spec of granularity ``"tensor"``.
 
     Returns:
         The tree with a ``QuantizedArray`` in place of each chosen leaf.
 
     Raises:
-        InvalidRecipeError: If the format is another, or a chosen leaf is not a floating array, quantized already, or
-            lacks one of the axes, or is not divided by its tiles.
+        InvalidRecipeError: If the format is unknown, or a chosen leaf is not a floating array, is already quantized,
+            lacks one of the axes, or its tiles do not divide it.
 
     Example:
         >>> params = {"embed": jnp.ones((9, 4)), "dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
@@ -355,11 +353,11 @@ def quantize_tree(
 
 
 def dequantize_tree(tree: T, dtype: Any = None) -> T:
-    """Puts ordinary arrays in place of quantized ones.
+    """Replaces quantized arrays with ordinary ones.
 
     Args:
         tree: Any pytree.
-        dtype: Floating dtype of these arrays; by default the one that each had before it was quantized.
+        dtype: Floating dtype of the arrays; by default the dtype of each before quantization.
 
     Returns:
         The tree; all other leaves are the same objects.
@@ -379,13 +377,13 @@ def dequantize_tree(tree: T, dtype: Any = None) -> T:
 
 
 def nbytes(tree: T) -> T:
-    """Returns how many bytes each leaf holds: a quantized array its numbers and scales, two of 4 bits in a byte.
+    """Returns the bytes of each leaf; a quantized array counts its numbers, two 4-bit ones per byte, and its scales.
 
     Args:
         tree: Any pytree, of arrays or ``jax.ShapeDtypeStruct``.
 
     Returns:
-        The tree with an ``int`` in place of each array, quantized or not, and ``None`` in that of other leaves.
+        The tree with an ``int`` in place of each array, quantized or not, and ``None`` in place of other leaves.
 
     Example:
         >>> params = {"kernel": jnp.ones((128, 8)), "bias": jnp.zeros(8)}

@@ -1,7 +1,7 @@
-"""Which axes of each weight matmuls add up over, found in the program.
+"""Finds the contracted axes of each weight in the program.
 
-A weight is followed through casts, moves, and whatever else is done to weights alone, until a matmul takes it. Each
-axis on the way is held as atoms: pieces of axes of the weight, which reshapes merge and split.
+The search follows a weight through casts, moves, and any other operation on weights only, until a matmul uses it. Each
+axis on the way is a list of atoms: pieces of the weight's axes, which reshapes merge and split.
 """
 
 import functools
@@ -35,20 +35,20 @@ Sources = Mapping[int, Dims]
 
 
 def contracted_axes(fun: Callable[..., Any]) -> Callable[..., Any]:
-    """Finds which axes of each parameter the matmuls of a function add up over.
+    """Finds the axes of each parameter that the matmuls of a function contract.
 
-    Found are matmuls of matrices, of experts (``ragged_dot``), and convolutions, inside of loops, branches and
-    functions with their own rules, of weights that were cast, transposed, reshaped, cut, stacked, scaled or summed
-    before. A weight that is looked up is not contracted; one that is looked up and multiplied, as tied embeddings are,
-    is contracted as it is multiplied. One that several matmuls take is contracted over the axes of all of them.
+    It finds matmuls, expert matmuls (``ragged_dot``) and convolutions, inside loops, branches and custom derivative
+    rules, even if weights are cast, transposed, reshaped, sliced, stacked, scaled or summed first. A lookup does not
+    contract a weight; a weight that is looked up and multiplied, such as tied embeddings, counts as in its matmul. A
+    weight in several matmuls is contracted over the axes of all of them.
 
     Args:
         fun: Function of parameters and other arguments, such as ``model.apply``.
 
     Returns:
         A function of the same arguments, which may be ``jax.ShapeDtypeStruct``. It computes nothing, and returns a tree
-        like the first argument: for each array the numbers of these axes, or ``None`` if no matmul takes it. This is
-        what ``quantize_tree(axes=)`` and ``optim.prune(nm=, axes=)`` take.
+        like the first argument: for each array the numbers of these axes, or ``None`` if no matmul uses it. Pass it to
+        ``quantize_tree(axes=)`` and ``optim.prune(nm=, axes=)``.
 
     Raises:
         InvalidFunctionError: If ``fun`` is not a function.
@@ -199,7 +199,7 @@ PRODUCTS: Mapping[str, Callable[[Equation], tuple[Sequence[int], ...]]] = {
 
 
 class Search:
-    """Follows weights through programs, and notes over which of their axes matmuls add up."""
+    """Follows weights through programs, and records the axes that matmuls contract."""
 
     def __init__(self, found: dict[int, set[int]]) -> None:
         self.found = found

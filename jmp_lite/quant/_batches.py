@@ -1,4 +1,4 @@
-"""Data to look at: some batches of arguments."""
+"""Calibration data: batches of arguments."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -13,8 +13,8 @@ def checked(batches: Iterable[Sequence[Any]], caller: str, params: Any = ()) -> 
     """Yields batches of arguments, for parameters that are given once.
 
     Raises:
-        InvalidRecipeError: If there are none, one is not a tuple or list, or JAX is tracing, so that there are no
-            numbers.
+        InvalidRecipeError: If there are no batches, one is not a tuple or list, or JAX is tracing, so they have no
+            values.
     """
     batch = None
     for batch in batches:

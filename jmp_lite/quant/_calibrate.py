@@ -1,4 +1,4 @@
-"""Calibration: scales that are fixed by data, matmul by matmul."""
+"""Calibration: fixes the scales of each matmul from data."""
 
 import dataclasses
 import functools
@@ -28,29 +28,29 @@ def calibrate(
     method: str = "absmax",
     percentile: float = 99.99,
 ) -> DotRecipe:
-    """Finds, for every matmul, which magnitudes its operands have on some data, and fixes its scales.
+    """Measures the operand magnitudes of every matmul on data, and fixes its scales.
 
-    Operands with one scale for the whole array get one that all batches ask for; those with one per channel keep
-    looking at themselves. Matmuls of one name scope, and all iterations of a loop, share a scale. Outside
-    of ``autocast`` nothing tells matmuls apart, and all share one.
+    An operand with one scale per array gets a fixed scale that covers all batches; one with per-channel scales still
+    computes them at run time. Matmuls in one name scope, and all iterations of a loop, share a scale. Outside
+    ``autocast`` all matmuls share one, because nothing tells them apart.
 
     Args:
-        make: Makes the function to be watched, of the recipe to use in it. For scales of cotangents it makes a function
-            that takes gradients.
+        make: Builds the function to calibrate from the recipe to use in it. To calibrate cotangents, build one that
+            computes gradients.
         recipe: The recipe to calibrate, or its name.
         batches: Positional arguments of the function, once per batch.
-        method: What a scale has room for. ``"absmax"``: the largest magnitude. ``"percentile"``: that of the
-            percentile, so that outliers are cut off. ``"mse"``: the magnitude that makes the mean squared error least,
-            of rounding and cutting off together. The last two are for int8: in float8 what is cut off becomes NaN.
-        percentile: For ``"percentile"``, in percent of all numbers that are not zero.
+        method: Which magnitude sets the scale. ``"absmax"``: the largest. ``"percentile"``: the percentile, which clips
+            outliers. ``"mse"``: the one with the least mean squared error of rounding and clipping together. The last
+            two are for int8: in float8 clipped values become NaN.
+        percentile: For ``"percentile"``, in percent of all nonzero numbers.
 
     Returns:
-        The recipe with fixed scales, for the same function. Matmuls that no batch reached look at their operands, as
-        without calibration.
+        The recipe with fixed scales, for the same function. Matmuls that no batch reached compute their scales at run
+        time, as without calibration.
 
     Raises:
-        InvalidRecipeError: If there are no batches, no matmul used the recipe, it has one scale per channel
-            throughout, something that was seen is not finite, or the method is another or none for the format.
+        InvalidRecipeError: If there are no batches, no matmul used the recipe, it has only per-channel scales, the data
+            gives a non-finite operand, or the method is unknown or does not suit the format.
 
     Example:
         >>> def make(dot):
@@ -63,8 +63,8 @@ def calibrate(
         [[16. 16. 16.]]
 
     References:
-        Wu et al., "Integer Quantization for Deep Learning Inference", arXiv:2004.09602, for the three methods;
-        theirs for the least error are entropy and mean squared error.
+        Wu et al., "Integer Quantization for Deep Learning Inference", arXiv:2004.09602, for the three methods; its
+        least-error methods use entropy and mean squared error.
     """
     chosen = get_recipe(recipe)
     _check(chosen, method, percentile)
@@ -109,7 +109,7 @@ def _is_fixed(spec: Any) -> bool:
 
 
 def _fixed(recipe: DotRecipe, scope: str, journal: "_Journal") -> DotRecipe:
-    """The recipe with the scales that were found in one scope."""
+    """The recipe with the scales measured in one scope."""
     found = {s: journal.method.amax(seen, getattr(recipe, s)) for s, seen in journal.seen[scope].items()}
     strange = [f"{side} has {amax}" for side, amax in found.items() if not math.isfinite(amax)]
     if strange:
@@ -148,7 +148,7 @@ def _upper_ends() -> Any:
 
 
 class _Percentile(_AbsMax):
-    """Counts magnitudes, and takes the least that a share of them does not exceed."""
+    """Builds a histogram of magnitudes, and returns the percentile."""
 
     def measured(self, x: Any) -> Any:
         bits = lax.bitcast_convert_type(jnp.abs(x).astype(FLOAT32), jnp.uint32)
@@ -170,7 +170,7 @@ class _Percentile(_AbsMax):
 
 
 class _LeastError(_Percentile):
-    """Counts magnitudes, and takes the one for which rounding and cutting off have the least squared error."""
+    """Builds a histogram of magnitudes, and returns the one with the least squared error of rounding and clipping."""
 
     def least(self, counts: Any, ends: Any, spec: QuantSpec) -> float:
         counts, ends = counts[counts > 0], ends[counts > 0]
@@ -192,7 +192,7 @@ _METHODS: Mapping[str, type[_AbsMax]] = {"absmax": _AbsMax, "percentile": _Perce
 
 
 class _Journal:
-    """What was measured, by scope and side. Equal to itself alone, so that nothing compiled for another one is used."""
+    """Measurements by scope and side. Equal only to itself, so JAX reuses no program compiled for another journal."""
 
     def __init__(self, method: _AbsMax) -> None:
         self.method = method
@@ -225,7 +225,7 @@ class _Watching(DotRecipe):
 
 @dataclasses.dataclass(frozen=True)
 class _Watched(QuantSpec):
-    """A spec that tells what it is given."""
+    """A spec that records its operands."""
 
     journal: Any = dataclasses.field(default=None, kw_only=True, repr=False)
     place: tuple[str, str] = dataclasses.field(default=("", ""), kw_only=True, repr=False)

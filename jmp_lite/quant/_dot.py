@@ -1,4 +1,4 @@
-"""``lax.dot_general`` on operands of 8 bits, with gradients."""
+"""``lax.dot_general`` on 8-bit operands, with gradients."""
 
 import functools
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from jmp_lite.quant._tiles import both_rounded, narrowest, tiled_product
 
 
 class Call(NamedTuple):
-    """All of a matmul but its operands."""
+    """Everything about a matmul except its operands."""
 
     dims: Dimensions
     specs: Specs
@@ -60,14 +60,14 @@ def _as_wide(x: Any, is_kept: bool, dtype: DType) -> Any:
 
 
 def _varying_alike(*arrays: Any) -> list[Any]:
-    """Makes arrays vary along the same axes of a ``shard_map``, so that gradients of copies are added up outside."""
+    """Makes arrays vary along the same axes of a ``shard_map``, so that gradients of replicas are summed outside."""
     axes = frozenset[Any]().union(*map(varying_axes, arrays))
     missing = [tuple(sorted(axes - varying_axes(x))) for x in arrays]
     return [lax.pcast(x, m, to="varying") if m else x for x, m in zip(arrays, missing, strict=True)]
 
 
 class _Multiplied(NamedTuple):
-    """A matmul, and what its derivative is made of."""
+    """A matmul, and the residuals of its derivative."""
 
     result: Any
     lhs: Quantized
@@ -95,7 +95,7 @@ def _multiply(lhs: Any, rhs: Any, call: Call) -> _Multiplied:
 
 
 def _multiply_tiles(lhs: Any, rhs: Any, call: Call) -> _Multiplied:
-    """The tiles of a backward matmul lie along other axes, so it is made of the operands themselves."""
+    """The tiles of a backward matmul lie along other axes, so it uses the unquantized operands."""
     specs: Any = (call.specs.spec(0), call.specs.spec(1))
     params = {"axis_name": call.specs.axis_name, "precision": call.precision, "out_sharding": call.out_sharding}
     if call.specs.of_gradients is None:

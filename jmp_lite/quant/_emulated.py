@@ -1,8 +1,7 @@
-"""Convolutions, and matmuls of ragged groups, of what 8-bit numbers stand for: their accuracy, not their speed.
+"""Convolutions and ragged matmuls of dequantized operands: the accuracy of 8 bits, not the speed.
 
-Convolutions of 8-bit arrays are fast on few devices and absent on many, and so are matmuls of ragged groups; to write
-them as matmuls costs copies. So the operands are quantized, and multiplied in the dtype they came in. What is
-kept for the backward pass are 8 bits.
+Few devices have fast 8-bit convolutions or ragged matmuls, many have none, and rewriting them as matmuls costs copies.
+So the operands are quantized, dequantized, and multiplied in their dtype. The residuals are 8-bit.
 """
 
 import functools
@@ -24,7 +23,7 @@ Axes = tuple[int, ...]
 
 
 class _Call(NamedTuple):
-    """All of a bilinear function but its operands."""
+    """Everything about a bilinear function except its operands."""
 
     function: Any
     """``lax.conv_general_dilated`` or ``lax.ragged_dot_general``."""
@@ -40,7 +39,7 @@ class _Call(NamedTuple):
     """The axis of the right operand along which each array has its own scales."""
 
     def multiply(self, lhs: Any, rhs: Any, sizes: tuple[Any, ...]) -> Any:
-        """Multiplies two arrays of the dtype of the result."""
+        """Multiplies two arrays that have the dtype of the result."""
         return self.function(lhs, rhs, *sizes, **dict(self.params))
 
     def of_bits(self, x: Any, other: Quantized, sizes: tuple[Any, ...], side: int) -> Any:
@@ -146,7 +145,7 @@ def _emulated_jvp(call: _Call, primals: Any, tangents: Any) -> tuple[Any, Any]:
     terms = []
     for side, (tangent, other) in enumerate(zip(tangents[:2], (right, left), strict=True)):
         if not isinstance(tangent, SymbolicZero):
-            # What is kept are 8-bit numbers; the backward pass dequantizes them again.
+            # Residuals are 8-bit numbers; the backward pass dequantizes them again.
             of_tangent = jax.checkpoint(functools.partial(call.of_bits, side=side))
             terms.append(of_tangent(tangent.astype(call.dtype), other, sizes))
     total = functools.reduce(lax.add, terms) if terms else jnp.zeros_like(out)

@@ -1,4 +1,4 @@
-"""Fake quantization: rounding that gradients pass."""
+"""Fake quantization: rounding with a straight-through gradient."""
 
 import functools
 import math
@@ -14,12 +14,12 @@ from jmp_lite.quant._scale import checked_format, dequantize, largest, quantize
 
 
 def fake_quant(x: Any, scale: Any, dtype: Any = jnp.int8) -> jax.Array:
-    """Rounds an array to what 8 bits and a scale can hold, with gradients for both.
+    """Rounds an array to an 8-bit format and a scale, with gradients for both.
 
     Args:
         x: Floating array.
-        scale: ``float32``; a scalar, or of the rank of ``x`` with the size 1 along axes that share a scale. Learned
-            like any parameter (LSQ), or made by ``absmax_scale``, in which case nothing is clipped.
+        scale: ``float32``; a scalar, or of the rank of ``x`` with size 1 along axes that share a scale. Learn it like
+            any parameter (LSQ), or compute it with ``absmax_scale``, which clips nothing.
         dtype: ``int8``, ``float8_e4m3fn`` or ``float8_e5m2``.
 
     Returns:
@@ -28,7 +28,7 @@ def fake_quant(x: Any, scale: Any, dtype: Any = jnp.int8) -> jax.Array:
         divided by the root of the number of elements per scale times the largest number.
 
     Raises:
-        InvalidRecipeError: If the format is another, or the shapes do not fit.
+        InvalidRecipeError: If the format is unknown, or the shapes do not match.
 
     Example:
         >>> x = jnp.array([0.26, -1.0, 300.0])

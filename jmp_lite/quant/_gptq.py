@@ -1,4 +1,4 @@
-"""Weights of few bits whose rounding errors make up for each other, on the activations that they meet."""
+"""Low-bit weights whose rounding errors compensate for each other on given activations."""
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
@@ -26,19 +26,19 @@ _DAMPING = 0.01
 
 
 def gptq(fun: Callable[..., Any], params: T, batches: Iterable[Sequence[Any]], dtype: Any = "int4:tile128") -> T:
-    """Quantizes weights so that the matmuls of a function change least on some data, and not the weights themselves.
+    """Quantizes weights to minimize the change in a function's matmuls on data, rather than in the weights.
 
-    As ``quantize_tree(params, dtype, axes=contracted_axes(fun)(params, ...))`` does, with the same scales. But what
-    each row of a weight loses by rounding is made up for in the rows after it, as far as the activations on them are
-    alike. With 4 bits it is the difference between a model that works and one that does not.
+    It uses the same scales as ``quantize_tree(params, dtype, axes=contracted_axes(fun)(params, ...))``. But the rows
+    after each row of a weight compensate for its rounding error, as far as their activations correlate. With 4 bits
+    this can decide whether a model works.
 
-    Weights that ``smooth`` could smooth are rounded like this. Others that matmuls take are rounded to nearest. All
-    iterations of a loop, and all experts, count as one for what activations are alike.
+    It does so for the weights that ``smooth`` supports. Other matmul weights are rounded to nearest. All iterations of
+    a loop, and all experts, share one correlation of activations.
 
     Args:
         fun: Function of parameters and other arguments, such as ``model.apply``.
         params: Its parameters.
-        batches: Its other arguments, once per batch: a hundred texts or pictures are much.
+        batches: Its other arguments, once per batch: a hundred texts or pictures are plenty.
         dtype: The format, as a ``QuantSpec`` such as ``W4A16.rhs``, its text, or as ``quantize_tree`` takes it.
 
     Returns:
@@ -46,7 +46,7 @@ def gptq(fun: Callable[..., Any], params: T, batches: Iterable[Sequence[Any]], d
 
     Raises:
         InvalidFunctionError: If ``fun`` is not a function.
-        InvalidRecipeError: If there are no batches, the format is another, tiles do not divide a weight, or an
+        InvalidRecipeError: If there are no batches, the format is unknown, tiles do not divide a weight, or an
             activation is not finite.
 
     Example:

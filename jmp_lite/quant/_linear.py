@@ -1,7 +1,7 @@
 """The derivative of a quantized matmul: linear in a tangent, with a transpose that quantizes the cotangent.
 
 It is a primitive so that ``vmap`` acts before transposition: the gradient of a weight is one matmul over the whole
-batch, however that was mapped. What is kept for the backward pass is the other operand, in 8 bits.
+batch, however it was mapped. The residual is the other operand, in 8 bits.
 """
 
 import functools
@@ -45,7 +45,7 @@ def tangent_product(
         dims: Of the matmul.
         specs: The recipe.
         dtype: Of the result.
-        operand_dtype: In which matmuls that are not quantized are computed.
+        operand_dtype: The dtype of matmuls that are not quantized.
         precision: Of matmuls that are not quantized.
         out_sharding: As for ``lax.dot_general``.
     """

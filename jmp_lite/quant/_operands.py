@@ -1,4 +1,4 @@
-"""Operands of matmuls as 8-bit numbers: how large they are, which scale they get."""
+"""Operands of matmuls as 8-bit numbers: their largest magnitudes and their scales."""
 
 import functools
 from typing import Any, NamedTuple, NoReturn
@@ -23,13 +23,13 @@ NAME = "quantized"
 
 
 class Quantized(NamedTuple):
-    """An array as ``values * scale``; the scale is ``float32``, a scalar or with the size 1 along shared axes."""
+    """An array as ``values * scale``; the scale is ``float32``, a scalar or with size 1 along shared axes."""
 
     values: Any
     scale: Any
 
     def dequantized(self, dtype: DType) -> Any:
-        """Returns the numbers that this stands for."""
+        """Returns the dequantized numbers."""
         return dequantize(self.values, self.scale, dtype)
 
 
@@ -49,13 +49,13 @@ def _primitive() -> Any:
 
 
 def _quantize_to_bits(x: Any, scale: Any, *, spec: QuantSpec, mapped: int = 0) -> Any:
-    """Quantizes an array, or along the first ``mapped`` axes several, each as if it were alone."""
+    """Quantizes an array, or several along the first ``mapped`` axes, each separately."""
     bits = counted_bits(_seed(x, mapped), x.shape) if spec.stochastic else None
     return as_bits(rounded(x, spec.dtype, scale, bits, saturates=spec.amax is None))
 
 
 def _seed(x: Any, mapped: int) -> Any:
-    """Made of the bits of an array; a sum of integers, the same in any order."""
+    """Computed from the bits of an array: a sum of integers, the same in any order."""
     bits = lax.bitcast_convert_type(x.astype(FLOAT32), jnp.uint32)
     return jnp.sum(bits, axis=tuple(range(mapped, x.ndim)), keepdims=True, dtype=jnp.uint32)
 
@@ -75,12 +75,12 @@ def _jvp(_primals: Any, _tangents: Any, *, spec: QuantSpec, **_: Any) -> NoRetur
 
 
 def quantized(x: Any, spec: QuantSpec, contracted: tuple[int, ...], axis_name: Any) -> Quantized:
-    """Quantizes an operand of a matmul; policies of ``jax.checkpoint`` find bits and scale under the name ``NAME``.
+    """Quantizes an operand of a matmul; ``jax.checkpoint`` policies see bits and scale under the name ``NAME``.
 
     Args:
         x: Floating array.
         spec: How.
-        contracted: The axes that are added up over.
+        contracted: The contracted axes.
         axis_name: Mapped axes whose devices agree on the scale of a whole tensor.
     """
     spec.observe(x)
@@ -100,7 +100,7 @@ def to_format(x: Any, scale: Any, spec: QuantSpec) -> Any:
 
 
 def refuse_second_derivative(spec: QuantSpec) -> NoReturn:
-    """Raises the error for a derivative of rounding, which nothing asks for that differentiates once."""
+    """Raises the error for a derivative of rounding, which only a second derivative needs."""
     raise SecondDerivativeError(
         f"A matmul with an operand in {spec} was differentiated twice; there is no second derivative. Take second "
         "derivatives of the function without the recipe."
@@ -108,7 +108,7 @@ def refuse_second_derivative(spec: QuantSpec) -> NoReturn:
 
 
 def packed(x: Quantized) -> Quantized:
-    """An operand with its numbers as the bits that hold them, as it is kept for a backward pass."""
+    """An operand with its numbers as bits, which is how residuals store it."""
     return Quantized(as_bits(x.values), x.scale)
 
 
@@ -128,6 +128,6 @@ def prepared(x: Any, spec: QuantSpec | None, contracted: tuple[int, ...], axis_n
 
 
 def result_dtype(lhs: Any, rhs: Any, preferred_element_type: Any) -> DType:
-    """Returns the dtype of a matmul: the one asked for, or else what the operands promote to."""
+    """Returns the dtype of a matmul: the requested one, or the promoted dtype of the operands."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.dtype(preferred_element_type or jnp.promote_types(lhs.dtype, rhs.dtype))

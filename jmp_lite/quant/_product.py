@@ -33,12 +33,12 @@ def scaled_product(
 
     Args:
         lhs: Left operand.
-        rhs: Right operand. Where one of the two is wide, the other is cast to its dtype, which is exact.
+        rhs: Right operand. If one of the two is wide, the other is cast to its dtype, which is exact.
         dims: Of the matmul.
         dtype: Floating dtype of the result.
-        precision: Of the matmul. On NVIDIA GPUs float8 is added up with fewer bits unless it is HIGHEST.
+        precision: Of the matmul. On NVIDIA GPUs float8 accumulates with fewer bits unless it is HIGHEST.
         out_sharding: As for ``lax.dot_general``.
-        has_exact_scales: Whether scales are powers of two; bfloat16 results then need no detour through float32.
+        has_exact_scales: Whether scales are powers of two; bfloat16 results then need no float32 intermediate.
     """
     params = {"dimension_numbers": dims, "precision": precision, "out_sharding": out_sharding}
     left, right = lhs.values, rhs.values
@@ -54,7 +54,7 @@ def scaled_product(
 
 
 def _scaled(result: Any, lhs_scale: Any, rhs_scale: Any, dims: Dimensions, *, is_whole: bool) -> Any:
-    """Applies scales, of sums of integers one after the other: their product may be too small for float32."""
+    """Applies scales, to integer sums one after the other: the product of the scales may underflow float32."""
     if lhs_scale.ndim == rhs_scale.ndim == 0:
         if not is_whole:
             return result * (lhs_scale * rhs_scale).astype(result.dtype)
@@ -66,7 +66,7 @@ def _scaled(result: Any, lhs_scale: Any, rhs_scale: Any, dims: Dimensions, *, is
 
 
 def _along_result(scale: Any, ndim: int, dims: Dimensions, side: int) -> Any:
-    """Gives the scale of an operand, which has the size 1 along contracted axes, the layout of the result."""
+    """Lays out the scale of an operand, of size 1 along contracted axes, like the result."""
     batched, kept = dims.batched[side], dims.kept(side, scale.ndim)
     sizes = [scale.shape[axis] for axis in (*batched, *kept)]
     others = [1] * (ndim - len(sizes))
@@ -77,8 +77,7 @@ def _along_result(scale: Any, ndim: int, dims: Dimensions, side: int) -> Any:
 def folded(cotangent: Any, scale: Any, found: Transposed) -> Any:
     """Multiplies a cotangent by the scales of the other operand along axes that the two share.
 
-    Scales per channel are those of axes that the transposed matmul adds up over, so they cannot be applied to its
-    result.
+    Per-channel scales lie along axes that the transposed matmul contracts, so they cannot be applied to its result.
 
     Args:
         cotangent: Of the result.

@@ -1,4 +1,4 @@
-"""Recipes: which operands of a matmul and of its gradient are quantized how. Each stands in for ``dot_general``."""
+"""Recipes: how to quantize the operands of a matmul and of its gradient. Each replaces ``dot_general``."""
 
 import dataclasses
 import json
@@ -17,25 +17,26 @@ from jmp_lite.quant._tiles import has_kernel
 
 @dataclasses.dataclass(frozen=True)
 class DotRecipe(Specs, RoundsOperands):
-    """How a matmul and the two matmuls of its gradient are quantized; also the function that does it.
+    """How to quantize a matmul and the two matmuls of its gradient; also the function that does it.
 
-    It has the signature of ``lax.dot_general`` and goes wherever that goes: ``jmp.autocast(loss, policy, dot=FP8)``,
-    ``jmp.Rule("mlp", dot=FP8)``, ``nn.Dense(dot_general=FP8)``, ``nnx.Linear(dot_general=FP8)``,
-    ``jnp.einsum(..., _dot_general=FP8)``. ``scaled_dot_general`` describes what it computes.
+    It has the signature of ``lax.dot_general`` and works wherever that does: ``jmp.autocast(loss, policy, dot=FP8)``,
+    ``jmp.Rule("mlp", dot=FP8)``, ``nn.Dense(dot_general=FP8)``, ``nnx.Linear(dot_general=FP8)``, ``jnp.einsum(...,
+    _dot_general=FP8)``. ``scaled_dot_general`` describes what it computes.
 
     Args:
-        lhs: How the left operand is quantized, as a ``QuantSpec`` or its text; ``None``: it is not.
+        lhs: How to quantize the left operand, as a ``QuantSpec`` or its text; ``None``: not at all.
         rhs: The same for the right operand, which in Flax is the kernel.
-        grad: The same for the cotangent in the backward matmuls. ``None``: these matmuls are not quantized, and
-            treat the rounding of the operands as if it were none (straight-through).
-        axis_name: Mapped axes (``pmap``, ``shard_map``) whose devices agree on scales of whole tensors. Under ``jit``
-            they agree in any case.
-        products: Which matmuls ``autocast`` gives it: ``"weights"``, those of an argument or constant of the function,
-            cast, moved or cut perhaps; or ``"all"``, those of two activations too, such as attention scores.
+        grad: The same for the cotangent in the backward matmuls. ``None``: these matmuls are not quantized, and ignore
+            the rounding of the operands (straight-through).
+        axis_name: Mapped axes (``pmap``, ``shard_map``) whose devices agree on per-array scales. Under ``jit`` they
+            always agree.
+        products: Which matmuls ``autocast`` quantizes: ``"weights"``, those with an argument or a constant of the
+            function, possibly cast, moved or sliced; or ``"all"``, also those of two activations, such as attention
+            scores.
         sites: Recipes for single name scopes under ``autocast``, from ``calibrate``.
 
     Raises:
-        InvalidRecipeError: If no device multiplies the formats, or the fields contradict each other.
+        InvalidRecipeError: If no device supports this pair of formats, or the fields contradict each other.
 
     Example:
         >>> recipe = jmp.quant.DotRecipe("e4m3:pow2", "e4m3:pow2", "e5m2:pow2")
@@ -66,7 +67,7 @@ class DotRecipe(Specs, RoundsOperands):
         return bool(self.sites)
 
     def takes(self, *, has_weight: bool) -> bool:
-        """Whether it takes the place of a matmul with a weight among its operands, or without."""
+        """Whether it replaces a matmul with, or without, a weight among its operands."""
         return has_weight or self.products == "all"
 
     def replace(self, **changes: Any) -> "DotRecipe":
@@ -75,24 +76,24 @@ class DotRecipe(Specs, RoundsOperands):
         return dataclasses.replace(self, **{"sites": sites, **changes})
 
     def at(self, scope: str) -> "DotRecipe":
-        """Returns the recipe of a name scope; where none was calibrated, that looks at its operands."""
+        """Returns the recipe for a name scope; without calibration, the one that computes its scales at run time."""
         found = dict(self.sites).get(scope)
         return found or (dataclasses.replace(self, sites=()) if self.sites else self)
 
     def static(self, *, lhs: float | None = None, rhs: float | None = None, grad: float | None = None) -> "DotRecipe":
-        """Fixes scales, so that operands are quantized without being looked at first.
+        """Fixes scales, so quantizing needs no pass over the operands to find them.
 
         Args:
-            lhs: The largest magnitude that the left operand will have; ``None``: as before.
+            lhs: The largest magnitude of the left operand; ``None``: unchanged.
             rhs: The same for the right operand.
             grad: The same for the cotangent.
 
         Returns:
-            Another recipe. Numbers that the scale has no room for become NaN in float8, so that a loss scale sees them,
-            and the largest number in int8.
+            Another recipe. Numbers above the range become NaN in float8, so that a loss scale sees them, and the
+            largest number in int8.
 
         Raises:
-            InvalidRecipeError: If such an operand is not quantized, or with a scale per channel or tile.
+            InvalidRecipeError: If such an operand is not quantized, or has per-channel or per-tile scales.
 
         Example:
             >>> recipe = jmp.quant.FP8.static(lhs=8.0, rhs=2.0)
@@ -138,16 +139,16 @@ class DotRecipe(Specs, RoundsOperands):
     ) -> jax.Array:
         """Multiplies ragged groups, with the parameters of ``lax.ragged_dot_general``.
 
-        As for ``scaled_conv``, the result has the accuracy of the recipe, at the speed of its dtype. Of the right
-        operand each group, which is the weight of an expert, has its own scales. Scales per channel are those of a
-        row of ``lhs``, of an output channel of an expert, and of one of cotangents.
+        As for ``scaled_conv``, the result has the accuracy of the recipe, at the speed of its dtype. Each group of the
+        right operand, the weight of one expert, has its own scales. Per-channel scales are per row of ``lhs``, per
+        output channel of an expert, and per output channel of cotangents.
         """
         return quantized_ragged_dot(
             lhs, rhs, group_sizes, self.at(""), ragged_dot_dimension_numbers=ragged_dot_dimension_numbers, **params
         )
 
     def instead_of(self, primitive: str) -> Callable[..., Any] | None:
-        """Returns what takes the place of a primitive, with its parameters; tiles are for matmuls alone."""
+        """Returns the replacement of a primitive, with its parameters; tiles are for matmuls only."""
         products: dict[str, Callable[..., Any]] = {
             "dot_general": self,
             "conv_general_dilated": self.conv,
@@ -156,7 +157,7 @@ class DotRecipe(Specs, RoundsOperands):
         return products.get(primitive) if primitive == "dot_general" or not self.is_tiled else None
 
     def speed(self, primitive: str) -> str:
-        """Returns what there is to say about the speed of what takes the place of a primitive."""
+        """Returns a note on the speed of the replacement of a primitive."""
         if primitive != "dot_general" or not self.is_tiled:
             return super().speed(primitive)
         is_fast = has_kernel(self.spec(0), self.spec(1))
@@ -201,12 +202,12 @@ _NAMED = {
 
 
 def get_recipe(spec: str | DotRecipe) -> DotRecipe:
-    """Returns the recipe of a name, or of the text that ``str(recipe)`` gives.
+    """Returns the recipe for a name, or for the text of ``str(recipe)``.
 
     Args:
         spec: ``"fp8"``, ``"fp8_rowwise"``, ``"int8_qat"``, ``"int8_train"``, ``"w8a16"``, ``"w8a8"``,
-            ``"w8a8_static"``, ``"w4a16"``, ``"mxfp8"`` or ``"nvfp4"``, case aside; or a text; or a recipe, which is
-            returned.
+            ``"w8a8_static"``, ``"w4a16"``, ``"mxfp8"`` or ``"nvfp4"``, in any case; or a text; or a recipe, which is
+            returned unchanged.
 
     Raises:
         InvalidRecipeError: If it is none of these.
@@ -261,27 +262,27 @@ def scaled_dot_general(
     recipe: str | DotRecipe,
     out_sharding: Any = None,
 ) -> jax.Array:
-    """``lax.dot_general`` with operands of 8 bits, forward and, if the recipe says so, backward.
+    """``lax.dot_general`` with 8-bit operands, forward and, depending on the recipe, backward.
 
-    Each operand is divided by its scale, which takes its largest magnitude to the largest number of the format, and
-    rounded. The matmul is added up in float32 (int32 for int8) and multiplied by the scales. What is kept for the
-    backward pass are the 8-bit operands. In the backward pass cotangents are quantized like operands; each of the two
-    matmuls has its own scale for them where scales are per channel.
+    Each operand is divided by its scale, which maps its largest magnitude to the largest number of the format, and
+    rounded. The matmul accumulates in float32 (int32 for int8), and the result is multiplied by the scales. The
+    residuals are the 8-bit operands. The backward pass quantizes cotangents like operands; with per-channel scales,
+    each of the two matmuls computes its own.
 
-    On NVIDIA GPUs from compute capability 8.9 on XLA makes one cuBLASLt call of each float8 matmul, forward with
-    fast accumulation and backward with the precise one. Elsewhere the same numbers come out of wider matmuls.
+    On NVIDIA GPUs from compute capability 8.9 on, XLA compiles each float8 matmul to one cuBLASLt call, with fast
+    accumulation forward and precise accumulation backward. Other devices compute the same numbers with wider matmuls.
 
     Infinities and NaN in an operand make results infinite or NaN, so that a loss scale sees them.
 
-    Under ``vmap`` each member has its own scales, as if it were alone. Only cotangents of a matmul that was mapped
-    before it was differentiated share one.
+    Under ``vmap`` each member has its own scales, as if it were alone. Only the cotangents of a matmul that is
+    differentiated after ``vmap`` share one.
 
     Args:
         lhs: Array. Operands that are not real floating arrays of 16 or 32 bits are multiplied as they are.
         rhs: Array.
         dimension_numbers: As for ``lax.dot_general``.
         precision: Of matmuls that are not quantized, such as those of the backward pass with ``grad=None``.
-        preferred_element_type: Floating dtype of the result; by default what the operands promote to.
+        preferred_element_type: Floating dtype of the result; by default the promoted dtype of the operands.
         recipe: A recipe or its name.
         out_sharding: As for ``lax.dot_general``.
 
@@ -290,7 +291,7 @@ def scaled_dot_general(
         the dtypes of the operands.
 
     Raises:
-        InvalidRecipeError: If nothing is known by the name of the recipe.
+        InvalidRecipeError: If the name of the recipe is unknown.
         SecondDerivativeError: If it is differentiated twice.
 
     Example:
@@ -303,7 +304,7 @@ def scaled_dot_general(
 
     References:
         Micikevicius et al., "FP8 Formats for Deep Learning", arXiv:2209.05433; XLA, ``gemm_rewriter.cc``; Google qwix,
-        whose trick for scales per channel in the backward pass this is.
+        for per-channel scales in the backward pass.
     """
     return get_recipe(recipe)(lhs, rhs, dimension_numbers, precision, preferred_element_type, out_sharding=out_sharding)
 
@@ -311,27 +312,26 @@ def scaled_dot_general(
 def scaled_conv(
     lhs: Any, rhs: Any, window_strides: Any, padding: Any, *, recipe: str | DotRecipe, **params: Any
 ) -> jax.Array:
-    """``lax.conv_general_dilated`` of what 8-bit operands stand for.
+    """``lax.conv_general_dilated`` of dequantized 8-bit operands.
 
     The operands are quantized, dequantized and convolved in their own dtype, and so are cotangents in the backward
-    pass: the result has the accuracy of the recipe and keeps 8 bits per number for the backward pass, but runs as fast
-    as without it. Scales per channel are those of one sample of ``lhs``, of one output feature of ``rhs`` and of
-    cotangents.
+    pass: the result has the accuracy of the recipe and 8-bit residuals, at the speed of the operands' dtype.
+    Per-channel scales are per sample of ``lhs``, and per output feature of ``rhs`` and of cotangents.
 
     Args:
         lhs: Input, floating array.
         rhs: Kernel.
         window_strides: As for ``lax.conv_general_dilated``.
         padding: As for ``lax.conv_general_dilated``.
-        recipe: A recipe or its name; ``recipe.conv`` is this function with the recipe filled in, as Flax and autocast
-            want it: ``nn.Conv(conv_general_dilated=FP8.conv)``, ``ops={"conv_general_dilated": FP8.conv}``.
+        recipe: A recipe or its name; ``recipe.conv`` is this function with the recipe filled in, for Flax and autocast:
+            ``nn.Conv(conv_general_dilated=FP8.conv)``, ``ops={"conv_general_dilated": FP8.conv}``.
         **params: The other parameters of ``lax.conv_general_dilated``.
 
     Returns:
         An array of the shape that ``lax.conv_general_dilated`` returns.
 
     Raises:
-        InvalidRecipeError: If the recipe is not known, or has scales per tile.
+        InvalidRecipeError: If the recipe is unknown, or has scales per tile.
         SecondDerivativeError: If it is differentiated twice.
 
     Example:

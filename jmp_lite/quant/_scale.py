@@ -1,4 +1,4 @@
-"""Scales, and numbers of 8 and 4 bits: ``x`` is held as ``q`` with ``x ~ q * scale``. Scales are float32."""
+"""Scales, and 8-bit and 4-bit numbers: ``x`` is stored as ``q`` with ``x ~ q * scale``. Scales are float32."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ SMALLEST_NORMAL = 2.0**-126
 
 
 def checked_format(dtype: Any) -> DType:
-    """Returns the dtype if it is one of ``FORMATS``, given by its name or as anything NumPy takes for a dtype.
+    """Returns the dtype if it is one of ``FORMATS``, given by its name or as anything NumPy accepts as a dtype.
 
     Raises:
         InvalidRecipeError: If it is not.
@@ -42,7 +42,7 @@ def checked_format(dtype: Any) -> DType:
 
 
 def is_integer(dtype: DType) -> bool:
-    """Whether a format is one of integers."""
+    """Whether a format is an integer format."""
     return bool(jnp.issubdtype(dtype, jnp.integer))
 
 
@@ -52,21 +52,21 @@ def largest(dtype: DType) -> float:
 
 
 def absmax_scale(amax: Any, dtype: Any, *, margin: int = 0, pow2: bool = False) -> jax.Array:
-    """Returns the scale with which the largest magnitude of an array becomes the largest of a format.
+    """Returns the scale that maps the largest magnitude of an array to the largest number of a format.
 
     Args:
         amax: Largest magnitudes, of any shape. Infinities and NaN give scales that are not finite, and so matmuls
             that are not finite: a loss scale sees them.
         dtype: ``float8_e4m3fn``, ``float8_e5m2``, ``int8``, ``float4_e2m1fn`` or ``int4``.
         margin: Leaves room for values ``2**margin`` times as large.
-        pow2: Rounds the scale up to a power of two. Scaling is then exact. In floating formats it costs nothing; in
-            int8 up to one bit.
+        pow2: Rounds the scale up to a power of two, so scaling is exact. It costs no accuracy in floating formats, and
+            up to one bit in int8.
 
     Returns:
         ``float32`` of the shape of ``amax``; 1 where that is zero, or so small that the scale would be subnormal.
 
     Raises:
-        InvalidRecipeError: If the format is another.
+        InvalidRecipeError: If the format is unknown.
 
     Example:
         >>> print(jmp.quant.absmax_scale(jnp.array([0.0, 127.0, 254.0]), jnp.int8))
@@ -85,27 +85,27 @@ def absmax_scale(amax: Any, dtype: Any, *, margin: int = 0, pow2: bool = False) 
 
 
 def _power_of_two_from(x: jax.Array) -> jax.Array:
-    """Returns the least power of two that is not below a positive normal number: its mantissa, carried over."""
+    """Returns the least power of two not below a positive normal number, by carrying its mantissa into the exponent."""
     bits = lax.bitcast_convert_type(x, jnp.uint32) + np.uint32(0x007FFFFF)
     return lax.bitcast_convert_type(bits & np.uint32(0xFF800000), FLOAT32)
 
 
 def quantize(x: Any, dtype: Any, scale: Any, *, key: jax.Array | None = None) -> jax.Array:
-    """Returns ``x / scale``, rounded to a format; finite values beyond the largest of the format become the largest.
+    """Returns ``x / scale``, rounded to a format; finite values beyond its range saturate.
 
     Args:
         x: Floating array.
         dtype: ``float8_e4m3fn``, ``float8_e5m2``, ``int8``, ``float4_e2m1fn`` or ``int4``.
-        scale: ``float32``; a scalar, or of the rank of ``x`` with the size 1 along axes that share a scale, or the
-            number of tiles along an axis whose neighbors do.
-        key: A PRNG key, to round up or down at random so that the expected value is exact; to nearest, ties to even,
-            by default.
+        scale: ``float32``; a scalar, or of the rank of ``x`` with size 1 along axes that share a scale, or with the
+            number of tiles along a tiled axis.
+        key: A PRNG key for stochastic rounding, which makes the expected value exact; by default round to nearest, ties
+            to even.
 
     Returns:
         An array of the shape of ``x``. Infinities and NaN become NaN; integers and e2m1 cannot hold them.
 
     Raises:
-        InvalidRecipeError: If the format is another.
+        InvalidRecipeError: If the format is unknown.
 
     Example:
         >>> x = jnp.array([0.1, -0.26, 1000.0])
@@ -139,10 +139,10 @@ def rounded(x: jax.Array, dtype: DType, scale: Any, bits: jax.Array | None, *, s
 
 
 def as_bits(values: Any) -> Any:
-    """Floats of 8 and 4 bits as integers that stand for them; others as they are.
+    """8-bit and 4-bit floats as integers; other numbers unchanged.
 
-    JAX rounds the floats that ``jax.checkpoint`` saves, by rules that make NaN of e4m3 numbers beyond 240. It leaves
-    integers alone. Of 4 bits these are twice the numbers, as XLA on CPU cannot take the bits of some.
+    JAX rounds the floats that ``jax.checkpoint`` saves, which turns e4m3 numbers beyond 240 into NaN. It leaves
+    integers alone. For 4 bits the integers are twice the numbers, because XLA on CPU cannot bitcast some formats.
     """
     if values.dtype.itemsize > 1 or is_integer(values.dtype):
         return values
@@ -152,7 +152,7 @@ def as_bits(values: Any) -> Any:
 
 
 def from_bits(bits: Any, dtype: DType) -> Any:
-    """The numbers that ``as_bits`` was given."""
+    """Undoes ``as_bits``."""
     if dtype in OF_4_BITS and not is_integer(dtype):
         return (bits.astype(FLOAT32) / 2).astype(dtype)
     return bits if bits.dtype == dtype else lax.bitcast_convert_type(bits, dtype)
@@ -162,7 +162,7 @@ def dequantize(q: Any, scale: Any, dtype: Any = jnp.float32) -> jax.Array:
     """Returns ``q * scale``, computed in float32.
 
     Args:
-        q: Array of such numbers.
+        q: Array of quantized numbers.
         scale: ``float32``, as for ``quantize``.
         dtype: Floating dtype of the result.
 
@@ -179,7 +179,7 @@ def dequantize(q: Any, scale: Any, dtype: Any = jnp.float32) -> jax.Array:
 
 
 def repeated(scale: Any, shape: tuple[int, ...]) -> Any:
-    """Scales that broadcast with an array: those of tiles are repeated for each number of a tile."""
+    """Scales that broadcast with an array: a tile's scale is repeated for each of its numbers."""
     if np.ndim(scale) == len(shape):
         for axis, (tiles, size) in enumerate(zip(np.shape(scale), shape, strict=True)):
             scale = scale if tiles in (1, size) else jnp.repeat(scale, size // tiles, axis)

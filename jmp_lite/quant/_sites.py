@@ -1,4 +1,4 @@
-"""Products of an activation and a weight that has no other use: found in the program, for a look at the activation."""
+"""Finds matmuls of an activation and a weight without other uses in a program, to inspect the activation."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -66,7 +66,7 @@ class Site(NamedTuple):
 
 
 def _placed(channels: Any, axes: tuple[int, ...], shape: tuple[int, ...]) -> Any:
-    """Reshapes to these axes of an array, in this order, with the size 1 along all others."""
+    """Reshapes to these axes of an array, in this order, with size 1 along all others."""
     listed = np.reshape(channels, [*(shape[axis] for axis in axes), *[1] * (len(shape) - len(axes))])
     return np.moveaxis(listed, range(len(axes)), axes)
 
@@ -77,7 +77,7 @@ Look = Callable[[Site, Any], Any]
 
 
 class _Sites(Search):
-    """Finds the matmuls of weights that do nothing else."""
+    """Finds the matmuls of weights without other uses."""
 
     def __init__(self, paths: Sequence[str], shapes: Mapping[int, tuple[int, ...]]) -> None:
         super().__init__({})
@@ -101,7 +101,7 @@ class _Sites(Search):
         return results
 
     def _site(self, eqn: Equation, operands: Sequence[Sources | None], side: int) -> Site | None:
-        """What the matmul is, if the operand on the other side is a weight as a whole."""
+        """The site of a matmul, if the operand on the other side is a whole weight."""
         axes, (sources, others) = PRODUCTS[eqn.primitive.name](eqn), (operands[1 - side], operands[side])
         if others or not sources or len(sources) != 1:
             return None
@@ -115,7 +115,7 @@ class _Sites(Search):
         return Site(self.paths[number], shape, order, side, tuple(axes[side]))
 
     def lost(self, results: Sequence[Sources | None]) -> None:
-        """Notes weights that go where their channels are not followed."""
+        """Records weights whose channels can no longer be followed."""
         self.spoiled.update(self.paths[number] for sources in results for number in sources or {})
 
 
@@ -125,7 +125,7 @@ def _moves(eqn: Equation) -> bool:
 
 
 class Call(NamedTuple):
-    """A call of a function, and where in its program weights meet activations."""
+    """A call of a function, and the matmuls of weights and activations in its program."""
 
     traced: Traced
     places: Mapping[Path, Site | None]
@@ -136,12 +136,12 @@ class Call(NamedTuple):
     """Weights that have other uses, or are added up over several axes."""
 
     def run(self, look: Look) -> Any:
-        """Calls the function, with what ``look`` returns in place of each such activation."""
+        """Calls the function with each such activation replaced by the result of ``look``."""
         return self.traced.output(_evaluated(self.traced.jaxpr, self.traced.arrays, self.places, look))
 
 
 def call(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-    """Traces a call of a function of parameters and others."""
+    """Traces a call of a function of parameters and other arguments."""
     traced = trace(fun, args, kwargs)
     leaves = jax.tree_util.tree_leaves_with_path(args[0])
     numbered = [(path_string(path), leaf) for path, leaf in leaves if is_traced(leaf)]
@@ -165,7 +165,7 @@ def _is_weight(leaf: Any) -> bool:
 
 
 def not_finite(shape: tuple[int, ...]) -> InvalidRecipeError:
-    """The error for an activation that a weight of some shape meets."""
+    """The error for a non-finite activation, by the shape of its weight."""
     return InvalidRecipeError(
         f"An activation on a weight of shape {shape} is not finite. Use data that the function computes finite numbers "
         "of."

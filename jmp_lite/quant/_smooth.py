@@ -1,4 +1,4 @@
-"""Smoothing: what activations have too much of in single channels moves into the weights that they meet."""
+"""Smoothing: shifts outlier channels of activations into the weights."""
 
 import collections
 import functools
@@ -27,27 +27,27 @@ Factors = Mapping[tuple[str, tuple[int, ...]], Any]
 def smooth(
     fun: Callable[..., Any], params: T, batches: Iterable[Sequence[Any]], *, alpha: float = 0.5
 ) -> tuple[Callable[..., Any], T]:
-    """Makes the activations of a function easier to quantize: their largest channels move into the weights.
+    """Makes the activations of a function easier to quantize by shifting their largest channels into the weights.
 
-    Some channels of real activations are a hundred times as large as the others, and with one scale for all of them
-    the others are rounded to nothing. Here each matmul ``x @ w`` becomes ``(x / s) @ (s * w)``, with a factor per
-    channel that is added up over. Factors are powers of two, which round nothing: without quantization the result is
-    the same. All matmuls of a weight, and all iterations of a loop, share its factors.
+    In real activations a few channels can be a hundred times larger than the rest, and a shared scale rounds the rest
+    to zero. ``smooth`` turns each matmul ``x @ w`` into ``(x / s) @ (s * w)``, with one factor per contracted channel.
+    Factors are powers of two, which cause no rounding: without quantization the result is the same. All matmuls of a
+    weight, and all iterations of a loop, share its factors.
 
-    A weight is smoothed if all that the function does with it is to move it into matmuls or ``ragged_dot``,
-    over the same axes. Others are left alone: kernels of convolutions, tables that are looked up, weights that are
-    summed or normalized first, and those in functions with derivative rules of their own and under ``shard_map``.
+    It smooths a weight if the function uses it only in matmuls or ``ragged_dot``, over the same axes. It leaves other
+    weights alone: convolution kernels, lookup tables, weights that are summed or normalized first, and weights inside
+    custom derivative rules and under ``shard_map``.
 
     Args:
         fun: Function of parameters and other arguments, such as ``model.apply``.
-        params: Its parameters, before they are quantized.
-        batches: Its other arguments, once per batch; the activations on them are looked at.
-        alpha: How much moves: 0 makes all channels of the weights alike, 1 all those of the activations.
+        params: Its parameters, before quantization.
+        batches: Its other arguments, once per batch; their activations set the factors.
+        alpha: How much to shift: 0 equalizes the channels of the weights, 1 those of the activations.
 
     Returns:
-        A function with the signature of ``fun``, and the parameters that it takes in place of these. Both go
-        wherever the others went: into ``jax.jit``, ``autocast(dot=)``, ``calibrate``, ``quantize_tree`` and
-        ``export.freeze``. A call that uses a smoothed weight in another way than the batches is refused.
+        A function with the signature of ``fun``, and its new parameters. Use both in place of the originals: in
+        ``jax.jit``, ``autocast(dot=)``, ``calibrate``, ``quantize_tree`` and ``export.freeze``. A call that uses a
+        smoothed weight differently than the batches did raises an error.
 
     Raises:
         InvalidFunctionError: If ``fun`` is not a function.
@@ -119,7 +119,7 @@ def _check_paths(params: Any, factors: Factors) -> None:
 
 
 def _check_uses(found: Call, factors: Factors) -> None:
-    """Refuses a call in which a factor would not cancel."""
+    """Raises for a call in which a factor would not cancel."""
     for weight, axes in factors:
         if weight in found.refused or found.contracted.get(weight, axes) != axes:
             raise InvalidRecipeError(
@@ -133,7 +133,7 @@ def _times(leaf: Any, factor: Any) -> Any:
 
 
 def _factors(weight: Any, amax: Any, alpha: float) -> Any:
-    """A power of two for each channel, of the rank of the weight; 1 where nothing is to be balanced."""
+    """A power of two for each channel, of the rank of the weight; 1 for channels with nothing to balance."""
     if not np.all(np.isfinite(amax)):
         raise not_finite(np.shape(weight))
     alone = tuple(axis for axis, size in enumerate(amax.shape) if size == 1)

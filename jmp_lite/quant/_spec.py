@@ -1,4 +1,4 @@
-"""What is quantized how: one operand, and the three matmuls that a matmul and its gradient are."""
+"""How to quantize one operand, and the three matmuls of a matmul and its gradient."""
 
 import dataclasses
 import math
@@ -20,26 +20,26 @@ _LARGEST_MARGIN = 64
 
 @dataclasses.dataclass(frozen=True)
 class QuantSpec:
-    """How one operand of a matmul is quantized.
+    """How to quantize one operand of a matmul.
 
     Args:
         dtype: ``float8_e4m3fn``, ``float8_e5m2`` or ``int8``, or ``"e4m3"``, ``"e5m2"``, ``"int8"``; with a tile also
             ``int4`` and ``float4_e2m1fn`` (``"e2m1"``).
-        granularity: What shares a scale. ``"tensor"``: the whole array; ``"channel"``: what is added up, such as one
-            row of activations or one output channel of a kernel.
-        tile: So many neighbors of what is added up share a scale, instead of a whole channel. In matmuls the last tile
-            may be shorter.
-        margin: Leaves room for values ``2**margin`` times as large as those seen.
+        granularity: Which elements share a scale. ``"tensor"``: the whole array; ``"channel"``: the elements along the
+            contracted axes, such as one row of activations or one output channel of a kernel.
+        tile: Number of neighbors along the contracted axes that share a scale, instead of a whole channel. In matmuls
+            the last tile may be shorter.
+        margin: Leaves room for values ``2**margin`` times as large as the largest magnitude.
         pow2: Rounds scales up to powers of two.
-        scale_dtype: ``"e4m3"`` holds the scales of tiles in that format, relative to one scale of the whole array;
+        scale_dtype: ``"e4m3"`` stores the scales of tiles in that format, relative to one scale of the whole array;
             ``None``: float32.
-        stochastic: Rounds up or down at random, right on average; the bits are made of the array's own, so that the
-            same array gives the same result.
-        amax: A fixed largest magnitude to make the scale of, from ``calibrate`` or known, instead of looking at the
-            array first. Larger numbers become NaN in float8, and the largest in int8.
+        stochastic: Rounds stochastically, without bias; the random bits are a hash of the array, so the same array
+            gives the same result.
+        amax: A fixed largest magnitude for the scale, from ``calibrate`` or known, instead of the max of the array.
+            Larger numbers become NaN in float8, and the largest number in int8.
 
     Raises:
-        InvalidRecipeError: If one of these means nothing.
+        InvalidRecipeError: If a setting is invalid.
 
     Example:
         >>> print(jmp.quant.QuantSpec("e4m3", pow2=True))
@@ -107,7 +107,7 @@ class QuantSpec:
         return float(amax)
 
     def observe(self, x: Any) -> None:
-        """Is given every array that is quantized by this spec; ``calibrate`` listens."""
+        """Receives every array that this spec quantizes; ``calibrate`` overrides it."""
 
     def _granularity(self) -> str:
         return self.granularity if self.tile is None else f"tile{self.tile}"
@@ -126,7 +126,7 @@ def parse_spec(text: str) -> QuantSpec | None:
     """Reads what ``str(spec)`` wrote; ``none`` is not a spec.
 
     Raises:
-        InvalidRecipeError: If it is something else.
+        InvalidRecipeError: If it is not a spec.
     """
     if text == "none":
         return None
@@ -180,23 +180,23 @@ class Specs:
             raise InvalidRecipeError(f"{problem}, got {self}.")
 
     def spec(self, side: int) -> QuantSpec | None:
-        """Returns how the left (0) or the right (1) operand is quantized."""
+        """Returns the spec of the left (0) or the right (1) operand."""
         spec: Any = (self.lhs, self.rhs)[side]
         return spec  # type: ignore[no-any-return]
 
     def kept(self, side: int) -> QuantSpec | None:
-        """Returns how the operand that is kept for the backward pass is quantized; with tiles it is not."""
+        """Returns the spec of the operand as a residual; with tiles, residuals are not quantized."""
         return None if self.is_tiled else self.spec(side)
 
     @property
     def of_gradients(self) -> QuantSpec | None:
-        """How cotangents are quantized."""
+        """The spec of cotangents."""
         spec: Any = self.grad
         return spec  # type: ignore[no-any-return]
 
     @property
     def is_tiled(self) -> bool:
-        """Whether there are scales of tiles, which are finer than what a matmul can be multiplied by afterwards."""
+        """Whether any scale is per tile, which is too fine to apply to the result of a matmul."""
         specs = (self.spec(0), self.spec(1), self.of_gradients)
         return any(spec is not None and spec.tile is not None for spec in specs)
 

@@ -1,7 +1,7 @@
-"""Products whose operands have one scale per tile: so many neighbors along the axes that are added up.
+"""Matmuls whose operands have one scale per tile: a fixed number of neighbors along the contracted axes.
 
-Such scales cannot be applied to a result. On devices that multiply tiles JAX has a matmul of them; elsewhere, and for
-other formats and tiles, what the numbers stand for is multiplied, in the dtype of operands or result.
+Such scales cannot be applied to a result. JAX has a tiled matmul for devices that support it; elsewhere, and for other
+formats and tiles, the dequantized operands are multiplied, in the dtype of operands or result.
 
 References:
     Rouhani et al., "Microscaling Data Formats for Deep Learning", arXiv:2310.10537; NVIDIA, "Introducing NVFP4";
@@ -32,7 +32,7 @@ _BLACKWELL = 10
 
 
 def tile_scale(amax: Any, spec: QuantSpec, axis_name: Any = None) -> tuple[jax.Array, jax.Array]:
-    """Returns the scales of tiles with these largest magnitudes, and a number that all of them are multiplied by."""
+    """Returns the scales of tiles with these largest magnitudes, and a common factor."""
     if spec.scale_dtype is None:
         return absmax_scale(amax, spec.dtype, margin=spec.margin, pow2=spec.pow2), jnp.ones((), FLOAT32)
     amax = amax.astype(FLOAT32) * (2.0**spec.margin / largest(spec.dtype))
@@ -43,7 +43,7 @@ def tile_scale(amax: Any, spec: QuantSpec, axis_name: Any = None) -> tuple[jax.A
 
 
 class _Tiles(NamedTuple):
-    """An operand seen as a matrix for each index of the batch."""
+    """An operand as one matrix per batch index."""
 
     values: Any
     """``[batch, kept, tiles, tile]``, of a format of 8 or 4 bits; the last tile is filled up with zeros."""
@@ -78,7 +78,7 @@ def _tiled(x: Any, spec: QuantSpec, dims: Dimensions, side: int, axis_name: Any)
 
 
 def _gathered(x: Any, axes: Axes) -> Any:
-    """An array that is whole along some axes, where shardings are part of types: a tile is that of one device."""
+    """An array gathered along some axes, if shardings are part of types: a tile must be on one device."""
     sharding = sharding_in_type(jax.typeof(x))
     if sharding is None or all(sharding.spec[axis] is None for axis in axes):
         return x
@@ -87,7 +87,7 @@ def _gathered(x: Any, axes: Axes) -> Any:
 
 
 def rounded(x: Any, spec: QuantSpec | None, dims: Dimensions, side: int, *, axis_name: Any, dtype: DType) -> Any:
-    """Returns an operand of a matmul as what its numbers of 8 or 4 bits stand for."""
+    """Returns a matmul operand, quantized and dequantized."""
     if spec is None:
         return x.astype(dtype)
     if spec.tile is None:
@@ -109,13 +109,13 @@ def both_rounded(
 
 
 def narrowest(lhs: Any, rhs: Any, dtype: DType) -> DType:
-    """Returns the dtype that a matmul is computed in: nobody else needs more digits than one of the three has."""
+    """Returns the dtype to compute a matmul in: the narrowest of the three has all the digits needed."""
     found: DType = min(lhs.dtype, rhs.dtype, dtype, key=lambda dtype: dtype.itemsize)
     return found
 
 
 def has_kernel(*specs: QuantSpec | None) -> bool:
-    """Whether ``jax.nn.scaled_matmul`` multiplies such tiles as they are: those of MXFP8 or those of NVFP4."""
+    """Whether ``jax.nn.scaled_matmul`` supports these tiles: those of MXFP8 or NVFP4."""
     kinds = {(spec.tile, spec.pow2, spec.scale_dtype) for spec in specs if spec is not None}
     dtypes = {spec.dtype for spec in specs if spec is not None}
     is_mx = kinds == {(32, True, None)} and dtypes <= {FORMATS["e4m3"], FORMATS["e5m2"]}
@@ -132,7 +132,7 @@ def tiled_product(
     precision: Any = None,
     out_sharding: Any = None,
 ) -> Any:
-    """Multiplies two arrays, each with its spec, of which at least one has tiles; any dimension numbers will do."""
+    """Multiplies two arrays, each with its spec, of which at least one has tiles; supports any dimension numbers."""
     (left, of_left), (right, of_right) = lhs, rhs
     params = {"specs": (of_left, of_right), "dimension_numbers": dims, "dtype": dtype, "axis_name": axis_name}
     is_split = mesh_is_explicit() or varying_axes(left) or varying_axes(right)
@@ -142,14 +142,14 @@ def tiled_product(
 
 
 def has_units() -> bool:
-    """Whether the first device multiplies tiles: an NVIDIA GPU from Blackwell on. On others XLA would use float32."""
+    """Whether the first device multiplies tiles: NVIDIA GPUs from Blackwell on. On others XLA would use float32."""
     device = jax.local_devices()[0]
     major = str(getattr(device, "compute_capability", "")).partition(".")[0]  # of other vendors a name
     return device.platform == "gpu" and major.isdigit() and int(major) >= _BLACKWELL
 
 
 def _multiplied(lhs: Any, rhs: Any, **params: Any) -> Any:
-    """The matmul of tiles; under ``vmap``, which JAX's may not know, that of what they stand for."""
+    """The tiled matmul; under ``vmap``, which JAX's may not support, the matmul of dequantized operands."""
 
     @jax.custom_batching.custom_vmap
     def multiply(lhs: Any, rhs: Any) -> Any:
@@ -174,7 +174,7 @@ def emulated_product(
     precision: Any = None,
     out_sharding: Any = None,
 ) -> Any:
-    """Multiplies what the numbers stand for, in the narrowest dtype of the two operands and the result."""
+    """Multiplies dequantized operands, in the narrowest dtype of the two operands and the result."""
     left, right = both_rounded(lhs, rhs, specs, dimension_numbers, axis_name=axis_name, dtype=dtype)
     params = {"dimension_numbers": dimension_numbers, "precision": precision, "out_sharding": out_sharding}
     return product(left, right, left.dtype, tuple(params.items()), dtype)
@@ -183,7 +183,7 @@ def emulated_product(
 def kernel_product(
     lhs: Any, rhs: Any, *, specs: Any, dimension_numbers: Dimensions, dtype: DType, axis_name: Any
 ) -> Any:
-    """Multiplies two arrays with ``jax.nn.scaled_matmul``, which XLA gives to cuDNN on Blackwell."""
+    """Multiplies two arrays with ``jax.nn.scaled_matmul``, which XLA runs with cuDNN on Blackwell."""
     dims = dimension_numbers
     left, right = (_tiled(x, specs[side], dims, side, axis_name) for side, x in enumerate((lhs, rhs)))
     of_scales = specs[0].scale_dtype or jnp.float8_e8m0fnu
@@ -200,7 +200,7 @@ def kernel_product(
 def tile_lengths(shape: Sequence[int], shared: Axes, tile: int | None) -> tuple[int, ...] | None:
     """Returns how many neighbors along each axis share a scale; ``None`` if tiles do not divide the shared axes.
 
-    Without a tile these are all along the shared axes. With one, it is filled from the last shared axis on.
+    Without a tile, all neighbors along the shared axes share one. A tile is filled from the last shared axis on.
     """
     sizes, lengths = [max(n, 1) for n in shape], [1] * len(shape)
     missing = tile or math.prod(sizes[axis] for axis in shared)
@@ -213,7 +213,7 @@ def tile_lengths(shape: Sequence[int], shared: Axes, tile: int | None) -> tuple[
 
 
 def amax_of_tiles(x: Any, lengths: Sequence[int]) -> Any:
-    """Returns the largest magnitude of each tile; with the size 1 along axes that are one tile."""
+    """Returns the largest magnitude of each tile; with size 1 along axes that are one tile."""
     shape = [
         size for n, length in zip(x.shape, lengths, strict=True) for size in (-(-n // length) or 1, min(n, length))
     ]
