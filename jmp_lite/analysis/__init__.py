@@ -1,7 +1,7 @@
 """What runs in which precision, where it breaks, what it costs, and the policy that fixes it.
 
-Read ``_sites`` first, a program as a tree of equations; then ``_evaluate``, which runs one with something beside each
-value, and ``_finding``, what an analysis has to say. Each analysis has a folder.
+Read ``_sites`` first, a program as a tree of equations; then ``_evaluate``, which runs a program and keeps extra data
+with each value, and ``_finding``, the findings of an analysis. Each analysis has a folder.
 """
 
 from jmp_lite.analysis._audit._assert_dtype import assert_compute_dtype as assert_compute_dtype

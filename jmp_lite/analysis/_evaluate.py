@@ -1,8 +1,8 @@
-"""Evaluates a program with something beside each value: a shadow in float32, a culprit, nothing.
+"""Evaluates a program with extra data for each value: a float32 shadow, the culprit of a NaN, or nothing.
 
-One loop over the equations, and one way through calls, branches, loops and maps, for every analysis that runs. An
-analysis sees each equation once it is computed, keeps a state that goes through the program in its order, and says what
-is beside the results.
+Every analysis that runs programs shares one loop over the equations and one way through calls, branches, loops and
+maps. An analysis sees each equation after it is computed, keeps a state that follows program order, and returns the
+extra data of the results.
 """
 
 import functools
@@ -22,38 +22,38 @@ State = Any
 
 
 class Value(NamedTuple):
-    """An array, and what an analysis keeps beside it: a pytree of arrays."""
+    """An array, and the extra data that an analysis keeps with it: a pytree of arrays."""
 
     array: Any
     beside: Any = ()
 
 
 class Analysis:
-    """What is done at each equation.
+    """What an analysis does at each equation.
 
-    ``per_iteration`` says whether what is beside a stacked array is stacked too, one for each iteration of a scan, and
-    sharded as the array is; else it is the same for all.
+    ``per_iteration`` says whether the extra data of a stacked array is stacked too, one per iteration of a scan, and
+    sharded like the array; otherwise all iterations share it.
     """
 
     per_iteration = True
 
     def literal(self, array: Any) -> Any:
-        """Returns what is beside a number that is written into the program, or an array that it closes over."""
+        """Returns the extra data of a literal, or of an array that the program closes over."""
         del array
         return ()
 
     def equation(
         self, step: Step, operands: list[Value], results: list[Any], state: State
     ) -> tuple[list[Value], State]:
-        """Looks at an equation that holds no programs to go into; the results of it may be replaced."""
+        """Handles an equation that holds no programs; may replace its results."""
         raise NotImplementedError
 
     def joined(self, beside: Any) -> Any:
-        """Makes one of what is beside the slices of an array, stacked along the first axis."""
+        """Merges the extra data of the slices of an array, stacked along the first axis."""
         raise NotImplementedError
 
     def across(self, beside: Any, axes: tuple[Any, ...]) -> Any:
-        """Makes one of what is beside the parts of an array on devices along some axes."""
+        """Merges the extra data of the parts of an array on devices along some axes."""
         raise NotImplementedError
 
     def entered(self, state: State) -> State:
@@ -61,15 +61,15 @@ class Analysis:
         return state
 
     def left(self, before: State, after: State, axes: tuple[Any, ...]) -> State:
-        """Returns the state after a map, the same on all devices: from that before it and those of the devices."""
+        """Returns the state after a map, equal on all devices, from the state before and the states of the devices."""
         raise NotImplementedError
 
 
 class Evaluator:
     """Evaluates programs for one analysis.
 
-    Inside a map for which JAX keeps track of what varies along its ``axes``, states vary along all of these, and so
-    does what is beside a value, unless it follows the value.
+    Inside a map for which JAX tracks variation along its ``axes``, states vary along all of these, and so does extra
+    data, unless it follows its value.
     """
 
     def __init__(self, analysis: Analysis, axes: frozenset[Any] = frozenset()) -> None:
@@ -79,7 +79,7 @@ class Evaluator:
     def run(
         self, jaxpr: Jaxpr, steps: Sequence[Step], operands: Sequence[Value], state: State
     ) -> tuple[list[Value], State]:
-        """Evaluates a program, closed or open, whose steps are known."""
+        """Evaluates a program, closed or open, with known steps."""
         inner, consts = program(jaxpr)
         held = dict(zip(inner.constvars, map(self._literal, consts), strict=True))
         held |= dict(zip(inner.invars, operands, strict=True))
@@ -115,7 +115,7 @@ class Evaluator:
         return beside if self.analysis.per_iteration else varied(beside, self.axes)
 
     def call(self, step: Step, operands: list[Value], state: State) -> tuple[list[Value], State]:
-        """Serves what calls one program with all its operands, custom rules too: nothing is differentiated any more."""
+        """Serves calls of one program with all operands, custom rules included: differentiation is done by now."""
         [body] = programs_of(step.eqn).bodies
         return self.run(body.jaxpr, step.bodies[0], operands, state)
 
@@ -157,7 +157,7 @@ class Evaluator:
         return [*carry, *ys], state
 
     def loop(self, step: Step, operands: list[Value], state: State) -> tuple[list[Value], State]:
-        """Serves ``while``; its test makes no number, and is not looked at."""
+        """Serves ``while``; skips its condition, which makes no number."""
         n_cond, n_body = step.eqn.params["cond_nconsts"], step.eqn.params["body_nconsts"]
         test, body = programs_of(step.eqn).bodies
         for_test, consts, carry = operands[:n_cond], operands[n_cond : n_cond + n_body], operands[n_cond + n_body :]
@@ -210,7 +210,7 @@ def _paired(arrays: Sequence[Any], values: Sequence[Value]) -> list[Value]:
 
 
 def _like(result: Value, before: Value) -> Value:
-    """Gives what goes into the next iteration the dtypes that it came with."""
+    """Casts the inputs of the next iteration back to their first dtypes."""
 
     def cast(new: Any, old: Any) -> Any:
         dtype = jnp.result_type(old)

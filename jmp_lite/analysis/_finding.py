@@ -1,4 +1,4 @@
-"""What an analysis has to say: findings, each of a kind that has one row in a table."""
+"""Findings of the analyses; each has a kind with one row in a table."""
 
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
@@ -108,10 +108,10 @@ class Finding(NamedTuple):
 
     Attributes:
         kind: A key of ``KINDS``.
-        message: What is the case, with its figures, as one sentence.
+        message: The finding and its figures, as one sentence.
         source: The user's file, line and function.
         scope: Name scopes, or the path of a parameter.
-        share: Of what it concerns, such as FLOPs or elements; orders findings of one severity.
+        share: Affected share, such as of FLOPs or elements; orders findings of one severity.
 
     Example:
         >>> def variance(x):
@@ -143,7 +143,7 @@ class Finding(NamedTuple):
 
 
 def ordered(findings: Iterable[Finding]) -> tuple[Finding, ...]:
-    """Returns findings without repetitions, the worst first."""
+    """Returns findings without duplicates, worst first."""
     kinds = list(KINDS)
     return tuple(
         sorted(dict.fromkeys(findings), key=lambda f: (_ORDER[f.severity], -f.share, kinds.index(f.kind), quote(f)))

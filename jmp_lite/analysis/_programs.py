@@ -1,4 +1,4 @@
-"""The program that an analysis looks at: traced, under autocast if there is a policy, a loss with its gradient."""
+"""The program that an analysis examines: traced, under autocast if there is a policy, a loss with its gradient."""
 
 import contextlib
 import warnings
@@ -46,13 +46,13 @@ class Program(NamedTuple):
 def traced_program(
     fun: Callable[..., Any], settings: Settings | None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Program:
-    """Traces what runs when a function is called, and computes nothing.
+    """Traces a call of a function and computes nothing.
 
     Args:
         fun: A function.
-        settings: Those of autocast; ``None`` for the function as it is written.
+        settings: Settings of autocast; ``None`` for the function as written.
         args: Arrays, or shapes in their place.
-        kwargs: More of them.
+        kwargs: The same, by keyword.
     """
     with _caught() as said:
         explanation = explained(fun, settings, args, kwargs)[0] if settings else None
@@ -76,7 +76,7 @@ def _differentiated(plain: Program, fun: Callable[..., Any], args: tuple[Any, ..
 
 @contextlib.contextmanager
 def _caught() -> Iterator[list[warnings.WarningMessage]]:
-    """Catches the warnings that become findings; others are passed on."""
+    """Catches the warnings that become findings; passes on the others."""
     kept: list[warnings.WarningMessage] = []
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -105,9 +105,9 @@ def _floats(tree: Any) -> tuple[list[Any], list[Any], Any]:
 
 
 def _of_floats(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Any]]:
-    """Returns a function of the floating arrays of the first argument alone, and these.
+    """Returns a function of only the floating arrays in the first argument, and these arrays.
 
-    Arguments are put together again for each call, so that modules among them may change inside of it.
+    Each call reassembles the arguments, so modules among them may change inside it.
     """
     floats, others, layout = _floats(args[0])
     rest, layout_of_rest = jax.tree.flatten((args[1:], kwargs))

@@ -1,4 +1,4 @@
-"""Where a program computes what: its equations as a tree, each with its scope, its source line and its direction."""
+"""The equations of a program as a tree, each with its scope, its source line and its direction."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -12,18 +12,18 @@ _OWN = ("/jmp_lite/autocast/", "/jmp_lite/analysis/")
 
 
 class Site(NamedTuple):
-    """An equation of a program, at the place where it stands.
+    """An equation and its place in a program.
 
     Attributes:
-        number: Its number, in the order of the program; the equations inside a loop or a call follow it.
-        primitive: Name of what is computed.
+        number: Its number, in program order; the equations inside a loop or a call follow it.
+        primitive: Name of the primitive.
         scope: Name scopes, joined by slashes.
         source: The user's file, line, and function.
         is_backward: Whether it belongs to a backward pass, recomputation included.
         in_dtypes: Dtypes of the operands.
         out_dtypes: Dtypes of the results.
-        shape: Of the first result.
-        trips: How often it runs: the product of the lengths of the scans it is in. A while loop counts once.
+        shape: Shape of the first result.
+        trips: How often it runs: the product of the lengths of the scans around it. A while loop counts once.
 
     Example:
         >>> found = jmp.analysis.first_nonfinite(jnp.log)(jnp.zeros(2))
@@ -55,7 +55,7 @@ class Step(NamedTuple):
 
 
 def traced(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:
-    """Traces a call; shapes may stand for arrays, as far as nothing is computed."""
+    """Traces a call; shapes may replace arrays if nothing is computed."""
     return trace(fun, args, kwargs, is_array_or_shape)
 
 
@@ -65,7 +65,7 @@ def steps_of(jaxpr: Jaxpr) -> tuple[Step, ...]:
 
 
 def flat(steps: Sequence[Step]) -> Iterator[Step]:
-    """Yields steps and what is inside them, in the order of their numbers."""
+    """Yields steps and the steps inside them, in numeric order."""
     for step in steps:
         yield step
         for body in step.bodies:
@@ -73,7 +73,7 @@ def flat(steps: Sequence[Step]) -> Iterator[Step]:
 
 
 def way_to(steps: Sequence[Step], number: int) -> list[Sequence[Step]]:
-    """Returns the programs that a step stands in, from the outermost: each ends with the step that holds the next."""
+    """Returns the programs around a step, from the outermost; each ends with the step that holds the next."""
     at = next(i for i, step in enumerate(steps) if number <= max(inner.site.number for inner in flat([step])))
     here = steps[: at + 1]
     for body in steps[at].bodies:

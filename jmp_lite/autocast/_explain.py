@@ -131,9 +131,7 @@ def _summarized(summary: Summary, records: Sequence[Record]) -> str:
         return f"  {', '.join([*what, share])}: {_where(record)}: {record.reason}"
 
     parts = [
-        f"{count} {_GROUPS[group]} ({share:.1%} of FLOPs)"
-        for group, (count, share) in summary.matmuls.items()
-        if count
+        f"{count} {_GROUPS[group]} ({share:.1%} of FLOPs)" for group, (count, share) in summary.matmuls.items() if count
     ]
     skipped = "dot= not applied"
     loops = {record.primitive for record in records} & {"while", "cond"} if parts else ()

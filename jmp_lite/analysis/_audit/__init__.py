@@ -1,1 +1,1 @@
-"""What a program shows before it runs: which matmuls run in which dtype, and what is wrong with them."""
+"""Static checks: which matmuls run in which dtype, and what is wrong with them."""

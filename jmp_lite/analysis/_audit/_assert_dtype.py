@@ -37,14 +37,14 @@ def assert_compute_dtype(
     dot: Callable[..., Any] | None = None,
     accumulation_dtype: Any = None,
 ) -> Callable[..., None]:
-    """Raises if a matmul, a convolution or a kernel has wider operands than a dtype. Nothing is compiled or computed.
+    """Raises if a matmul, a convolution or a kernel has operands wider than a dtype. Compiles and computes nothing.
 
-    It belongs into a test of a model: what is added later and runs in float32 fails there, with its line.
+    Put it in a test of your model: if a later change runs something in float32, the test fails and names the line.
 
     Args:
-        fun: As for ``audit``; a loss is looked at with its gradient.
+        fun: As for ``audit``; a loss is checked with its gradient.
         dtype: The widest floating dtype that operands may have, such as ``jnp.bfloat16`` or ``"bf16"``.
-        allow: Regular expressions for what may be wider: searched for in ``scope primitive source``, such as
+        allow: Regular expressions for exceptions, searched for in ``scope primitive source``, such as
             ``"router dot_general model.py:31:8 (layer)"``.
         policy: As for ``audit``.
         rules: As for ``audit``.
@@ -54,15 +54,15 @@ def assert_compute_dtype(
 
     Returns:
         A function with the arguments of ``fun`` (arrays, or ``jax.ShapeDtypeStruct`` in their place) that returns
-        nothing, or raises.
+        ``None`` or raises.
 
     Raises:
-        ComputeDtypeError: When called, with lines, shapes, shares of FLOPs, and where wide operands come from.
-        InvalidRuleError: If ``dtype`` is not a floating dtype; and other errors as ``autocast``.
-        InvalidPatternError: If something in ``allow`` is not a regular expression.
+        ComputeDtypeError: When called, with lines, shapes, shares of FLOPs, and the origin of wide operands.
+        InvalidRuleError: If ``dtype`` is not a floating dtype; other errors are as in ``autocast``.
+        InvalidPatternError: If an element of ``allow`` is not a regular expression.
 
     Warns:
-        UnmatchedRuleWarning: When called, if something in ``allow`` allows nothing.
+        UnmatchedRuleWarning: When called, if an element of ``allow`` matches nothing.
 
     Example:
         >>> def model(x, w):

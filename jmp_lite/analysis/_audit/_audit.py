@@ -1,4 +1,4 @@
-"""``audit``: what a program computes in which precision, and what is wrong with it, before it runs."""
+"""``audit``: which precision a program runs in, and what is wrong with it, before it runs."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -22,9 +22,9 @@ CHECKS = (*_check_numbers.CHECKS, *_check_sums.CHECKS, *_check_dtypes.CHECKS)
 
 @dataclasses.dataclass(frozen=True)
 class Audit:
-    """What a program computes in which precision, and what is wrong with it.
+    """The precision of everything in a program, and what is wrong with it.
 
-    Printed, it is a verdict, then tables, then findings.
+    It prints as a verdict, then tables, then findings.
 
     Example:
         >>> x, w = jnp.ones((8, 16), jnp.bfloat16), jnp.ones((16, 4), jnp.bfloat16)
@@ -50,7 +50,7 @@ class Audit:
 
     @property
     def verdict(self) -> str:
-        """One paragraph on it all."""
+        """A summary in one paragraph."""
         what = "The loss and its gradient have" if self.is_loss else "The program has"
         count = sum(row.times for row in self.matmuls)
         low = sum(row.flop_share for row in self.matmuls if _is_low(row.operands))
@@ -95,14 +95,14 @@ def audit(
     dot: Callable[..., Any] | None = None,
     accumulation_dtype: Any = None,
 ) -> Callable[..., Audit]:
-    """Says what a function computes in which precision, and what is wrong with it. Nothing is compiled or computed.
+    """Reports which precision a function runs in, and what is wrong with it. Compiles and computes nothing.
 
-    With a policy, the program is the one that ``autocast`` runs; without, the one that is written, with the casts and
-    dtypes of its author. A function that returns one floating scalar is taken for a loss, and looked at together with
-    its gradient by the floating arrays of its first argument; any other function is looked at as it is.
+    With a policy, it audits the program that ``autocast`` runs; without one, the program as written, with the casts and
+    dtypes of its author. A function that returns one floating scalar counts as a loss and is audited together with its
+    gradient in the floating arrays of its first argument; any other function is audited alone.
 
-    Values are followed through loops, branches and calls, from what makes them to what uses them: a softmax is a
-    problem where its exponentials and their sum are rounded to 16 bits, not where an ``exp`` is.
+    The audit follows values through loops, branches and calls, from producers to consumers: a softmax is a problem
+    where its exponentials and their sum are rounded to 16 bits, not at every ``exp``.
 
     Args:
         fun: The function: a loss, a model, or a whole training step.
@@ -118,7 +118,7 @@ def audit(
 
     Raises:
         InvalidFunctionError: If ``fun`` is not a function.
-        InvalidRuleError: As ``autocast``, and so for the other errors.
+        InvalidRuleError: As in ``autocast``, which lists the other errors.
 
     Example:
         >>> def model(w, x):
@@ -140,10 +140,10 @@ def audit(
 
 
 def settings_of(policy: str | Policy | PolicyMap | None, **settings: Any) -> Settings | None:
-    """Checks settings of autocast; without a policy they make it that of float32, if there are any.
+    """Checks settings of autocast; settings without a policy get the float32 policy.
 
     Returns:
-        ``None`` if the program is to be looked at as it is written.
+        ``None`` to analyze the program as written.
     """
     if policy is None and not any(value is not None and value != () for value in settings.values()):
         return None
@@ -151,7 +151,7 @@ def settings_of(policy: str | Policy | PolicyMap | None, **settings: Any) -> Set
 
 
 def audited(program: Program) -> Audit:
-    """Counts what a program is made of, and checks it."""
+    """Counts the parts of a program and checks it."""
     flow = Flow(program.jaxpr)
     subject = Subject(flow, program)
     findings = ordered(finding for check in CHECKS for finding in check(subject))

@@ -1,4 +1,4 @@
-"""What a program is made of: tables of its matmuls, kernels, casts and collectives."""
+"""The parts of a program: tables of its matmuls, kernels, casts and collectives."""
 
 import collections
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ COLLECTIVES = MOVING | {
 
 
 class MatmulRow(NamedTuple):
-    """Matmuls or convolutions that are alike."""
+    """Identical matmuls or convolutions."""
 
     kind: str
     """``dot`` or ``conv``."""
@@ -39,7 +39,7 @@ class MatmulRow(NamedTuple):
 
 
 class KernelRow(NamedTuple):
-    """Kernels that are alike."""
+    """Identical kernels."""
 
     primitive: str
     operands: tuple[str, ...]
@@ -60,7 +60,7 @@ class CastRow(NamedTuple):
 
 
 class CollectiveRow(NamedTuple):
-    """Collectives that are alike."""
+    """Identical collectives."""
 
     primitive: str
     dtype: str
@@ -91,12 +91,12 @@ def kernels_of(flow: Flow) -> list[Node]:
 
 
 def collectives_of(flow: Flow) -> list[Node]:
-    """Returns what sends arrays between devices."""
+    """Returns the collectives, which send arrays between devices."""
     return [node for node in flow.nodes if node.name in COLLECTIVES]
 
 
 def operand_dtypes(node: Node) -> tuple[str, ...]:
-    """Returns the dtypes of what is multiplied: sizes of groups and scales do not count."""
+    """Returns the dtypes of the multiplied operands, without group sizes and scales."""
     return node.site.in_dtypes[:2] if node.name in PRODUCTS else node.site.in_dtypes
 
 
@@ -116,7 +116,7 @@ def is_low(node: Node) -> bool:
 
 
 def census(flow: Flow) -> Census:
-    """Counts what a program is made of."""
+    """Counts the parts of a program."""
     products = collections.defaultdict[tuple[Any, ...], list[int]](lambda: [0, 0])
     kernels, casts, collectives = collections.Counter[Any](), *(_tally() for _ in range(2))
     for node, flops in products_of(flow):

@@ -1,4 +1,4 @@
-"""Checks of dtypes that are wider than they need be: leaks, kernels, collectives, and settings that did nothing."""
+"""Checks for dtypes wider than needed: leaks, kernels, collectives, and settings that did nothing."""
 
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
@@ -21,7 +21,7 @@ _ELEMENTWISE = frozenset(
 
 
 class Entry(NamedTuple):
-    """Where something wide came in."""
+    """Where a wide dtype came in."""
 
     what: str
     """What happened there."""
@@ -36,7 +36,7 @@ class Entry(NamedTuple):
 
 
 def leaks(subject: Subject) -> Iterator[Finding]:
-    """Finds matmuls in float32 beside those in 16 bits; names where float32 came in."""
+    """Finds float32 matmuls in a program with 16-bit ones, and names where float32 came in."""
     if not subject.has_low_products:
         return
     groups: dict[Entry, list[tuple[Node, float]]] = {}
@@ -72,13 +72,13 @@ def _returns_wide(node: Node) -> bool:
 
 
 def _of_cotangents(asked: Mapping[str, Node], node: Node) -> Entry | None:
-    """Returns the matmul that a matmul of a backward pass belongs to, if that asks for a result of float32."""
+    """Returns the forward matmul of a backward matmul, if it asks for a float32 result."""
     made = asked.get(node.site.source) if node.site.is_backward else None
     return made and Entry.at(made, "it multiplies the cotangents of a result of float32", "float32-cotangents")
 
 
 def why_wide(node: Node, explanation: Explanation | None) -> tuple[str, str]:
-    """Returns the kind of finding that a matmul in float32 is worth, empty if none, and what to say."""
+    """Returns the kind of finding for a float32 matmul, empty if none, and its message."""
     asked = asked_precision(node.eqn)
     if asked:
         return "highest-precision", f"A matmul runs in float32, because it asks for precision={asked}."
@@ -97,7 +97,7 @@ def why_wide(node: Node, explanation: Explanation | None) -> tuple[str, str]:
 
 
 def origin(subject: Subject, product: Node) -> Entry:
-    """Returns where the float32 of a matmul came in, and what happened there."""
+    """Returns where float32 came into a matmul, and what happened there."""
     flow = subject.flow
     casts, results, others = list[Node](), list[Node](), list[Value]()
 
@@ -139,13 +139,13 @@ def _promoter(subject: Subject, cast: Node) -> str:
 
 
 def _enters(node: Node) -> bool:
-    """Whether an equation makes something wide of something narrow alone."""
+    """Whether an equation returns a wide value from narrow ones only."""
     is_narrow = node.name not in PRODUCTS or widest(node) < 4
     return is_narrow and width(node.site.out_dtypes[0]) >= 4 and any(is_16_bits(dtype) for dtype in node.site.in_dtypes)
 
 
 def kernels(subject: Subject) -> Iterator[Finding]:
-    """Finds kernels on float32 arrays in a program of 16 bits."""
+    """Finds kernels on float32 arrays in a 16-bit program."""
     if not subject.has_low_products:
         return
     for node in kernels_of(subject.flow):
@@ -157,7 +157,7 @@ def kernels(subject: Subject) -> Iterator[Finding]:
 
 
 def collectives(subject: Subject) -> Iterator[Finding]:
-    """Finds float32 arrays that are sent between devices in a program of 16 bits; sums may be meant to be exact."""
+    """Finds float32 arrays sent between devices in a 16-bit program; sums may be exact on purpose."""
     flow = subject.flow
     if not subject.has_low_products:
         return
@@ -179,7 +179,7 @@ def _is_elementwise(node: Node, position: int) -> bool:
 
 
 def doubles(subject: Subject) -> Iterator[Finding]:
-    """Finds float64 in a program of 16 bits; the first equation that makes some."""
+    """Finds the first equation that makes float64 in a 16-bit program."""
     flow = subject.flow
     if not any(is_16_bits(flow.dtype(value)) for value in range(len(flow.avals))):
         return
@@ -193,7 +193,7 @@ def doubles(subject: Subject) -> Iterator[Finding]:
 
 
 def settings(subject: Subject) -> Iterator[Finding]:
-    """Finds what was asked of autocast and did not happen."""
+    """Finds settings of autocast that had no effect."""
     for warning in subject.program.said:
         if issubclass(warning.category, UnmatchedRuleWarning):
             yield Finding("unmatched-rule", str(warning.message).partition(" jmp.explain")[0])

@@ -1,4 +1,4 @@
-"""Checks of numbers that 16 bits do not hold: literals, epsilons, bounds, integers."""
+"""Checks for numbers that 16 bits cannot hold: literals, epsilons, bounds, integers."""
 
 import math
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ _COMPARISONS = frozenset({"eq", "ne", "lt", "le", "gt", "ge"})
 
 
 def literals(subject: Subject) -> Iterator[Finding]:
-    """Finds numbers that become infinite, zero or one in the 16 bits that they meet, and matter there."""
+    """Finds literals that become infinite, zero or one in 16 bits, where that matters."""
     for node in subject.flow.nodes:
         dtype = subject.flow.dtype(node.results[0]) if node.results else ""
         if not is_16_bits(dtype):
@@ -45,7 +45,7 @@ def _overflows(flow: Flow, node: Node, dtype: str) -> Iterator[Finding]:
 
 
 def _has_uses(flow: Flow, node: Node) -> bool:
-    """Whether a number is more than the bound of a clamp, beyond which infinity does no harm."""
+    """Whether a number has uses other than the bound of a clamp, where infinity does no harm."""
     return any(
         (not moves(user, i) and user.name not in ("min", "max", "clamp", *_COMPARISONS)) or user.name == "select_n"
         for user, i in flow.forward(node.results[0], lambda user, i: moves(user, i) and user.name != "select_n")
@@ -87,12 +87,12 @@ def _of_number(flow: Flow, node: Node, position: int, number: Number, dtype: str
 
 
 def _was_rounded(node: Node, position: int) -> bool:
-    """Whether a zero in the program may have been another number: nobody adds a literal zero."""
+    """Whether a zero in the program may be a rounded number: nobody adds a literal zero."""
     return node.name in ("add", "max") and is_literal(node.eqn.invars[position])
 
 
 def _is_singular(node: Node, position: int, *, is_strict: bool = False) -> bool:
-    """Whether an equation is infinite where the operand is 0, or has a slope that is."""
+    """Whether an equation or its slope is infinite where the operand is 0."""
     if node.name == "div":
         return position == 1
     if node.name == "integer_pow":
@@ -101,13 +101,13 @@ def _is_singular(node: Node, position: int, *, is_strict: bool = False) -> bool:
 
 
 def _divides(flow: Flow, node: Node, *, is_strict: bool) -> Node | None:
-    """Returns what is singular at 0 among the users of a value, through roots of it."""
+    """Returns the consumers of a value, or of its roots, that are singular at 0."""
     uses = flow.forward(node.results[0], lambda user, i: moves(user, i) or user.name == "sqrt")
     return next((user for user, i in uses if _is_singular(user, i, is_strict=is_strict)), None)
 
 
 def _takes_complement(flow: Flow, node: Node) -> Node | None:
-    """Returns what is singular where a bounded value is 1."""
+    """Returns the consumers that are singular where a bounded value is 1."""
 
     def is_complement(user: Node, position: int) -> bool:
         one = flow.number(user.operands[0]) if user.name == "sub" and position == 1 else None
@@ -127,7 +127,7 @@ def _takes_complement(flow: Flow, node: Node) -> Node | None:
 
 
 def integers(subject: Subject) -> Iterator[Finding]:
-    """Finds integers that are rounded when they become 16 bits."""
+    """Finds integers that are rounded when cast to 16 bits."""
     flow = subject.flow
     for node in flow.nodes:
         dtype = flow.dtype(node.results[0]) if node.results else ""
@@ -144,7 +144,7 @@ def integers(subject: Subject) -> Iterator[Finding]:
 
 
 def _largest_integer(flow: Flow, value: Value, depth: int = 0) -> int | None:
-    """Returns the largest magnitude that a value of integers can have, if the program says it."""
+    """Returns the largest magnitude that an integer value can have, if the program tells."""
     if flow.dtype(value) == "bool":
         return 1
     roots = flow.roots(value)
@@ -180,7 +180,7 @@ def _largest_of(flow: Flow, node: Node, depth: int) -> int | None:
 
 
 def one_hot_products(subject: Subject) -> Iterator[Finding]:
-    """Finds matmuls that look something up: one operand is a comparison with positions."""
+    """Finds matmuls that are lookups: one operand is a comparison with positions."""
     flow = subject.flow
     for node, share in subject.products:
         for operand, dtype in zip(node.operands[:2], node.site.in_dtypes, strict=False):

@@ -1,4 +1,4 @@
-"""Checks of sums that are held in 16 bits: softmax, statistics, variances, accumulators, scores."""
+"""Checks for sums held in 16 bits: softmax, statistics, variances, accumulators, scores."""
 
 import math
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ _MILD = frozenset({"add", "sub", "mul", "div", "neg", "max", "min", "tanh", "log
 
 
 def softmaxes(subject: Subject) -> Iterator[Finding]:
-    """Finds exponentials of 16 bits whose sum is rounded to 16 bits before it divides them or is taken a log of."""
+    """Finds 16-bit exponentials whose sum is rounded to 16 bits before a division or a logarithm."""
     flow = subject.flow
     for node in flow.nodes:
         if node.name == "exp" and is_16_bits(node.site.out_dtypes[0]) and not is_decided(node):
@@ -34,7 +34,7 @@ def _sums_of(flow: Flow, node: Node) -> list[Node]:
 
 
 def _normalizes(flow: Flow, total: Node, exponential: Node) -> bool:
-    """Whether a sum of exponentials is used in 16 bits, to divide them or for its logarithm."""
+    """Whether a sum of exponentials is used in 16 bits, in a division or a logarithm."""
     for use, position in flow.forward(total.results[0], moves):
         is_low = use.name in ("log", "div") and is_16_bits(use.site.out_dtypes[0])
         if is_low and use.name == "log":
@@ -45,7 +45,7 @@ def _normalizes(flow: Flow, total: Node, exponential: Node) -> bool:
 
 
 def statistics(subject: Subject) -> Iterator[Finding]:
-    """Finds long sums that are added up in 16 bits, and squares that overflow before they are."""
+    """Finds long sums that accumulate in 16 bits, and squares that overflow before they are summed."""
     flow = subject.flow
     for node in flow.nodes:
         if node.name not in ("reduce_sum", "reduce_window_sum") or is_decided(node):
@@ -65,7 +65,7 @@ def statistics(subject: Subject) -> Iterator[Finding]:
 
 
 def _is_tie(flow: Flow, node: Node) -> bool:
-    """Whether an equation finds the places of a maximum: the derivative of it counts them."""
+    """Whether an equation finds the positions of a maximum, whose derivative counts them."""
     makers = [made for operand in node.operands for _, made in flow.backward(operand, moves) if made is not None]
     return node.name == "eq" and any(made.name in ("reduce_max", "reduce_min") for made in makers)
 
@@ -99,7 +99,7 @@ def _narrow(flow: Flow, square: Node) -> list[str]:
 
 
 def _averages(flow: Flow, node: Node, position: int) -> bool:
-    """Whether an equation makes a mean of a sum: it moves it, adds it up over devices, or divides by a number."""
+    """Whether an equation turns a sum into a mean: it moves it, reduces it over devices, or divides by a number."""
     if moves(node, position) or node.name.startswith("psum"):
         return True
     is_scaled = node.name == "mul" or (node.name in ("div", "max") and position == 0)
@@ -148,7 +148,7 @@ def accumulations(subject: Subject) -> Iterator[Finding]:
 
 
 def _times(flow: Flow, node: Node) -> int:
-    """Returns how many terms may be added up in one place."""
+    """Returns how many terms may accumulate in one element."""
     if node.eqn.params.get("unique_indices"):
         return 1
     *shape, _ = flow.avals[node.operands[1]].shape
@@ -178,7 +178,7 @@ def _adds_something_new(flow: Flow, node: Node, before: Value) -> bool:
 
 
 def scores(subject: Subject) -> Iterator[Finding]:
-    """Finds results of matmuls that are rounded to 16 bits before something is chosen by them."""
+    """Finds matmul results that are rounded to 16 bits before they decide a choice."""
     flow = subject.flow
 
     def through(node: Node, position: int) -> bool:

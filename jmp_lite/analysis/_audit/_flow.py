@@ -1,6 +1,6 @@
-"""Where values come from and where they go: a program, bodies of loops and calls included, as one graph.
+"""The dataflow of a program as one graph, bodies of loops and calls included.
 
-A value inside a body is one of the values that are handed in: the operand of the loop, and the result of its body in
+A value inside a body stands for the values passed in: the operand of the loop, and the result of its body in
 the iteration before. So one search, backward or forward, goes through ``jit``, ``scan``, ``cond`` and derivative rules.
 """
 
@@ -50,7 +50,7 @@ class Node(NamedTuple):
 
 
 class Number(NamedTuple):
-    """A number that a value repeats."""
+    """The number that fills a value."""
 
     written: float
     """As it stands in the program."""
@@ -137,7 +137,7 @@ class Flow:
             self._needed += operands if step.eqn.effects else []
 
     def _drop_unused(self) -> None:
-        """Leaves out equations whose results reach nothing, such as derivatives that nobody asked for."""
+        """Drops equations with unused results, such as unused derivatives."""
         queue, used = list(self._needed), set(self._needed)
         for value in queue:
             made = self._made_by.get(value)
@@ -152,7 +152,7 @@ class Flow:
     # --- Asking ---
 
     def dtype(self, value: Value) -> str:
-        """Returns the name of the dtype of a value; empty for what has none."""
+        """Returns the name of the dtype of a value; empty if it has none."""
         return str(getattr(self.avals[value], "dtype", ""))
 
     def size(self, value: Value) -> int:
@@ -160,7 +160,7 @@ class Flow:
         return int(math.prod([as_count(size) for size in getattr(self.avals[value], "shape", ())]))
 
     def roots(self, value: Value) -> tuple[Value, ...]:
-        """Returns the values outside of bodies, or made inside, that a value is one of."""
+        """Returns the values, outside of bodies or made inside, that a value can stand for."""
         return tuple(found for found in _reached(value, self._sources) if found not in self._sources)
 
     def producers(self, value: Value) -> list[Node]:
@@ -175,12 +175,12 @@ class Flow:
     def backward(
         self, value: Value, through: Through, stop: Value | None = None
     ) -> Iterator[tuple[Value, Node | None]]:
-        """Yields the values that a value is made of, the nearest first, each with the equation that makes it.
+        """Yields the values that a value is computed from, nearest first, each with the equation that makes it.
 
         Args:
             value: Where to start.
             through: Where to continue.
-            stop: A value inside a body, of which it is not asked where it comes from.
+            stop: A value inside a body whose origin is not searched.
         """
         queue, seen = [value], {value}
         for v in queue:
@@ -194,11 +194,11 @@ class Flow:
             queue += new
 
     def is_from(self, value: Value, stop: Value, through: Through) -> bool:
-        """Whether a value is made of another, which may be one inside a body."""
+        """Whether a value is computed from another, which may be inside a body."""
         return any(v == stop for v, _ in self.backward(value, through, stop))
 
     def forward(self, value: Value, through: Through) -> Iterator[tuple[Node, int]]:
-        """Yields the equations that a value reaches, the nearest first, each with the position of the operand."""
+        """Yields the equations that a value reaches, nearest first, each with the position of the operand."""
         queue, seen = self.consumers(value), set[tuple[int, int]]()
         for node, position in queue:
             if (node.site.number, position) not in seen:
@@ -208,7 +208,7 @@ class Flow:
                     queue += [use for result in node.results for use in self.consumers(result)]
 
     def number(self, value: Value) -> Number | None:
-        """Returns the number that a value repeats, if the program says it."""
+        """Returns the number that fills a value, if the program tells."""
         roots = self.roots(value)
         if len(roots) != 1:
             return None
@@ -223,7 +223,7 @@ class Flow:
 
 
 def moves(node: Node, position: int) -> bool:
-    """Whether an operand comes back as it is, moved or cast."""
+    """Whether an operand comes back unchanged, moved or cast."""
     if node.name in _AT_FIRST:
         return position == 0
     if node.name == "select_n":
@@ -234,7 +234,7 @@ def moves(node: Node, position: int) -> bool:
 
 
 def rounded(number: float, dtype: str) -> float:
-    """Returns a number as a dtype holds it; infinity beyond its largest."""
+    """Returns a number as a dtype holds it; infinity beyond its maximum."""
     with np.errstate(all="ignore"):
         return float(np.asarray(number).astype(jnp.dtype(dtype)))
 

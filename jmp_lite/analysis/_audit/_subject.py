@@ -1,4 +1,4 @@
-"""What the checks of ``audit`` look at, and the questions that several of them ask."""
+"""The input of ``audit``'s checks, and the questions that several of them share."""
 
 import dataclasses
 import functools
@@ -37,7 +37,7 @@ class Subject:
         return any(is_low(node) for node, _ in self.products)
 
     def name_of(self, value: Value) -> str:
-        """Returns what a value that no equation makes is called."""
+        """Returns the name of a value that no equation makes."""
         if value in self.flow.inputs:
             return f"argument {self.program.arguments[self.flow.inputs.index(value)]}"
         return "a number" if self.flow.size(value) == 1 else "an array that the function closes over"
@@ -52,15 +52,15 @@ def found(kind: str, node: Node, message: str, share: float = 0.0) -> Finding:
 
 
 def is_decided(node: Node) -> bool:
-    """Whether the author said with a region in which precision this runs."""
+    """Whether the author set the precision with a region."""
     return _regions.innermost(node.site.scope) is not None
 
 
 def is_16_bits(dtype: str) -> bool:
-    """Whether a dtype is a floating one of 16 bits."""
+    """Whether a dtype is a 16-bit floating dtype."""
     return dtype in EXACT_INTEGERS
 
 
 def terms(flow: Flow, node: Node) -> int:
-    """Returns how many terms a reduction adds up for each of its results."""
+    """Returns how many terms a reduction sums for each of its results."""
     return max(flow.size(node.operands[0]) // max(flow.size(node.results[0]), 1), 1)

@@ -1,1 +1,1 @@
-"""What rounding does: beside float32, by small changes, and between two runs."""
+"""The effect of rounding: against float32, by small changes, and between two runs."""

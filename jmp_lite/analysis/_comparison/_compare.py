@@ -1,4 +1,4 @@
-"""``compare``: what a policy does to results and gradients, beside float32, equation by equation."""
+"""``compare``: how far a policy moves results and gradients from float32, equation by equation."""
 
 import dataclasses
 import math
@@ -30,13 +30,13 @@ _LARGE_ERROR, _AMPLIFIED = 0.1, 8
 
 
 class EquationError(NamedTuple):
-    """What an equation has to do with the error. Errors are root mean squares over those of what they concern.
+    """The error that an equation adds, takes and carries, each as a root mean square relative to the exact values.
 
     Attributes:
-        site: Where it stands.
-        added: What rounding in it adds, were its operands exact.
-        taken: Distance of its operands from those in float32; of the furthest.
-        carried: Distance of its results from those in float32.
+        site: Where it is in the program.
+        added: Error that its rounding would add to exact operands.
+        taken: Distance of its operands from float32; the largest one.
+        carried: Distance of its results from float32.
 
     Example:
         >>> w, x = jnp.linspace(0, 1, 64).reshape(16, 4), jnp.linspace(-1, 2, 64).reshape(4, 16)
@@ -52,15 +52,15 @@ class EquationError(NamedTuple):
 
 
 class ResultError(NamedTuple):
-    """How far a result, or the gradient of a parameter, is from that in float32.
+    """The distance of a result, or of the gradient of a parameter, from float32.
 
     Attributes:
-        path: Of the result or of the parameter; ``loss`` for a loss. NaN and infinities that float32 makes too count as
+        path: Path of the result or parameter; ``loss`` for a loss. NaN and infinities that float32 makes too count as
             equal.
-        cosine: Of the angle between both, as vectors; 1 if both are zero, 0 if one is or is not finite.
-        norm_ratio: Norm over that in float32; 1 if both are zero.
-        error: Norm of the difference over the norm in float32: 1 for what became zero, infinite for what is not finite
-            or is zero in float32 alone.
+        cosine: Cosine of the angle between both vectors; 1 if both are zero, 0 if one is zero or not finite.
+        norm_ratio: Norm over the norm in float32; 1 if both are zero.
+        error: Norm of the difference over the norm in float32: 1 for a result that became zero, infinite for one that
+            is not finite or is zero only in float32.
 
     Example:
         >>> w, x = jnp.linspace(0, 1, 64).reshape(16, 4), jnp.linspace(-1, 2, 64).reshape(4, 16)
@@ -77,11 +77,11 @@ class ResultError(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class PolicyErrors:
-    """What one policy does.
+    """The errors of one policy.
 
     Attributes:
-        results: The loss and the gradients, or the results; those furthest from float32 first.
-        equations: Those that add most error first.
+        results: The loss and the gradients, or the results; furthest from float32 first.
+        equations: The equations; those that add most error first.
 
     Example:
         >>> w, x = jnp.linspace(0, 1, 64).reshape(16, 4), jnp.linspace(-1, 2, 64).reshape(4, 16)
@@ -100,11 +100,11 @@ class PolicyErrors:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """What policies do to a function, beside float32.
+    """The errors of several policies on a function, compared with float32.
 
     Attributes:
-        policies: By name, in the order in which they were given.
-        findings: The worst first.
+        policies: Errors by name, in the order given.
+        findings: Worst first.
 
     Example:
         >>> w, x = jnp.linspace(0, 1, 64).reshape(16, 4), jnp.linspace(-1, 2, 64).reshape(4, 16)
@@ -131,7 +131,7 @@ class Comparison:
         """Returns the errors as text, the largest first.
 
         Args:
-            limit: How many results and equations to print of each policy.
+            limit: How many results and equations to print for each policy.
         """
         parts = []
         for name, errors in self.policies.items():
@@ -158,26 +158,26 @@ def _plain(equation: EquationError) -> dict[str, Any]:
 def compare(
     fun: Callable[..., Any], policies: Variant | Sequence[Variant] | Mapping[str, Variant] = "mixed_bfloat16"
 ) -> Callable[..., Comparison]:
-    """Compares what policies make of a function with what float32 makes of it: results, gradients, every equation.
+    """Compares a function under policies with float32: results, gradients, every equation.
 
-    A function that returns one floating scalar is compared with its gradient in the floating arrays of its first
-    argument; any other by what it returns. Beside each value the function is evaluated once more without any rounding,
-    which tells what each equation adds to the error and what it was given. Matmuls that are quantized through integers
-    count from there on as they are; results and gradients are always compared with a run of the plain function.
+    For a function that returns one floating scalar it compares the value and the gradient in the floating arrays of the
+    first argument; for any other function, the results. It also evaluates every value without any rounding, which shows
+    how much error each equation adds and how much it received. Matmuls quantized through integers count as exact from
+    there on; results and gradients are always compared with a run of the plain function.
 
     It runs equation by equation, compiles only loops, branches and maps, and takes three times the memory.
 
     Args:
         fun: The function, written for float32.
-        policies: Policies that ``autocast`` runs it under, or functions that stand for it, such as
-            ``{"fp8": jmp.autocast(loss, "mixed_bfloat16", dot=jmp.quant.FP8)}``; one, a list, or by name. Of
-            two with one name, the second gets its number.
+        policies: Policies for ``autocast``, or functions to compare with ``fun``, such as
+            ``{"fp8": jmp.autocast(loss, "mixed_bfloat16", dot=jmp.quant.FP8)}``; one, a list, or by name. If two
+            share a name, the second gets a number.
 
     Returns:
         A function with the arguments of ``fun`` that returns a ``Comparison``.
 
     Raises:
-        InvalidFunctionError: If one of the functions cannot be called, or returns something else than ``fun``.
+        InvalidFunctionError: If one of the functions cannot be called, or its results are not like those of ``fun``.
 
     Example:
         >>> def loss(w, x):
@@ -224,7 +224,7 @@ def _named(fun: Callable[..., Any], policies: Any) -> dict[str, Callable[..., An
 
 
 def _prepared(fun: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Traced, list[str]]:
-    """Traces a loss with its gradient, or any other function; with the paths of its results."""
+    """Traces a loss with its gradient, or any other function alone; also returns the paths of the results."""
     check_function(fun, "compare")
     plain = traced(fun, args, kwargs)
     if is_loss(plain, args):

@@ -1,4 +1,4 @@
-"""``diff``: what two runs or configurations differ in, first of all."""
+"""``diff``: where two runs or configurations differ, the first difference first."""
 
 import dataclasses
 import math
@@ -15,9 +15,9 @@ class Difference(NamedTuple):
     """A difference.
 
     Attributes:
-        path: Where: keys and numbers, joined by slashes.
-        first: What the first has there.
-        second: What the second has there.
+        path: Keys and numbers, joined by slashes.
+        first: Value in the first.
+        second: Value in the second.
 
     Example:
         >>> [difference] = jmp.analysis.diff({"lr": 0.1, "seed": 0}, {"lr": 0.2, "seed": 0})
@@ -43,16 +43,16 @@ MISSING = _Missing()
 
 
 def diff(first: Any, second: Any, *, rtol: float = 0.0) -> tuple[Difference, ...]:
-    """Compares two recorded runs or two configurations, and returns where they differ, in the order of the first.
+    """Compares two recorded runs or two configurations, and returns their differences in the order of the first.
 
     Args:
         first: Anything made of mappings, sequences, frozen dataclasses, numbers, names and arrays, or that has a method
             ``to_dict``: histories of ``jmp.metrics``, ``Ranges``, an ``Audit``, policies, settings of a run.
-        second: The same of the other run.
-        rtol: Numbers that are this close, relative to the larger, count as equal; two NaN do.
+        second: The same from the other run.
+        rtol: Numbers that are this close, relative to the larger, count as equal; so do two NaN.
 
     Returns:
-        Differences; none if both are alike. The first is where the runs part.
+        Differences; empty if both are equal. The runs diverge at the first.
 
     Example:
         >>> runs = [[{"loss": 2.0, "loss_scale": 8.0}, {"loss": x, "loss_scale": 8.0}] for x in (1.5, 1.25)]

@@ -1,4 +1,4 @@
-"""Matmuls by the name scope that they stand in: the groups that rules can tell apart."""
+"""Matmuls grouped by name scope, as far as rules can tell them apart."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,24 +8,24 @@ from jmp_lite.autocast._record import _flops
 
 
 def groups_of(steps: Sequence[Step], depth: int | None = None) -> tuple[str, ...]:
-    """Returns the scopes of the matmuls in a forward pass, in the order of the program.
+    """Returns the scopes of the matmuls in a forward pass, in program order.
 
     Args:
-        steps: Of a program.
-        depth: How many scopes from the outermost to tell groups apart by; ``None`` for all.
+        steps: Steps of a program.
+        depth: How many scopes, from the outermost, to group by; ``None`` for all.
     """
     sites = [step.site for step in flat(steps) if step.site.primitive in PRODUCTS and not step.site.is_backward]
     return tuple(dict.fromkeys(_cut(site.scope, depth) for site in sites))
 
 
 def group_of(site: Site, groups: Sequence[str]) -> str | None:
-    """Returns the group of a matmul; that of a backward pass may stand in scopes around it too."""
+    """Returns the group of a matmul; a backward matmul may also have scopes around the group."""
     inside = [group for group in groups if f"/{group}/" in f"/{site.scope}/" or not group]
     return max(inside, key=len, default=None)
 
 
 def flop_shares(steps: Sequence[Step], groups: Sequence[str]) -> Mapping[str, float]:
-    """Returns the share of each group of the work of all matmuls."""
+    """Returns each group's share of the FLOPs of all matmuls."""
     work = dict.fromkeys(groups, 0)
     for step in flat(steps):
         group = group_of(step.site, groups) if step.site.primitive in PRODUCTS else None

@@ -25,8 +25,8 @@ class Sensitivity(NamedTuple):
     """How much errors in the operands of matmuls matter.
 
     Attributes:
-        loss: Relative change of the loss over the relative change of the operands.
-        gradient: Norm of the change of the gradient over its norm, over the relative change of the operands.
+        loss: Relative change of the loss, divided by the relative change of the operands.
+        gradient: Relative change of the gradient, in norm, divided by the relative change of the operands.
 
     Example:
         >>> w, x = jnp.ones((8, 4)), jnp.ones((2, 8))
@@ -44,7 +44,7 @@ class Sensitivities(Mapping[str, Sensitivity]):
     """Sensitivities by the name scope of the matmuls, the largest first.
 
     Attributes:
-        by_scope: What each scope is sensitive to.
+        by_scope: The sensitivity of each scope.
 
     Example:
         >>> w, x = jnp.ones((8, 4)), jnp.ones((2, 8))
@@ -82,7 +82,7 @@ class Sensitivities(Mapping[str, Sensitivity]):
 
 
 class _Perturbing(Analysis):
-    """Changes the operands of the matmuls of one group; the state is the number of the group, and a key."""
+    """Changes the operands of the matmuls in one group; the state is the number of the group and a key."""
 
     def __init__(self, groups: Sequence[str], scale: float) -> None:
         self.groups = groups
@@ -119,15 +119,15 @@ def perturb(
 ) -> Callable[..., Sensitivities]:
     """Measures how sensitive a loss and its gradient are to errors in the operands of matmuls, by name scope.
 
-    Each number among the operands of the matmuls in a scope becomes larger or smaller by the same relative amount, at
-    random, forward and backward; then the loss and the gradient in the floating arrays of the first argument are
-    compared with those without it. No reference of higher precision is needed, and one program serves all scopes: it
-    is compiled once and runs once more for each.
+    It scales each element of the operands of the matmuls in a scope up or down at random by the same relative amount,
+    forward and backward, and compares the loss and the gradient in the floating arrays of the first argument with
+    the unperturbed ones. It needs no reference of higher precision, and one program serves all scopes: it is compiled
+    once and runs once more for each scope.
 
     Args:
         fun: A loss: it returns one floating scalar.
         scale: Relative size of the change.
-        depth: How many name scopes, from the outermost, to tell matmuls apart by; ``None`` for all.
+        depth: How many name scopes, from the outermost, to group matmuls by; ``None`` for all.
 
     Returns:
         A function with the arguments of ``fun`` that returns ``Sensitivities``.
@@ -147,7 +147,7 @@ def perturb(
         (['difference', 'scores'], True)
 
     References:
-        The check without a reference of MindStudio's msProbe perturbs what goes in likewise.
+        MindStudio's msProbe perturbs inputs likewise in its check without a reference.
     """
     check_function(fun, "perturb")
     if not scale > 0:
@@ -186,7 +186,7 @@ def _sensitivity(found: Sequence[Any], exact: Sequence[Any], scale: float) -> Se
 
 
 def distance(found: Sequence[Any], wanted: Sequence[Any]) -> float:
-    """Returns the norm of a difference over the norm of what is wanted, all arrays taken together."""
+    """Returns the norm of a difference over the norm of the reference, over all arrays together."""
     pairs = [(np.asarray(a, np.float64), np.asarray(b, np.float64)) for a, b in zip(found, wanted, strict=True)]
     norm = np.sqrt(sum(np.sum(b**2) for _, b in pairs))
     with np.errstate(invalid="ignore"):  # of infinities, whose distance is NaN

@@ -1,4 +1,4 @@
-"""Every value of a program with its shadow: what it would be if nothing before it had been rounded to fewer bits."""
+"""Every value of a program with its shadow: the value without any earlier rounding to fewer bits."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,12 +17,12 @@ _DTYPES = ("new_dtype", "preferred_element_type", "compute_dtype", "dtype")
 
 
 class Errors(NamedTuple):
-    """Of the results of one equation, over its runs.
+    """Errors of one equation, summed over its runs.
 
     Attributes:
-        added: Sum of squares of the relative errors that the equation adds to the operands that it takes.
+        added: Sum of squares of the relative errors that the equation adds to its operands.
         taken: Sum of squares of the relative distances of its operands from their shadows, the largest of each run.
-        carried: Sum of squares of the relative distances of its results from theirs.
+        carried: Sum of squares of the relative distances of its results from their shadows.
         runs: How often it ran.
     """
 
@@ -79,7 +79,7 @@ def _wide(array: Any) -> Any:
 
 
 def _rounds(step: Step) -> bool:
-    """Whether an equation can do anything else than the same in float32."""
+    """Whether an equation can differ from the same equation in float32."""
     avals = [v.aval for v in (*step.eqn.invars, *step.eqn.outvars)]
     named = [step.eqn.params.get(name) for name in _DTYPES]
     dtypes = [dtype for dtype in (*(getattr(aval, "dtype", None) for aval in avals), *named) if dtype is not None]
@@ -91,7 +91,7 @@ def _is_narrow(dtype: Any) -> bool:
 
 
 def _in_float32(step: Step, operands: Sequence[Any]) -> list[Any]:
-    """Computes an equation in float32; one that knows no float32 in its own dtypes."""
+    """Computes an equation in float32, or in its own dtypes if it does not support float32."""
     params = dict(step.eqn.params)
     if step.site.primitive == "reduce_precision":
         return list(operands)
@@ -117,7 +117,7 @@ def _added(so_far: Errors, taken: list[Value], made: list[tuple[Any, Any, Any]])
 
 
 def _distance(pairs: list[tuple[Any, Any]]) -> Any:
-    """Square of the relative distance of some arrays from those wanted; what is not finite is left out."""
+    """Square of the relative distance of arrays from their references, without elements that are not finite."""
     wide = [(_f32(found), _f32(wanted)) for found, wanted in pairs]
     unit = jnp.max(jnp.stack([jnp.max(jnp.abs(_finite(wanted)), initial=0) for _, wanted in wide]))
     unit = jnp.where(unit == 0, 1, unit)

@@ -1,1 +1,1 @@
-"""What a step costs on a device that need not be there."""
+"""The cost of a step on a device that you need not have."""

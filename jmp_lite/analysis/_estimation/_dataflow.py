@@ -1,4 +1,4 @@
-"""A program as arrays and what makes them, without calls, repetitions and what nobody uses: as a compiler sees it."""
+"""A program as a compiler sees it: arrays and their producers, without calls, duplicates or unused results."""
 
 import dataclasses
 import itertools
@@ -45,16 +45,16 @@ class Array(NamedTuple):
 
 
 class Node(NamedTuple):
-    """What makes arrays of others.
+    """An operation that makes arrays from others.
 
     Attributes:
         primitive: Its name.
         eqn: The equation.
-        operands: Numbers of arrays; literals are left out.
+        operands: Numbers of arrays, without literals.
         results: Numbers of arrays.
         bodies: Programs that it runs: branches, or the body of a loop.
         trips: How often it runs these.
-        fills: Whether its first operand is one number everywhere.
+        fills: Whether its first operand is filled with one number.
     """
 
     primitive: str
@@ -71,10 +71,10 @@ class Dataflow:
     """A program in the order of its nodes.
 
     Attributes:
-        arrays: By their numbers.
-        nodes: Those whose results are used.
-        inputs: Numbers of arrays that it is given.
-        outputs: Numbers of arrays that it returns.
+        arrays: Arrays by number.
+        nodes: Nodes with used results.
+        inputs: Numbers of its input arrays.
+        outputs: Numbers of its output arrays.
     """
 
     arrays: Sequence[Array]
@@ -84,12 +84,12 @@ class Dataflow:
 
 
 def dataflow(jaxpr: Jaxpr) -> Dataflow:
-    """Returns a program without calls, equations that stand twice, and what nobody uses."""
+    """Returns a program without calls, duplicate equations and unused results."""
     return _Builder().built(jaxpr)
 
 
 class _Builder:
-    """What is known while a program is gone through."""
+    """State while a program is converted."""
 
     def __init__(self) -> None:
         self.arrays: list[Array] = []
@@ -118,7 +118,7 @@ class _Builder:
         return len(self.arrays) - 1
 
     def inlined(self, inner: Jaxpr, env: dict[Any, int | None], region: int) -> list[int | None]:
-        """Goes through equations; returns the numbers of the results, ``None`` for a literal."""
+        """Converts equations; returns the numbers of the results, ``None`` for a literal."""
 
         def read(atom: Any) -> int | None:
             return None if is_literal(atom) else env[atom]
@@ -177,7 +177,7 @@ def _bytes(aval: Any) -> float:
 
 
 def _width(dtype: Any) -> float:
-    """Returns the bytes of an element: half a one of 4 bits."""
+    """Returns the bytes of an element: 0.5 for 4 bits."""
     name, size = str(dtype), getattr(dtype, "itemsize", 0)
     return 0.5 if "int4" in name or "float4" in name else float(size)
 

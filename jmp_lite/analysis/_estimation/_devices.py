@@ -1,4 +1,4 @@
-"""What accelerators can do at best, by their datasheets: the one table, and how long a launch takes on them."""
+"""Peak figures of accelerators from their datasheets, in one table, and the time of a launch on them."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -11,18 +11,18 @@ REACHED_BANDWIDTH, REACHED_PEAK = 0.85, 0.7
 
 
 class Device(NamedTuple):
-    """An accelerator at best.
+    """Peak figures of an accelerator.
 
     Attributes:
         title: Its name.
-        memory: Bytes of its memory.
-        bandwidth: Bytes per second of its memory.
-        peak: Operations per second of its matrix unit by dtype of the operands, dense: ``float32`` as XLA runs it by
-            default, which is TF32 on NVIDIA and one pass of bfloat16 on TPUs. What is not in it has no units.
-        precise: Operations per second of matmuls that are asked to be precise: float32 units on NVIDIA, six passes of
-            bfloat16 on TPUs.
+        memory: Memory in bytes.
+        bandwidth: Memory bandwidth in bytes per second.
+        peak: Dense operations per second of its matrix unit by operand dtype: ``float32`` as XLA runs it by default,
+            which is TF32 on NVIDIA and one bfloat16 pass on TPUs. A dtype that is missing has no units.
+        precise: Operations per second of matmuls with high precision: float32 units on NVIDIA, six bfloat16 passes on
+            TPUs.
         source: The datasheet.
-        compiler: What compiles for it without one, if anything does.
+        compiler: The compile target for it without the device, if there is one.
     """
 
     title: str
@@ -34,12 +34,12 @@ class Device(NamedTuple):
     compiler: str = ""
 
     def seconds(self, moved: float, flops: float, kind: str) -> tuple[float, bool]:
-        """Returns how long a launch takes, and whether memory is what it waits for.
+        """Returns the seconds of a launch, and whether it is memory-bound.
 
         Args:
             moved: Bytes.
             flops: Floating operations.
-            kind: A key of ``peak``, or ``precise``; what has no units runs as bfloat16 if it is narrower, else as
+            kind: A key of ``peak``, or ``precise``; a dtype without units runs as bfloat16 if it is narrower, else as
                 float32.
 
         Example:
@@ -86,7 +86,7 @@ DEVICES: Mapping[str, Device] = {
 
 
 def device_of(name: str) -> Device:
-    """Returns the device of a name, case and dashes aside.
+    """Returns the device with a name, ignoring case and dashes.
 
     Raises:
         InvalidAnalysisError: If it is not in the table.
@@ -100,7 +100,7 @@ def device_of(name: str) -> Device:
 
 
 def kind_of(dtypes: Sequence[str], *, exact: bool = False) -> str:
-    """Returns the key of ``Device.peak`` that a matmul of such operands runs at: that of the wider one.
+    """Returns the key of ``Device.peak`` for a matmul of these operands: the key of the wider one.
 
     Example:
         >>> kind_of(["float8_e4m3fn", "float8_e5m2"]), kind_of(["bfloat16", "float32"]), kind_of(["int8", "int8"])

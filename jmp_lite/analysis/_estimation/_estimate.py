@@ -1,4 +1,4 @@
-"""``estimate``: what a step costs on a device that is not there, in every precision asked for."""
+"""``estimate``: the cost of a step on a device that you need not have, in several precisions."""
 
 import collections
 import functools
@@ -36,34 +36,34 @@ def estimate(
     has_aux: bool = False,
     compiled: bool | None = None,
 ) -> Callable[..., Estimate]:
-    """Estimates what a training step costs on a device that need not be there: will 16 or 8 bits pay?
+    """Estimates the cost of a training step on a device that you need not have: will 16 or 8 bits pay?
 
-    FLOPs are exact. Bytes are those of the program that the device's compiler makes, or by a model of what it joins
-    into one launch: mostly within 10 % of what XLA compiles for H100 for language models, MLPs and a ResNet, up to a
-    quarter less where sizes are not multiples of 8, as in a ViT, or arrays are small (benchmarks/RESULTS.md,
-    "Estimates"). The time is a roofline: every launch takes as long as its bytes at 0.85 of the bandwidth or its FLOPs
-    at 0.7 of the peak, whichever is longer. Launch overheads, collectives and what kernels do inside do not count; a
-    ``while`` loop counts once, of a ``cond`` the dearest branch, in a ``shard_map`` one device.
+    FLOPs are exact. Bytes come from the program that the device's compiler makes or from a model of its fusions: mostly
+    within 10 % of what XLA compiles for H100 for language models, MLPs and a ResNet, up to a quarter less if sizes are
+    not multiples of 8, as in a ViT, or arrays are small (benchmarks/RESULTS.md, "Estimates"). The time is a roofline:
+    every launch takes as long as its bytes at 0.85 of the bandwidth or its FLOPs at 0.7 of the peak, whichever is
+    longer. Launch overhead, collectives and the inside of kernels do not count; a ``while`` loop counts once, a
+    ``cond`` as its most expensive branch, a ``shard_map`` as one device.
 
     Args:
         fun: A loss in float32: a function of parameters and other arguments that returns a scalar.
         device: ``"a100"``, ``"l4"``, ``"h100"``, ``"h200"``, ``"b200"``, ``"tpu_v5e"``, ``"tpu_v5p"`` or ``"tpu_v6e"``.
-        policies: Precisions to compare, the first one with which the others are: policies as for ``autocast``, and
-            recipes of ``jmp.quant`` or their names, which stand for mixed bfloat16 with matmuls by them. In a dict,
-            under your own names, also losses that have their precision inside. ``None`` if ``fun`` is not a loss but a
-            step, which is taken as it is.
-        argnums: Which arguments to differentiate by.
-        has_aux: Whether ``fun`` returns the loss and something else.
-        compiled: Whether to compile, without the device, in its own process: some seconds for each precision, and
-            ``pip install 'jmp-lite[aot]'``, for H100 and H200. ``None``: if that is installed.
+        policies: Precisions to compare; the first is the baseline. Policies as for ``autocast``, and recipes of
+            ``jmp.quant`` or their names, which mean mixed bfloat16 with matmuls by the recipe. A dict of your own names
+            may also hold losses with their own casts. ``None`` if ``fun`` is not a loss but a whole step, which is
+            estimated unchanged.
+        argnums: Which arguments to differentiate with respect to.
+        has_aux: Whether ``fun`` returns the loss and auxiliary output.
+        compiled: Whether to compile for H100 or H200, without the device, in a separate process. It takes some seconds
+            per precision and needs ``pip install 'jmp-lite[aot]'``. ``None`` compiles if that is installed.
 
     Returns:
         A function with the arguments of ``fun`` (arrays, or ``jax.ShapeDtypeStruct`` in their place) that returns an
-        ``Estimate``; printed, it is a verdict and a table.
+        ``Estimate``, which prints as a verdict and a table.
 
     Raises:
-        InvalidAnalysisError: If the device is not known, there is nothing to compare, or ``compiled`` is true for a
-            device that nothing compiles for.
+        InvalidAnalysisError: If the device is unknown, there is nothing to compare, or ``compiled`` is true for a
+            device that has no compiler here.
         InvalidFunctionError: If ``fun`` is not a function.
         UnknownDtypeError: If a policy cannot be parsed.
         ModuleNotFoundError: If ``compiled`` is true and the compiler is not installed.
@@ -79,7 +79,7 @@ def estimate(
         [1.0, 1.7, 2.3]
 
     References:
-        Williams, Waterman and Patterson, "Roofline", Communications of the ACM 52, 2009. Figures of devices: their
+        Williams, Waterman and Patterson, "Roofline", Communications of the ACM 52, 2009. Device figures are from
         datasheets.
     """
     check_function(fun, "estimate")
@@ -125,7 +125,7 @@ def _compiled(found: Any, target: str) -> Iterable[Launch]:
 
 
 def _compiles(name: str, device: Device, compiled: bool | None) -> bool:
-    """Whether to compile; refuses what cannot be done."""
+    """Whether to compile; raises if the device or the compiler does not allow it."""
     if compiled is None:
         return bool(device.compiler) and _child.is_available(device.compiler)
     if compiled and not device.compiler:
@@ -147,7 +147,7 @@ def _programs(
     argnums: int | Sequence[int],
     has_aux: bool,
 ) -> dict[str, Callable[..., Any]]:
-    """Returns what to estimate, by name."""
+    """Returns the functions to estimate, by name."""
     if policies is None:
         return {AS_WRITTEN: fun}
     if isinstance(policies, (str, Policy, PolicyMap, DotRecipe)) or not policies:

@@ -1,4 +1,4 @@
-"""What was estimated: figures of every precision, a table, and a verdict."""
+"""The result of an estimate: figures of every precision, a table, and a verdict."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -14,11 +14,11 @@ _PARTS = ("matmuls", "quantize", "casts", "loops", "other")
 
 
 class Part(NamedTuple):
-    """What launches of one purpose move and take.
+    """The cost of the launches of one purpose.
 
     Attributes:
-        bytes: Read and written.
-        seconds: By the roofline.
+        bytes: Bytes read and written.
+        seconds: Time by the roofline.
     """
 
     bytes: int
@@ -26,19 +26,18 @@ class Part(NamedTuple):
 
 
 class Configuration(NamedTuple):
-    """What a step costs in one precision.
+    """The cost of a step in one precision.
 
     Attributes:
-        name: Of the precision.
-        bytes: Read and written by all launches.
-        flops: Of matmuls and convolutions, by what they run as: ``float8``, ``bfloat16``, ``precise``, ...
-        launches: How many.
-        seconds: By the roofline.
-        memory_bound: Share of the time in which launches wait for memory.
-        speedup: Over the first precision.
-        parts: What it is spent on: ``matmuls`` with what is joined to them; ``quantize``, passes that find scales,
-            round to 8 bits and copy for matmuls; ``casts`` of arrays as they are; ``loops``, what scans stack;
-            ``other``.
+        name: Name of the precision.
+        bytes: Bytes read and written by all launches.
+        flops: FLOPs of matmuls and convolutions, by the units they run on: ``float8``, ``bfloat16``, ``precise``, ...
+        launches: Number of launches.
+        seconds: Time by the roofline.
+        memory_bound: Share of the time in memory-bound launches.
+        speedup: Speed-up over the first precision.
+        parts: Cost by purpose: ``matmuls`` with their fusions; ``quantize``, passes that find scales, round
+            to 8 bits and copy for matmuls; ``casts`` of whole arrays; ``loops``, arrays that scans stack; ``other``.
 
     Example:
         >>> x = jax.ShapeDtypeStruct((512, 512), jnp.float32)
@@ -57,7 +56,7 @@ class Configuration(NamedTuple):
     parts: Mapping[str, Part]
 
     def over(self, base: "Configuration") -> "Configuration":
-        """Returns the same with the speed-up over another."""
+        """Returns a copy with the speed-up over another."""
         return self._replace(speedup=base.seconds / self.seconds if self.seconds else 1.0)
 
     @property
@@ -66,24 +65,24 @@ class Configuration(NamedTuple):
         return any(kind in self.flops for kind in _EIGHT)
 
     def cost_of(self, part: str) -> Part:
-        """Returns what is spent on a part."""
+        """Returns the cost of a part."""
         return self.parts.get(part, Part(0, 0.0))
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Estimate:
-    """What a step costs on a device, in every precision that was asked for.
+    """The cost of a step on a device, in several precisions.
 
     Attributes:
-        device: Its figures.
-        rows: One per precision, in the order asked for.
-        is_compiled: Whether bytes and launches are those of compiled programs, or by the model.
+        device: The figures of the device.
+        rows: One per precision, in the order given.
+        is_compiled: Whether bytes and launches come from compiled programs or from the model.
 
     Example:
         >>> w, x = (jax.ShapeDtypeStruct((512, 512), jnp.float32) for _ in range(2))
         >>> run = jmp.analysis.estimate(lambda w, x: jnp.sum(x @ w), device="tpu_v5e", policies=["float32", "bf16"])
         >>> print(str(run(w, x)).splitlines()[0])
-        On TPU v5e, by the model: bf16 does not pay, 0.94x over float32: matmuls 0.00904 to 0.00603 ms...
+        On TPU v5e, by the model: bf16 does not pay, 0.94x over float32: products 0.00904 to 0.00603 ms...
     """
 
     device: Device
@@ -101,7 +100,7 @@ class Estimate:
 
     @property
     def verdict(self) -> tuple[str, ...]:
-        """What the figures say about every precision but the first, and about formats without units, as sentences."""
+        """Sentences on every precision but the first, and on formats without units."""
         kinds = dict.fromkeys(kind for row in self.rows for kind in row.flops)
         lacking = [kind for kind in kinds if kind != "precise" and kind not in self.device.peak]
         return (
@@ -121,7 +120,7 @@ class Estimate:
         return f"{row.name} {pays} {gain:.2f}x over {base.name}: {', '.join(filter(None, parts)) or 'nothing changes'}."
 
     def table(self) -> str:
-        """Returns the figures as text, one precision a line."""
+        """Returns the figures as text, one precision per line."""
         return laid_out(_COLUMNS, [_cells(row) for row in self.rows])
 
     def to_dict(self) -> dict[str, Any]:
@@ -151,7 +150,7 @@ def _without_units(device: Device, kind: str) -> str:
 
 
 def _changed(part: str, now: Part, before: Part, least: float) -> str:
-    """Says what became of a part, if that is worth a word."""
+    """Describes the change of a part, if it is large enough."""
     if abs(now.seconds - before.seconds) < least:
         return ""
     was = f"{_ms(before.seconds)} to " if before.seconds else ""

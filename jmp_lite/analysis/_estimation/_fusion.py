@@ -1,8 +1,8 @@
-"""Which arrays of a program lie in memory, by a simple model of what XLA joins into one launch.
+"""The arrays of a program that are in memory, by a simple model of what XLA fuses into one launch.
 
-What is computed element by element is computed where it is used. So only these lie in memory: what a program is given
-and returns; operands and results of matmuls, loops and kernels; sums and maxima; what is written in place; and what is
-cheaper to write once than to compute again for every launch that uses it. Sums and matmuls with small arrays that
+Elementwise results are computed in their consumers. So only these are in memory: inputs and outputs of the
+program; operands and results of matmuls, loops and kernels; sums and maxima; arrays written in place; and arrays that
+are cheaper to write once than to recompute for every launch that uses them. Sums and matmuls with small arrays that
 follow a matmul are part of it.
 
 References:
@@ -23,7 +23,7 @@ SMALL = 4096
 
 
 class Epilogue(NamedTuple):
-    """What a matmul does to its result before it writes it.
+    """The operations on the result of a matmul before it is written.
 
     Attributes:
         result: The array that it writes.
@@ -37,7 +37,7 @@ class Epilogue(NamedTuple):
 
 
 def with_layouts(flow: Dataflow) -> Dataflow:
-    """Returns a program with the copies that matmuls in 8 bits need: one per array, however many use it."""
+    """Returns a program with the copies that 8-bit matmuls need, one per array."""
     arrays, nodes, copies = list(flow.arrays), list[Node](), dict[int, int]()
     for node in flow.nodes:
         operands = list(node.operands)
@@ -55,15 +55,15 @@ def with_layouts(flow: Dataflow) -> Dataflow:
 
 
 class Fusion:
-    """A program, and what of it lies in memory.
+    """A program and its arrays in memory.
 
     Attributes:
         flow: The program, with the copies that matmuls need.
         arrays: Its arrays.
         nodes: Its nodes.
-        maker: By array, the number of the node that makes it.
-        held: The arrays that lie in memory.
-        epilogues: By number of a matmul.
+        maker: For each array, the number of the node that makes it.
+        held: The arrays in memory.
+        epilogues: Epilogues by the number of the matmul.
         absorbed: Numbers of the nodes that are part of a matmul.
     """
 
@@ -88,23 +88,23 @@ class Fusion:
             self.held.update(array for array in self.nodes[at].results if self._is_better_held(at, array))
 
     def seen(self, array: int) -> int:
-        """Returns the array that lies in memory where a matmul takes its transpose."""
+        """Returns the array in memory if a matmul takes its transpose."""
         while array in self.maker and _kinds.is_view(self.nodes[self.maker[array]]):
             array = self.nodes[self.maker[array]].operands[0]
         return array
 
     def ends(self, at: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Returns what a matmul, a loop or a kernel reads, each array once, and what it writes."""
+        """Returns the arrays that a matmul, a loop or a kernel reads, each once, and the arrays that it writes."""
         epilogue = self.epilogues.get(at, Epilogue(0, (), ()))
         read = map(self.seen, (*self.nodes[at].operands, *epilogue.added))
         return tuple(dict.fromkeys(read)), (epilogue.result,) if epilogue.members else self.nodes[at].results
 
     def bytes(self, elements: Mapping[int, float]) -> float:
-        """Of so many elements of each array."""
+        """Returns the bytes of these numbers of elements of arrays."""
         return sum(self.arrays[array].width * count for array, count in elements.items())
 
     def read(self, roots: Iterable[int]) -> dict[int, float]:
-        """Returns how many elements of which arrays in memory are read to compute some: slices and rows alone."""
+        """Returns how many elements of each array in memory are read to compute some: only slices and rows."""
         wanted = collections.defaultdict[int, float](float)
         found = collections.defaultdict[int, float](float)
         waiting: list[int] = []
@@ -130,7 +130,7 @@ class Fusion:
         return {array: min(count, self.arrays[array].elements) for array, count in found.items()}
 
     def _held_for(self, node: Node) -> Iterator[int]:
-        """Yields the arrays that lie in memory because of a node."""
+        """Yields the arrays that are in memory because of a node."""
         if _kinds.is_heavy(node):
             yield from node.results
             yield from map(self.seen, node.operands)
@@ -140,7 +140,7 @@ class Fusion:
             yield from (*node.results, node.operands[0])
 
     def _epilogue(self, at: int) -> Epilogue | None:
-        """Follows the result of a matmul for as long as its only use can be part of it."""
+        """Follows the result of a matmul while its only use can be fused into it."""
         if not _kinds.is_product(self.nodes[at]):
             return None
         array, added, members = self.nodes[at].results[0], list[int](), list[int]()
@@ -157,7 +157,7 @@ class Fusion:
         return Epilogue(array, tuple(added), tuple(members)) if members else None
 
     def _joins(self, at: int, user: int, array: int, others: list[int], added: list[int]) -> bool:
-        """Whether a matmul can do this to its result."""
+        """Whether a node can be fused into the matmul that feeds it."""
         node, arrays = self.nodes[user], self.arrays
         if node.primitive == "convert_element_type":
             return arrays[node.results[0]].width <= arrays[array].width
@@ -183,7 +183,7 @@ class Fusion:
         return array if is_smaller and _kinds.is_vector(self.arrays[array]) else None
 
     def _is_better_held(self, at: int, array: int) -> bool:
-        """Whether to write an array costs fewer bytes than to compute it for every launch that uses it."""
+        """Whether writing an array costs fewer bytes than recomputing it for every launch that uses it."""
         node, size, uses = self.nodes[at], self.arrays[array].bytes, len(self.users[array])
         if array in self.held or at in self.absorbed or uses < 2 or size <= SMALL or not _kinds.is_pointwise(node):
             return False
@@ -193,7 +193,7 @@ class Fusion:
         return uses * needed > needed + size + uses * size
 
     def _takes_long(self, array: int) -> bool:
-        """Whether expensive functions stand between memory and an array."""
+        """Whether expensive functions are between memory and an array."""
         waiting, known = [array], set[int]()
         while waiting:
             other = waiting.pop()
@@ -209,7 +209,7 @@ class Fusion:
 
 
 def _needed(node: Node, amount: float) -> Iterator[tuple[int, float]]:
-    """Yields how many elements of each operand so many of the results take."""
+    """Yields how many elements of each operand this many results need."""
     if _kinds.is_update(node):
         rows = 0 if node.primitive == "dynamic_update_slice" else _kinds.updated(node)
         yield node.operands[0], rows

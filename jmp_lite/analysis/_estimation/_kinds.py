@@ -1,4 +1,4 @@
-"""What an operation is to a compiler: computed where it is used, added up, written in place, or its own launch."""
+"""How a compiler treats an operation: fused into its consumers, a reduction, an in-place write, or its own launch."""
 
 import itertools
 import math
@@ -11,7 +11,7 @@ from jmp_lite.autocast._record import as_count
 
 
 class Family(NamedTuple):
-    """Primitives that are alike to a compiler."""
+    """Primitives that a compiler treats alike."""
 
     reason: str
     primitives: str
@@ -53,12 +53,12 @@ QUANTIZES = frozenset({"quantize_to_bits", "relayout"})
 
 
 def is_pointwise(node: Node) -> bool:
-    """Whether it is computed where it is used."""
+    """Whether it is fused into its consumers."""
     return node.primitive in _BY_FAMILY["pointwise"] or is_one_hot(node)
 
 
 def is_reduction(node: Node) -> bool:
-    """Whether it adds up."""
+    """Whether it is a reduction."""
     return node.primitive in _BY_FAMILY["reduction"]
 
 
@@ -73,12 +73,12 @@ def is_product(node: Node) -> bool:
 
 
 def is_dear(node: Node) -> bool:
-    """Whether it is better computed once."""
+    """Whether it is too expensive to recompute."""
     return node.primitive in _BY_FAMILY["expensive"]
 
 
 def is_heavy(node: Node) -> bool:
-    """Whether it is its own launch, or several: a matmul, a loop, a kernel, or what is in no table."""
+    """Whether it is one launch or several: a matmul, a loop, a kernel, or an unknown primitive."""
     return not (is_pointwise(node) or is_reduction(node) or is_update(node))
 
 
@@ -97,7 +97,7 @@ def _is_of_zeros(node: Node) -> bool:
 
 
 def is_view(node: Node) -> bool:
-    """Whether it swaps two groups of neighboring axes, which matmuls take as they lie."""
+    """Whether it swaps two groups of neighboring axes, which matmuls read without a copy."""
     if node.primitive != "transpose":
         return False
     shape = _shape(node, 0)
@@ -107,14 +107,14 @@ def is_view(node: Node) -> bool:
 
 
 def is_row_maximum(node: Node) -> bool:
-    """Whether it is the maximum of short rows, which a softmax computes again wherever it is used."""
+    """Whether it is the maximum of short rows, which a softmax recomputes wherever it is used."""
     shape = _shape(node, 0)
     is_last = tuple(node.eqn.params.get("axes", ())) == (len(shape) - 1,) and len(shape) > 1
     return node.primitive == "reduce_max" and is_last and shape[-1] <= ROW
 
 
 def rows_of_columns(node: Node) -> int:
-    """Returns how many rows it adds up by column; 0 if it adds up rows, or everything."""
+    """Returns how many rows it sums by column; 0 if it sums rows, or everything."""
     if not (is_reduction(node) and node.operands):
         return 0
     shape, axes = _shape(node, 0), node.eqn.params["axes"]
@@ -128,7 +128,7 @@ def updated(node: Node) -> int:
 
 
 def wants_last(node: Node, index: int) -> bool:
-    """Whether a matmul in 8 bits needs a copy of an operand, with the axis that it adds up over the last one.
+    """Whether an 8-bit matmul needs a copy of an operand, with the contracted axis last.
 
     References:
         "cuBLAS", section cublasLtMatmul: matmuls in FP8 take the first operand transposed, the second one not.
@@ -142,7 +142,7 @@ def wants_last(node: Node, index: int) -> bool:
 
 
 def is_vector(array: Array) -> bool:
-    """Whether all its elements lie along one axis."""
+    """Whether all its elements are along one axis."""
     return sum(size > 1 for size in array.shape) <= 1
 
 

@@ -1,7 +1,7 @@
 """The launches of a program by a model of fusion, and the bytes and FLOPs of each.
 
-Launches that read the same arrays and go through as many elements are one, as long as neither waits for the other:
-what they share is read once. Sums over columns are two at most to a launch.
+Launches that read the same arrays and have the same number of elements become one, unless one depends on the other;
+shared arrays are then read once. A launch holds at most two sums over columns.
 """
 
 import math
@@ -23,12 +23,12 @@ class Launch(NamedTuple):
 
     Attributes:
         part: ``matmuls``, ``quantize`` (passes that find scales, round to 8 bits or copy for a matmul), ``casts`` (of
-            an array as it is), ``loops`` (what a scan stacks) or ``other``.
-        bytes: Read and written by one run.
+            whole arrays), ``loops`` (arrays that a scan stacks) or ``other``.
+        bytes: Bytes read and written by one run.
         trips: How often it runs.
-        flops: Of one run, of matmuls and convolutions.
-        dtypes: Of the operands of these.
-        exact: Whether these are asked to be precise.
+        flops: FLOPs of one run in matmuls and convolutions.
+        dtypes: Operand dtypes of these.
+        exact: Whether these run with high precision.
     """
 
     part: str
@@ -40,7 +40,7 @@ class Launch(NamedTuple):
 
 
 def launches(flow: Dataflow, trips: int = 1) -> Iterator[Launch]:
-    """Yields the launches of a program; of a ``cond`` those of its dearest branch, a ``while`` loop once."""
+    """Yields the launches of a program; a ``cond`` counts as its most expensive branch, a ``while`` loop once."""
     fusion = Fusion(flow)
     for at, node in enumerate(fusion.nodes):
         if node.bodies:
@@ -73,7 +73,7 @@ def _of_programs(fusion: Fusion, node: Node, trips: int) -> Iterator[Launch]:
 
 
 def _stacks(fusion: Fusion, node: Node, trips: int) -> Iterator[Launch]:
-    """What a scan stacks: filled at first; written where it is computed, or copied if an iteration wants it too."""
+    """The arrays that a scan stacks: filled first; written where computed, or copied if an iteration uses them too."""
     _, carries = scan_counts(node.eqn.params)
     [body] = node.bodies
     stacked = node.results[carries:]
@@ -87,14 +87,14 @@ def _stacks(fusion: Fusion, node: Node, trips: int) -> Iterator[Launch]:
 
 
 class _Group:
-    """Launches that have become one.
+    """Launches that are fused into one.
 
     Attributes:
-        space: How many elements it goes through, and whether it adds up columns of few rows, which joins nothing else.
-        reads: Elements that it reads of each array.
-        writes: The same of what it writes.
-        nodes: What computes these.
-        columns: How many sums over columns it holds.
+        space: Its number of elements, and whether it sums columns of few rows, which fuses with nothing else.
+        reads: Number of elements that it reads of each array.
+        writes: Number of elements that it writes of each array.
+        nodes: The nodes that compute these.
+        columns: Number of sums over columns.
     """
 
     def __init__(self, space: tuple[int, bool] | None) -> None:
@@ -105,14 +105,14 @@ class _Group:
         self.columns = 0
 
     def takes(self, space: tuple[int, bool], *, is_column: bool) -> bool:
-        """Whether it goes through as many elements, and these are worth it."""
+        """Whether it has the same number of elements, and enough of them."""
         return self.space == space and 4 * space[0] >= SMALL and not (is_column and self.columns >= _COLUMNS)
 
     def launch(self, fusion: Fusion, trips: int) -> Launch:
         return Launch(self.part(fusion), fusion.bytes(self.reads) + fusion.bytes(self.writes), trips)
 
     def part(self, fusion: Fusion) -> str:
-        """What it is for, by the nodes whose results it writes."""
+        """Its purpose, by the nodes whose results it writes."""
         if any(node.primitive in _kinds.QUANTIZES for node in self.nodes):
             return "quantize"
         is_scale = [
@@ -126,7 +126,7 @@ class _Group:
         return "casts" if all(is_cast) else "other"
 
     def follows(self, other: "_Group", of: dict[int, "_Group"]) -> bool:
-        """Whether it waits for another."""
+        """Whether it depends on another."""
         waiting: list[_Group] = [self]
         known = set[int]()
         while waiting:
@@ -140,7 +140,7 @@ class _Group:
 
 
 def _grouped(fusion: Fusion) -> Sequence[_Group]:
-    """Joins what is computed element by element, and sums, into launches."""
+    """Fuses elementwise operations and sums into launches."""
     groups, of = list[_Group](), dict[int, _Group]()
     for at, node in enumerate(fusion.nodes):
         if at in fusion.absorbed:
@@ -169,7 +169,7 @@ def _grouped(fusion: Fusion) -> Sequence[_Group]:
 
 
 def _note_heavy(fusion: Fusion, at: int, of: dict[int, _Group]) -> None:
-    """A group that nothing joins, so that what waits for it is known."""
+    """Records a group that fuses with nothing, so that its dependents are known."""
     read, written = fusion.ends(at)
     group = _Group(None)
     group.reads = dict.fromkeys(read, 1)
@@ -184,7 +184,7 @@ def _space(fusion: Fusion, node: Node, roots: Sequence[int]) -> tuple[int, bool]
 
 
 def _partner(fusion: Fusion, groups: Sequence[_Group], of: dict[int, _Group], reads: dict[int, float]) -> _Group | None:
-    """Returns the group that shares most with a launch and does not wait for what the launch waits for."""
+    """Returns the group that shares most bytes with a launch and does not depend on the launch's other operands."""
     large = {array: count * fusion.arrays[array].width for array, count in reads.items()}
     large = {array: size for array, size in large.items() if size >= SMALL}
     makers = {id(of[array]): of[array] for array in reads if array in of}.values()

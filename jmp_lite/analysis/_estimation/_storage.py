@@ -1,4 +1,4 @@
-"""``estimate_storage``: what parameters and the state of an optimizer take, and what a step on them moves."""
+"""``estimate_storage``: the memory of parameters and optimizer state, and the bytes that a step on them moves."""
 
 import dataclasses
 import math
@@ -31,13 +31,13 @@ _COLUMNS = ("params, state", "GB", "B/param", "moved B/param", "ms", "speed-up")
 
 
 class StorageRow(NamedTuple):
-    """One way to keep parameters and state.
+    """One way to store parameters and optimizer state.
 
     Attributes:
         name: Format of parameters and state, as ``optim.stored`` takes them.
         resident: Bytes of both between steps.
-        moved: Bytes that a step reads and writes at least: both in and out, and the gradients once.
-        seconds: At the bandwidth that large kernels reach.
+        moved: Least bytes that a step reads and writes: both in and out, and the gradients once.
+        seconds: Time of a step at the bandwidth that large kernels reach.
     """
 
     name: str
@@ -48,11 +48,11 @@ class StorageRow(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class StorageEstimate:
-    """What ways to keep parameters and state take; printed, a table.
+    """The cost of several ways to store parameters and optimizer state; it prints as a table.
 
     Attributes:
-        device: Its figures.
-        parameters: How many there are.
+        device: The figures of the device.
+        parameters: Number of parameters.
         rows: One per way.
 
     Example:
@@ -101,15 +101,15 @@ def estimate_storage(
 
     Args:
         params: Parameters, or shapes in their place; floating ones count as float32.
-        optimizer: Whose state is kept; AdamW if it is not given.
+        optimizer: The optimizer whose state is stored; AdamW by default.
         device: As for ``estimate``.
 
     Returns:
-        A ``StorageEstimate``. Its bytes per step are the least that it takes. What XLA compiles for H100 moves 0.1 %
-        more at most for large arrays (benchmarks/RESULTS.md, "Parameters and AdamW's state compiled for NVIDIA H100").
+        A ``StorageEstimate``. Its bytes per step are a lower bound. Programs that XLA compiles for H100 move at most
+        0.1 % more for large arrays (benchmarks/RESULTS.md, "Parameters and AdamW's state compiled for NVIDIA H100").
 
     Raises:
-        InvalidAnalysisError: If the device is not known, or there are no parameters.
+        InvalidAnalysisError: If the device is unknown, or there are no parameters.
 
     Example:
         >>> found = jmp.analysis.estimate_storage({"w": jax.ShapeDtypeStruct((1024, 1024), jnp.float32)})

@@ -1,1 +1,1 @@
-"""Who made the first NaN or infinity."""
+"""The origin of the first NaN or infinity."""

@@ -1,4 +1,4 @@
-"""One equation with what it took, as a file that any process can run."""
+"""One equation with its operands, as a file that any process can run."""
 
 import dataclasses
 import json
@@ -20,9 +20,9 @@ class Replayed(NamedTuple):
     """An equation that was run again.
 
     Attributes:
-        report: What was said about it when it was saved.
-        operands: What it takes.
-        results: What it makes of that on this machine.
+        report: The report from when it was saved.
+        operands: Its operands.
+        results: Its results on this machine.
 
     Example:
         >>> import tempfile
@@ -39,7 +39,7 @@ class Replayed(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Bundle:
-    """An equation and the operands that are variables, but for random keys."""
+    """An equation and its variable operands, except random keys."""
 
     eqn: Equation
     operands: tuple[np.ndarray[Any, Any], ...]
@@ -72,15 +72,15 @@ def replay(path: Any) -> Replayed:
     """Runs the equation that ``NonFinite.save`` wrote to a file.
 
     Args:
-        path: Of the file.
+        path: Path of the file.
 
     Returns:
-        What was reported, and operands and results as NumPy arrays.
+        The report, and operands and results as NumPy arrays.
 
     Raises:
         CorruptArtifactError: If the file is not such a bundle.
-        FileNotFoundError: If there is none.
-        ModuleNotFoundError: Without the extra ``export``.
+        FileNotFoundError: If the file does not exist.
+        ModuleNotFoundError: Without the ``export`` extra.
 
     Example:
         >>> import tempfile

@@ -1,4 +1,4 @@
-"""Who made a NaN or an infinity: a number beside each value that says when it stopped being finite."""
+"""Finds the origin of a NaN or an infinity: each value carries a number for the time when it stopped being finite."""
 
 import functools
 from collections.abc import Iterable, Sequence
@@ -23,7 +23,7 @@ WRITTEN = 2**30
 
 
 class _Watching(Analysis):
-    """Keeps a code beside each value; the state is the time."""
+    """Keeps a code with each value; the state is the time."""
 
     per_iteration = False
 
@@ -52,7 +52,7 @@ class _Watching(Analysis):
 
 @jax.jit
 def _codes(operands: list[Value], results: list[Any], now: Any) -> tuple[list[Any], Any]:
-    """The earliest code of the operands, or now for what is new: a result of finite numbers, or a NaN of infinities.
+    """The earliest code of the operands, or now if it is new: from finite numbers, or a NaN from infinities.
 
     Operands and results that can be neither are ``None``.
     """
@@ -70,9 +70,9 @@ def _codes(operands: list[Value], results: list[Any], now: Any) -> tuple[list[An
 
 
 def codes_of_results(jaxpr: Jaxpr, steps: Sequence[Step], arrays: Sequence[Any]) -> list[int]:
-    """Evaluates a program, and returns for each result who is to blame for what is not finite in it.
+    """Evaluates a program, and returns for each result the origin of its NaN or infinities.
 
-    Equation by equation: to compile all that is added to a program takes much longer than to run it once.
+    It runs equation by equation: compiling the extra code takes much longer than running it once.
     """
     operands = []
     for number, array in enumerate(arrays):
@@ -109,15 +109,15 @@ def step_at(jaxpr: Jaxpr, steps: Sequence[Step], arrays: Sequence[Any], time: in
 
 
 class Capture(NamedTuple):
-    """What an equation took and made in one of its runs.
+    """Operands and results of one run of an equation.
 
     Attributes:
         time: Equations so far.
-        runs: How often this equation ran before that.
-        is_found: Whether it came to that.
-        operands: What it took, in dtypes of 32 bits or more; ``None`` for random keys.
-        results: What it made, likewise.
-        device: Index along the axes of the maps around, of the first device that made it.
+        runs: How often this equation ran before.
+        is_found: Whether the run was reached.
+        operands: Its operands, in dtypes of 32 bits or more; ``None`` for random keys.
+        results: Its results, likewise.
+        device: Index of the first device that made it, along the axes of the maps around it.
     """
 
     time: Any
@@ -167,7 +167,7 @@ class _Capturing(Analysis):
         )
 
     def left(self, before: State, after: State, axes: tuple[Any, ...]) -> State:
-        """Takes what the first device has that came to it."""
+        """Takes the capture of the first device that reached the run."""
         del before
         index = lax.axis_index(axes)
         first = lax.pmin(jnp.where(after.is_found, index, NEVER), axes)
@@ -180,7 +180,7 @@ class _Capturing(Analysis):
 
 
 def captured(jaxpr: Jaxpr, steps: Sequence[Step], arrays: Sequence[Any], step: Step, time: int) -> Capture:
-    """Evaluates a program again, and returns what one of its equations took and made at some time."""
+    """Evaluates a program again, and returns operands and results of one of its equations at some time."""
     waiting = _Capturing(step, _axes_around(steps, step), time)
     _, state = Evaluator(waiting).run(jaxpr, steps, list(map(Value, arrays)), waiting.start())
     found: Capture = jax.device_get(state)
@@ -204,7 +204,7 @@ def _is_kept(v: Any) -> bool:
 
 
 def _held(array: Any) -> Any:
-    """Holds numbers in a dtype that collectives take: the same numbers in 32 bits or more."""
+    """Casts numbers to a dtype that collectives accept: the same numbers in 32 bits or more."""
     array = jnp.asarray(array)
     if array.dtype.itemsize >= FLOAT32.itemsize:
         return array
@@ -226,5 +226,5 @@ def is_any_nan(array: Any) -> Any:
 
 
 def _numbers(array: Any) -> Any:
-    """Returns an array that can be other than finite, or ``None``."""
+    """Returns an array if its dtype has NaN or infinity, otherwise ``None``."""
     return array if jnp.issubdtype(getattr(array, "dtype", np.int32), jnp.inexact) else None

@@ -1,4 +1,4 @@
-"""``first_nonfinite``: the equation that made the first NaN or infinity of those that reach a result."""
+"""``first_nonfinite``: the equation that made the first NaN or infinity that reaches a result."""
 
 import dataclasses
 import functools
@@ -28,16 +28,16 @@ _FIGURES = ("count", "nan", "inf", "zero", "largest", "smallest")
 
 @dataclasses.dataclass(frozen=True)
 class NonFinite:
-    """Where the first NaN or infinity comes from.
+    """The origin of the first NaN or infinity.
 
     Attributes:
-        site: The equation that made it; ``None`` if it was there in an argument.
+        site: The equation that made it; ``None`` if an argument already had it.
         argument: The path of that argument, otherwise empty.
         run: How often the equation had run before, as in a loop.
         device: Index along each mesh axis of the first device that made it; empty outside of maps.
-        operands: Ranges of the floating arrays that the equation took.
-        made: Range of what it made, or of the argument.
-        producers: What made its operands, the last first.
+        operands: Ranges of the equation's floating operands.
+        made: Range of its result, or of the argument.
+        producers: The equations that made its operands, the last first.
         results: Paths of the results that it reached.
         loss_scales: Loss scales among the arguments, by path.
 
@@ -61,14 +61,14 @@ class NonFinite:
     bundle: Bundle | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def save(self, path: Any) -> None:
-        """Writes the equation with what it took to a file, which ``replay`` runs in any process.
+        """Writes the equation and its operands to a file, which ``replay`` runs in any process.
 
         Args:
-            path: Of the file, by custom ending in ``.npz``.
+            path: Path of the file, usually ending in ``.npz``.
 
         Raises:
-            ValueError: If there is no equation, because an argument was not finite, or one that takes a random key.
-            ModuleNotFoundError: Without the extra ``export``.
+            ValueError: If there is no equation, because an argument was not finite, or if it takes a random key.
+            ModuleNotFoundError: Without the ``export`` extra.
         """
         if self.bundle is None:
             raise ValueError(
@@ -80,14 +80,14 @@ class NonFinite:
 
     @property
     def findings(self) -> tuple[Finding, ...]:
-        """One, of kind ``nan`` or ``overflow``."""
+        """One finding, of kind ``nan`` or ``overflow``."""
         kind = "nan" if self.made.nan else "overflow"
         share = (self.made.nan + self.made.inf) / max(self.made.count, 1)
         where = (self.site.source, self.site.scope) if self.site else ("", self.argument)
         return (Finding(kind, str(self).splitlines()[0], *where, share=share),)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns plain data: the equation, what it made and took, and what made that."""
+        """Returns plain data: the equation, its result, its operands and their producers."""
         return {
             "site": str(self.site) if self.site else None,
             "argument": self.argument,
@@ -123,13 +123,13 @@ def _described(found: Range) -> str:
 
 
 def first_nonfinite(fun: Callable[..., Any]) -> Callable[..., NonFinite | None]:
-    """Finds the equation that made the first NaN or infinity of those that reach a result of a function.
+    """Finds the equation that made the first NaN or infinity that reaches a result of a function.
 
-    Loops, branches, recomputation, custom derivatives and ``shard_map`` are followed; inside of autocast too. An
-    infinity that reaches no result does not count, such as a mask of minus infinity under a softmax, or a logarithm of
-    zero that ``jnp.where`` leaves out. Give the gradient function, or the whole step, to find one in a backward pass.
+    It searches loops, branches, recomputation, custom derivatives and ``shard_map``, inside autocast too. An infinity
+    that reaches no result does not count, such as a mask of minus infinity under a softmax, or a logarithm of zero that
+    ``jnp.where`` discards. Pass the gradient function, or the whole step, to search the backward pass.
 
-    The function runs equation by equation, up to three times, and only loops, branches and maps are compiled.
+    The function runs equation by equation, up to three times; only loops, branches and maps are compiled.
 
     Args:
         fun: The function.
@@ -206,13 +206,13 @@ def _has_range(array: Any) -> bool:
 
 
 def _range(array: Any) -> Range:
-    """Counts an array; of a complex one the real and the imaginary parts."""
+    """Counts an array; for a complex one, the real and imaginary parts."""
     is_complex = jnp.issubdtype(array.dtype, jnp.complexfloating)
     return range_of(tally(jnp.stack([array.real, array.imag]) if is_complex else array))
 
 
 def _producers(steps: Sequence[Step], wanted: Step) -> tuple[Site, ...]:
-    """Returns what made the operands of a step, and their operands, within the program that it stands in."""
+    """Returns the producers of a step's operands, and of their operands, within its program."""
     before = way_to(steps, wanted.site.number)[-1]
     makers = {v: step for step in before for v in step.eqn.outvars}
     found: dict[int, Site] = {}

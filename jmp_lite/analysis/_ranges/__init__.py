@@ -1,1 +1,1 @@
-"""The ranges of numbers, and what each format would make of them."""
+"""The ranges of numbers, and how each format would round them."""

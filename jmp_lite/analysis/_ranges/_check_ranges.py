@@ -1,4 +1,4 @@
-"""``diagnose``: what is wrong with the numbers of a program, decided by who takes them."""
+"""``diagnose``: what is wrong with the numbers of a program, decided by their consumers."""
 
 import itertools
 import math
@@ -26,22 +26,22 @@ _HIGHEST = 24
 
 
 def diagnose(ranges: Ranges, *, format: str = "float16") -> tuple[Finding, ...]:  # noqa: A002  # what it is
-    """Says what is wrong with numbers that were counted, and what a format would make of them.
+    """Says what is wrong with counted numbers, and what would go wrong in a format.
 
-    Who takes a number decides: the operands of matmuls and convolutions, which run in the format, and their
-    results unless the program asks for wider ones; of formats of 8 bits, the operands alone. Leaves that ``ranges``
-    counted under a name of yours are judged as if the format held them, and are gradients if the name has ``grad`` in
-    it. Arguments, and what stays in float32 between matmuls, are judged where a matmul takes them. Zeros are no
-    underflow.
+    The consumer decides. A format must hold the operands of matmuls and convolutions, and their results unless the
+    program asks for wider ones; an 8-bit format must hold only the operands. Leaves that ``ranges`` counted under a
+    name of yours are judged as if the format held them, and count as gradients if the name contains ``grad``.
+    Arguments, and values that stay in float32 between matmuls, are judged where a matmul takes them. Zeros do not count
+    as underflow.
 
     Args:
-        ranges: Of one step or several, from ``collect`` or ``ranges``.
+        ranges: Ranges of one step or several, from ``collect`` or ``ranges``.
         format: ``"float16"``, ``"bfloat16"``, ``"float8_e4m3fn"`` or ``"float8_e5m2"`` (without a scale), or ``"int8"``
             (with one scale per array).
 
     Returns:
-        Findings, the worst first, of the kinds ``nan``, ``overflow``, ``gradient-underflow``, ``exploding``,
-        ``lost-in-int8``, and ``dead``. Of NaN and infinities, which spread, the first row is named.
+        Findings, worst first, of the kinds ``nan``, ``overflow``, ``gradient-underflow``, ``exploding``,
+        ``lost-in-int8``, and ``dead``. NaN and infinities spread, so their finding names the first row.
 
     Raises:
         UnknownDtypeError: If the format is none of these.
@@ -69,7 +69,7 @@ class _View(NamedTuple):
 
     Attributes:
         format: Its name.
-        pairs: All that were counted at least once, in the order of the program.
+        pairs: All ranges that were counted at least once, in program order.
     """
 
     format: str
@@ -81,17 +81,17 @@ class _View(NamedTuple):
 
     @property
     def taken(self) -> Iterator[tuple[Row, Range]]:
-        """What matmuls take and make, results, and leaves that the user named."""
+        """Operands and results of matmuls, results of the program, and leaves that the user named."""
         return ((row, r) for row, r in self.pairs if (_is_product(row) if row.site else row.kind != "argument"))
 
     @property
     def held(self) -> Iterator[tuple[Row, Range]]:
-        """What the format holds: what matmuls take or make in it, and leaves that the user named."""
+        """Numbers that the format holds: operands and results of its matmuls, and leaves that the user named."""
         return ((row, r) for row, r in self.taken if (_is_held(row, self.format) if row.site else row.kind != "result"))
 
     @property
     def gradients(self) -> Iterator[tuple[Row, Range]]:
-        """What the format holds of the backward pass: its matmuls make gradients and cotangents."""
+        """Numbers that the format holds in the backward pass, whose matmuls make gradients and cotangents."""
         return ((row, r) for row, r in self.held if _is_gradient(row))
 
 
@@ -100,7 +100,7 @@ def _is_product(row: Row) -> bool:
 
 
 def _is_held(row: Row, name: str) -> bool:
-    """Whether what a matmul takes or makes is held in a format."""
+    """Whether a format holds an operand or result of a matmul."""
     if row.site is None or row.name != "out":
         return True
     taken = max(map(width, row.site.in_dtypes[:2]), default=0)
@@ -135,7 +135,7 @@ def _others(broken: list[tuple[Row, Range]]) -> str:
 
 
 def _overflow(view: _View) -> Iterator[Finding]:
-    """One finding for each equation, of the worst that it takes or makes."""
+    """One finding per equation, for its worst operand or result."""
     beyond: dict[object, tuple[float, Row, Range]] = {}
     for row, r in view.held:
         share, key = r.fates[view.format].overflow, row.site or row
@@ -160,7 +160,7 @@ def _underflow(view: _View) -> Iterator[Finding]:
 
 
 def _all_lost(view: _View) -> Iterator[Finding]:
-    """Cotangents that are zero where a matmul of the format takes them, although gradients elsewhere are not."""
+    """Cotangents that are all zero where a matmul in the format takes them, although gradients elsewhere are not."""
     if jnp.dtype(view.format).itemsize != 2:
         return
     zeros = [
@@ -182,9 +182,9 @@ def _all_lost(view: _View) -> Iterator[Finding]:
 
 
 def _lost(row: Row, r: Range, name: str) -> float:
-    """Of the numbers other than zero, the share that becomes zero.
+    """The share of nonzero numbers that become zero.
 
-    What is in the format already has lost them: as many, or fewer, are left in the last binade above zero.
+    Numbers already in the format have lost them: as many, or fewer, are left in the last binade above zero.
     """
     nonzero = sum(r.exponents.values())
     if row.site is None or name not in row.site.out_dtypes or not nonzero:
@@ -203,7 +203,7 @@ def _scale(name: str, gradients: Iterable[tuple[Row, Range]]) -> str:
 
 
 def _exploding(view: _View) -> Iterator[Finding]:
-    """Compares layers in the order of the program: scopes that differ in their numbers alone, or are the same."""
+    """Compares layers in program order: scopes that are the same or differ only in their numbers."""
     families: dict[tuple[str, str, bool], dict[object, tuple[float, Row]]] = {}
     for row, r in view.pairs:
         if row.site is None or row.name != "out":
@@ -233,7 +233,7 @@ def _int8(view: _View) -> Iterator[Finding]:
 
 
 def _dead(view: _View) -> Iterator[Finding]:
-    """Zeros that come as an argument, such as weights that start at zero, are not news."""
+    """Finds arrays that are all zero, except arguments, such as weights that start at zero."""
     given = {r.count for row, r in view.pairs if row.kind == "argument" and r.zero == r.count}
     for row, r in view.pairs:
         is_operand = row.site is not None and _is_product(row) and not row.site.is_backward and row.name != "out"

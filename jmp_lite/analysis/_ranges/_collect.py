@@ -29,24 +29,24 @@ R = TypeVar("R")
 def collect(
     fun: Callable[P, R], *, where: str | None = None, when: Callable[..., Any] | None = None
 ) -> Callable[P, tuple[R, Ranges]]:
-    """Makes a function also return the ranges of its numbers, and what each format would make of them.
+    """Makes a function also return the ranges of its numbers, and how each format would round them.
 
-    The ranges are ordinary results: nothing calls back to the host, and the function can be jitted, sharded, mapped and
-    scanned. Give a gradient or a whole step to see the backward pass, gradients and updates. Wrap it in ``jax.jit`` to
-    call it more than once: each call outside of one traces and compiles.
+    The ranges are ordinary results: nothing calls back to the host, and you can jit, shard, map and scan the function.
+    Pass a gradient or a whole step to see the backward pass, gradients and updates. Wrap it in ``jax.jit`` if you
+    call it more than once: each call outside ``jit`` traces and compiles.
 
     Numbers that several devices hold copies of are counted once.
 
     Args:
         fun: The function, such as ``jax.value_and_grad(jmp.autocast(loss, policy))``.
-        where: Which equations to look at: a pattern for their name scopes followed by the primitive, as in
-            ``"mlp/.*"``, ``"exp"`` or ``".*"`` for all. By default matmuls and convolutions. Operands of these
-            are looked at too; arguments and results always.
-        when: When to look: a function of the same arguments that returns a boolean, such as ``lambda params, step:
-            step % 100 == 0``. At other times the function runs as it is and the ranges are empty.
+        where: Which equations to count: a pattern for their name scopes followed by the primitive, as in
+            ``"mlp/.*"``, ``"exp"`` or ``".*"`` for all. By default matmuls and convolutions, with their operands.
+            Arguments and results are always counted.
+        when: When to count: a function of the same arguments that returns a boolean, such as ``lambda params, step:
+            step % 100 == 0``. Otherwise the function runs unchanged and the ranges are empty.
 
     Returns:
-        A function with the arguments of ``fun`` that returns what ``fun`` returns and ``Ranges``.
+        A function with the arguments of ``fun`` that returns the results of ``fun`` and ``Ranges``.
 
     Raises:
         InvalidFunctionError: If ``fun`` or ``when`` cannot be called, or ``fun`` takes an NNX module.
@@ -105,7 +105,7 @@ def collect(
 
 
 def _tallies(condition: Any, arrays: list[Any]) -> list[Tally]:
-    """Counts arrays, where there is a condition only if it holds."""
+    """Counts arrays; with a condition, only if it holds."""
 
     def looking(arrays: list[Any]) -> list[Tally]:
         return list(map(tally, arrays))
@@ -143,7 +143,7 @@ class _Key(NamedTuple):
 
 
 class _Collecting(Analysis):
-    """Counts what chosen equations take and make."""
+    """Counts operands and results of chosen equations."""
 
     def __init__(self, roles: Mapping[int, tuple[str, ...]], copies: Copies) -> None:
         self.roles = roles
@@ -175,7 +175,7 @@ class _Collecting(Analysis):
 
 
 def _once(found: Tally, copies: Axes) -> Tally:
-    """Of what all devices along some axes hold alike, the first counts."""
+    """Counts only the first of the copies that all devices along some axes hold."""
     if not copies:
         return found
     is_first = [jax.lax.axis_index(axis) == 0 for axis in sorted(copies, key=str)]

@@ -1,4 +1,4 @@
-"""Along which axes the devices of a map hold copies of the same numbers."""
+"""The axes along which the devices of a map hold copies of the same numbers."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +17,7 @@ _DIFFER = frozenset({"axis_index", "reduce_scatter", "all_to_all", "ppermute"})
 
 
 class Copies:
-    """Finds for each step of a program, by its number, along which axes its operands and its results are copies."""
+    """Finds for each step of a program, by number, the axes along which its operands and results are copies."""
 
     def __init__(self, jaxpr: Jaxpr, steps: Sequence[Step]) -> None:
         self.operands: dict[int, list[Axes]] = {}

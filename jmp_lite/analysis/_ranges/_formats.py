@@ -1,4 +1,4 @@
-"""The formats that numbers are judged for, and the magnitudes at which these begin to treat numbers otherwise."""
+"""The formats that ranges are judged by, and the magnitudes at which each changes how it rounds."""
 
 import functools
 from typing import Any, NamedTuple
@@ -18,12 +18,12 @@ INFINITY = 0x7F800000
 
 
 class Edges(NamedTuple):
-    """Where the fate of a magnitude changes in one format, as bits of the least float32 beyond.
+    """The magnitudes where rounding to a format changes, as bits of the smallest float32 beyond.
 
     Attributes:
-        nonzero: From here on it is not rounded to zero.
-        normal: From here on it has all its digits.
-        overflow: From here on it is infinite or NaN.
+        nonzero: From here on, numbers do not round to zero.
+        normal: From here on, numbers keep all their digits.
+        overflow: From here on, numbers become infinite or NaN.
     """
 
     nonzero: int
@@ -56,7 +56,7 @@ def edges(name: str) -> Edges:
 
 
 def _first_beyond(dtype: np.dtype[Any], tie: float, is_beyond: Any) -> int:
-    """Returns the bits of the least float32 that is rounded beyond a tie: the tie itself, or the number after it."""
+    """Returns the bits of the smallest float32 that rounds beyond a tie: the tie itself, or the number after it."""
     bits = min(bits_of(tie), INFINITY)
     if bits == INFINITY:
         return bits
@@ -66,9 +66,9 @@ def _first_beyond(dtype: np.dtype[Any], tie: float, is_beyond: Any) -> int:
 
 @functools.cache
 def class_table() -> np.ndarray[Any, np.dtype[np.uint32]]:
-    """Returns ``uint32[CLASSES - 1, EXPONENTS]``: for each exponent of float32, the bits from which on a class begins.
+    """Returns ``uint32[CLASSES - 1, EXPONENTS]``: for each exponent of float32, the bits at which each class begins.
 
-    Zero, infinity and NaN have their own classes.
+    Zero, infinity and NaN have separate classes.
     """
     starts: dict[int, list[int]] = {0: [1], EXPONENTS - 1: [INFINITY + 1]}
     for name in FORMATS:
@@ -84,7 +84,7 @@ def class_table() -> np.ndarray[Any, np.dtype[np.uint32]]:
 
 @functools.cache
 def class_starts() -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Returns ``int64[EXPONENTS * CLASSES]``: the bits of the least magnitude of each class, -1 for an empty one."""
+    """Returns ``int64[EXPONENTS * CLASSES]``: the bits of the smallest magnitude of each class, -1 for an empty one."""
     first = (np.arange(EXPONENTS, dtype=np.int64) << 23)[:, None]
     rest = class_table().T.astype(np.int64)
     return np.concatenate([first, np.where(rest == 0xFFFFFFFF, -1, rest)], axis=1).reshape(-1)

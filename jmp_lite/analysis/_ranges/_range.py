@@ -1,4 +1,4 @@
-"""What a tally says about an array, and about each format that it could be held in."""
+"""The range of an array, read from a tally, and its rounding in each format."""
 
 import dataclasses
 import math
@@ -25,13 +25,13 @@ from jmp_lite.errors import UnknownDtypeError
 
 
 class Fate(NamedTuple):
-    """What would become of numbers in a format.
+    """How a format would round the numbers.
 
     Attributes:
         overflow: Share of the finite numbers that become infinite or NaN.
-        underflow: Share of the numbers other than zero that become zero.
-        subnormal: Share of the numbers other than zero that lose digits because they are so small.
-        rms_error: Root mean square of the errors of rounding over that of the numbers, without what overflows.
+        underflow: Share of the nonzero numbers that become zero.
+        subnormal: Share of the nonzero numbers that lose digits because they are so small.
+        rms_error: Root mean square of the rounding errors over the root mean square of the numbers, without overflows.
         headroom: How many times the largest can double before it overflows; infinite for zeros.
 
     Example:
@@ -60,10 +60,9 @@ class Range:
         smallest: Smallest magnitude that is not zero; ``inf`` if there is none.
         mean: Mean of the finite numbers.
         rms: Root of the mean of their squares.
-        exponents: How many finite numbers other than zero have which binary exponent; -127 stands for the subnormal
-            ones of float32.
-        fates: For ``float16``, ``bfloat16``, ``float8_e4m3fn``, ``float8_e5m2`` and ``int8`` (with a scale from the
-            largest), what would become of them.
+        exponents: Number of finite nonzero numbers by binary exponent; -127 stands for float32's subnormal numbers.
+        fates: How ``float16``, ``bfloat16``, ``float8_e4m3fn``, ``float8_e5m2`` and ``int8`` (with a scale from the
+            largest) would round them.
 
     Example:
         >>> found = jmp.analysis.ranges(jnp.array([0.0, 0.5, 3.0, jnp.nan]))[""]
@@ -96,7 +95,7 @@ class Range:
 
 
 def range_of(counted: Tally) -> Range:
-    """Reads a tally that lies on the host or a device."""
+    """Reads a tally on the host or a device."""
     counts = np.asarray(counted.classes, np.int64)
     starts = class_starts()
     nonzero, finite = counts[(starts > 0) & (starts < INFINITY)], counts[(starts >= 0) & (starts < INFINITY)]
@@ -137,7 +136,7 @@ def range_of(counted: Tally) -> Range:
 
 
 def parse_format(name: str) -> str:
-    """Returns the full name of a format that ranges tell the fate of numbers in.
+    """Returns the full name of a format that ranges know.
 
     Raises:
         UnknownDtypeError: If it is none of these.

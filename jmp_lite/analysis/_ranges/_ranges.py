@@ -1,4 +1,4 @@
-"""Ranges by name: those of a tree, or of what a program took, made and returned."""
+"""Ranges by name, of a tree or of the arguments, equations and results of a program."""
 
 import dataclasses
 import functools
@@ -18,12 +18,12 @@ from jmp_lite.analysis._sites import Site
 
 
 class Row(NamedTuple):
-    """What a range is of.
+    """The array that a range describes.
 
     Attributes:
-        kind: ``argument``, ``equation``, ``result``, or whatever a tree was called.
-        name: The path of a leaf; of an equation ``out``, and of a matmul also ``lhs`` and ``rhs``.
-        site: Where the equation stands; ``None`` for a leaf.
+        kind: ``argument``, ``equation``, ``result``, or the name that you gave a tree.
+        name: The path of a leaf; ``out`` for an equation, and for a matmul also ``lhs`` and ``rhs``.
+        site: The equation; ``None`` for a leaf.
 
     Example:
         >>> _, ranges = jmp.analysis.collect(jnp.matmul)(jnp.ones((2, 3)), jnp.ones((3, 2)))
@@ -48,12 +48,11 @@ class Row(NamedTuple):
 class Ranges(Mapping[str, Range]):
     """Ranges of many arrays: a pytree, and on the host a mapping from names to ``Range``.
 
-    ``ranges + ranges`` adds those of two steps up, also inside ``jax.jit``. Leading axes, of a ``scan`` or a ``pmap``
-    that returned it, are added up too. A name that several rows share is the first of them; parts of names find the
-    first that has them.
+    ``ranges + ranges`` adds two steps, also inside ``jax.jit``. Leading axes from a ``scan`` or a ``pmap`` are summed
+    too. A name, or a part of one, looks up the first row that has it.
 
     Attributes:
-        rows: What each range is of.
+        rows: The array of each range.
 
     Example:
         >>> grads = {"w": jnp.array([1e-9, 0.0, 3.0]), "b": jnp.zeros(2)}
@@ -81,7 +80,7 @@ class Ranges(Mapping[str, Range]):
 
     @functools.cached_property
     def pairs(self) -> tuple[tuple[Row, Range], ...]:
-        """What each range is of, and the range; read from the device once."""
+        """Each row with its range; read from the device once."""
         tallies = jax.device_get(self.tallies)
         return tuple((row, range_of(_summed(one))) for row, one in zip(self.rows, tallies, strict=True))
 
@@ -99,10 +98,10 @@ class Ranges(Mapping[str, Range]):
         return matching[0]
 
     def by_scope(self, depth: int = 1) -> dict[str, Range]:
-        """Returns the ranges of modules: of all equations whose name scopes begin alike, and of leaves likewise.
+        """Returns the ranges of modules: of all equations whose name scopes start alike, and likewise of leaves.
 
         Args:
-            depth: How many name scopes, or keys of a path, to tell modules apart by.
+            depth: How many name scopes, or keys of a path, to group modules by.
         """
         groups: dict[str, list[Tally]] = {}
         for row, one in zip(self.rows, jax.device_get(self.tallies), strict=True):
@@ -112,14 +111,14 @@ class Ranges(Mapping[str, Range]):
         return {name: range_of(functools.reduce(_merged_on_host, group)) for name, group in groups.items()}
 
     def table(self, format: str = "float16", *, limit: int | None = 40) -> str:  # noqa: A002  # what it is
-        """Returns the ranges as text, those that a format treats worst first.
+        """Returns the ranges as text, those that lose most in a format first.
 
         Args:
             format: The format to judge by.
             limit: How many rows to print; ``None`` for all.
 
         Raises:
-            UnknownDtypeError: If ranges do not tell the fate of numbers in the format.
+            UnknownDtypeError: If ranges do not know the format.
         """
         format = parse_format(format)  # noqa: A001
         pairs = sorted(self.pairs, key=lambda pair: _severity(pair[1], format), reverse=True)
@@ -190,7 +189,7 @@ def _cells(row: Row, found: Range, name: str) -> tuple[str, ...]:
 
 
 def _summed(one: Tally) -> Tally:
-    """Adds up over leading axes, on the host."""
+    """Sums over leading axes, on the host."""
     if np.ndim(one.power) == 0:
         return one
     flat = [np.reshape(field, (np.size(one.power), *np.shape(field)[np.ndim(one.power) :])) for field in one]
@@ -199,7 +198,7 @@ def _summed(one: Tally) -> Tally:
 
 
 def _merged_on_host(first: Tally, second: Tally) -> Tally:
-    """As ``merged``, without an end to counts."""
+    """Like ``merged``, but counts cannot overflow."""
     summed: Tally = jax.device_get(merged(*(one._replace(classes=jnp.zeros(0, jnp.uint32)) for one in (first, second))))
     classes: Any = np.asarray(first.classes, np.int64) + np.asarray(second.classes, np.int64)
     return summed._replace(classes=classes)

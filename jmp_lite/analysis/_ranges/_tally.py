@@ -1,4 +1,4 @@
-"""What is counted of an array on the device: a few sums that add up over iterations, steps and devices."""
+"""Counts of an array on the device: a few sums that can be added over iterations, steps and devices."""
 
 from typing import Any, NamedTuple
 
@@ -22,13 +22,13 @@ class Tally(NamedTuple):
     Attributes:
         classes: ``uint32[1024]``, how many magnitudes are in each class of ``_formats``.
         largest: Bits of the largest finite magnitude, in float32: they are ordered as magnitudes are.
-        smallest: Bits of the smallest that is not zero; of infinity if there is none.
+        smallest: Bits of the smallest nonzero magnitude; of infinity if there is none.
         power: Exponent of two that the sums are divided by, so that none overflows.
         total: Sum of the finite numbers, divided by ``2**power``.
         square: Sum of their squares, divided by ``4**power``.
-        errors: ``float32[5]``, for each of ``ROUNDED`` the sum of squared errors of rounding, divided by
-            ``4**power``; numbers that overflow have no part in it.
-        lost_in_int8: How many numbers other than zero become zero in ``int8`` with a scale from the largest.
+        errors: ``float32[5]``, for each of ``ROUNDED`` the sum of squared rounding errors, divided by ``4**power``,
+            without numbers that overflow.
+        lost_in_int8: How many nonzero numbers become zero in ``int8`` with a scale from the largest.
     """
 
     classes: jax.Array
@@ -83,7 +83,7 @@ def tally(x: jax.Array) -> Tally:
 
 
 def merged(first: Tally, second: Tally) -> Tally:
-    """Adds two tallies up."""
+    """Adds two tallies."""
     power = jnp.maximum(first.power, second.power)
 
     def added(field: str, base: float) -> jax.Array:
@@ -105,7 +105,7 @@ def merged(first: Tally, second: Tally) -> Tally:
 
 
 def across(local: Tally, axes: Any) -> Tally:
-    """Adds up the tallies of the devices along mesh axes."""
+    """Sums the tallies of the devices along mesh axes."""
     power = lax.pmax(local.power, axes)
     unit = jnp.exp2(local.power - power)
     return Tally(
@@ -121,7 +121,7 @@ def across(local: Tally, axes: Any) -> Tally:
 
 
 def only_if(condition: Any, found: Tally) -> Tally:
-    """Returns a tally, or that of nothing."""
+    """Returns a tally, or the empty one."""
     chosen: Tally = jax.tree.map(lambda one, nothing: jnp.where(condition, one, nothing), found, empty())
     return chosen
 
@@ -145,7 +145,7 @@ def _classes(bits: jax.Array) -> jax.Array:
 
 
 def _error(x: jax.Array, bits: jax.Array, name: str, largest: jax.Array) -> jax.Array:
-    """Returns what rounding to a format takes away; nothing where the format overflows."""
+    """Returns the rounding errors of a format; zero where the format overflows."""
     if name == INT8:
         spacing = jnp.where(largest == 0, 1, largest / 127)
         return x - jnp.round(x / spacing) * spacing
@@ -156,7 +156,7 @@ def _error(x: jax.Array, bits: jax.Array, name: str, largest: jax.Array) -> jax.
 
 
 def _sum(x: jax.Array) -> jax.Array:
-    """Adds up in rounds of 16, so that errors grow with the logarithm of the size."""
+    """Sums in rounds of 16, so that errors grow with the logarithm of the size."""
     for axis in reversed(range(x.ndim)):
         while (size := x.shape[axis]) > 1:
             rows = min(16, size)

@@ -1,4 +1,4 @@
-"""``lost_updates``: how much of the updates is rounded away when they are added to parameters."""
+"""``lost_updates``: the share of the updates that rounding drops when they are added to parameters."""
 
 import dataclasses
 import functools
@@ -25,8 +25,8 @@ class LostUpdates(Mapping[str, Any]):
     """Shares of updates that change nothing, by path of the parameter: a pytree, and a mapping.
 
     Attributes:
-        paths: Of the parameters.
-        shares: ``float32`` scalars: how many of the updates that are not zero leave their parameter as it is.
+        paths: Paths of the parameters.
+        shares: ``float32`` scalars: the share of nonzero updates that leave their parameter unchanged.
 
     Example:
         >>> params = {"w": jnp.ones(4, jnp.bfloat16)}
@@ -79,17 +79,17 @@ class LostUpdates(Mapping[str, Any]):
 
 
 def lost_updates(params: Any, updates: Any) -> LostUpdates:
-    """Counts the updates that are rounded away when ``optax.apply_updates`` adds them to parameters.
+    """Counts the updates that rounding drops when ``optax.apply_updates`` adds them to parameters.
 
     Args:
-        params: Parameters, in the dtypes in which they are kept.
-        updates: What the optimizer returned for them.
+        params: Parameters, in the dtypes in which they are stored.
+        updates: The updates that the optimizer returned for them.
 
     Returns:
         ``LostUpdates``, also inside ``jax.jit``.
 
     Raises:
-        InvalidStepError: If the trees are not alike.
+        InvalidStepError: If the trees differ in structure or shapes.
 
     Example:
         >>> params = {"w": jnp.ones(4, jnp.bfloat16), "b": jnp.zeros(4, jnp.bfloat16)}

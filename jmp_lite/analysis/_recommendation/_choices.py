@@ -1,4 +1,4 @@
-"""The formats that ``recommend`` chooses from, and what a choice of one for each group of matmuls is as rules."""
+"""The formats that ``recommend`` chooses from, and the rules for one choice per group of matmuls."""
 
 import collections
 import dataclasses
@@ -22,8 +22,8 @@ class Choice:
     """A format for matmuls.
 
     Attributes:
-        name: As the user gave it, or ``float32``.
-        dtype: The compute dtype beside it.
+        name: Name as the user gave it, or ``float32``.
+        dtype: The compute dtype with it.
         recipe: How matmuls are quantized, or ``None``.
     """
 
@@ -48,10 +48,10 @@ class Choice:
 
 
 def choices_of(formats: Sequence[str]) -> list[Choice]:
-    """Returns the choices of a user from the narrowest to the widest, float32 at the end.
+    """Returns the user's choices from the narrowest to the widest, float32 last.
 
     Raises:
-        InvalidRecipeError: If a format is neither of 16 bits nor a recipe.
+        InvalidRecipeError: If a format is neither a 16-bit dtype nor a recipe.
     """
     half = next((name for name in formats if name in _HALVES), "bfloat16")
     found = [Choice(name, name) if name in _HALVES else Choice(name, half, get_recipe(name)) for name in formats]
@@ -63,8 +63,8 @@ class Plan:
     """A choice for each group of matmuls, as a policy and rules.
 
     Attributes:
-        choices: By the name scope of the group.
-        beyond: Groups that no recipe applies to, with rules or without.
+        choices: Choices by the name scope of the group.
+        beyond: Groups that no recipe applies to, with or without rules.
     """
 
     choices: Mapping[str, Choice]
@@ -72,17 +72,17 @@ class Plan:
 
     @property
     def base(self) -> Choice:
-        """What most groups get that have a choice."""
+        """The choice of most groups that have one."""
         free = [choice for scope, choice in self.choices.items() if scope not in self.beyond]
         return collections.Counter(free or self.choices.values()).most_common(1)[0][0]
 
     @property
     def policy(self) -> str:
-        """The policy string of that."""
+        """The policy string of the base."""
         return FLOAT32 if self.base.dtype == FLOAT32 else f"mixed_{self.base.dtype}"
 
     def exceptions(self) -> dict[str, Choice]:
-        """Returns the groups that need their own rule, inner ones before those around them."""
+        """Returns the groups that need a rule, inner ones before outer ones."""
         plain = Choice(self.base.dtype, self.base.dtype) if self.base.recipe else self.base
         differing = [
             scope
@@ -103,7 +103,7 @@ class Plan:
         return [*found, *([Rule(dot=self.base.recipe)] if self.base.recipe else [])]
 
     def code(self, function: str, reasons: Mapping[str, str]) -> str:
-        """Returns it as code that makes a function run so."""
+        """Returns the code that wraps a function this way."""
         lines = [f"{_code(scope, choice)},  # {reasons[scope]}" for scope, choice in self.exceptions().items()]
         if self.base.recipe:
             lines.append(f"jmp.Rule(dot=jmp.quant.get_recipe({self.base.name!r})),")

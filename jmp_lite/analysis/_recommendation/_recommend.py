@@ -1,4 +1,4 @@
-"""``recommend``: the cheapest policy and rules that keep a loss and its gradient within a tolerance, by measurement."""
+"""``recommend``: measures to find the cheapest policy and rules that keep a loss and gradient within a tolerance."""
 
 import dataclasses
 import math
@@ -33,14 +33,13 @@ _TRIALS = 8
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """What is recommended for a group of matmuls.
+    """The recommendation for a group of matmuls.
 
     Attributes:
         scope: Name scope of the group.
-        format: ``float32``, or one of the formats that were given.
-        flop_share: Share of the work of all matmuls.
-        predicted: Error of the gradient that the narrowest format that applies would make here, from ranges and
-            sensitivity.
+        format: ``float32``, or one of the given formats.
+        flop_share: Share of the FLOPs of all matmuls.
+        predicted: Gradient error that the narrowest format that applies would make here, from ranges and sensitivity.
         reason: Why.
 
     Example:
@@ -63,12 +62,12 @@ class Recommendation:
     """A policy and rules, with a reason for each line.
 
     Attributes:
-        lines: By group, in the order of the program.
+        lines: One per group, in program order.
         plan: The policy and the rules.
-        error: Error of the gradient, or of the loss if that is larger, on the batches held out; the worst of them.
-        tolerance: What was asked for.
-        casts: How many operands are cast.
-        cost: Estimated for a device: float32, and what is recommended.
+        error: Error of the gradient, or of the loss if larger, on the worst held-out batch.
+        tolerance: The tolerance that you asked for.
+        casts: Number of operands that are cast.
+        cost: Estimated cost on a device, of float32 and of the recommendation.
         loss_scale: For float16, the largest power of two that leaves gradients room to grow fourfold; otherwise 1.
 
     Example:
@@ -91,7 +90,7 @@ class Recommendation:
 
     @property
     def low_share(self) -> float:
-        """Share of the work of matmuls that runs in fewer than 32 bits."""
+        """Share of the matmul FLOPs that run in fewer than 32 bits."""
         return sum(line.flop_share for line in self.lines if line.format != FLOAT32)
 
     def autocast(self, fun: Callable[..., Any]) -> Callable[..., Any]:
@@ -99,7 +98,7 @@ class Recommendation:
         return autocast(fun, self.plan.policy, rules=self.plan.rules)
 
     def policy(self, function: str = "loss_fn") -> str:
-        """Returns the recommendation as code that runs as it is.
+        """Returns the recommendation as runnable code.
 
         Args:
             function: Name of the function in the code.
@@ -143,32 +142,32 @@ def recommend(
     depth: int | None = None,
     device: str = "h100",
 ) -> Recommendation:
-    """Finds a policy and rules under which a loss and its gradient stay near those in float32, by measuring.
+    """Finds a policy and rules that keep a loss and its gradient close to float32, by measuring.
 
-    Matmuls are taken by name scope. From the ranges of their operands and from how sensitive the gradient is to them
-    follows the error that each format would make. Groups are then raised to a wider format, those first that save most
-    error for the work that becomes slower, until real runs on batches that were held out are within the tolerance.
-    Groups that can be low after all are lowered again.
+    It groups matmuls by name scope, and predicts the error of each format from the ranges of the operands and the
+    sensitivity of the gradient. Then it raises groups to a wider format, starting with those that save most error for
+    the work that gets slower, until real runs on held-out batches are within the tolerance. At the end it lowers the
+    groups that can be low after all.
 
     Args:
         loss_fn: A loss in float32, ``loss_fn(params, *batch)``, that returns one floating scalar.
         params: Parameters: a pytree with floating arrays.
-        batches: Two or more tuples of the other arguments. The last third, one at least, is held out.
-        tolerance: Largest error of the gradient: norm of the difference over the norm, all parameters together; and of
-            the loss, relative. Before training, mixed bfloat16 makes 0.05 in a small ResNet and 0.006 in a small GPT.
-        formats: What to choose from, besides float32: ``"bfloat16"``, ``"float16"``, and names of recipes of
+        batches: Two or more tuples of the other arguments. The last third, at least one, is held out.
+        tolerance: Largest error of the gradient (norm of the difference over the norm, all parameters together) and of
+            the loss (relative). Before training, mixed bfloat16 makes 0.05 in a small ResNet and 0.006 in a small GPT.
+        formats: Formats to choose from, besides float32: ``"bfloat16"``, ``"float16"``, and names of recipes of
             ``jmp.quant`` such as ``"fp8"`` and ``"w8a8"``.
-        max_casts: How many operands may be cast at most. Groups with the least work are raised until that holds.
-        depth: How many name scopes, from the outermost, to tell groups apart by; ``None`` for all.
-        device: What bytes and time are estimated for; see ``estimate``.
+        max_casts: Largest number of operands to cast. Groups with the least work are raised until that holds.
+        depth: How many name scopes, from the outermost, to group matmuls by; ``None`` for all.
+        device: The device to estimate bytes and time for; see ``estimate``.
 
     Returns:
-        A ``Recommendation``; ``print(recommendation.policy())`` prints its code. The same for the same arguments.
+        A ``Recommendation``; ``print(recommendation.policy())`` prints its code. Equal arguments give equal results.
 
     Raises:
         InvalidAnalysisError: If there are fewer than two batches, the tolerance is not positive, or the loss has
-            no matmul, or is not finite in float32.
-        InvalidRecipeError: If a format is not known.
+            no matmul or is not finite in float32.
+        InvalidRecipeError: If a format is unknown.
         InvalidFunctionError: If ``loss_fn`` is not a loss.
 
     Example:
@@ -218,7 +217,7 @@ def _split(batches: Iterable[Sequence[Any]], tolerance: float) -> tuple[list[Any
 
 
 class _Search:
-    """What has been measured, and what follows from it."""
+    """The measurements and the search over plans."""
 
     def __init__(
         self,
@@ -261,7 +260,7 @@ class _Search:
         return found
 
     def _first(self, args: tuple[Any, ...]) -> dict[str, int]:
-        """Returns for each group the number of the narrowest choice that takes any of its matmuls."""
+        """Returns for each group the number of the narrowest choice that applies to any of its matmuls."""
         first = dict.fromkeys(self.groups, len(self.choices) - 1)
         for number, choice in reversed([*enumerate(self.choices)]):
             records = explain(self.loss_fn, f"mixed_{choice.dtype}", dot=choice.recipe)(*args) if choice.recipe else ()
@@ -278,7 +277,7 @@ class _Search:
         return self.choices[self.first[scope]]
 
     def error(self, scope: str, choice: Choice) -> float:
-        """Predicts the error of the gradient that a format makes in a group; infinite if a number does not fit."""
+        """Predicts the gradient error that a format makes in a group; infinite if a number does not fit."""
         if choice.name == FLOAT32:
             return 0.0
         operands = [choice.error(one) for name, one in self.operands[scope] if name != "out"]
@@ -287,7 +286,7 @@ class _Search:
         return math.inf if overflows else self.sensitivities[scope] * max(operands, default=0.0)
 
     def ladder(self, scope: str) -> list[Choice]:
-        """Returns the choices for a group from the narrowest to float32: each is to make less error than that before.
+        """Returns the choices for a group from the narrowest to float32, each with less error than the one before.
 
         So bfloat16 comes after float16 only where a number does not fit into that.
         """
@@ -298,7 +297,7 @@ class _Search:
         return rungs
 
     def raises(self) -> list[tuple[str, Choice]]:
-        """Returns all steps from the narrowest formats to float32: those first that save most error for the work."""
+        """Returns all steps from the narrowest formats to float32; those that save most error for the work first."""
         ladders = {scope: self.ladder(scope) for scope in self.groups}
         order: list[tuple[str, Choice]] = []
 
@@ -320,7 +319,7 @@ class _Search:
         return Plan({scope: dict(raises).get(scope, self.narrowest(scope)) for scope in self.groups}, beyond)
 
     def measured(self, plan: Plan) -> float:
-        """Runs a plan on the batches held out, and returns its worst error."""
+        """Runs a plan on the held-out batches, and returns its worst error."""
         key = tuple(plan.choices.values())
         if key not in self._measured:
             low, scale = autocast(self.loss_fn, plan.policy, rules=plan.rules), self.scale_for(plan)
@@ -330,7 +329,7 @@ class _Search:
         return self._measured[key]
 
     def fewest(self, raises: Sequence[tuple[str, Choice]], tolerance: float) -> int:
-        """Finds by bisection how many steps have to be taken; none is tried first."""
+        """Finds by bisection how many steps are needed; tries zero first."""
         if self.measured(self.plan([])) <= tolerance:
             return 0
         low, high = 1, len(raises)
@@ -343,7 +342,7 @@ class _Search:
         return low
 
     def lowered(self, raises: Sequence[tuple[str, Choice]], tolerance: float) -> tuple[Plan, dict[str, str]]:
-        """Takes steps back that turn out to be none too many, the least sensitive groups first."""
+        """Takes back steps that turn out to be unnecessary, the least sensitive groups first."""
         plan = self.plan(raises)
         reasons = {scope: self._why_low(scope) for scope in self.groups}
         raised = sorted(dict(raises), key=lambda scope: self.error(scope, self.narrowest(scope)))
@@ -386,7 +385,7 @@ class _Search:
         return explained(self.params, *self.held_out[0]).summary.casts
 
     def scale_for(self, plan: Plan) -> float:
-        """Returns a loss scale with which gradients use the range of float16 and leave room; 1 without float16."""
+        """Returns a loss scale that moves gradients into the range of float16 and leaves room; 1 without float16."""
         if all(choice.dtype != "float16" for choice in plan.choices.values()):
             return 1.0
         gradients = [
@@ -399,6 +398,6 @@ class _Search:
 
 
 def _error(found: tuple[Any, list[Any]], exact: tuple[Any, list[Any]]) -> float:
-    """The error of a gradient, or that of the loss if it is larger; infinite for what is not finite."""
+    """The error of a gradient, or of the loss if larger; infinite if one is not finite."""
     errors = [distance([found[0]], [exact[0]]), distance(found[1], exact[1])]
     return max(errors) if np.all(np.isfinite(errors)) else math.inf

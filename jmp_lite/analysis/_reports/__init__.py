@@ -1,1 +1,1 @@
-"""What analyses found, on one page, in pictures, tables and files."""
+"""Reports of analyses: one page, plots, tables and files."""

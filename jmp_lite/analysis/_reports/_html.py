@@ -1,4 +1,4 @@
-"""One page of HTML that needs nothing else."""
+"""One self-contained HTML page."""
 
 import html
 import importlib.resources
@@ -22,7 +22,7 @@ _WIDE = 40
 
 
 def page(report: "Report") -> str:
-    """Returns a report as HTML. What users wrote, such as scopes, titles and paths, is text, never markup."""
+    """Returns a report as HTML. User input, such as scopes, titles and paths, is text, never markup."""
     sections = [
         _section("Findings", _findings(report.findings)),
         *(_section(table.title, _table(table)) for table in report.tables if table.rows),

@@ -60,7 +60,7 @@ class Picture(NamedTuple):
 def save_png(
     entries: Sequence[Entry], histories: Sequence[History], name: str, folder: pathlib.Path
 ) -> tuple[pathlib.Path, ...]:
-    """Draws everything there is to draw, and returns the files."""
+    """Draws all plots of a report, and returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
     pairs, maps, lines = histograms_of(histories, name), [*heat_maps_of(histories, name)], [*timelines_of(entries)]
     figures: list[tuple[str, str, Callable[[], Any]]] = []
@@ -119,7 +119,7 @@ def _styled(ink: str) -> Iterator[None]:
 
 
 def _svg(draw: Callable[[], Any]) -> str:
-    """Returns a figure as SVG to stand in a page, whose color of text it takes."""
+    """Returns a figure as SVG for a page, in the text color of the page."""
     file = io.StringIO()
     with _styled(_INK):
         draw().savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -202,7 +202,7 @@ def _draw_histogram(axis: Any, r: Range, name: str, span: tuple[int, int]) -> No
 
 
 def _draw_window(axis: Any, name: str, height: float) -> None:
-    """Draws where a format has numbers, the subnormal ones paler."""
+    """Draws the range of a format, subnormal numbers paler."""
     least, normal, largest = _window(name)
     for start, end, alpha in ((least, normal, 0.35), (normal, largest + 1, 0.85)):
         axis.axvspan(start, end, height - 0.02, height + 0.02, color=_FORMAT_COLORS[name], alpha=alpha, lw=0)

@@ -1,4 +1,4 @@
-"""``report``: what analyses found, as text, JSON, CSV, pictures, scalars for a logger, and one page of HTML."""
+"""``report``: results of analyses as text, JSON, CSV, plots, scalars for a logger, and one HTML page."""
 
 import csv
 import dataclasses
@@ -39,14 +39,14 @@ _WIDEST, _LONGEST = 56, 500
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What analyses found, the worst first; printed, it is a verdict, findings and tables.
+    """Results of analyses, worst findings first; it prints as a verdict, findings and tables.
 
     Attributes:
-        title: What it is about.
+        title: The subject of the report.
         format: The format that ranges are judged by.
-        findings: Of all parts, the worst first.
-        entries: The parts, each with the step of training that it is of.
-        histories: The ranges among them, by programs.
+        findings: Findings of all parts, worst first.
+        entries: The parts, each with its training step.
+        histories: The ranges among them, by program.
 
     Example:
         >>> report = jmp.analysis.report(jmp.analysis.audit(jnp.matmul)(jnp.ones((2, 3)), jnp.ones((3, 2))))
@@ -62,7 +62,7 @@ class Report:
 
     @property
     def verdict(self) -> str:
-        """How much was found, as one sentence.
+        """The number of findings, as one sentence.
 
         Example:
             >>> jmp.analysis.report(jmp.analysis.ranges(jnp.ones(3))).verdict
@@ -74,7 +74,7 @@ class Report:
 
     @functools.cached_property
     def tables(self) -> tuple[Table, ...]:
-        """All but the findings."""
+        """Everything except the findings."""
         return tuple(tables_of(self.entries, self.histories, self.format))
 
     def __str__(self) -> str:
@@ -97,7 +97,7 @@ class Report:
         return found
 
     def to_json(self, path: Any = None) -> str:
-        """Returns everything as JSON, and writes it to a file if there is a path.
+        """Returns everything as JSON, and writes it to a file if you pass a path.
 
         Example:
             >>> import json
@@ -111,7 +111,7 @@ class Report:
         return text
 
     def to_csv(self, path: Any) -> None:
-        """Writes everything as one table: its first columns say of which part and which step a row is.
+        """Writes everything as one table, whose first columns give the part and the step of a row.
 
         Histograms are left out; JSON has them.
         """
@@ -123,12 +123,12 @@ class Report:
             writer.writerows(rows)
 
     def to_tensorboard(self, writer: Any, step: int = 0) -> None:
-        """Logs ranges, metrics and how much was found, as scalars.
+        """Logs ranges, metrics and the number of findings as scalars.
 
         Args:
             writer: Anything with ``add_scalar(tag, value, step)``, as in tensorboardX and PyTorch, or with
                 ``scalar(tag, value, step)``, as in Flax.
-            step: Of the parts that are of no step.
+            step: The step for parts without one.
 
         Raises:
             InvalidAnalysisError: If the writer has neither.
@@ -156,26 +156,26 @@ class Report:
                 add(tag, value, step if entry.step is None else entry.step)
 
     def save_png(self, folder: Any) -> tuple[pathlib.Path, ...]:
-        """Draws what there is: histograms of exponents, a heat map of modules by steps, and the loss scale by steps.
+        """Draws histograms of exponents, a heat map of modules by steps, and the loss scale by steps, if there are any.
 
         Args:
-            folder: Where to write ``histograms.png``, ``modules.png`` and ``loss_scale.png``; it is made if need be.
+            folder: Where to write ``histograms.png``, ``modules.png`` and ``loss_scale.png``; created if missing.
 
         Returns:
-            The files. Without ranges there are no histograms, and with those of one step no heat map.
+            The files. Without ranges there are no histograms, and with ranges of only one step no heat map.
 
         Raises:
-            ModuleNotFoundError: Without the extra ``analysis``.
+            ModuleNotFoundError: Without the ``analysis`` extra.
         """
         from jmp_lite.analysis._reports._plots import save_png
 
         return save_png(self.entries, self.histories, self.format, pathlib.Path(folder))
 
     def save_html(self, path: Any) -> None:
-        """Writes one page that needs no other file and no network: findings, tables that can be sorted, and figures.
+        """Writes one page that needs no other file and no network: findings, sortable tables, and figures.
 
         Raises:
-            ModuleNotFoundError: Without the extra ``analysis``.
+            ModuleNotFoundError: Without the ``analysis`` extra.
         """
         from jmp_lite.analysis._reports._html import page
 
@@ -183,21 +183,21 @@ class Report:
 
 
 def report(*parts: Any, title: str = "Mixed precision", format: str = "float16") -> Report:  # noqa: A002  # what it is
-    """Puts what analyses found together.
+    """Combines the results of analyses.
 
     Args:
-        *parts: What ``audit``, ``collect``, ``ranges`` and ``first_nonfinite`` return; findings; dictionaries of
+        *parts: Results of ``audit``, ``collect``, ``ranges`` and ``first_nonfinite``; findings; dictionaries of
             ``jmp.metrics``; a list of these; and for histories a dictionary from steps to these. A dictionary of
-            metrics may have ``"culprits"``: names, or what ``jmp.distributed.nonfinite_leaves`` returned. Anything else
-            that has ``to_dict()``, ``findings`` or both is a part too: lists of dictionaries become tables.
-        title: What the report is about.
+            metrics may have ``"culprits"``: names, or the result of ``jmp.distributed.nonfinite_leaves``. Any other
+            object with ``to_dict()``, ``findings`` or both is a part too: lists of dictionaries become tables.
+        title: The subject of the report.
         format: The format that ranges are judged by, as in ``diagnose``.
 
     Returns:
         A ``Report``.
 
     Raises:
-        InvalidAnalysisError: If something can be no part of a report.
+        InvalidAnalysisError: If an argument cannot be part of a report.
         UnknownDtypeError: If the format is unknown.
 
     Example:

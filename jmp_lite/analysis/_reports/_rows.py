@@ -1,4 +1,4 @@
-"""Parts of a report as flat rows: of tables to look at, of a CSV file, and as plain data."""
+"""Parts of a report as flat rows: for tables, for a CSV file, and as plain data."""
 
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ from jmp_lite.errors import InvalidAnalysisError
 
 
 class Entry(NamedTuple):
-    """A part of a report, and the step of training that it is of; ``None`` if it is of none."""
+    """A part of a report and its training step, or ``None``."""
 
     step: int | None
     part: Any
@@ -41,13 +41,13 @@ class History:
 
     @functools.cached_property
     def total(self) -> Ranges:
-        """Those of all steps, added up on the host, where a thousand arrays take no time."""
+        """The ranges of all steps, summed on the host, where a thousand arrays take no time."""
         steps = [ranges.tallies for ranges in self.ranges]
         return Ranges(self.ranges[0].rows, [_added(parts) for parts in zip(*jax.device_get(steps), strict=True)])
 
 
 def _added(parts: Sequence[Tally]) -> Tally:
-    """As ``merged``, of many tallies that are on the host."""
+    """Like ``merged``, for many tallies on the host."""
     fields: list[Any] = [np.stack(field) for field in zip(*parts, strict=True)]
     stacked = Tally(*fields)
     power = stacked.power.max(0)
@@ -65,10 +65,10 @@ def _added(parts: Sequence[Tally]) -> Tally:
 
 
 def entries_of(parts: Iterable[Any]) -> Iterator[Entry]:
-    """Takes apart what a report is made of.
+    """Splits the arguments of a report into parts.
 
     Raises:
-        InvalidAnalysisError: If something can be no part of a report.
+        InvalidAnalysisError: If an argument cannot be part of a report.
     """
     for part in parts:
         if hasattr(part, "to_dict") or isinstance(part, Finding | str):
@@ -94,19 +94,19 @@ def _checked(part: Any) -> Any:
 
 
 def _culprits(value: Any) -> str:
-    """Returns names: given as they are, or as ``nonfinite_leaves`` flags them."""
+    """Returns names, given directly or flagged by ``nonfinite_leaves``."""
     if isinstance(value, Mapping):
         return ", ".join(str(path) for path, is_bad in value.items() if np.any(is_bad))
     return value if isinstance(value, str) else ", ".join(map(str, value or ()))
 
 
 def is_metrics(part: Any) -> bool:
-    """Whether something is a dictionary as ``metrics`` returns it."""
+    """Whether an object is a dictionary from ``metrics``."""
     return isinstance(part, Mapping) and not hasattr(part, "to_dict") and all(isinstance(key, str) for key in part)
 
 
 def histories_of(entries: Iterable[Entry]) -> tuple[History, ...]:
-    """Returns the ranges in a report; those of one program and of different steps belong together."""
+    """Returns the ranges in a report; steps of one program belong together."""
     found: list[list[Entry]] = []
     for entry in entries:
         if isinstance(entry.part, Ranges):
@@ -118,7 +118,7 @@ def histories_of(entries: Iterable[Entry]) -> tuple[History, ...]:
 
 
 def metrics_of(entries: Iterable[Entry]) -> list[tuple[int, Mapping[str, Any]]]:
-    """Returns the metrics in a report with their steps, in their order."""
+    """Returns the metrics in a report with their steps, in order."""
     found = [entry for entry in entries if is_metrics(entry.part)]
     return sorted(((entry.step or 0, entry.part) for entry in found), key=lambda pair: pair[0])
 
@@ -127,7 +127,7 @@ def metrics_of(entries: Iterable[Entry]) -> list[tuple[int, Mapping[str, Any]]]:
 
 
 def tables_of(entries: Sequence[Entry], histories: Sequence[History], name: str) -> Iterator[Table]:
-    """Returns what is in a report, findings apart.
+    """Returns the tables of a report, without findings.
 
     Args:
         entries: Its parts.
@@ -175,7 +175,7 @@ def _table_of_ranges(history: History, name: str) -> Table:
 
 
 def _tables(name: str, data: Any) -> Iterator[Table]:
-    """Makes tables of plain data: lists of dictionaries are tables, and the rest are figures."""
+    """Makes tables from plain data: lists of dictionaries become tables, and the rest figures."""
     if isinstance(data, Mapping):
         lists = {key: value for key, value in data.items() if _is_table(value)}
         rest = flat_row({key: value for key, value in data.items() if key not in {*lists, "findings"}})
@@ -199,7 +199,7 @@ def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def cell(column: str, value: Any) -> str:
-    """Returns a value as it stands in a table."""
+    """Returns a value as table text."""
     if isinstance(value, bool) or value is None:
         return "" if value is None else ("no", "yes")[value]
     if isinstance(value, int):
@@ -212,7 +212,7 @@ def cell(column: str, value: Any) -> str:
 
 
 def shortened(text: str, limit: int) -> str:
-    """Returns text without some of what is after its beginning, where it is long: ends of paths tell them apart."""
+    """Shortens long text in the middle, because ends of paths tell them apart."""
     head = limit // 5
     return text if len(text) <= limit else f"{text[:head]}…{text[head + 1 - limit :]}"
 
@@ -221,7 +221,7 @@ def shortened(text: str, limit: int) -> str:
 
 
 def flat_row(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a dictionary without any inside; keys are joined by dots, and items of lists by commas."""
+    """Flattens nested dictionaries; joins keys with dots and list items with commas."""
     found: dict[str, Any] = {}
     for key, value in data.items():
         if isinstance(value, Mapping):
@@ -234,7 +234,7 @@ def flat_row(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """Returns what JSON has, with text for NaN and infinity, which it has not."""
+    """Returns plain JSON data, with text for NaN and infinity, which JSON lacks."""
     if isinstance(value, Mapping):
         return {str(key): plain(one) for key, one in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""What the figures of a report show: histograms, modules by steps, and loss scales by steps."""
+"""Data for the figures of a report: histograms, modules by steps, and loss scales by steps."""
 
 import math
 import re
@@ -24,9 +24,9 @@ class HeatMap(NamedTuple):
     """Modules by steps.
 
     Attributes:
-        steps: Of the columns.
-        modules: Names of the rows, in the order of the program.
-        largest: ``float64[modules, steps]``, binary logarithm of the largest magnitude; NaN where all is zero.
+        steps: Steps of the columns.
+        modules: Names of the rows, in program order.
+        largest: ``float64[modules, steps]``, binary logarithm of the largest magnitude; NaN where all are zero.
         lost: ``float64[modules, steps]``, share of the numbers that overflow or become zero in the format.
         broken: ``bool[modules, steps]``, where there are NaN or infinities.
     """
@@ -42,11 +42,11 @@ class Timeline(NamedTuple):
     """A loss scale by steps.
 
     Attributes:
-        name: Where it stands, if there are several.
-        steps: When it was read.
-        scales: What it was.
-        skips: Steps, and how many were skipped up to there since the reading before.
-        culprits: Steps, and what was not finite there.
+        name: Its path, if there are several.
+        steps: Steps at which it was read.
+        scales: Its values.
+        skips: Steps, and how many were skipped since the previous reading.
+        culprits: Steps, and the names that were not finite there.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Timeline(NamedTuple):
 
 
 def histograms_of(histories: Sequence[History], name: str) -> list[tuple[Row, Range]]:
-    """Returns what to draw histograms of: what a format treats worst, of all steps."""
+    """Returns the ranges to draw as histograms: those that lose most in a format, over all steps."""
     pairs = [pair for history in histories for pair in history.total.pairs if pair[1].exponents]
     worst_first = sorted(pairs, key=lambda pair: _severity(pair[1], name), reverse=True)
     found: list[tuple[Row, Range]] = []
@@ -70,7 +70,7 @@ def histograms_of(histories: Sequence[History], name: str) -> list[tuple[Row, Ra
 
 
 def heat_maps_of(histories: Sequence[History], name: str) -> Iterator[HeatMap]:
-    """Returns modules by steps, for each program that was looked at in several."""
+    """Returns modules by steps, for each program with several steps."""
     for history in histories:
         if len(history.steps) > 1:
             yield _heat_map(history, name)
@@ -97,13 +97,13 @@ def _cell(found: Sequence[Range], name: str) -> tuple[float, float, bool]:
 
 
 def _depth(ranges: Ranges) -> int:
-    """Returns how many scopes tell modules apart, so that there are not too many of them."""
+    """Returns how many scopes to group modules by, so that there are not too many."""
     depths = [depth for depth in range(2, _DEEPEST + 1) if len(_by_module(ranges, depth)) <= _MODULES]
     return max(depths, default=1)
 
 
 def _by_module(ranges: Ranges, depth: int) -> dict[str, list[Range]]:
-    """Groups equations by their scopes, in the order of the program; leaves by their paths if there is no equation."""
+    """Groups equations by scope, in program order; leaves by path if there is no equation."""
     has_equations = any(row.site for row in ranges.rows)
     found: dict[str, list[Range]] = {}
     for row, r in ranges.pairs:

@@ -1,6 +1,6 @@
-"""Compiles for a device that need not exist, in its own process: its environment is set before JAX wakes up.
+"""Compiles for a device that need not exist, in a separate process whose environment is set before JAX starts.
 
-A program crosses as what ``jax.export`` writes, and comes back as optimized HLO text.
+A program goes in as ``jax.export`` bytes and comes back as optimized HLO text.
 """
 
 import importlib.util
@@ -40,7 +40,7 @@ def compiled_text(
         function: What to compile.
         shapes: Its arguments, or shapes in their place.
         target: A key of ``_targets.TARGETS``.
-        donate: Numbers of the arguments that are donated.
+        donate: Positions of donated arguments.
 
     Raises:
         InvalidAnalysisError: If the compiler fails, with what it says.

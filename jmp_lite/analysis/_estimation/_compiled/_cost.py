@@ -1,4 +1,4 @@
-"""What a compiled XLA program moves and launches, read from its optimized HLO text.
+"""Counts the bytes and launches of a compiled XLA program from its optimized HLO text.
 
 XLA's own ``cost_analysis`` is absent when compiling for a GPU that is not there, and does not say
 which launches copy, so the figures are counted here, by the same rules for CPU, GPU and TPU:
@@ -6,10 +6,10 @@ which launches copy, so the figures are counted here, by the same rules for CPU,
 * every instruction that becomes a launch (fusion, custom call, copy, reduction, ...) costs the bytes
   that it reads of its operands and writes of its result: slices, rows and updates, not whole arrays;
 * parameters, constants, tuples, bitcasts and the waiting half of an asynchronous pair are free, and
-  so is what a library takes to work in;
-* ``call``, ``while`` and asynchronous wrappers are looked into; the body of a loop counts as often as it
+  so is the workspace of a library;
+* ``call``, ``while`` and asynchronous wrappers are entered; the body of a loop counts as often as it
   runs, or once where XLA does not know;
-* a conditional costs its dearest branch; its cheapest branch gives the cost of the step not taken;
+* a conditional costs its most expensive branch; its cheapest branch gives the cost of a skipped step;
 * an asynchronous transfer is not a launch;
 * arrays that live in a TPU's on-chip memory are free.
 """
@@ -38,10 +38,10 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What one run of a program does.
+    """The cost of one run of a program.
 
     Attributes:
-        bytes: Bytes read and written by all launches, taking the dearest branch of each conditional.
+        bytes: Bytes read and written by all launches, taking the most expensive branch of each conditional.
         skipped_bytes: The same, taking the cheapest branch.
         launches: Number of launches.
         large_launches: Launches that touch an array of at least ``LARGE_ELEMENTS`` elements.
@@ -63,7 +63,7 @@ class Cost:
         return Cost(**{name: getattr(self, name) + getattr(other, name) for name in fields})
 
     def times(self, count: int) -> "Cost":
-        """Of so many runs."""
+        """Returns the cost of several runs."""
         return Cost(**{name: count * value for name, value in dataclasses.asdict(self).items()})
 
 
@@ -92,7 +92,7 @@ def _is_free(instruction: Instruction) -> bool:
 
 
 def _inner(instruction: Instruction) -> tuple[str, int] | None:
-    """The computation that a wrapper runs, and how often."""
+    """The computation that a wrapper runs, and its number of runs."""
     for key in ("body", "to_apply", "calls") if instruction.opcode in _WRAPPERS else ():
         if bodies := instruction.called(key):
             trips = _TRIPS.search(instruction.attributes)
@@ -142,7 +142,7 @@ def _transfer_cost(opcode: str, shape: str, source: str) -> Cost:
 
 
 def _only_copies(module: Module, instruction: Instruction) -> bool:
-    """Whether a launch does nothing but copy."""
+    """Whether a launch only copies."""
     if instruction.opcode != "fusion":
         return instruction.opcode == "copy"
     inner = module.computations.get((instruction.called("calls") or ("",))[0], ())
@@ -151,12 +151,12 @@ def _only_copies(module: Module, instruction: Instruction) -> bool:
 
 
 class Launch(NamedTuple):
-    """An instruction that becomes a launch, and what all its runs move.
+    """An instruction that becomes a launch, and the bytes of all its runs.
 
     Attributes:
         instruction: Its line.
         times: How often it runs.
-        bytes: Of all its runs.
+        bytes: Bytes read and written by all its runs.
     """
 
     instruction: Instruction
@@ -165,7 +165,7 @@ class Launch(NamedTuple):
 
 
 def launches(module: Module, name: str | None = None, times: int = 1) -> Iterator[Launch]:
-    """All launches of a program, those of every branch of a conditional."""
+    """All launches of a program, including every branch of a conditional."""
     instructions = module.computations[name or module.entry]
     shapes = _shapes(instructions)
     for instruction in instructions:

@@ -20,9 +20,9 @@ class Instruction:
     """One line of HLO.
 
     Attributes:
-        operands: Names of the lines that give them.
-        attributes: What follows the operands.
-        position: Of a parameter, from 0; -1 for any other line.
+        operands: Names of the lines that compute them.
+        attributes: The text after the operands.
+        position: Position of a parameter, from 0; -1 for any other line.
     """
 
     name: str

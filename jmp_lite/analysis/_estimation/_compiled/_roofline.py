@@ -1,4 +1,4 @@
-"""The launches of a compiled program, with the FLOPs of what libraries compute."""
+"""The launches of a compiled program, with the FLOPs of library calls."""
 
 import math
 import re
@@ -28,7 +28,7 @@ _DTYPES = {"f64": "float64", "f32": "float32", "bf16": "bfloat16", "f16": "float
 
 
 def launches(module: _hlo.Module) -> Iterator[Launch]:
-    """Yields what a program launches, those of every branch of a conditional."""
+    """Yields the launches of a program, including every branch of a conditional."""
     shapes = {line.name: line.shape for lines in module.computations.values() for line in lines}
     for launch in _cost.launches(module):
         line = launch.instruction
@@ -40,7 +40,7 @@ def launches(module: _hlo.Module) -> Iterator[Launch]:
 
 
 def seconds(module: _hlo.Module, device: Device) -> float:
-    """The time that a program takes."""
+    """The run time of a program."""
     return sum(
         launch.trips * device.seconds(launch.bytes, launch.flops, kind_of(launch.dtypes))[0]
         for launch in launches(module)
@@ -52,7 +52,7 @@ def _named(dtype: str) -> str:
 
 
 def _part(module: _hlo.Module, line: _hlo.Instruction, flops: float) -> str:
-    """What a launch is for; passes that find scales look like any other maximum, and are ``other``."""
+    """The purpose of a launch; passes that find scales look like any other maximum and count as ``other``."""
     if flops:
         return "matmuls"
     if any(dtype.startswith("f8") for dtype, _, _ in _hlo.arrays(line.shape)):
@@ -68,7 +68,7 @@ def _sizes(shape: str) -> list[int]:
 
 
 def _flops(line: _hlo.Instruction, operands: list[str]) -> tuple[float, str]:
-    """Of one launch, and the dtype that they are of."""
+    """The FLOPs of one launch, and their dtype."""
     found = _TARGET.search(line.attributes)
     target = found.group(1) if found else ""
     if target in _OF_ATTENTION:

@@ -59,7 +59,7 @@ class TargetUnavailableError(RuntimeError):
 
 
 def configure(*more: str) -> None:
-    """Sets the environment for compiling without a device, with more flags of XLA; call before the first use of jax."""
+    """Sets the environment for compiling without a device, with extra XLA flags; call before the first use of jax."""
     os.environ.update(_ENVIRONMENT)
     for flag in ("--xla_gpu_autotune_level=0", *more):
         flags = os.environ.get("XLA_FLAGS", "")
@@ -75,7 +75,7 @@ def _installed(module: str) -> bool:
 
 
 def absent(target: str) -> list[str]:
-    """Returns the modules that a target's compiler needs and that are not installed."""
+    """Returns the modules that a target's compiler needs but that are not installed."""
     return [module for module in _MODULES[target] if not _installed(module)]
 
 
@@ -109,14 +109,14 @@ def devices(target: str, count: int = 1) -> list[Any]:
 def compiled(
     function: Callable[..., Any], shapes: Any, device: Any, *, donate: tuple[int, ...] = (), **options: Any
 ) -> Any:
-    """Compiles a function of arrays of these shapes for a device that need not exist, with options of XLA's.
+    """Compiles a function of arrays of these shapes for a device that need not exist, with XLA options.
 
     Args:
         function: What to compile.
-        shapes: Of its arguments.
+        shapes: Shapes of its arguments.
         device: See ``devices``.
-        donate: Numbers of the arguments that are donated.
-        **options: For the compiler.
+        donate: Positions of donated arguments.
+        **options: Compiler options.
     """
     sharding = jax.sharding.SingleDeviceSharding(device)
 
@@ -127,7 +127,7 @@ def compiled(
 
 
 def for_each(targets: Sequence[str], report: Callable[[str], None]) -> None:
-    """Reports on the targets whose compilers are there; then exits with a message if some are not."""
+    """Reports on the targets whose compilers are installed; then exits with a message if some are missing."""
     unavailable: list[str] = []
     for target in targets:
         try:

@@ -1,7 +1,7 @@
-"""Which part of its arrays a launch of a compiled XLA program reads and writes.
+"""The parts of its arrays that a launch of a compiled XLA program reads and writes.
 
-A launch computes what its results need and no more: of an array that it slices or gathers from, it reads the slices and
-the rows that it takes; of an array that it updates in place, it touches what is updated. A fusion is seen through.
+A launch computes only what its results need: from an array that it slices or gathers from, it reads only those slices
+and rows; in an array that it updates in place, it touches only the updated part. This looks inside fusions.
 """
 
 import collections
@@ -30,19 +30,19 @@ _SCRATCH = frozenset({"s8", "u8"})
 
 
 class Part(NamedTuple):
-    """Elements and bytes of one array that a launch touches; no bytes where it lies on the chip."""
+    """Elements and bytes of one array that a launch touches; no bytes if the array is in on-chip memory."""
 
     elements: float
     bytes: float
 
 
 def touched(module: _hlo.Module, launch: Instruction, shapes: Mapping[str, str]) -> list[Part]:
-    """What a launch reads and writes.
+    """Returns what a launch reads and writes.
 
     Args:
-        module: Where the computations of fusions are.
-        launch: An instruction that is not free and calls no program but a fused one.
-        shapes: Of the lines of its computation, by name.
+        module: The module that holds the computations of fusions.
+        launch: An instruction that is not free and calls only fused programs.
+        shapes: Shapes of the lines of its computation, by name.
     """
     seen = _Launch.of(module, launch, shapes)
     return [*seen.read(), *seen.written()]
@@ -50,12 +50,12 @@ def touched(module: _hlo.Module, launch: Instruction, shapes: Mapping[str, str])
 
 @dataclasses.dataclass(frozen=True)
 class _Launch:
-    """A launch as lines in order, the last ones its results.
+    """A launch as lines in order; the last ones are its results.
 
     Attributes:
-        lines: Those of a fusion, also of one within it; any other launch is one line.
+        lines: Lines of a fusion, nested ones included; any other launch is one line.
         arguments: Names of the arrays from outside.
-        shapes: Of both.
+        shapes: Shapes of both.
         root: Name of the line that is the result.
     """
 
@@ -97,7 +97,7 @@ class _Launch:
         return [root.name] * sum(1 for _ in _hlo.arrays(self.shapes[self.root]))
 
     def written(self) -> Iterator[Part]:
-        """The arrays of the result; the workspace of a library is not among them."""
+        """The arrays of the result, without the workspace of a library."""
         arrays = zip(_hlo.arrays(self.shapes[self.root]), self.outputs(), strict=True)
         for index, ((dtype, elements, on_chip), line) in enumerate(arrays):
             is_library = line in self.lines and _LIBRARY in self.lines[line].attributes
@@ -121,7 +121,7 @@ class _Launch:
 
 
 def _needed(line: Instruction, amount: float, updated: float) -> list[float]:
-    """How many elements of each operand a line reads that gives so many, or updates so many in place."""
+    """How many elements of each operand a line reads to compute this many, or to update this many in place."""
     count = len(line.operands)
     if not amount:
         return [0] * count
@@ -133,7 +133,7 @@ def _needed(line: Instruction, amount: float, updated: float) -> list[float]:
 
 
 def _expanded(module: _hlo.Module, line: Instruction) -> Iterator[Instruction]:
-    """A fusion as the lines of its computation, in terms of its operands; any other line as it is."""
+    """A fusion as the lines of its computation, in terms of its operands; any other line unchanged."""
     names = line.called("calls") if line.opcode in _FUSIONS else ()
     if not names:
         yield line
