@@ -377,6 +377,20 @@ HEADS = {
     "sigmoid": lambda logits, y: optax.sigmoid_binary_cross_entropy(logits, jax.nn.one_hot(y, 16)).mean(),
     "focal": lambda logits, y: optax.sigmoid_focal_loss(logits, jax.nn.one_hot(y, 16)).mean(),
     "temperature": lambda logits, y: jax.nn.logsumexp(logits / 0.7, axis=-1).mean(),
+    "two cross entropies": lambda logits, y: (
+        optax.softmax_cross_entropy_with_integer_labels(logits, y)
+        + optax.softmax_cross_entropy_with_integer_labels(jnp.flip(logits), y)
+    ).mean(),
+    "CTC": lambda logits, y: optax.ctc_loss(
+        logits.reshape(2, 16, 16), jnp.zeros((2, 16)), 1 + y.reshape(2, 16)[:, :5] % 15, jnp.zeros((2, 5))
+    ).mean(),
+    "Huber": lambda logits, y: optax.huber_loss(logits, jax.nn.one_hot(y, 16)).mean(),
+    "log cosh": lambda logits, y: optax.log_cosh(logits, jax.nn.one_hot(y, 16)).mean(),
+    "Gaussian likelihood": lambda logits, y: jnp.mean(
+        logits[:, :8] + jnp.square(jax.nn.one_hot(y, 8) - logits[:, 8:]) / jnp.exp(logits[:, :8])
+    ),
+    "noise": lambda logits, y: jnp.square(logits + jax.random.normal(jax.random.key(0), logits.shape)).mean(),
+    "temporal difference": lambda logits, y: jnp.square(y / 16 + 0.99 * logits.max(-1)).mean(),
 }
 
 
@@ -387,9 +401,21 @@ def test_logits_leave_in_float32_for_any_loss_of_them(head):
 
     shapes = [jax.ShapeDtypeStruct((64, 16), jnp.float32), jax.ShapeDtypeStruct((32, 64), jnp.float32)]
     found = jmp.explain(loss, "mixed_bfloat16")(*shapes, jax.ShapeDtypeStruct((32,), jnp.int32))
-    [logits] = [decision for decision in found if decision.primitive == "dot_general"]
+    logits = next(decision for decision in found if decision.primitive == "dot_general")
     assert logits.in_dtypes == ("bfloat16", "bfloat16")
     assert logits.out_dtypes == ("float32",)
+
+
+@pytest.mark.parametrize("outer", [lambda loss: loss, jax.jit, jax.checkpoint], ids=["bare", "jit", "checkpoint"])
+def test_a_sum_with_a_float32_argument_is_no_sum_of_layers(outer):
+    """A reward plus a discounted value is float32, because the argument is."""
+
+    def loss(w, x, reward):
+        return jnp.square(reward + 0.99 * (x @ w).max(-1)).mean()
+
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in [(64, 16), (32, 64), (32,)]]
+    decisions = jmp.explain(outer(loss), "mixed_bfloat16")(*shapes)
+    assert [d.out_dtypes for d in decisions if d.primitive == "dot_general"] == [("float32",)]
 
 
 @pytest.mark.parametrize(
