@@ -30,9 +30,7 @@ opt_state = tx.init(params)
 
 @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
 def train_step(params, statistics, opt_state, x, y):
-    value_and_grad = jmp.scaled_value_and_grad(
-        loss_fn, has_aux=True, loss_scale=opt_state
-    )
+    value_and_grad = jmp.scaled_value_and_grad(loss_fn, has_aux=True, loss_scale=opt_state)
     (loss, seen), grads = value_and_grad(params, statistics, x, y)
     params, opt_state = jmp.apply_gradients(tx, grads, opt_state, params)
     # A step that overflowed may have seen infinite activations.
@@ -41,9 +39,7 @@ def train_step(params, statistics, opt_state, x, y):
 
 
 for _ in range(100):
-    params, statistics, opt_state, loss = train_step(
-        params, statistics, opt_state, train_x, train_y
-    )
+    params, statistics, opt_state, loss = train_step(params, statistics, opt_state, train_x, train_y)
 
 logits, _ = model.apply(params, statistics, test_x, False)
 print(f"loss {loss:.3f}, test accuracy {(logits.argmax(-1) == test_y).mean():.3f}")

@@ -40,7 +40,8 @@ SOLVED: Want = 32
 #: The test of the loop that it is in: computed as written, products too.
 TESTED: Want = 64
 
-#: A sum of many terms, in which roundings average out, or a product in float32: float32, but for sums of layers.
+#: A sum of many terms, in which roundings average out, a product in float32, or a choice, where rounding makes ties:
+#: float32, but for sums of layers.
 SUMMED: Want = 128
 
 AS_WRITTEN: Want = SOLVED | TESTED
@@ -135,6 +136,8 @@ class Demands:
                 of_operands = [want & ~SUMMED | EITHER if want & FLOAT32 == SUMMED else want for want in of_operands]
             for atom, want in zip(eqn.invars, of_operands, strict=True):
                 _add(wants, atom, want)
+            for atom in eqn.invars[: _ops.keys_of(eqn)]:
+                _add(wants, atom, SUMMED)
         return wants
 
     def _of_operands(self, eqn: Equation, of_results: list[Want], scope: str) -> Sequence[Want]:

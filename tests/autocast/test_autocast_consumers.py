@@ -406,6 +406,39 @@ def test_logits_leave_in_float32_for_any_loss_of_them(head):
     assert logits.out_dtypes == ("float32",)
 
 
+CHOICES = {
+    "top_k": lambda y: lax.top_k(y, 2)[1],
+    "top_k of sigmoid and bias": lambda y: lax.top_k(jax.nn.sigmoid(y) + jnp.arange(16.0)[None] / 16, 2)[1],
+    "argmax": lambda y: y.argmax(-1),
+    "argsort": lambda y: y.argsort(-1),
+    "nearest code": lambda y: jnp.argmin(2.0 - 2 * y, -1),
+}
+
+
+@pytest.mark.parametrize("choose", CHOICES.values(), ids=CHOICES)
+def test_scores_by_which_something_is_chosen_leave_in_float32(choose):
+    """Scores that differ by less than 16 bits hold are ties, and all of them would choose the first."""
+
+    def model(w, x, experts):
+        x = x @ w
+        return (experts[choose(x)] * 2.0).sum()
+
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in [(64, 16), (32, 64), (16, 8)]]
+    decisions = jmp.explain(model, "mixed_bfloat16")(*shapes)
+    assert [d.out_dtypes for d in decisions if d.primitive == "dot_general"] == [("float32",)]
+
+
+def test_rounded_scores_are_chosen_by_as_they_are_held():
+    """A float32 bias makes differences among rounded scores, which another rounding would lose."""
+
+    def model(w, x, bias):
+        return lax.top_k(jax.nn.sigmoid(x @ w) + bias[None], 2)[1]
+
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in [(8, 512), (512, 8), (512,)]]
+    [chosen] = [d for d in jmp.explain(model, "mixed_bfloat16")(*shapes) if d.primitive == "top_k"]
+    assert chosen.in_dtypes == ("float32",)
+
+
 @pytest.mark.parametrize("outer", [lambda loss: loss, jax.jit, jax.checkpoint], ids=["bare", "jit", "checkpoint"])
 def test_a_sum_with_a_float32_argument_is_no_sum_of_layers(outer):
     """A reward plus a discounted value is float32, because the argument is."""

@@ -42,8 +42,9 @@ def leaks(subject: Subject) -> Iterator[Finding]:
     groups: dict[Entry, list[tuple[Node, float]]] = {}
     forward = dict[str, Entry]()
     asked = {node.site.source: node for node, _ in subject.products if _returns_wide(node)}
+    small = {node.site.source for node, _ in subject.products if not node.site.is_backward and _is_small(node)}
     for node, share in subject.products:
-        if widest(node) != 4 or is_decided(node):
+        if widest(node) != 4 or is_decided(node) or (node.site.is_backward and node.site.source in small):
             continue
         kind, message = why_wide(node, subject.program.explanation)
         if kind and kind != "float32-leak":
@@ -63,6 +64,11 @@ def leaks(subject: Subject) -> Iterator[Finding]:
 
 def _returns_wide(node: Node) -> bool:
     return is_low(node) and not node.site.is_backward and width(node.site.out_dtypes[0]) == 4
+
+
+def _is_small(node: Node) -> bool:
+    """Whether a matrix unit gains nothing from a product; its backward products have more terms, but no more FLOPs."""
+    return node.name == "dot_general" and classify(node.eqn, {})[0] in (OpClass.FOLLOW, OpClass.DENY)
 
 
 def _of_cotangents(asked: Mapping[str, Node], node: Node) -> Entry | None:

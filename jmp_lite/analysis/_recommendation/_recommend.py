@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -138,7 +139,7 @@ def recommend(
     batches: Iterable[Sequence[Any]],
     *,
     tolerance: float = 0.1,
-    formats: Sequence[str] = ("bfloat16",),
+    formats: str | Sequence[str] = ("bfloat16",),
     max_casts: int | None = None,
     depth: int | None = None,
     device: str = "h100",
@@ -211,8 +212,10 @@ def _split(batches: Iterable[Sequence[Any]], tolerance: float) -> tuple[list[Any
             f"recommend needs two batches or more, each a tuple of arguments after the parameters, got {quote(given)}. "
             "The last third of them is held out to check what is recommended."
         )
-    if not tolerance > 0:
-        raise InvalidAnalysisError(f"tolerance must be positive, got {tolerance!r}.")
+    if not isinstance(tolerance, (numbers.Real, jax.Array)) or not tolerance > 0:
+        raise InvalidAnalysisError(
+            f"tolerance must be a positive number, got {quote(tolerance)}. Write for example 0.1."
+        )
     held_out = max(1, len(given) // 3)
     return given[:-held_out], given[-held_out:]
 
