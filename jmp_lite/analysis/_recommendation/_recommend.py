@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jmp_lite._functions import refuse_tracers
 from jmp_lite._messages import quote
 from jmp_lite._text import table
 from jmp_lite._tree import all_finite
@@ -167,8 +168,8 @@ def recommend(
         A ``Recommendation``; ``print(recommendation.policy())`` prints its code. The same for the same arguments.
 
     Raises:
-        InvalidAnalysisError: If there are fewer than two batches, the tolerance is not positive, or the loss has
-            no matrix product, or is not finite in float32.
+        InvalidAnalysisError: If there are fewer than two batches, the tolerance is not positive, values are traced, or
+            the loss has no matrix product, or is not finite in float32.
         InvalidRecipeError: If a format is not known.
         InvalidFunctionError: If ``loss_fn`` is no loss.
 
@@ -188,6 +189,7 @@ def recommend(
         casts: Chiang et al., "Rigorous Floating-Point Mixed-Precision Tuning", POPL 2017.
     """
     choices, (measuring, held_out) = choices_of(formats), _split(batches, tolerance)
+    refuse_tracers((params, measuring, held_out), "recommend")
     search = _Search(loss_fn, params, choices, (measuring, held_out), depth=depth)
     raises = search.raises()
     count = search.fewest(raises, tolerance)
