@@ -207,7 +207,7 @@ def recommend(
     )
 
 
-def _split(batches: Iterable[Sequence[Any]], tolerance: float) -> tuple[list[Any], list[Any]]:
+def _split(batches: Iterable[Sequence[Any]], tolerance: Any) -> tuple[list[Any], list[Any]]:
     given = list(batches)
     if len(given) < 2 or not all(isinstance(batch, (tuple, list)) for batch in given):
         raise InvalidAnalysisError(
