@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from jmp_lite._messages import quote
-from jmp_lite.errors import InvalidFunctionError
+from jmp_lite.errors import InvalidAnalysisError, InvalidFunctionError
 
 
 def check_function(fun: Any, caller: str) -> None:
@@ -27,6 +27,20 @@ def check_function(fun: Any, caller: str) -> None:
     if not callable(fun):
         with_apply = " Give its function apply." if callable(getattr(fun, "apply", None)) else ""
         raise InvalidFunctionError(f"{caller} takes a function, got {quote(fun)}.{with_apply}")
+
+
+def refuse_tracers(values: Any, caller: str) -> None:
+    """Raises for a pytree that stands for arrays inside ``jax.jit``, ``vmap`` or ``scan``, by a function that reads it.
+
+    Args:
+        values: The pytree.
+        caller: Public name of the function.
+    """
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values)):
+        raise InvalidAnalysisError(
+            f"{caller} reads numbers on the host, and was called inside jax.jit, vmap, scan or grad, where there are "
+            "none. Call it outside, and give it the transformed function or what the transformed function returned."
+        )
 
 
 def refuse_modules(fun: Callable[..., Any], args: Any, kwargs: Any, caller: str) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from jmp_lite._compat import Atom, Equation, Jaxpr, Var, is_literal, program, scope_names
 from jmp_lite.autocast import _ops
+from jmp_lite.autocast._layers import Layers
 from jmp_lite.autocast._ops import Op, OpClass, classify
 from jmp_lite.autocast._programs import Body, inputs, programs_of
 from jmp_lite.autocast._values import is_eligible
@@ -38,7 +39,8 @@ SOLVED: Want = 32
 #: The test of the loop that it is in: computed as written, matmuls too.
 TESTED: Want = 64
 
-#: A sum of many terms, in which roundings average out, or a matmul in float32: float32, but for sums of layers.
+#: A sum of many terms, in which roundings average out, a matmul in float32, or a choice, where rounding makes ties:
+#: float32, but for sums of layers.
 SUMMED: Want = 128
 
 AS_WRITTEN: Want = SOLVED | TESTED
@@ -63,6 +65,7 @@ class Demands:
         self.ops = ops
         self.is_low = is_low
         """Whether a primitive in a name scope is one that may run in a compute dtype."""
+        self.layers = Layers(ops)
         self._found: Any = weakref.WeakKeyDictionary()
 
     def of(self, jaxpr: Jaxpr, wanted: Wants, scope: str) -> Mapping[Var, Want]:
@@ -119,36 +122,22 @@ class Demands:
 
     def _search(self, inner: Any, wanted: Wants, scope: str) -> dict[Var, Want]:
         wants: dict[Var, Want] = {}
-        no_layers = self._no_layers(inner)
-
-        def is_sum_of_layers(eqn: Equation) -> bool:
-            """Whether two arrays are added, such as a layer and its residual connection."""
-            shape = eqn.outvars[0].aval.shape if eqn.primitive.name == "add" else None
-            return shape is not None and not any(
-                is_literal(v) or v in no_layers or v.aval.shape != shape for v in eqn.invars
-            )
-
+        sums, live = self.layers.sums(inner), {v for v in inner.outvars if not is_literal(v)}
         for atom, want in zip(inner.outvars, wanted, strict=True):
             _add(wants, atom, want)
         for eqn in reversed(inner.eqns):
+            if live.isdisjoint(eqn.outvars) and not eqn.effects:
+                continue  # what reaches nothing wants nothing
+            live.update(v for v in eqn.invars if not is_literal(v))
             of_results = [wants.get(v, 0) for v in eqn.outvars]
             of_operands = self._of_operands(eqn, of_results, scope)
-            if is_sum_of_layers(eqn):
+            if not sums.isdisjoint(eqn.outvars):
                 of_operands = [want & ~SUMMED | EITHER if want & FLOAT32 == SUMMED else want for want in of_operands]
             for atom, want in zip(eqn.invars, of_operands, strict=True):
                 _add(wants, atom, want)
+            for atom in eqn.invars[: _ops.keys_of(eqn)]:
+                _add(wants, atom, SUMMED)
         return wants
-
-    def _no_layers(self, inner: Any) -> set[Var]:
-        """Broadcast values, such as a bias, and values that are float32 anyway, such as a logarithm; moved or not."""
-        found: set[Var] = set()
-        for eqn in inner.eqns:
-            moved = _ops.moves_whole_arrays(eqn.primitive.name) and any(
-                v in found for v in eqn.invars if not is_literal(v)
-            )
-            if moved or _ops.adds_axes(eqn) or classify(eqn, self.ops)[0] is OpClass.DENY:
-                found.update(eqn.outvars)
-        return found
 
     def _of_operands(self, eqn: Equation, of_results: list[Want], scope: str) -> Sequence[Want]:
         op, _ = classify(eqn, self.ops)

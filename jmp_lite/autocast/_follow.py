@@ -61,7 +61,7 @@ def _is_wanted(facts: Facts) -> bool:
 def _levels_off(facts: Facts) -> bool:
     """Whether a function saturates, or continues from one that did: ``1 - p`` has the digits that ``p`` lacks."""
     is_wanted = bool(facts.want & _demand.FLOAT32)
-    if facts.tag is Tag.SOFT and not facts.has_float_results:
+    if facts.tag is Tag.SOFT and (not facts.has_float_results or facts.name in _ops.CHOOSES):
         return True  # compared as it is held
     if facts.tag is Tag.SOFT and len(facts.arrays) == 1:
         return is_wanted or facts.name in ("add", "sub")

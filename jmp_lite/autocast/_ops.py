@@ -310,6 +310,14 @@ def treats_operands_separately(name: str) -> bool:
     return family(name).reason is _PER_OPERAND
 
 
+def keys_of(eqn: Equation) -> int:
+    """Returns the number of operands, the first ones, by which an equation chooses places."""
+    name = eqn.primitive.name
+    if name == "sort":
+        return int(eqn.params["num_keys"]) if len(eqn.invars) > 1 else 0
+    return int(name in CHOOSES or name in ("argmax", "argmin"))
+
+
 def is_kernel(name: str) -> bool:
     """Whether a primitive is a kernel or a foreign call."""
     return family(name).reason is _KERNELS

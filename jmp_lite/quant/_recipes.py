@@ -30,7 +30,7 @@ class DotRecipe(Specs, RoundsOperands):
             the rounding of the operands (straight-through).
         axis_name: Mapped axes (``pmap``, ``shard_map``) whose devices agree on per-array scales. Under ``jit`` they
             always agree.
-        products: Which matmuls ``autocast`` quantizes: ``"weights"``, those with an argument or a constant of the
+        matmuls: Which matmuls ``autocast`` quantizes: ``"weights"``, those with an argument or a constant of the
             function, possibly cast, moved or sliced; or ``"all"``, also those of two activations, such as attention
             scores.
         sites: Recipes for single name scopes under ``autocast``, from ``calibrate``.

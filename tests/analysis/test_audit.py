@@ -76,6 +76,18 @@ def test_message_has_the_figures(name, said):
 
 # --- Clean programs ---
 
+
+def test_the_gradient_of_a_product_of_a_handful_of_terms_is_no_leak():
+    """A mixture of three softmaxes follows its operands, and so do its backward matmuls, which have more terms."""
+
+    def loss(w, x):
+        weights = jax.nn.softmax(x @ w[:, :3])
+        likelihoods = jax.nn.softmax(jnp.stack([x @ w, x @ w * 0.5, x @ w * 0.2], 1))
+        return -jnp.log(jnp.einsum("bk,bkc->bc", weights, likelihoods)).mean()
+
+    assert analysis.audit(loss, "mixed_bfloat16")(array(F32, 64, 16), array(F32, 32, 64)).findings == ()
+
+
 MODELS = ["Linen transformer", "Linen ResNet", "Linen LSTM", "NNX transformer", "NNX ResNet", "Equinox transformer"]
 
 

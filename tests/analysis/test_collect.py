@@ -244,6 +244,20 @@ def test_leaves_that_are_no_floats_have_no_range():
     assert list(found) == ["x"]
 
 
+@pytest.mark.parametrize(
+    ("when", "got"),
+    [
+        (lambda x: x > 0, r"bool\[3\]"),
+        (lambda x: x.sum(), r"float32\[\]"),
+        (lambda x: None, "None"),
+        (lambda x: "always", "'always'"),
+    ],
+)
+def test_when_returns_one_boolean(when, got):
+    with pytest.raises(jmp.errors.InvalidAnalysisError, match=f"one boolean, such as .*, got {got}"):
+        collect(jnp.sin, when=when)(jnp.ones(3))
+
+
 def test_what_does_not_say_when_or_is_no_format_is_refused():
     with pytest.raises(jmp.errors.InvalidFunctionError, match="when= of collect takes a function, got True"):
         collect(jnp.sum, when=True)

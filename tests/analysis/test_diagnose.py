@@ -157,6 +157,11 @@ def test_what_was_never_looked_at_has_no_finding(rng):
     assert diagnose(fun(normal(rng, 4, 4))[1]) == ()
 
 
+def test_an_array_without_a_name_is_called_the_array():
+    [found] = diagnose(ranges(jnp.array([1.0, jnp.nan])))
+    assert found.message == "1 of 2 numbers of the array are NaN."
+
+
 def test_unknown_format_is_refused():
     with pytest.raises(jmp.errors.UnknownDtypeError, match="Unknown format 'float12'"):
         diagnose(ranges(jnp.ones(2)), format="float12")

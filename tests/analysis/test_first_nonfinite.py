@@ -258,3 +258,19 @@ def test_complex_numbers_are_named():
     assert found.site.primitive == "div"
     assert found.made.count == 4
     assert first_nonfinite(lambda z: z + 1)(zeros / 0).argument == "0"
+
+
+HOSTED = {
+    "first_nonfinite": lambda w, x: jmp.analysis.first_nonfinite(jnp.matmul)(x, w),
+    "compare": jmp.analysis.compare(lambda w, x: (x @ w).sum(), ["mixed_bfloat16"]),
+    "perturb": jmp.analysis.perturb(lambda w, x: (x @ w).sum()),
+    "recommend": lambda w, x: jmp.analysis.recommend(lambda w, x: (x @ w).sum(), w, [(x,), (x,)]),
+    "Ranges": lambda w, x: jmp.analysis.diagnose(jmp.analysis.ranges(w)),
+}
+
+
+@pytest.mark.parametrize("name", HOSTED)
+@pytest.mark.parametrize("transform", [jax.jit, jax.vmap], ids=["jit", "vmap"])
+def test_what_reads_numbers_says_so_inside_a_transformation(name, transform):
+    with pytest.raises(jmp.errors.InvalidAnalysisError, match=f"{name} reads numbers on the host"):
+        transform(HOSTED[name])(jnp.ones((2, 4, 4)), jnp.ones((2, 4, 4)))

@@ -221,7 +221,9 @@ def test_a_loss_that_is_not_finite_is_refused(rng):
     [
         ({"batches": []}, "two batches or more"),
         ({"batches": [jnp.ones(3), jnp.ones(3)]}, "each a tuple"),
-        ({"tolerance": 0}, "tolerance must be positive, got 0"),
+        ({"tolerance": 0}, "tolerance must be a positive number, got 0"),
+        ({"tolerance": "a"}, "tolerance must be a positive number, got 'a'"),
+        ({"tolerance": float("nan")}, "tolerance must be a positive number, got nan"),
         ({"loss_fn": lambda p, x: jnp.sum(p[0])}, "no matmul"),
     ],
 )
@@ -232,10 +234,17 @@ def test_what_cannot_be_recommended(change, message, rng):
         recommend(**arguments)
 
 
-def test_unknown_formats_are_refused(rng):
+@pytest.mark.parametrize("formats", ["fp9", ["fp9"]])
+def test_unknown_formats_are_refused(formats, rng):
     loss, params, batches = problem(rng, ())
     with pytest.raises(jmp.errors.InvalidRecipeError, match="fp9"):
-        recommend(loss, params, batches, formats=["fp9"])
+        recommend(loss, params, batches, formats=formats)
+
+
+def test_one_format_needs_no_list(rng):
+    loss, params, batches = problem(rng, (), count=1)
+    one, listed = (recommend(loss, params, batches, formats=formats) for formats in ("float16", ["float16"]))
+    assert one.to_dict() == listed.to_dict()
 
 
 def test_sensitivities_follow_the_condition_of_products(rng):

@@ -377,6 +377,20 @@ HEADS = {
     "sigmoid": lambda logits, y: optax.sigmoid_binary_cross_entropy(logits, jax.nn.one_hot(y, 16)).mean(),
     "focal": lambda logits, y: optax.sigmoid_focal_loss(logits, jax.nn.one_hot(y, 16)).mean(),
     "temperature": lambda logits, y: jax.nn.logsumexp(logits / 0.7, axis=-1).mean(),
+    "two cross entropies": lambda logits, y: (
+        optax.softmax_cross_entropy_with_integer_labels(logits, y)
+        + optax.softmax_cross_entropy_with_integer_labels(jnp.flip(logits), y)
+    ).mean(),
+    "CTC": lambda logits, y: optax.ctc_loss(
+        logits.reshape(2, 16, 16), jnp.zeros((2, 16)), 1 + y.reshape(2, 16)[:, :5] % 15, jnp.zeros((2, 5))
+    ).mean(),
+    "Huber": lambda logits, y: optax.huber_loss(logits, jax.nn.one_hot(y, 16)).mean(),
+    "log cosh": lambda logits, y: optax.log_cosh(logits, jax.nn.one_hot(y, 16)).mean(),
+    "Gaussian likelihood": lambda logits, y: jnp.mean(
+        logits[:, :8] + jnp.square(jax.nn.one_hot(y, 8) - logits[:, 8:]) / jnp.exp(logits[:, :8])
+    ),
+    "noise": lambda logits, y: jnp.square(logits + jax.random.normal(jax.random.key(0), logits.shape)).mean(),
+    "temporal difference": lambda logits, y: jnp.square(y / 16 + 0.99 * logits.max(-1)).mean(),
 }
 
 
@@ -387,9 +401,54 @@ def test_logits_leave_in_float32_for_any_loss_of_them(head):
 
     shapes = [jax.ShapeDtypeStruct((64, 16), jnp.float32), jax.ShapeDtypeStruct((32, 64), jnp.float32)]
     found = jmp.explain(loss, "mixed_bfloat16")(*shapes, jax.ShapeDtypeStruct((32,), jnp.int32))
-    [logits] = [decision for decision in found if decision.primitive == "dot_general"]
+    logits = next(decision for decision in found if decision.primitive == "dot_general")
     assert logits.in_dtypes == ("bfloat16", "bfloat16")
     assert logits.out_dtypes == ("float32",)
+
+
+CHOICES = {
+    "top_k": lambda y: lax.top_k(y, 2)[1],
+    "top_k of sigmoid and bias": lambda y: lax.top_k(jax.nn.sigmoid(y) + jnp.arange(16.0)[None] / 16, 2)[1],
+    "argmax": lambda y: y.argmax(-1),
+    "argsort": lambda y: y.argsort(-1),
+    "nearest code": lambda y: jnp.argmin(2.0 - 2 * y, -1),
+}
+
+
+@pytest.mark.parametrize("choose", CHOICES.values(), ids=CHOICES)
+def test_scores_by_which_something_is_chosen_leave_in_float32(choose):
+    """Scores that differ by less than 16 bits hold are ties, and all of them would choose the first."""
+
+    def model(w, x, experts):
+        x = x @ w
+        return (experts[choose(x)] * 2.0).sum()
+
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in [(64, 16), (32, 64), (16, 8)]]
+    decisions = jmp.explain(model, "mixed_bfloat16")(*shapes)
+    assert [d.out_dtypes for d in decisions if d.primitive == "dot_general"] == [("float32",)]
+
+
+def test_rounded_scores_are_chosen_by_as_they_are_held():
+    """A float32 bias makes differences among rounded scores, which another rounding would lose."""
+
+    def model(w, x, bias):
+        return lax.top_k(jax.nn.sigmoid(x @ w) + bias[None], 2)[1]
+
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in [(8, 512), (512, 8), (512,)]]
+    [chosen] = [d for d in jmp.explain(model, "mixed_bfloat16")(*shapes) if d.primitive == "top_k"]
+    assert chosen.in_dtypes == ("float32",)
+
+
+@pytest.mark.parametrize("outer", [lambda loss: loss, jax.jit, jax.checkpoint], ids=["bare", "jit", "checkpoint"])
+def test_a_sum_with_a_float32_argument_is_no_sum_of_layers(outer):
+    """A reward plus a discounted value is float32, because the argument is."""
+
+    def loss(w, x, reward):
+        return jnp.square(reward + 0.99 * (x @ w).max(-1)).mean()
+
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in [(64, 16), (32, 64), (32,)]]
+    decisions = jmp.explain(outer(loss), "mixed_bfloat16")(*shapes)
+    assert [d.out_dtypes for d in decisions if d.primitive == "dot_general"] == [("float32",)]
 
 
 @pytest.mark.parametrize(

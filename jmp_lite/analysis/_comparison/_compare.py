@@ -10,7 +10,7 @@ import numpy as np
 
 from jmp_lite._compat import run
 from jmp_lite._dtypes import is_floating
-from jmp_lite._functions import check_function, refuse_modules
+from jmp_lite._functions import check_function, refuse_modules, refuse_tracers
 from jmp_lite._policy import Policy, PolicyMap
 from jmp_lite._text import table
 from jmp_lite._tree import path_string
@@ -177,6 +177,7 @@ def compare(
         A function with the arguments of ``fun`` that returns a ``Comparison``.
 
     Raises:
+        InvalidAnalysisError: When called, if the arguments are traced, as inside ``jax.jit``.
         InvalidFunctionError: If one of the functions cannot be called, or its results are not like those of ``fun``.
 
     Example:
@@ -196,6 +197,7 @@ def compare(
 
     def comparing(*args: Any, **kwargs: Any) -> Comparison:
         refuse_modules(fun, args, kwargs, "compare")
+        refuse_tracers((args, kwargs), "compare")
         with jax.default_matmul_precision("highest"):
             plain, paths = _prepared(fun, args, kwargs)
             reference = jax.jit(lambda arrays: run(plain.jaxpr, *arrays))(plain.arrays)

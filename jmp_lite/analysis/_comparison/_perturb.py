@@ -10,7 +10,7 @@ import numpy as np
 
 from jmp_lite._compat import bind
 from jmp_lite._dtypes import is_floating
-from jmp_lite._functions import check_function, refuse_modules
+from jmp_lite._functions import check_function, refuse_modules, refuse_tracers
 from jmp_lite._rounding import counted_bits, key_at, step_key
 from jmp_lite._text import table
 from jmp_lite.analysis._comparison._groups import group_of, groups_of
@@ -133,7 +133,7 @@ def perturb(
         A function with the arguments of ``fun`` that returns ``Sensitivities``.
 
     Raises:
-        InvalidAnalysisError: If the scale is not positive.
+        InvalidAnalysisError: If the scale is not positive, or the arguments are traced, as inside ``jax.jit``.
         InvalidFunctionError: If ``fun`` is not a loss of floating arrays.
 
     Example:
@@ -155,6 +155,7 @@ def perturb(
 
     def perturbing(*args: Any, **kwargs: Any) -> Sensitivities:
         refuse_modules(fun, args, kwargs, "perturb")
+        refuse_tracers((args, kwargs), "perturb")
         plain = traced(fun, args, kwargs)
         if not is_loss(plain, args):
             raise InvalidFunctionError(

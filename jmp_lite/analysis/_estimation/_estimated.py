@@ -82,7 +82,7 @@ class Estimate:
         >>> w, x = (jax.ShapeDtypeStruct((512, 512), jnp.float32) for _ in range(2))
         >>> run = jmp.analysis.estimate(lambda w, x: jnp.sum(x @ w), device="tpu_v5e", policies=["float32", "bf16"])
         >>> print(str(run(w, x)).splitlines()[0])
-        On TPU v5e, by the model: bf16 does not pay, 0.94x over float32: products 0.00904 to 0.00603 ms...
+        On TPU v5e, by the model: bf16 does not pay, 0.94x over float32: matmuls 0.00904 to 0.00603 ms...
     """
 
     device: Device

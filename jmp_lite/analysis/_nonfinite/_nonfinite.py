@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmp_lite._compat import is_literal
-from jmp_lite._functions import check_function, refuse_modules
+from jmp_lite._functions import check_function, refuse_modules, refuse_tracers
 from jmp_lite._tree import path_string
 from jmp_lite.analysis._finding import Finding
 from jmp_lite.analysis._nonfinite._bundle import Bundle
@@ -138,6 +138,7 @@ def first_nonfinite(fun: Callable[..., Any]) -> Callable[..., NonFinite | None]:
         A function with the arguments of ``fun`` that returns a ``NonFinite``, or ``None`` if all results are finite.
 
     Raises:
+        InvalidAnalysisError: When called, if the arguments are traced, as inside ``jax.jit``.
         InvalidFunctionError: If ``fun`` cannot be called, or takes an NNX module.
 
     Example:
@@ -156,6 +157,7 @@ def first_nonfinite(fun: Callable[..., Any]) -> Callable[..., NonFinite | None]:
     @functools.wraps(fun)
     def find(*args: Any, **kwargs: Any) -> NonFinite | None:
         refuse_modules(fun, args, kwargs, "first_nonfinite")
+        refuse_tracers((args, kwargs), "first_nonfinite")
         call = traced(fun, args, kwargs)
         steps = steps_of(call.jaxpr)
         codes = codes_of_results(call.jaxpr, steps, call.arrays)

@@ -24,6 +24,9 @@ _GROWTH = 100.0
 #: The largest exponent that ``DynamicLossScale`` grows to by default.
 _HIGHEST = 24
 
+#: What an array is called that was counted by itself, without a name.
+_UNNAMED = Row("the array", "")
+
 
 def diagnose(ranges: Ranges, *, format: str = "float16") -> tuple[Finding, ...]:  # noqa: A002  # what it is
     """Says what is wrong with counted numbers, and what would go wrong in a format.
@@ -77,7 +80,7 @@ class _View(NamedTuple):
 
     @classmethod
     def of(cls, ranges: Ranges, name: str) -> "_View":
-        return cls(name, tuple((row, found) for row, found in ranges.pairs if found.count))
+        return cls(name, tuple((row if str(row) else _UNNAMED, found) for row, found in ranges.pairs if found.count))
 
     @property
     def taken(self) -> Iterator[tuple[Row, Range]]:

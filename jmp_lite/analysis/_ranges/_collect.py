@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jmp_lite._compat import run
 from jmp_lite._dtypes import is_floating
@@ -20,7 +21,7 @@ from jmp_lite.analysis._ranges._tally import Tally, across, empty, merged, only_
 from jmp_lite.analysis._sites import Step, flat, steps_of, traced
 from jmp_lite.autocast._ops import PRODUCTS
 from jmp_lite.autocast._programs import PROGRAMS
-from jmp_lite.errors import UnmatchedRuleWarning
+from jmp_lite.errors import InvalidAnalysisError, UnmatchedRuleWarning
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -50,6 +51,7 @@ def collect(
 
     Raises:
         InvalidFunctionError: If ``fun`` or ``when`` cannot be called, or ``fun`` takes an NNX module.
+        InvalidAnalysisError: When called, if ``when`` returns anything but one boolean.
         InvalidPatternError: If ``where`` is not a regular expression.
 
     Warns:
@@ -80,7 +82,7 @@ def collect(
         looks = _Collecting(roles, Copies(call.jaxpr, steps))
         if where is not None and not roles:
             _warn(where)
-        condition = True if when is None else when(*args, **kwargs)
+        condition = True if when is None else _checked(when(*args, **kwargs))
 
         def looking(arrays: Sequence[Any]) -> tuple[list[Any], Any]:
             values, state = Evaluator(looks).run(call.jaxpr, steps, list(map(Value, arrays)), looks.start())
@@ -102,6 +104,18 @@ def collect(
         return output, Ranges((*(row for row, _ in inputs), *rows, *(row for row, _ in outputs)), tallies)
 
     return collecting
+
+
+def _checked(condition: Any) -> Any:
+    """Returns what ``when`` returned, if it is one boolean."""
+    is_one = isinstance(condition, (bool, np.bool_, np.ndarray, jax.Array)) and jnp.shape(condition) == ()
+    if not is_one or jnp.result_type(condition) != jnp.bool_:
+        what = jax.typeof(condition).str_short() if isinstance(condition, (np.ndarray, jax.Array)) else quote(condition)
+        raise InvalidAnalysisError(
+            f"when= of collect must return one boolean, such as step % 100 == 0, got {what}. Use jnp.any or jnp.all "
+            "for an array."
+        )
+    return condition
 
 
 def _tallies(condition: Any, arrays: list[Any]) -> list[Tally]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmp_lite._dtypes import is_floating
+from jmp_lite._functions import refuse_tracers
 from jmp_lite._text import table as laid_out
 from jmp_lite._tree import path_string
 from jmp_lite.analysis._ranges._range import Range, parse_format, range_of
@@ -81,6 +82,7 @@ class Ranges(Mapping[str, Range]):
     @functools.cached_property
     def pairs(self) -> tuple[tuple[Row, Range], ...]:
         """Each row with its range; read from the device once."""
+        refuse_tracers(self.tallies, "Ranges")
         tallies = jax.device_get(self.tallies)
         return tuple((row, range_of(_summed(one))) for row, one in zip(self.rows, tallies, strict=True))
 

@@ -47,12 +47,13 @@ class Choice:
         return operand.fates[INT8].rms_error if is_integer else _OF_FLOAT8
 
 
-def choices_of(formats: Sequence[str]) -> list[Choice]:
+def choices_of(formats: str | Sequence[str]) -> list[Choice]:
     """Returns the user's choices from the narrowest to the widest, float32 last.
 
     Raises:
         InvalidRecipeError: If a format is neither a 16-bit dtype nor a recipe.
     """
+    formats = [formats] if isinstance(formats, str) else list(formats)
     half = next((name for name in formats if name in _HALVES), "bfloat16")
     found = [Choice(name, name) if name in _HALVES else Choice(name, half, get_recipe(name)) for name in formats]
     return [*sorted(found, key=lambda choice: choice.bits), Choice(FLOAT32, FLOAT32)]

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jmp_lite._functions import refuse_tracers
 from jmp_lite._messages import quote
 from jmp_lite._text import table
 from jmp_lite._tree import all_finite
@@ -137,7 +138,7 @@ def recommend(
     batches: Iterable[Sequence[Any]],
     *,
     tolerance: float = 0.1,
-    formats: Sequence[str] = ("bfloat16",),
+    formats: str | Sequence[str] = ("bfloat16",),
     max_casts: int | None = None,
     depth: int | None = None,
     device: str = "h100",
@@ -165,9 +166,9 @@ def recommend(
         A ``Recommendation``; ``print(recommendation.policy())`` prints its code. Equal arguments give equal results.
 
     Raises:
-        InvalidAnalysisError: If there are fewer than two batches, the tolerance is not positive, or the loss has
-            no matmul or is not finite in float32.
-        InvalidRecipeError: If a format is unknown.
+        InvalidAnalysisError: If there are fewer than two batches, the tolerance is not positive, values are traced, or
+            the loss has no matmul, or is not finite in float32.
+        InvalidRecipeError: If a format is not known.
         InvalidFunctionError: If ``loss_fn`` is not a loss.
 
     Example:
@@ -186,6 +187,7 @@ def recommend(
         casts: Chiang et al., "Rigorous Floating-Point Mixed-Precision Tuning", POPL 2017.
     """
     choices, (measuring, held_out) = choices_of(formats), _split(batches, tolerance)
+    refuse_tracers((params, measuring, held_out), "recommend")
     search = _Search(loss_fn, params, choices, (measuring, held_out), depth=depth)
     raises = search.raises()
     count = search.fewest(raises, tolerance)
@@ -203,15 +205,17 @@ def recommend(
     )
 
 
-def _split(batches: Iterable[Sequence[Any]], tolerance: float) -> tuple[list[Any], list[Any]]:
+def _split(batches: Iterable[Sequence[Any]], tolerance: Any) -> tuple[list[Any], list[Any]]:
     given = list(batches)
     if len(given) < 2 or not all(isinstance(batch, (tuple, list)) for batch in given):
         raise InvalidAnalysisError(
             f"recommend needs two batches or more, each a tuple of arguments after the parameters, got {quote(given)}. "
             "The last third of them is held out to check what is recommended."
         )
-    if not tolerance > 0:
-        raise InvalidAnalysisError(f"tolerance must be positive, got {tolerance!r}.")
+    if not isinstance(tolerance, (int, float, np.number, jax.Array)) or not tolerance > 0:
+        raise InvalidAnalysisError(
+            f"tolerance must be a positive number, got {quote(tolerance)}. Write for example 0.1."
+        )
     held_out = max(1, len(given) // 3)
     return given[:-held_out], given[-held_out:]
 
