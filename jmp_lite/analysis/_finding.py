@@ -20,7 +20,7 @@ class Kind(NamedTuple):
 
 #: Every kind of finding, the worst first.
 KINDS: Mapping[str, Kind] = {
-    # Of a program, as it is written.
+    # Of a program, as written.
     "literal-out-of-range": Kind(
         "error", "Write the number for the dtype it meets, from jnp.finfo(x.dtype), or compute this in float32."
     ),
@@ -28,7 +28,7 @@ KINDS: Mapping[str, Kind] = {
         "error", "Subtract the mean before squaring, or compute the statistics in float32: x.astype(jnp.float32)."
     ),
     "integer-rounded": Kind(
-        "error", "Keep integers in int32 or float32, and cast what is computed from them; or index instead of counting."
+        "error", "Keep integers in int32 or float32, and cast values computed from them; or index instead of counting."
     ),
     "narrow-accumulation": Kind(
         "warning", "Start the sum in float32, jnp.zeros(shape, jnp.float32), and cast it once."
@@ -51,18 +51,18 @@ KINDS: Mapping[str, Kind] = {
     "unmatched-rule": Kind("warning", "Correct the pattern, or delete it."),
     "float32-leak": Kind(
         "warning",
-        "Cast there to the dtype of what it meets, or use jmp.autocast. Where float32 is meant, "
-        "precision=HIGHEST or jmp.full_precision says so.",
+        "Cast there to the dtype of the other operand, or use jmp.autocast. If you mean float32, "
+        "say so with precision=HIGHEST or jmp.full_precision.",
     ),
     "float32-cotangents": Kind(
-        "warning", "Under jmp.autocast, matmuls of float32 arrays have operands of 16 bits in the backward pass too."
+        "warning", "Under jmp.autocast, matmuls of float32 arrays take 16-bit operands in the backward pass too."
     ),
     "float32-kernel": Kind("warning", "Cast around the kernel: jmp.with_policy(kernel, policy)."),
     "float32-collective": Kind("warning", "Cast before sending: jmp.distributed.gather_params does for parameters."),
     "x64": Kind("warning", "Give dtypes to np arrays and scalars, or leave jax_enable_x64 off."),
     "gradient-sum-in-16-bits": Kind(
         "note",
-        "Under jmp.autocast the gradients of weights add up in float32.",
+        "Under jmp.autocast the gradients of weights accumulate in float32.",
     ),
     "logits-rounded": Kind(
         "note",
@@ -73,18 +73,19 @@ KINDS: Mapping[str, Kind] = {
     "infinite-mask": Kind("note", "Use jnp.finfo(x.dtype).min, or leave no row without an element."),
     "recipe-partly-applied": Kind("note", 'A recipe with products="all" or jmp.Rule(scope, dot=recipe) reaches more.'),
     "highest-precision": Kind("note", "Without precision=, it would run in 16 bits."),
-    "float32-as-written": Kind("note", "It is so for a reason; jmp.explain shows the operands."),
+    "float32-as-written": Kind("note", "It runs in float32 for a reason; jmp.explain shows the operands."),
     "no-gradient": Kind("note", "Audit what trains: jax.grad(loss) or the training step."),
     "float32-reduction": Kind(
-        "note", "It keeps sums over devices exact; a cast before, or a reduce_dtype of 16 bits, halves what is sent."
+        "note", "It keeps sums over devices exact; a cast before, or a 16-bit reduce_dtype, halves the bytes sent."
     ),
-    # Of a run, beside float32.
+    # Of a run, compared with float32.
     "gradient-turned": Kind(
-        "warning", 'Keep what adds most error in float32: jmp.Rule(scope, precision="full"); see the equations.'
+        "warning",
+        'Keep the equations that add most error in float32: jmp.Rule(scope, precision="full").',
     ),
     "error-amplified": Kind(
         "warning",
-        'Compute this and what it takes in float32: jmp.full_precision, or jmp.Rule(scope, precision="full").',
+        'Compute this and its operands in float32: jmp.full_precision, or jmp.Rule(scope, precision="full").',
     ),
     "updates-lost": Kind("warning", "Keep parameters in float32, or wrap the optimizer in jmp.optim.stored."),
     # Of the numbers that it computes.
@@ -97,7 +98,7 @@ KINDS: Mapping[str, Kind] = {
     "lost-in-int8": Kind(
         "warning", "Move outliers into the weights with jmp.quant.smooth, or use scales for rows or tiles."
     ),
-    "dead": Kind("warning", "Nothing is learned there: see what feeds it, its ReLU or its mask."),
+    "dead": Kind("warning", "It learns nothing: check its inputs, its ReLU or its mask."),
 }
 
 _ORDER = {"error": 0, "warning": 1, "note": 2}

@@ -151,7 +151,7 @@ def _why_not_replaced(facts: Facts) -> str | None:
     if product_of(dot, facts.name) is None:
         return "dot= replaces only dot_general"
     if isinstance(dot, RoundsOperands) and not dot.takes(has_weight=any(x.is_parameter for x in facts.operands)):
-        return 'dot= replaces matmuls with a weight alone: its products="weights"'
+        return 'dot= replaces only matmuls with a weight: its products="weights"'
     return None
 
 

@@ -55,10 +55,10 @@ class Family(NamedTuple):
 
 _MOVEMENT = "moves whole arrays: cheaper after a cast to 16 bits"
 _PICKING = "picks values: exact in the precision of its operands"
-_PER_OPERAND = "treats each operand by itself: every one keeps its precision"
+_PER_OPERAND = "treats each operand separately: each keeps its precision"
 _SOLVERS = "linear algebra: solvers need the digits they were written for"
-_SUMS = "sums and products of many terms: rounding adds up"
-_POOLING = "sums of windows: add up in float32, and are as precise as what was pooled"
+_SUMS = "sums and products of many terms: rounding errors accumulate"
+_POOLING = "window sums: accumulate in float32, and are as precise as their input"
 _CALLS_OUT = "calls out of the program: the other side expects the dtypes it was written for"
 _KERNELS = "kernels: they were traced for their dtypes; cast around them"
 
@@ -66,7 +66,7 @@ _KERNELS = "kernels: they were traced for their dtypes; cast around them"
 FAMILIES = (
     Family(
         OpClass.ALLOW,
-        "matmuls and convolutions: their units run 16-bit operands and add up in float32",
+        "matmuls and convolutions: their units take 16-bit operands and accumulate in float32",
         "dot_general conv_general_dilated ragged_dot_general scaled_dot",
     ),
     Family(
@@ -175,7 +175,7 @@ _BY_NAME: dict[str, Family] = {name: family for family in FAMILIES for name in f
 HANDFUL = 4
 _HANDFUL = Family(OpClass.FOLLOW, f"a matmul of at most {HANDFUL} terms gains nothing from a matrix unit", "")
 _INNER = Family(
-    OpClass.DENY, "an inner product is a sum: it gains nothing from a matrix unit, and rounding adds up", ""
+    OpClass.DENY, "an inner product is a sum: it gains nothing from a matrix unit, and rounding errors accumulate", ""
 )
 _ASKED = Family(OpClass.AS_WRITTEN, "precision={} asks for more than the compute dtype", "")
 _SMALL_POWER = Family(OpClass.FOLLOW, "a small positive power: as precise as its operand", "")
@@ -186,7 +186,7 @@ _LIBRARY = Family(OpClass.AS_WRITTEN, "a matmul that a library function wrote, n
 #: are bounded, so that value and slope may be rounded once they are computed.
 ACTIVATIONS = frozenset(["softplus", "mish", "log_sigmoid", "elu", "selu", "celu", "squareplus"])
 
-#: Functions that level off: beside 1 the compute dtype has no numbers, and ``log(1 - p)`` wants some.
+#: Functions that saturate: near 1 the compute dtype has no numbers left, and ``log(1 - p)`` needs some.
 SATURATES = frozenset({"logistic", "tanh", "erf", "erfc", "clamp", "max", "min"})
 
 #: Results of these have no more information than their operands: what is a copy of something smaller stays one.

@@ -60,12 +60,12 @@ def test_leak_names_what_made_it_wide(name, culprit):
     [
         ("1e5 in float16", "infinite in float16"),
         ("mask of -1e9", "-1e+09 is infinite in float16, which ends at 65504."),
-        ("epsilon of zero", "0 in float16, and keeps rsqrt from nothing"),
-        ("bound of one", "The bound 0.999 is exactly 1 in bfloat16, so that log of 1 - x meets 0."),
-        ("positions", "Integers up to 999 become bfloat16, which holds all of them up to 256 only."),
-        ("mean", "A sum of 64 terms is added up in float16."),
+        ("epsilon of zero", "0 in float16, so it does not protect rsqrt"),
+        ("bound of one", "The bound 0.999 is exactly 1 in bfloat16, so log of 1 - x gets 0."),
+        ("positions", "Integers up to 999 become bfloat16, which holds integers exactly only up to 256."),
+        ("mean", "A sum of 64 terms accumulates in float16."),
         ("carried sum", "A sum of 32 terms is carried in bfloat16"),
-        ("segment_sum", "Up to 32 terms are added up in each place of a bfloat16 array."),
+        ("segment_sum", "Up to 32 terms accumulate in each element of a bfloat16 array."),
         ("kernel", "pallas_call takes float32 in 1 of 1 operands."),
     ],
 )

@@ -217,7 +217,7 @@ MISTAKES = [
     (
         lambda: estimate(mlp, device="l4", compiled=True),
         InvalidAnalysisError,
-        "Nothing compiles for 'l4' here; for 'h100', 'h200' something does",
+        "There is no compiler for 'l4' here, only for 'h100', 'h200'",
     ),
     (lambda: estimate_storage({"n": jnp.arange(3)}), InvalidAnalysisError, "found none"),
     (lambda: estimate_storage(PARAMS, device="h10"), InvalidAnalysisError, "Did you mean 'h100'?"),

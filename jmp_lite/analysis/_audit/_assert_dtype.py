@@ -105,7 +105,7 @@ def _warn_of_unused(allowed: Sequence[str], wide: Sequence[Node]) -> None:
         if not any(re.search(pattern, _described(node)) for node in wide):
             warnings.warn(
                 f"allow={quote(pattern)} allows nothing: no matmul or kernel that it matches is too wide. Delete it, "
-                f"or correct it; what is too wide is {quote([_described(node) for node in wide])}.",
+                f"or correct it; the operands that are too wide are {quote([_described(node) for node in wide])}.",
                 UnmatchedRuleWarning,
                 stacklevel=3,
             )

@@ -77,13 +77,13 @@ def _of_number(flow: Flow, node: Node, position: int, number: Number, dtype: str
             kind = "literal-out-of-range" if is_zero else "epsilon-subnormal"
             said = f"{number.written:g} is" if number.written else "The number added is"
             what = "0" if is_zero else "subnormal, with few digits and none on devices that flush it to 0,"
-            yield found(kind, node, f"{said} {what} in {dtype}, and keeps {user.name} from nothing.")
+            yield found(kind, node, f"{said} {what} in {dtype}, so it does not protect {user.name}.")
     is_bound = node.name == "min" or (node.name == "clamp" and position == 2)
     if is_bound and number.held == 1:
         user = _takes_complement(flow, node)
         if user is not None:
             said = f"The bound {number.written:g} is exactly 1 in {dtype}" if number.written != 1 else "The bound is 1"
-            yield found("literal-out-of-range", node, f"{said}, so that {user.name} of 1 - x meets 0.")
+            yield found("literal-out-of-range", node, f"{said}, so {user.name} of 1 - x gets 0.")
 
 
 def _was_rounded(node: Node, position: int) -> bool:
@@ -139,7 +139,7 @@ def integers(subject: Subject) -> Iterator[Finding]:
             continue
         if any(use.name in _ARITHMETIC | PRODUCTS for use, _ in flow.forward(node.results[0], moves)):
             limit = EXACT_INTEGERS[dtype]
-            message = f"Integers up to {largest} become {dtype}, which holds all of them up to {limit} only."
+            message = f"Integers up to {largest} become {dtype}, which holds integers exactly only up to {limit}."
             yield found("integer-rounded", node, message)
 
 
@@ -188,7 +188,7 @@ def one_hot_products(subject: Subject) -> Iterator[Finding]:
                 continue
             comparisons = [made for _, made in flow.backward(operand, moves) if made is not None and made.name == "eq"]
             if any(_has_positions(flow, made) for made in comparisons):
-                message = f"A one-hot matmul looks rows of an array up, and returns them in {dtype}."
+                message = f"A one-hot matmul looks up rows of an array and returns them in {dtype}."
                 yield found("one-hot-product", node, message, share)
 
 

@@ -56,11 +56,11 @@ def statistics(subject: Subject) -> Iterator[Finding]:
         if is_16_bits(dtype) and length >= LONG:
             kind = "gradient-sum-in-16-bits" if node.site.is_backward else "statistics-in-16-bits"
             if not any(each.name == "exp" or _is_tie(flow, each) for each in made):
-                yield found(kind, node, f"A sum of {length} terms is added up in {dtype}.", length)
+                yield found(kind, node, f"A sum of {length} terms accumulates in {dtype}.", length)
         elif not node.site.is_backward:
             squares = [each for each in made if _is_square(flow, each) and each.site.out_dtypes[0] == "float16"]
             for square in squares:
-                what = f"Squares in float16, {length} of which are added up, are infinite from 256 on."
+                what = f"Squares from 256 on are infinite in float16, and {length} of them are summed."
                 yield found("statistics-in-16-bits", square, what, length)
 
 
@@ -140,7 +140,7 @@ def accumulations(subject: Subject) -> Iterator[Finding]:
             what = f"A running sum of {length} terms is held in {dtype}."
         elif node.name in _SCATTERED:
             length = _times(flow, node)
-            what = f"Up to {length} terms are added up in each place of a {dtype} array."
+            what = f"Up to {length} terms accumulate in each element of a {dtype} array."
         if length >= LONG:
             kind = "gradient-sum-in-16-bits" if node.site.is_backward else "narrow-accumulation"
             yield found(kind, node, what, length)

@@ -288,12 +288,12 @@ def _findings(name: str, errors: PolicyErrors) -> list[Finding]:
     found = []
     for result in errors.results:
         if not result.cosine >= _LEAST_COSINE:
-            message = f"Under {name}, {result.path} has cosine {result.cosine:.4f} with that in float32, and its norm "
+            message = f"Under {name}, {result.path} has cosine {result.cosine:.4f} with float32, and its norm "
             message += f"is {result.norm_ratio:.3g} times as large."
             found.append(Finding("gradient-turned", message, "", result.path, 1 - result.cosine))
     for e in errors.equations:
         if e.carried > _LARGE_ERROR and e.carried > _AMPLIFIED * max(e.taken, 2**-12):
-            message = f"Under {name}, {e.site.primitive} makes an error of {e.carried:.1%} of operands that have "
-            message += f"{e.taken:.1%}."
+            message = f"Under {name}, {e.site.primitive} amplifies the error of its operands from "
+            message += f"{e.taken:.1%} to {e.carried:.1%}."
             found.append(Finding("error-amplified", message, e.site.source, e.site.scope, e.carried))
     return found

@@ -131,8 +131,8 @@ def _compiles(name: str, device: Device, compiled: bool | None) -> bool:
     if compiled and not device.compiler:
         able = [quote(other) for other, row in DEVICES.items() if row.compiler]
         raise InvalidAnalysisError(
-            f"Nothing compiles for {name!r} here; for {', '.join(able)} something does. Leave compiled=True out to "
-            "estimate from the program as it is traced."
+            f"There is no compiler for {name!r} here, only for {', '.join(able)}. Leave compiled=True out to "
+            "estimate from the traced program."
         )
     if compiled and not _child.is_available(device.compiler):
         raise ModuleNotFoundError(

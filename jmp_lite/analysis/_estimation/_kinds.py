@@ -31,7 +31,7 @@ _FAMILIES: Mapping[str, Family] = {
         symmetric_product tan tanh threefry2x32 tile transpose unstack xor zeros_like""",
     ),
     "reduction": Family(
-        "adds up: its result lies in memory",
+        "sums: its result is in memory",
         "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax argmin",
     ),
     "update": Family(

@@ -72,7 +72,7 @@ class NonFinite:
         """
         if self.bundle is None:
             raise ValueError(
-                f"There is no equation to save: argument {self.argument or '0'} was not finite when it came."
+                f"There is no equation to save: argument {self.argument or '0'} was not finite already."
                 if self.site is None
                 else f"{self.site} takes a random key, which a file does not hold."
             )

@@ -54,7 +54,7 @@ def diagnose(ranges: Ranges, *, format: str = "float16") -> tuple[Finding, ...]:
         >>> ranges = jmp.analysis.ranges(grads, "gradient")
         >>> for found in jmp.analysis.diagnose(ranges):
         ...     print(found.kind, found.message)
-        gradient-underflow 62% of the numbers of gradient w that are not zero become zero in float16; a loss scale ...
+        gradient-underflow 62% of the nonzero numbers of gradient w become zero in float16; a loss scale ...
         dead All 2 numbers of gradient b are zero.
         >>> jmp.analysis.diagnose(ranges, format="bfloat16")[0].kind
         'dead'
@@ -158,7 +158,7 @@ def _underflow(view: _View) -> Iterator[Finding]:
         return
     share, row = max(lost, key=lambda pair: pair[0])
     more = f" (and more than {_LOST:.0%} of {len(lost) - 1} more of {len(gradients)} gradients)" if lost[1:] else ""
-    said = f"{_percent(share)} of the numbers of {row} that are not zero become zero in {view.format}{more}"
+    said = f"{_percent(share)} of the nonzero numbers of {row} become zero in {view.format}{more}"
     yield _finding("gradient-underflow", f"{said}; {_scale(view.format, gradients)}.", row, share)
 
 
@@ -201,7 +201,7 @@ def _scale(name: str, gradients: Iterable[tuple[Row, Range]]) -> str:
     headroom = min(r.fates[name].headroom for _, r in gradients)
     power = min(math.floor(headroom - 1), _HIGHEST)
     if power < 1:
-        return "no loss scale helps, for the largest gradient leaves no room for one"
+        return "no loss scale helps, because the largest gradient leaves no room"
     return f"a loss scale 2**{power} = {2**power} times the present one leaves the largest gradient room to double"
 
 
@@ -229,9 +229,7 @@ def _int8(view: _View) -> Iterator[Finding]:
     for row, r in view.held:
         lost = r.fates[INT8].underflow
         if lost > _LOST_IN_INT8:
-            said = (
-                f"In int8 with one scale, {_percent(lost)} of the numbers of {row} that are not zero become zero, for "
-            )
+            said = f"In int8 with one scale, {_percent(lost)} of the nonzero numbers of {row} become zero, because "
             yield _finding("lost-in-int8", f"{said}the largest is {r.largest / r.rms:.3g} times the rms.", row, lost)
 
 

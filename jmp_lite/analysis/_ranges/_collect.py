@@ -143,7 +143,7 @@ def _roles(step: Step) -> tuple[str, ...]:
 
 def _warn(where: str) -> None:
     warnings.warn(
-        f"where={quote(where)} matches no equation: only arguments and results are looked at. Patterns are searched "
+        f"where={quote(where)} matches no equation: only arguments and results are counted. Patterns are searched "
         "for in name scopes followed by the primitive, such as 'encoder/layer_0/dot_general'; jmp_lite.explain lists "
         "both.",
         UnmatchedRuleWarning,

@@ -105,15 +105,15 @@ def lost_updates(params: Any, updates: Any) -> LostUpdates:
     layout: Any = jax.tree.structure(params)
     if layout != jax.tree.structure(updates):
         raise InvalidStepError(
-            f"updates are of another structure than params: {first_few(_paths(updates))} instead of "
-            f"{first_few(_paths(params))}. Give what the optimizer returned for these parameters."
+            f"updates have another structure than params: {first_few(_paths(updates))} instead of "
+            f"{first_few(_paths(params))}. Pass the updates that the optimizer returned for these parameters."
         )
     leaves = jax.tree_util.tree_leaves_with_path(params)
     for (path, leaf), update in zip(leaves, jax.tree.leaves(updates), strict=True):
         if jnp.shape(leaf) != jnp.shape(update):
             raise InvalidStepError(
                 f"The update of {path_string(path)!r} has shape {jnp.shape(update)}, and the parameter "
-                f"{jnp.shape(leaf)}. Give what the optimizer returned for these parameters."
+                f"{jnp.shape(leaf)}. Pass the updates that the optimizer returned for these parameters."
             )
     pairs = [
         (path_string(path), leaf, jnp.asarray(update))

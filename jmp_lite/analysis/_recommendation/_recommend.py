@@ -210,7 +210,7 @@ def _split(batches: Iterable[Sequence[Any]], tolerance: Any) -> tuple[list[Any],
     if len(given) < 2 or not all(isinstance(batch, (tuple, list)) for batch in given):
         raise InvalidAnalysisError(
             f"recommend needs two batches or more, each a tuple of arguments after the parameters, got {quote(given)}. "
-            "The last third of them is held out to check what is recommended."
+            "The last third of them is held out to check the recommendation."
         )
     if not isinstance(tolerance, (int, float, np.number, jax.Array)) or not tolerance > 0:
         raise InvalidAnalysisError(
@@ -251,7 +251,7 @@ class _Search:
             self.exact = [jax.jit(with_gradient(loss_fn))(params, *batch) for batch in held_out]
         if not all(map(all_finite, self.exact)):
             raise InvalidAnalysisError(
-                "The loss or its gradient is not finite in float32 on a batch held out: there is nothing to stay near. "
+                "The loss or its gradient is not finite in float32 on a held-out batch, so there is no reference. "
                 "jmp.analysis.first_nonfinite(jax.value_and_grad(loss_fn))(params, *batch) names the equation."
             )
 
