@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import numbers
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -214,7 +213,7 @@ def _split(batches: Iterable[Sequence[Any]], tolerance: Any) -> tuple[list[Any],
             f"recommend needs two batches or more, each a tuple of arguments after the parameters, got {quote(given)}. "
             "The last third of them is held out to check what is recommended."
         )
-    if not isinstance(tolerance, (numbers.Real, jax.Array)) or not tolerance > 0:
+    if not isinstance(tolerance, (int, float, np.number, jax.Array)) or not tolerance > 0:
         raise InvalidAnalysisError(
             f"tolerance must be a positive number, got {quote(tolerance)}. Write for example 0.1."
         )
