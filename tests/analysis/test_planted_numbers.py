@@ -45,6 +45,7 @@ def places(findings, kind):
     return [finding.scope + finding.message for finding in findings if finding.kind == kind]
 
 
+@pytest.mark.slow
 def test_linen_gradients_that_need_a_loss_scale(rng):
     found = diagnose(counted(linen(rng, loss_scale=1e-8)[0], "mixed_float16", *linen(rng)[1:]))
     assert any("a loss scale" in place for place in places(found, "gradient-underflow"))
@@ -112,6 +113,7 @@ def test_variance_of_data_with_a_large_mean(rng):
     assert any(finding.scope == "norm" for finding in found.findings if finding.kind == "error-amplified")
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_lost_turns(rng):
     loss, params, x = linen(rng, loss_scale=1e-10)
 

@@ -53,6 +53,7 @@ def test_printed_code_runs_as_it_is(rng):
     assert found.policy("other").rstrip().endswith('other = jmp.autocast(other, "mixed_bfloat16", rules=rules)')
 
 
+@pytest.mark.slow
 def test_what_overflows_float16_is_kept_and_named(rng):
     w = jnp.asarray(rng.normal(size=(WIDTH, WIDTH)).astype(np.float32))
 
@@ -70,6 +71,7 @@ def test_what_overflows_float16_is_kept_and_named(rng):
     assert both.low_share == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_a_loss_scale_for_float16_leaves_room(rng):
     loss, params, batches = problem(rng, (), count=3)
     found = recommend(lambda p, x: loss(p, x) * 1e-4, params, batches, tolerance=0.05, formats=["float16"])
@@ -241,6 +243,7 @@ def test_unknown_formats_are_refused(formats, rng):
         recommend(loss, params, batches, formats=formats)
 
 
+@pytest.mark.slow
 def test_one_format_needs_no_list(rng):
     loss, params, batches = problem(rng, (), count=1)
     one, listed = (recommend(loss, params, batches, formats=formats) for formats in ("float16", ["float16"]))

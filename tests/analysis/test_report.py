@@ -79,7 +79,7 @@ class Estimated(tuple):
 
 
 PARTS = {
-    "audit": (lambda: audit(model)(W, X), ["Audit", "Audit: products"]),
+    "audit": (lambda: audit(model)(W, X), ["Audit", "Audit: matmuls"]),
     "ranges": (lambda: steps_of_ranges(1)[0], ["Ranges, as float16 would hold them"]),
     "ranges by steps": (lambda: small(3), ["Ranges of 3 steps, as float16 would hold them"]),
     "ranges at steps": (
