@@ -217,9 +217,9 @@ BY_HAND = {
 def mixed(params, x):
     """Four experts whose results a gate in float32 weighs: a matmul of a handful of terms."""
     gate = jax.nn.softmax(x @ params["router"])
-    hidden = jax.nn.relu(jnp.einsum("nd,edh->neh", x, params["up"]))
-    results = jnp.einsum("neh,ehd->ned", hidden, params["down"])
-    return jnp.mean(jnp.square(x + jnp.einsum("ne,ned->nd", gate, results)))
+    hidden = jax.nn.relu(jnp.einsum("bd,edh->beh", x, params["up"]))
+    results = jnp.einsum("beh,ehd->bed", hidden, params["down"])
+    return jnp.mean(jnp.square(x + jnp.einsum("be,bed->bd", gate, results)))
 
 
 MIXED = {"router": array(F32, 64, 4), "up": array(F32, 4, 64, 128), "down": array(F32, 4, 128, 64)}
