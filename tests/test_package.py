@@ -120,7 +120,7 @@ def test_every_public_name_of_a_chapter_has_a_doctest(chapter):
 
 
 def test_everything_public_is_documented_or_explained():
-    """What has no docstring of its own is a table, a union or a version."""
+    """What has no docstring is a table, a union or a version."""
     kinds = (str, dict, types.MappingProxyType, types.ModuleType)
     rest = exported(lambda value: not (inspect.isroutine(value) or inspect.isclass(value)))
     assert [n for n, v in rest.items() if not (isinstance(v, kinds) or is_union(v))] == []

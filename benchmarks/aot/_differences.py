@@ -74,7 +74,7 @@ def text(title: str, one: Launches, other: Launches, limit: int) -> str:
     """The dearest launches of one program that the other does not have as often."""
     left = Counter(seen for seen, _ in one) - Counter(seen for seen, _ in other)
     total = sum(seen.megabytes * count for seen, count in left.items())
-    lines = [f"### {title}: {total:.0f} MB in {left.total()} launches of its own\n"]
+    lines = [f"### {title}: {total:.0f} MB in {left.total()} own launches\n"]
     for seen, details in one:
         if left[seen] and len(lines) <= limit:
             left[seen] -= 1

@@ -33,7 +33,7 @@ HEADER = ("model", "variant", "arguments GB", "scratch GB", "in all GB", "moved 
 LEGEND = """One step: loss, gradient, AdamW, parameters and state donated. **In all**: arguments, outputs that are not
 written in place, and scratch memory, as the compiler reserves them. **moved**: bytes that the program reads and writes
 (counted by `_cost.py`; a loop as often as it runs). **matmuls by operands**: calls of cuBLAS and cuDNN, one in a loop
-once; what XLA makes into its own kernels is not among them."""
+once; kernels that XLA writes itself do not count."""
 
 
 def row(work: _training_turns.Workload, name: str, device: jax.Device) -> tuple[list[str], float]:

@@ -76,7 +76,7 @@ FUNCTIONS = {
     "branch": (lambda w, x: lax.cond(x[0, 0, 0] > 0, lambda: x @ w.T, lambda: x), (16, 16), (1,)),
     "jit": (jax.jit(lambda w, x: x @ w), (16, 8), (0,)),
     "checkpoint": (jax.checkpoint(lambda w, x: x @ w), (16, 8), (0,)),
-    "rule of its own": (with_rule, (16, 8), (0,)),
+    "its own rule": (with_rule, (16, 8), (0,)),
     "vmap": (lambda w, x: jax.vmap(lambda x: x @ w)(x), (16, 8), (0,)),
     "gradient": (lambda w, x: jax.grad(lambda x: jnp.sum(jnp.sin(x @ w)))(x), (16, 8), (0, 1)),
     "looked up": (lambda w, x: w[jnp.int32(x[..., 0])] @ jnp.ones((16, 2)), (9, 16), None),

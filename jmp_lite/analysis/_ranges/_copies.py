@@ -12,7 +12,7 @@ _NONE: Axes = frozenset()
 
 #: Collectives that leave the same numbers on all devices along their axes.
 _AGREE = frozenset({"psum", "psum_invariant", "pmax", "pmin", "all_gather", "all_gather_invariant"})
-#: What gives each device something of its own.
+#: What gives each device different data.
 _DIFFER = frozenset({"axis_index", "reduce_scatter", "all_to_all", "ppermute"})
 
 
