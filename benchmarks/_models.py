@@ -94,6 +94,21 @@ class GPT(nn.Module):
         return embed.attend(nn.LayerNorm(dtype=self.dtype)(x))
 
 
+def _conv_and_norm(dtype: Any) -> tuple[Callable[..., nn.Module], Callable[..., nn.Module]]:
+    """A convolution without a bias, and batch normalization by the batch at hand."""
+    return (
+        functools.partial(nn.Conv, use_bias=False, dtype=dtype),
+        functools.partial(nn.BatchNorm, use_running_average=False, dtype=dtype),
+    )
+
+
+def _shortcut(
+    x: jax.Array, y: jax.Array, conv: Callable[..., nn.Module], norm: Callable[..., nn.Module], strides: int
+) -> jax.Array:
+    """What goes around a block that made `y` of `x`: `x`, or its projection where the shapes differ."""
+    return x if x.shape == y.shape else norm()(conv(y.shape[-1], (1, 1), strides=strides)(x))
+
+
 class ResNet(nn.Module):
     """float[n, size, size, 3] -> logits, float[n, 10]; every stage but the first halves the resolution."""
 
@@ -104,17 +119,14 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        conv = functools.partial(nn.Conv, use_bias=False, dtype=self.dtype)
-        norm = functools.partial(nn.BatchNorm, use_running_average=False, dtype=self.dtype)
+        conv, norm = _conv_and_norm(self.dtype)
         x = leaky(nn.relu(norm()(conv(self.widths[0], (3, 3))(x))), self.leak)
         for stage, width in enumerate(self.widths):
             for block in range(self.blocks):
                 strides = 2 if stage and not block else 1
                 y = nn.relu(norm()(conv(width, (3, 3), strides=strides)(x)))
                 y = norm()(conv(width, (3, 3))(y))
-                if x.shape != y.shape:
-                    x = norm()(conv(width, (1, 1), strides=strides)(x))
-                x = nn.relu(x + y)
+                x = nn.relu(_shortcut(x, y, conv, norm, strides) + y)
         return nn.Dense(10, dtype=self.dtype)(x.mean((1, 2)))
 
 
@@ -128,8 +140,7 @@ class BottleneckResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        conv = functools.partial(nn.Conv, use_bias=False, dtype=self.dtype)
-        norm = functools.partial(nn.BatchNorm, use_running_average=False, dtype=self.dtype)
+        conv, norm = _conv_and_norm(self.dtype)
         x = leaky(nn.relu(norm()(conv(self.stages[0][0], (7, 7), strides=2)(x))), self.leak)
         x = nn.max_pool(x, (3, 3), (2, 2), "SAME")
         for stage, (width, blocks) in enumerate(self.stages):
@@ -138,9 +149,7 @@ class BottleneckResNet(nn.Module):
                 y = nn.relu(norm()(conv(width, (1, 1))(x)))
                 y = nn.relu(norm()(conv(width, (3, 3), strides=strides)(y)))
                 y = norm()(conv(4 * width, (1, 1))(y))
-                if x.shape != y.shape:
-                    x = norm()(conv(4 * width, (1, 1), strides=strides)(x))
-                x = nn.relu(x + y)
+                x = nn.relu(_shortcut(x, y, conv, norm, strides) + y)
         return nn.Dense(self.classes, dtype=self.dtype)(x.mean((1, 2)))
 
 

@@ -14,6 +14,7 @@ from jmp_lite._functions import check_function, refuse_modules, refuse_tracers
 from jmp_lite._policy import Policy, PolicyMap
 from jmp_lite._text import table
 from jmp_lite._tree import path_string
+from jmp_lite.analysis._comparison._perturb import ratio
 from jmp_lite.analysis._comparison._shadow import evaluated
 from jmp_lite.analysis._finding import Finding, ordered
 from jmp_lite.analysis._programs import is_loss, with_gradient
@@ -275,13 +276,7 @@ def _result(path: str, found: Any, wanted: Any) -> ResultError:
         return ResultError(path, 0.0, math.inf, math.inf)
     norm, wanted_norm, difference = (float(np.linalg.norm(x)) for x in (a, b, a - b))
     cosine = float(np.dot(a / norm, b / wanted_norm)) if norm and wanted_norm else float(norm == wanted_norm)
-    return ResultError(path, cosine, _ratio(norm, wanted_norm, 1.0), _ratio(difference, wanted_norm, 0.0))
-
-
-def _ratio(part: float, whole: float, of_zeros: float) -> float:
-    if whole:
-        return part / whole
-    return math.inf if part else of_zeros
+    return ResultError(path, cosine, ratio(norm, wanted_norm, 1.0), ratio(difference, wanted_norm))
 
 
 def _findings(name: str, errors: PolicyErrors) -> list[Finding]:

@@ -1,6 +1,7 @@
 """``perturb``: how much a loss and its gradient change when the operands of some matmuls change a little."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -192,4 +193,11 @@ def distance(found: Sequence[Any], wanted: Sequence[Any]) -> float:
     norm = np.sqrt(sum(np.sum(b**2) for _, b in pairs))
     with np.errstate(invalid="ignore"):  # of infinities, whose distance is NaN
         error = np.sqrt(sum(np.sum((a - b) ** 2) for a, b in pairs))
-    return float(error / norm) if norm else float(np.where(error == 0, 0.0, np.inf))
+    return ratio(float(error), float(norm))
+
+
+def ratio(part: float, whole: float, of_zeros: float = 0.0) -> float:
+    """Returns a norm over another: infinite over zero, ``of_zeros`` if both are zero."""
+    if whole:
+        return part / whole
+    return math.inf if part else of_zeros
