@@ -37,7 +37,8 @@
     └── ComputeDtypeError         AssertionError  matmuls in a wider dtype than asserted
     NonFiniteUpdateWarning        UserWarning     finite gradients, but NaN or infinity in the updates
     SlowDtypeWarning              UserWarning     a compute dtype that this accelerator runs slowly
-    UnmatchedRuleWarning          UserWarning     a rule or PolicyMap key that matches nothing
+    UnmatchedRuleWarning          UserWarning     a rule, a PolicyMap key or an op that changes nothing
+    IdleRecipeWarning             UserWarning     a dot= that replaces no matmul
     LostUpdatesWarning            UserWarning     16-bit parameters that lose small updates
     UncompressedStateWarning      UserWarning     optimizer state that stays in float32
     LeftDenseWarning              UserWarning     a weight that prune leaves dense
@@ -481,10 +482,19 @@ class NonFiniteUpdateWarning(UserWarning):
 
 
 class UnmatchedRuleWarning(UserWarning):
-    """A rule or ``PolicyMap`` key matched nothing in a program or tree; the message names the nearest match.
+    """A rule, ``PolicyMap`` key or op changes nothing in a program or tree; the message names the nearest match.
 
     Example:
         >>> issubclass(jmp.errors.UnmatchedRuleWarning, UserWarning)
+        True
+    """
+
+
+class IdleRecipeWarning(UserWarning):
+    """A recipe, or another function given as ``dot=``, replaced no matmul of a program.
+
+    Example:
+        >>> issubclass(jmp.errors.IdleRecipeWarning, UserWarning)
         True
     """
 

@@ -51,6 +51,7 @@ WARNINGS = [
     "SlowDtypeWarning",
     "CorruptCheckpointWarning",
     "UnmatchedRuleWarning",
+    "IdleRecipeWarning",
     "NonFiniteUpdateWarning",
     "LeftDenseWarning",
     "LostUpdatesWarning",

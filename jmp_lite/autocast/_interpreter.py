@@ -31,11 +31,12 @@ from jmp_lite._tree import cast
 from jmp_lite.autocast import _regions
 from jmp_lite.autocast._apply import apply
 from jmp_lite.autocast._decide import decide, decide_activation
-from jmp_lite.autocast._decision import Decision
+from jmp_lite.autocast._decision import Decision, How
 from jmp_lite.autocast._demand import EITHER, HIGH, TESTED, Demands, Want, Wants, is_float32, joined
 from jmp_lite.autocast._ops import OpClass, classify, is_activation
 from jmp_lite.autocast._record import Record, as_count, records_of
-from jmp_lite.autocast._rules import Matches, Precision, Settings
+from jmp_lite.autocast._requests import Requests
+from jmp_lite.autocast._rules import Precision, Settings
 from jmp_lite.autocast._values import INPUT, Known, Origin, Tag, Value, as_dtype, is_eligible
 
 Handler = Callable[["Interpreter", "Call"], list[Value]]
@@ -166,7 +167,7 @@ class Interpreter:
         self.keeps_records = keeps_records
         self.records: list[Record] = []
         self.demands = Demands(settings.ops_by_name, self._is_low)
-        self._matches = Matches(settings)
+        self._requests = Requests(settings, is_explained=keeps_records)
         self._precisions: dict[tuple[str, str], Precision] = {}
         self._retyped: Any = weakref.WeakKeyDictionary()
 
@@ -175,7 +176,7 @@ class Interpreter:
         operands = [Value(array, INPUT) for array in arrays]
         results = program(jaxpr)[0].outvars
         values = self.evaluate(jaxpr, operands, scope="", wants=(HIGH,) * len(results))
-        self._matches.warn()
+        self._requests.warn()
         return [_restore(value.array, v.aval) for value, v in zip(values, results, strict=True)]
 
     def evaluate(self, jaxpr: Jaxpr, operands: Sequence[Value], scope: str, wants: Wants | None = None) -> list[Value]:
@@ -256,7 +257,7 @@ class Interpreter:
         key = (scope, primitive if self.settings.rules else "")
         if key not in self._precisions:
             self._precisions[key] = self.settings.precision(scope, primitive)
-            self._matches.note(scope, primitive)
+            self._requests.resolved(scope, primitive)
         return self._precisions[key]
 
     def through(self, call: Call) -> tuple[list[Want], Wants]:
@@ -286,6 +287,7 @@ class Interpreter:
         name = eqn.primitive.name
         scope = "/".join(filter(None, (scope, scope_names(eqn.source_info.name_stack))))
         precision = self.precision(scope, name)
+        self._requests.met(name)
         op, why = classify(eqn, self.settings.ops_by_name)
         operands = [frame.read(v) for v in eqn.invars]
         position = len(self.records)
@@ -302,6 +304,8 @@ class Interpreter:
             read = frame.weight_or_array if decision.takes_weights else frame.array
             arrays, reason = [read(v, decision.dtype) for v in eqn.invars], decision.reason
             results = apply(eqn, arrays, op, precision, decision)
+            if decision.how is How.DOT:
+                self._requests.replaced(precision)
             values = [Value(x, _checked_tag(x, known)) for x, known in zip(results, decision.results, strict=True)]
         if self.keeps_records:
             found: dict[str, Any] = {"operands": operands, "arrays": arrays, "values": values, "decision": decision}

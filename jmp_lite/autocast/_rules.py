@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,12 +10,12 @@ import jax.numpy as jnp
 
 from jmp_lite._dtypes import ACCEPTED_NAMES, FLOAT32, DType, dtype_or_none
 from jmp_lite._messages import quote
-from jmp_lite._patterns import compile_pattern, matches, nearest_modules
+from jmp_lite._patterns import compile_pattern, matches
 from jmp_lite._policy import Policy, PolicyMap, get_policy
 from jmp_lite.autocast import _regions
-from jmp_lite.autocast._ops import Op, OpClass, is_kernel
+from jmp_lite.autocast._ops import PRODUCTS, Op, OpClass, is_kernel
 from jmp_lite.autocast._values import is_in_range
-from jmp_lite.errors import InvalidPolicyError, InvalidRuleError, UnknownDtypeError, UnmatchedRuleWarning
+from jmp_lite.errors import InvalidPolicyError, InvalidRuleError, UnknownDtypeError
 from jmp_lite.products._matmul import RoundsOperands
 
 #: ``Module.method``, as Linen names the scope of any method but ``__call__``.
@@ -102,10 +101,27 @@ class Rule:
             raise InvalidRuleError(f"result must be float32 or None, got {self.result!r}.")
         object.__setattr__(self, "result", None if self.result is None else FLOAT32)
         checked_dot(self.dot)
+        self._check_matmul_settings()
         if self.primitive is not None and is_kernel(self.primitive) and (self.precision != "full" or self.dot):
             raise InvalidRuleError(
                 f"Primitive {self.primitive!r} is a kernel, traced for the dtypes it has: no rule can change them. "
                 "Cast around it with jmp.with_policy(function, policy)."
+            )
+
+    def _check_matmul_settings(self) -> None:
+        """Refuses settings of matmuls that can mean nothing."""
+        for name in ("dot", "result"):
+            pattern, value = self.primitive, getattr(self, name)
+            if value is None or pattern is None or any(re.fullmatch(pattern, product) for product in PRODUCTS):
+                continue
+            raise InvalidRuleError(
+                f"{name}= is for matmuls, and primitive {quote(pattern)} matches none of "
+                f"{', '.join(sorted(PRODUCTS))}. Write Rule({self.scope!r}, {name}=...)."
+            )
+        if self.dot is not None and self.precision == "full":
+            raise InvalidRuleError(
+                "precision='full' leaves matmuls as they were written, so dot= would never be called. Give one of the "
+                "two."
             )
 
     def matches(self, scope: str, primitive: str) -> bool:
@@ -220,7 +236,7 @@ class Settings:
         mode, reduce_dtype = "full" if is_full else "auto", policy.reduce_dtype or FLOAT32
         reason = "compute dtype of the policy is float32"
         in_policy = Precision(mode, dtype, self.dot, reason, accumulates=self.accumulates, reduce_dtype=reduce_dtype)
-        region = _regions.innermost(scope)
+        region, rule = _regions.innermost(scope), self.rule_for(scope, primitive)
         if region is not None:
             region_mode = _regions.MODES[region]
             mode = mode if dtype.itemsize >= FLOAT32.itemsize and region_mode == "low" else region_mode
@@ -228,9 +244,14 @@ class Settings:
                 mode=mode, reason=f"in a {region.removeprefix('jmp.')} region", leaves_whole=mode == "off"
             )
         else:
-            rule = next((rule for rule in self.rules if rule.matches(scope, primitive)), None)
             found = in_policy if rule is None else rule.applied_to(in_policy)
         return found._replace(dot=found.dot.at(scope)) if isinstance(found.dot, RoundsOperands) else found
+
+    def rule_for(self, scope: str, primitive: str) -> Rule | None:
+        """Returns the rule that decides about a primitive in a name scope: the first that matches, if no region does."""
+        if _regions.innermost(scope) is not None:
+            return None
+        return next((rule for rule in self.rules if rule.matches(scope, primitive)), None)
 
     @functools.cached_property
     def patterns(self) -> Mapping[str, tuple[str, Callable[[str, str], bool]]]:
@@ -252,37 +273,6 @@ def _names(key: str, root: str) -> Callable[[str, str], bool]:
         return path == key or path.startswith(f"{key}/") or matches(key, path)
 
     return names
-
-
-class Matches:
-    """Which rules and patterns have matched an equation so far; the others warn once."""
-
-    def __init__(self, settings: Settings) -> None:
-        self._missing = dict(settings.patterns)
-        self._seen: set[str] = set()
-
-    def note(self, scope: str, primitive: str) -> None:
-        """Records which patterns an equation matches."""
-        self._seen.add(scope)
-        for name in [name for name, (_, holds) in self._missing.items() if holds(scope, primitive)]:
-            del self._missing[name]
-
-    def warn(self) -> None:
-        """Warns about patterns that matched nothing.
-
-        Warns:
-            UnmatchedRuleWarning: With the nearest name scopes.
-        """
-        for name, (pattern, _) in self._missing.items():
-            near = nearest_modules(pattern, sorted(self._seen))[:3]
-            nearest = " and ".join(map(repr, near)) or "none: the program has no name scopes"
-            warnings.warn(
-                f"The {name} matched no equation of the program and does nothing. The nearest name scopes are "
-                f"{nearest}. jmp.explain shows the scopes of all equations.",
-                UnmatchedRuleWarning,
-                stacklevel=2,
-            )
-        self._missing = {}
 
 
 def _path_in_model(scope: str, root: str) -> str:

@@ -63,8 +63,8 @@ def freeze(
 
     Raises:
         InvalidExportError: If a leaf cannot be stored, two have the same path, arguments or results are not trees of
-            arrays in built-in containers, a platform does not exist, or the recipe quantizes no weight.
-        InvalidRecipeError: If the name of the recipe is unknown.
+            arrays in built-in containers, or a platform does not exist.
+        InvalidRecipeError: If the recipe quantizes no weight, or its name is unknown.
         UnknownDtypeError: If the policy string cannot be parsed.
 
     Example:
@@ -159,14 +159,7 @@ def _held(apply: Callable[..., Any], params: Any, args: tuple[Any, ...], recipe:
     spec: Any = recipe.rhs or recipe.lhs
     plain = dataclasses.replace(spec, stochastic=False, amax=None)
     axes = None if plain.granularity == "tensor" else contracted_axes(apply)(params, *args)
-    held = quantize_tree(params, plain, axes=axes)
-    if not any(map(is_quantized, jax.tree.leaves(held, is_leaf=is_quantized))):
-        raise InvalidExportError(
-            f"Recipe {recipe} quantizes no weight: no matmul of the function takes a parameter of two or more axes "
-            "that is not an embedding. Quantize what you want held in fewer bits with quant.quantize_tree, or leave "
-            "out recipe=."
-        )
-    return held
+    return quantize_tree(params, plain, axes=axes)
 
 
 def _split(params: Any) -> tuple[dict[str, Any], Callable[[dict[str, Any]], Any]]:

@@ -249,7 +249,8 @@ def prune(
             that ``m`` does not divide; in ``update`` without ``params``.
 
     Warns:
-        LeftDenseWarning: In ``init``, if leaves with more axes stay dense because their contracted axes are unknown.
+        LeftDenseWarning: In ``init``, if leaves with more axes stay dense because their contracted axes are unknown, or
+            if no parameter is chosen at all.
 
     Example:
         >>> tx = optax.chain(optax.sgd(0.1), jmp.optim.prune(0.5, where=lambda path, leaf: leaf.ndim == 2))
@@ -290,6 +291,14 @@ def prune(
             warnings.warn(
                 f"prune leaves {first_few(dense)} dense: {_UNKNOWN}. Pass axes=quant.contracted_axes(fun)(params, "
                 "*args), or choose leaves by where.",
+                LeftDenseWarning,
+                stacklevel=2,
+            )
+        floats = [path_string(path) for path, x in jax.tree_util.tree_leaves_with_path(params) if _is_floating(x)]
+        if floats and not jax.tree.leaves(masks) and not dense:
+            warnings.warn(
+                f"prune leaves all parameters dense, such as {first_few(floats)}. By default it takes leaves of at "
+                f"least two axes and {SMALLEST_LEAF} elements, for nm those that m divides. Choose others by where.",
                 LeftDenseWarning,
                 stacklevel=2,
             )

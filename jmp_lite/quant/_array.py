@@ -11,6 +11,7 @@ import numpy as np
 
 from jmp_lite._compat import register_flax_serialization
 from jmp_lite._dtypes import FLOAT32, OF_4_BITS, canonical
+from jmp_lite._messages import first_few
 from jmp_lite._tree import NOT_WEIGHTS, Opaque, describe, is_array, path_string
 from jmp_lite.errors import InvalidRecipeError
 from jmp_lite.quant._scale import dequantize, quantize
@@ -324,8 +325,8 @@ def quantize_tree(
         The tree with a ``QuantizedArray`` in place of each chosen leaf.
 
     Raises:
-        InvalidRecipeError: If the format is unknown, or a chosen leaf is not a floating array, is already quantized,
-            lacks one of the axes, or its tiles do not divide it.
+        InvalidRecipeError: If the format is unknown, no leaf is chosen, or a chosen leaf is not a floating array, is
+            already quantized, lacks one of the axes, or its tiles do not divide it.
 
     Example:
         >>> params = {"embed": jnp.ones((9, 4)), "dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
@@ -348,7 +349,14 @@ def quantize_tree(
         return _quantize(f"Leaf {path!r}", leaf, spec, shared)
 
     listed = zip(with_paths, _listed(axes, treedef), strict=True)
-    tree: T = jax.tree.unflatten(treedef, [quantized(path_string(path), leaf, own) for (path, leaf), own in listed])
+    leaves = [quantized(path_string(path), leaf, own) for (path, leaf), own in listed]
+    if leaves and all(new is old for new, (_, old) in zip(leaves, with_paths, strict=True)):
+        raise InvalidRecipeError(
+            f"Nothing of {first_few([path_string(path) or 'the array' for path, _ in with_paths])} is quantized: by "
+            "default floating arrays of two or more axes are that a matmul uses and that are not embeddings. Choose "
+            "others by where and axes, or leave out the recipe."
+        )
+    tree: T = jax.tree.unflatten(treedef, leaves)
     return tree
 
 

@@ -37,6 +37,7 @@ def dtypes(fun, policy=LOW, rules=(), primitives=("dot_general", "exp")):
     return tuple(next(record.in_dtypes[0] for record in found if record.primitive == name) for name in primitives)
 
 
+FP8 = jmp.quant.FP8
 Rule = jmp.Rule
 FULL_B = Rule("b", precision="full")
 RULES = {
@@ -64,12 +65,13 @@ RULES = {
 
 
 @pytest.mark.parametrize(("rules", "product", "exponential"), RULES.values(), ids=RULES)
+@pytest.mark.filterwarnings("ignore::jmp_lite.errors.UnmatchedRuleWarning")
 def test_rules(rules, product, exponential):
     assert dtypes(in_scopes, rules=rules) == (product, exponential)
 
 
 @pytest.mark.parametrize(("scope", "expected"), [("a", "rule"), (None, "rule"), ("z", "general")])
-@pytest.mark.filterwarnings("ignore::jmp_lite.errors.UnmatchedRuleWarning")
+@pytest.mark.filterwarnings("ignore::jmp_lite.errors.UnmatchedRuleWarning", "ignore::jmp_lite.errors.IdleRecipeWarning")
 def test_the_product_of_a_rule_goes_before_the_general_one(scope, expected):
     asked = []
 
@@ -108,6 +110,64 @@ def test_what_matches_nothing_does_nothing_and_is_named_once(policy, rules, name
     jmp.autocast(order(in_scopes), policy, rules=rules)(x, w)
     with pytest.warns(jmp.errors.UnmatchedRuleWarning):
         assert dtypes(in_scopes, policy, rules) == (BF16, F32)
+
+
+def tanh_beside_activations(x, w):
+    return jnp.tanh((x + 1) @ (w * 2))
+
+
+IDLE = {
+    "rule behind another": (
+        {"rules": [Rule("a", precision="full"), Rule("a/b", precision="low")]},
+        "scope 'a/b' decides",
+    ),
+    "rule behind a general one": (
+        {"rules": [Rule(precision="low"), Rule(None, "exp", "full")]},
+        "primitive 'exp' decides",
+    ),
+    "rule behind its double": (
+        {"rules": [Rule("a", precision="full"), Rule("a", precision="low")]},
+        "scope 'a' decides",
+    ),
+    "misspelt op": ({"ops": {"expp": jmp.OpClass.ALLOW}}, "no such primitive. Did you mean 'exp'?"),
+    "absent op": ({"ops": {"erf_inv": jnp.tanh}}, "no such primitive. It has dot_general, exp"),
+}
+IDLE_DOTS = {
+    "no weight": (tanh_beside_activations, {"dot": FP8}, "dot= replaced no matmul"),
+    "no matmul": (lambda x, w: jnp.exp(x) + w[:1], {"dot": FP8.replace(products="all")}, "dot= replaced no matmul"),
+    "of a rule": (in_scopes, {"rules": [Rule("z", dot=FP8)]}, "dot= of the rule for scope 'z' replaced"),
+    "under full": (in_scopes, {"rules": [Rule("a", precision="full")], "dot": FP8}, "dot= replaced no matmul"),
+    "under the dot of a rule": (in_scopes, {"rules": [Rule("a", dot=FP8)], "dot": FP8}, "dot= replaced no matmul"),
+}
+
+
+@pytest.mark.parametrize(("settings", "named"), IDLE.values(), ids=IDLE)
+def test_what_decides_nothing_is_named_once(settings, named):
+    _api._interpreter.cache_clear()
+    run = jmp.autocast(in_scopes, LOW, **settings)
+    with pytest.warns(jmp.errors.UnmatchedRuleWarning, match=re.escape(named)) as caught:
+        jax.eval_shape(run, X, W)
+    assert len(caught) == 1
+    jax.eval_shape(run, X, W)  # warnings are errors
+
+
+@pytest.mark.parametrize(("fun", "settings", "named"), IDLE_DOTS.values(), ids=IDLE_DOTS)
+@pytest.mark.filterwarnings("ignore::jmp_lite.errors.UnmatchedRuleWarning")
+def test_recipe_that_replaces_nothing_is_named_once(fun, settings, named):
+    _api._interpreter.cache_clear()
+    run = jmp.autocast(fun, LOW, **settings)
+    with pytest.warns(jmp.errors.IdleRecipeWarning, match=re.escape(named)) as caught:
+        jax.eval_shape(run, X, W)
+    assert [warning.category for warning in caught].count(jmp.errors.IdleRecipeWarning) == 1
+    jax.eval_shape(run, X, W)
+
+
+def test_what_acts_is_not_named():
+    _api._interpreter.cache_clear()
+    rules = [Rule("a/b", precision="low"), Rule("a", dot=FP8), Rule(None, "exp", "full")]
+    ops = {"exp": jmp.OpClass.DENY}
+    jax.eval_shape(jmp.autocast(in_scopes, LOW, rules=rules[2:], ops=ops, dot=FP8), X, W)
+    jax.eval_shape(jmp.autocast(jax.grad(lambda x, w: in_scopes(x, w).sum()), LOW, rules=rules[1:2]), X, W)
 
 
 POLICIES = {
@@ -170,6 +230,7 @@ REGIONS = {
 
 @pytest.mark.parametrize(("regions", "policy", "rules", "product", "exponential"), REGIONS.values(), ids=REGIONS)
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.filterwarnings("ignore::jmp_lite.errors.UnmatchedRuleWarning")
 def test_regions(form, regions, policy, rules, product, exponential):  # noqa: PLR0917
     fun = in_regions(in_scopes, regions, form)
     assert fun.__name__ == "in_scopes"
@@ -376,6 +437,13 @@ INVALID = {
     "alias as a primitive": (lambda: Rule("head", "mixed_bfloat16"), jmp.errors.InvalidRuleError, "'mixed_bfloat16'"),
     "dtype as a primitive": (lambda: Rule("head", jnp.bfloat16), jmp.errors.InvalidRuleError, "bfloat16"),
     "result": (lambda: Rule("head", result=jnp.bfloat16), jmp.errors.InvalidRuleError, "bfloat16"),
+    "dot of an exponential": (lambda: Rule("a", "exp", dot=FP8), jmp.errors.InvalidRuleError, "dot= is for matmuls"),
+    "result of sums": (
+        lambda: Rule(primitive="reduce_.*", result=jnp.float32),
+        jmp.errors.InvalidRuleError,
+        "primitive 'reduce_.*' matches none",
+    ),
+    "dot under full": (lambda: Rule("a", precision="f32", dot=FP8), jmp.errors.InvalidRuleError, "never be called"),
     "a kernel": (lambda: Rule(primitive="pallas_call", precision="low"), jmp.errors.InvalidRuleError, "'pallas_call'"),
     "a matmul for a kernel": (
         lambda: Rule(None, "ffi_call", dot=lax.dot_general),

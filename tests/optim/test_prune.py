@@ -112,10 +112,16 @@ def nested(paths):
 def test_default_takes_large_kernels(path):
     """Neither biases nor scales nor what is small, and for groups of four nothing that cannot be divided."""
     shape, pruned, grouped = LEAVES[path]
-    params = nested({path: jnp.ones(shape)})
+    params = nested({path: jnp.ones(shape)}) | {"another": {"kernel": jnp.ones((64, 32))}}
     for tx, expected in ((prune(0.5), pruned), (prune(nm=(2, 4), axes=-2), grouped)):
         masks = tx.init(params).masks
-        assert [mask.shape for mask in jax.tree.leaves(masks)] == ([shape] if expected else [])
+        assert [mask.shape for mask in jax.tree.leaves(masks)] == [(64, 32), *[shape] * expected]
+
+
+@pytest.mark.parametrize("settings", [{"sparsity": 0.5}, {"nm": (2, 4)}, {"sparsity": 0.5, "where": lambda *_: False}])
+def test_nothing_to_prune_is_said(settings):
+    with pytest.warns(jmp.errors.LeftDenseWarning, match=r"all parameters dense, such as bias, small.*where"):
+        prune(**settings).init({"small": jnp.ones((16, 16)), "bias": jnp.ones(16), "step": 3})
 
 
 def test_what_is_not_known_to_be_contracted_stays_dense_and_is_named():
