@@ -248,7 +248,7 @@ class Settings:
         return found._replace(dot=found.dot.at(scope)) if isinstance(found.dot, RoundsOperands) else found
 
     def rule_for(self, scope: str, primitive: str) -> Rule | None:
-        """Returns the rule that decides about a primitive in a name scope: the first that matches, if no region does."""
+        """Returns the rule that decides in a name scope: the first that matches, if no region does."""
         if _regions.innermost(scope) is not None:
             return None
         return next((rule for rule in self.rules if rule.matches(scope, primitive)), None)
