@@ -1,7 +1,8 @@
 """Parts of a program with their own precision: decorators and context managers.
 
 A region is a name scope. Name scopes survive ``jit``, loops, custom rules and differentiation, so a region covers its
-backward pass too; outside autocast, a region does nothing.
+backward pass too. It counts inside of the function that autocast takes; elsewhere, around a call of what autocast
+returned too, it does nothing.
 """
 
 import functools
@@ -25,6 +26,8 @@ def full_precision() -> AbstractContextManager[None]: ...
 def full_precision(fun: F) -> F: ...
 def full_precision(fun: Any = None) -> Any:
     """Keeps part of a program in float32 under ``autocast``; its results stay float32 until the next matmul.
+
+    It acts inside of the function that ``autocast`` takes, not around a call of the function that ``autocast`` returns.
 
     Args:
         fun: The function to decorate. Without it, a context manager is returned.
@@ -53,7 +56,8 @@ def low_precision(fun: F) -> F: ...
 def low_precision(fun: Any = None) -> Any:
     """Keeps part of a program in the compute dtype under ``autocast``, sums and exponentials included.
 
-    Linear algebra, random numbers and other operations that must stay exact still do.
+    Linear algebra, random numbers and other operations that must stay exact still do. It acts inside of the function
+    that ``autocast`` takes.
 
     Args:
         fun: The function to decorate. Without it, a context manager is returned.
@@ -78,6 +82,9 @@ def no_autocast() -> AbstractContextManager[None]: ...
 def no_autocast(fun: F) -> F: ...
 def no_autocast(fun: Any = None) -> Any:
     """Leaves part of a program as written; its results count as untouched inputs to the rest.
+
+    It acts inside of the function that ``autocast`` takes; around a call of the function that ``autocast`` returns,
+    which has decided already, it does nothing.
 
     Args:
         fun: The function to decorate. Without it, a context manager is returned.
