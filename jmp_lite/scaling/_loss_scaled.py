@@ -247,7 +247,7 @@ def loss_scaled(
 
     Raises:
         InvalidStepError: If ``inner`` is not an optimizer, for example ``optax.adam`` without a call.
-        InvalidLossScaleError: If ``loss_scale`` is not a loss scale.
+        InvalidLossScaleError: If ``loss_scale`` is not a loss scale; in ``init``, if ``inner`` has one of its own.
         MissingAxisError: In ``update``, under the ``check_vma`` of ``shard_map``, if devices see different gradients
             and ``axis_name`` does not say so.
 
@@ -278,6 +278,11 @@ def loss_scaled(
     def init(params: Any) -> LossScaledState:
         register_serialization()
         inner_state = inner.init(trainable(params))
+        for path, _ in nodes(inner_state, is_loss_scale):
+            raise InvalidLossScaleError(
+                f"The optimizer in loss_scaled has a loss scale of its own, {path!r} of its state: gradients would be "
+                "unscaled twice. Keep one loss_scaled."
+            )
         _warn_of_lost_updates(params, inner_state)
         return LossScaledState(
             inner_state=inner_state,
