@@ -32,7 +32,8 @@ class StoredState(NamedTuple):
     Attributes:
         inner_state: State of the wrapped optimizer, with encoded moments.
         low: Low bits of the parameters, which the model does not see: a tree like the parameters, of ``int8`` or
-            ``int16``, with ``None`` for leaves without low bits.
+            ``int16``, with ``optax.MaskedNode`` for leaves without low bits; ``None`` if the format has none.
+            (Pass ``optax.tree.map_params`` an ``is_leaf`` that recognizes ``MaskedNode``.)
         step: ``uint32[]``, steps taken; seeds the random bits together with ``seed``.
         layout: How each moment is stored; no array.
 
@@ -62,14 +63,20 @@ class _Bits:
     specs: dict[str, Any]
 
     def of(self, name: str, param: str) -> tuple[jax.Array, Any]:
-        """The key of an array, and how it is sharded."""
+        """The key of an array, and how it is sharded. Names are of ``keystr``: others may be alike."""
         return key_at(self.key, name), self.specs.get(param)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3, 4))
 def _encoded_weight(weights: WeightFormat, full: jax.Array, key: jax.Array, spec: Any, dtype: Any) -> Any:
-    """Traced once per shape, as the next one."""
+    """Traced once per shape, as the next two."""
     return weights.encode(full, counted_bits(key, full.shape, spec), dtype)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _decoded(one: Any, stored: jax.Array, beside: Any) -> jax.Array:
+    decoded: jax.Array = one.decode(stored, beside)
+    return decoded
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
@@ -92,10 +99,11 @@ class _Stored:
         jax.tree_util.tree_map_with_path(self._check, params)
         _check_some_narrow(params, self.name)
         register_flax_serialization(Layout, lambda _: {}, lambda layout, _: layout)
-        low = jax.tree.map(functools.partial(_no_low, self.weights), params)
+        low_dtype = self.weights.low_dtype
+        low = None if low_dtype is None else jax.tree.map(functools.partial(_no_low, low_dtype), params)
         full = self._full(params, low)
         inner_state = self.inner.init(full)
-        kept = choose(self.inner, inner_state, full, self.formats)
+        kept = choose(self.inner, inner_state, full, self.formats) if jax.tree.leaves(params) else None
         layout = Layout(kept, frozenset(jax.tree_util.keystr(path) for path, _ in _narrow_leaves(params)))
         return StoredState(encoded_at_first(inner_state, layout), low, jnp.zeros((), jnp.uint32), layout)
 
@@ -104,6 +112,11 @@ class _Stored:
     ) -> tuple[Any, StoredState]:
         if params is None:
             raise InvalidStorageError("stored needs the parameters: call update(updates, state, params).")
+        if state.layout.kept is None and jax.tree.leaves(params):
+            raise InvalidStorageError(
+                "The state was made by optax.tree.map_params, which does not know how moments are stored. Use what it "
+                "returns for shardings and the like, and write jax.tree.map(fun, opt_state) for a state."
+            )
         bits = self._bits(state.step)
         _refuse_forgotten_specs(params, bits)
         full = self._full(params, state.low)
@@ -113,23 +126,27 @@ class _Stored:
         def stepped(path: Any, param: Any, wide: Any, step: Any, low: Any) -> Any:
             if not is_narrow(param) or not is_array(step):
                 return step, low
-            name = path_string(path)
+            name = jax.tree_util.keystr(path)
             sum_ = wide + step.astype(FLOAT32)
             new, low = _encoded_weight(self.weights, sum_, *bits.of(name, name), param.dtype)
             change = new.astype(FLOAT32) - param.astype(FLOAT32)
             return jnp.where(change == 0, np.float32(-0.0), change), low  # 0 would make 0 of -0
 
-        both = jax.tree_util.tree_map_with_path(stepped, params, full, steps, state.low)
+        both = jax.tree_util.tree_map_with_path(stepped, params, full, steps, _each(params, state.low))
         changes, low = (jax.tree.map(lambda _, pair, i=i: pair[i], params, both) for i in (0, 1))
+        low = None if state.low is None else low
         return changes, StoredState(encoded(inner_state, state.layout, bits), low, state.step + 1, state.layout)
 
     def _bits(self, step: jax.Array) -> _Bits:
         specs = jax.tree_util.tree_leaves_with_path(self.specs, is_leaf=lambda x: isinstance(x, jax.P))
-        return _Bits(step_key(self.seed, step), {path_string(path): spec for path, spec in specs})
+        return _Bits(step_key(self.seed, step), {jax.tree_util.keystr(path): spec for path, spec in specs})
 
     def _full(self, params: Any, low: Any) -> Any:
-        decode = self.weights.decode
-        return jax.tree.map(lambda param, low: decode(param, low) if is_narrow(param) else param, params, low)
+        return jax.tree.map(
+            lambda param, low: _decoded(self.weights, param, low) if is_narrow(param) else param,
+            params,
+            _each(params, low),
+        )
 
     def _check(self, path: Any, leaf: Any) -> None:
         if not is_array(leaf) or not jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -151,7 +168,7 @@ def _refuse_forgotten_specs(params: Any, bits: _Bits) -> None:
     """Raises if parameters are sharded over axes that the step is not, and ``specs`` does not say how."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         axes = varying_axes(leaf) - varying_axes(bits.key) if is_array(leaf) else frozenset()
-        if axes and path_string(path) not in bits.specs:
+        if axes and jax.tree_util.keystr(path) not in bits.specs:
             raise MissingAxisError(
                 f"Parameter {path_string(path)!r} is sharded over {' and '.join(map(repr, sorted(axes)))}, and its "
                 "shards would all be rounded with the same random bits. Write stored(..., specs=...), with the "
@@ -159,11 +176,14 @@ def _refuse_forgotten_specs(params: Any, bits: _Bits) -> None:
             )
 
 
-def _no_low(weights: WeightFormat, param: Any) -> Any:
+def _no_low(low_dtype: Any, param: Any) -> Any:
     """The low bits of a parameter without a float32 original."""
-    if not is_narrow(param) or weights.low_dtype is None:
-        return None
-    return jnp.zeros_like(param, dtype=weights.low_dtype)
+    return jnp.zeros_like(param, dtype=low_dtype) if is_narrow(param) else optax.MaskedNode()
+
+
+def _each(params: Any, low: Any) -> Any:
+    """Low bits in the structure of the parameters."""
+    return jax.tree.map(lambda _: None, params) if low is None else low
 
 
 def _narrow_leaves(params: Any) -> list[tuple[Any, Any]]:
@@ -182,12 +202,14 @@ def _check_some_narrow(params: Any, name: str) -> None:
 def encoded(inner_state: Any, layout: Layout, bits: _Bits) -> Any:
     """Encodes the float32 moments of a state."""
     leaves, treedef = jax.tree.flatten(inner_state)
-    known = dict(enumerate(leaves))
-    for kept in layout.kept:
+    all_kept = layout.kept or ()
+    read_again, known = {kept.other for kept in all_kept}, dict(enumerate(leaves))
+    for kept in all_kept:
         value = leaves[kept.leaf].astype(FLOAT32)
         beside = None if kept.other is None else known[kept.other].astype(FLOAT32)
-        leaves[kept.leaf] = _encoded_moment(kept.format, value, beside, *bits.of(f"state/{kept.name}", kept.param))
-        known[kept.leaf] = kept.format.decode(leaves[kept.leaf], beside)
+        leaves[kept.leaf] = _encoded_moment(kept.format, value, beside, *bits.of(f"state{kept.key}", kept.param))
+        if kept.leaf in read_again:
+            known[kept.leaf] = _decoded(kept.format, leaves[kept.leaf], beside)
     return jax.tree.unflatten(treedef, leaves)
 
 
@@ -207,7 +229,7 @@ def saturated(opt_state: Any) -> dict[str, jax.Array]:
         opt_state: State of an optimizer made by ``stored``, or any state that holds it.
 
     Returns:
-        ``float32[]`` by path; moments of 16 or more bits are not listed.
+        ``float32[]`` by path, the largest of moments whose paths read alike; moments of 16 or more bits are not listed.
 
     Example:
         >>> tx = jmp.optim.stored(optax.adam(1e-3), params="split8", state="8bit")
@@ -216,22 +238,24 @@ def saturated(opt_state: Any) -> dict[str, jax.Array]:
         >>> print(jmp.optim.saturated(state)["0/nu/w"])
         0.5
     """
-    shares = {}
+    shares: dict[str, jax.Array] = {}
     for state in stored_states(opt_state):
-        leaves = jax.tree.leaves(state.inner_state)
-        for kept in state.layout.kept:
-            if kept.format.largest and leaves[kept.leaf].size:
-                is_largest = [leaves[kept.leaf] == np.asarray(code, kept.format.dtype) for code in kept.format.largest]
-                shares[kept.name] = jnp.mean(functools.reduce(operator.or_, is_largest))
+        leaves = jax.tree_util.tree_leaves_with_path(state.inner_state)
+        for kept in state.layout.kept or ():
+            path, leaf = leaves[kept.leaf]
+            if kept.format.largest and leaf.size:
+                is_largest = [leaf == np.asarray(code, kept.format.dtype) for code in kept.format.largest]
+                share, name = jnp.mean(functools.reduce(operator.or_, is_largest)), path_string(path)
+                shares[name] = jnp.maximum(share, shares[name]) if name in shares else share
     return shares
 
 
 def decoded(inner_state: Any, layout: Layout) -> Any:
     """Undoes ``encoded``."""
     leaves, treedef = jax.tree.flatten(inner_state)
-    for kept in layout.kept:
+    for kept in layout.kept or ():
         beside = None if kept.other is None else leaves[kept.other].astype(FLOAT32)
-        leaves[kept.leaf] = kept.format.decode(leaves[kept.leaf], beside)
+        leaves[kept.leaf] = _decoded(kept.format, leaves[kept.leaf], beside)
     return jax.tree.unflatten(treedef, leaves)
 
 
