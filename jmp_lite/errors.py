@@ -164,7 +164,7 @@ class InvalidStepError(JmpLiteError, TypeError, ValueError):
 
 
 class MissingAxisError(JmpLiteError, ValueError):
-    """Devices see different gradients, and no ``axis_name`` says over which axis they must agree.
+    """Devices see different gradients, and no ``axis_name``, or one of an unmapped axis, says where they must agree.
 
     Fails and works::
 

@@ -31,6 +31,17 @@ def _names(path: Path, node: StoredState) -> list[str]:
     return [path_string((*path, field, *own)) for own, _ in leaves]
 
 
+def _low_bits(state: Any) -> dict[str, dict[str, Any]]:
+    """What the low bits of parameters complete."""
+    found = {}
+    for path, node in _stored_nodes(state):
+        dtypes, field = dict(node.layout.params), jax.tree_util.GetAttrKey("low")
+        for own, _ in jax.tree_util.tree_leaves_with_path(node.low):
+            name = path_string((*path, field, *own))
+            found[name] = {"format": f"low bits of {dtypes.get(jax.tree_util.keystr(own))}", "other": None}
+    return found
+
+
 def _say(one: StateFormat) -> str:
     """The name of a format, with its settings if they are known."""
     kind = type(one)
@@ -38,8 +49,8 @@ def _say(one: StateFormat) -> str:
 
 
 def formats_of(state: Any) -> dict[str, dict[str, Any]]:
-    """Returns the formats of moments whose bytes are no numbers by themselves."""
-    found = {}
+    """Returns the formats of what is stored in bytes that are no numbers by themselves."""
+    found = _low_bits(state)
     for path, node in _stored_nodes(state):
         names = _names(path, node)
         for kept in node.layout.kept or ():
@@ -50,9 +61,21 @@ def formats_of(state: Any) -> dict[str, dict[str, Any]]:
 
 
 def _changed(header: Mapping[str, Any], template: Any) -> list[str]:
-    """Paths of moments that checkpoint and template store in different formats."""
-    saved, wanted = header["formats"], formats_of(template)
-    return [name for name in header["leaves"] if saved.get(name) != wanted.get(name)]
+    """Paths of moments that checkpoint and template store in different formats.
+
+    Raises:
+        CheckpointMismatchError: If low bits belong to parameters of another dtype, which nothing converts.
+    """
+    saved, wanted, low = header["formats"], formats_of(template), _low_bits(template)
+    changed = [name for name in header["leaves"] if saved.get(name) != wanted.get(name)]
+    for name in changed:
+        if name in low and name in saved:
+            raise CheckpointMismatchError(
+                f"{name!r} is {saved[name]['format']} in the checkpoint and {low[name]['format']} in the template. "
+                "Restore with parameters of the dtype that was saved, and convert with optim.full_precision_params and "
+                "optim.from_full_precision."
+            )
+    return changed
 
 
 def check_formats(header: Mapping[str, Any], template: Any) -> None:
@@ -113,12 +136,13 @@ def with_saved_formats(header: Mapping[str, Any], template: Any) -> tuple[Any, C
 
 def _parsed(name: str, text: str) -> StateFormat:
     """The format that writes itself so."""
-    call = ast.parse(text, mode="eval").body
-    kinds = {kind.__name__: kind for kind in (Log, SignedLog, Ratio)}
-    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.func.id not in kinds:
+    kinds: dict[str, Any] = {kind.__name__: kind for kind in (Log, SignedLog, Ratio)}
+    try:
+        call: Any = ast.parse(text, mode="eval").body
+        made: StateFormat = kinds[call.func.id](**{word.arg: ast.literal_eval(word.value) for word in call.keywords})
+    except (AttributeError, KeyError, TypeError, ValueError, SyntaxError):
         raise CheckpointMismatchError(
             f"The moment {name!r} is stored as {text} in the checkpoint, which is not a format of jmp_lite, so "
             "migrate=True cannot convert it. Restore with the formats it was saved in."
-        )
-    made: StateFormat = kinds[call.func.id](**{word.arg: ast.literal_eval(word.value) for word in call.keywords})
+        ) from None
     return made

@@ -28,6 +28,8 @@ T = TypeVar("T")
 
 Header = dict[str, Any]
 
+#: What a header has, beside its checksum.
+_HEADER = {"policy", "loss_scales", "leaves", "formats"}
 _NUMBERS = (bool, int, float, complex)
 #: Arrays of so many bytes are worth reading without a copy.
 _LARGE = 1 << 20
@@ -151,6 +153,10 @@ def describe(state: Any, policy: PolicyLike) -> Header:
     """
     leaves = named_leaves(state)
     for name, leaf in leaves.items():
+        if isinstance(leaf, jax.core.Tracer):
+            raise InvalidCheckpointError(
+                f"Leaf {name!r} is traced and has no value to save. Save outside of jit what the jitted step returned."
+            )
         if not _is_storable(leaf):
             of_dtype = f" of dtype {leaf.dtype!r:.80}" if hasattr(leaf, "dtype") else ""
             raise InvalidCheckpointError(
@@ -177,11 +183,13 @@ def check_header(header: Any) -> Header:
     """Returns the header as it was written.
 
     Raises:
-        ValueError: If it was changed since.
+        ValueError: If it was changed since, or another version of jmp_lite wrote it.
     """
     body = {name: value for name, value in header.items() if name != "checksum"}
     if header.get("checksum") != _checksum(body):
         raise ValueError("its header was changed after it was written")
+    if set(body) != _HEADER:
+        raise ValueError(f"another version of jmp_lite wrote it, with the header {sorted(body)}")
     return body
 
 

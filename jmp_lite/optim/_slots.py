@@ -104,11 +104,11 @@ class Layout:
 
     Attributes:
         kept: Leaves of the state; reference moments come first. ``None``: of any parameters.
-        params: Paths of the 16-bit parameters, as ``jax.tree_util.keystr`` writes them.
+        params: Path and dtype of each 16-bit parameter, the path as ``jax.tree_util.keystr`` writes it.
     """
 
     kept: tuple[Kept, ...] | None
-    params: frozenset[str] = frozenset()
+    params: frozenset[tuple[str, str]] = frozenset()
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Layout):

@@ -20,7 +20,7 @@ from jmp_lite.optim._moments import StateFormat
 from jmp_lite.optim._slots import Formats, Layout, check_formats, choose
 from jmp_lite.optim._weights import WEIGHT_FORMATS, WeightFormat
 from jmp_lite.scaling._in_state import is_stored, nodes
-from jmp_lite.scaling._loss_scaled import check_optimizer
+from jmp_lite.scaling._loss_scaled import check_optimizer, check_trees
 
 #: The step for whose bits state is made; no step has this number.
 _BEFORE = 2**32 - 1
@@ -52,7 +52,7 @@ class StoredState(NamedTuple):
     @property
     def params_in_float32(self) -> frozenset[str]:
         """For ``loss_scaled``: paths of the 16-bit parameters that it need not handle."""
-        return self.layout.params
+        return frozenset(path for path, _ in self.layout.params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,20 +104,15 @@ class _Stored:
         full = self._full(params, low)
         inner_state = self.inner.init(full)
         kept = choose(self.inner, inner_state, full, self.formats) if jax.tree.leaves(params) else None
-        layout = Layout(kept, frozenset(jax.tree_util.keystr(path) for path, _ in _narrow_leaves(params)))
+        self._bits(jnp.zeros((), jnp.uint32), params)
+        layout = Layout(kept, _narrow(params))
         return StoredState(encoded_at_first(inner_state, layout), low, jnp.zeros((), jnp.uint32), layout)
 
     def update(
         self, updates: Any, state: StoredState, params: Any = None, **extra_args: Any
     ) -> tuple[Any, StoredState]:
-        if params is None:
-            raise InvalidStorageError("stored needs the parameters: call update(updates, state, params).")
-        if state.layout.kept is None and jax.tree.leaves(params):
-            raise InvalidStorageError(
-                "The state was made by optax.tree.map_params, which does not know how moments are stored. Use what it "
-                "returns for shardings and the like, and write jax.tree.map(fun, opt_state) for a state."
-            )
-        bits = self._bits(state.step)
+        _check_step(updates, state, params)
+        bits = self._bits(state.step, params)
         _refuse_forgotten_specs(params, bits)
         full = self._full(params, state.low)
         grads = cast_to_full(updates)
@@ -137,9 +132,21 @@ class _Stored:
         low = None if state.low is None else low
         return changes, StoredState(encoded(inner_state, state.layout, bits), low, state.step + 1, state.layout)
 
-    def _bits(self, step: jax.Array) -> _Bits:
-        specs = jax.tree_util.tree_leaves_with_path(self.specs, is_leaf=lambda x: isinstance(x, jax.P))
-        return _Bits(step_key(self.seed, step), {jax.tree_util.keystr(path): spec for path, spec in specs})
+    def _bits(self, step: jax.Array, params: Any) -> _Bits:
+        key = step_key(self.seed, step)
+        if self.specs is None:
+            return _Bits(key, {})
+        known = dict(jax.tree_util.tree_leaves_with_path(self.specs, is_leaf=lambda x: isinstance(x, jax.P)))
+        specs = {}
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+            found = [known[path[:end]] for end in range(len(path) + 1) if path[:end] in known]
+            if is_array(leaf) and not (found and isinstance(found[0], jax.P)):
+                raise InvalidStorageError(
+                    f"specs has {found[0] if found else 'nothing'!r} for {path_string(path)!r}, and takes the "
+                    "PartitionSpec of each parameter, in a tree like the parameters or a prefix of one."
+                )
+            specs[jax.tree_util.keystr(path)] = found[0] if found else None
+        return _Bits(key, specs)
 
     def _full(self, params: Any, low: Any) -> Any:
         return jax.tree.map(
@@ -186,8 +193,32 @@ def _each(params: Any, low: Any) -> Any:
     return jax.tree.map(lambda _: None, params) if low is None else low
 
 
-def _narrow_leaves(params: Any) -> list[tuple[Any, Any]]:
-    return [(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params) if is_narrow(leaf)]
+def _narrow(params: Any) -> frozenset[tuple[str, str]]:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return frozenset((jax.tree_util.keystr(path), str(leaf.dtype)) for path, leaf in leaves if is_narrow(leaf))
+
+
+def _check_step(updates: Any, state: Any, params: Any) -> None:
+    """Raises for arguments of ``update`` that do not belong together."""
+    if not isinstance(state, StoredState):
+        raise InvalidStorageError(
+            f"The state must be a StoredState, got {type(state).__name__}. Pass what init or the last update of this "
+            "stored optimizer returned, in the order update(updates, state, params)."
+        )
+    if params is None:
+        raise InvalidStorageError("stored needs the parameters: call update(updates, state, params).")
+    if state.layout.kept is None and jax.tree.leaves(params):
+        raise InvalidStorageError(
+            "The state was made by optax.tree.map_params, which does not know how moments are stored. Use what it "
+            "returns for shardings and the like, and write jax.tree.map(fun, opt_state) for a state."
+        )
+    was, now = dict(state.layout.params), dict(_narrow(params))
+    for path in sorted(path for path in was.keys() | now.keys() if was.get(path) != now.get(path)):
+        raise InvalidStorageError(
+            f"The 16-bit parameters are not those of init: {path} was {was.get(path, 'not one')} and is "
+            f"{now.get(path, 'not one')}. Pass what the last step returned, or make a new state."
+        )
+    check_trees(updates, params, "update(updates, state, params)")
 
 
 def _check_some_narrow(params: Any, name: str) -> None:
@@ -231,6 +262,9 @@ def saturated(opt_state: Any) -> dict[str, jax.Array]:
     Returns:
         ``float32[]`` by path, the largest of moments whose paths read alike; moments of 16 or more bits are not listed.
 
+    Raises:
+        InvalidStorageError: If the state holds no state of ``stored``.
+
     Example:
         >>> tx = jmp.optim.stored(optax.adam(1e-3), params="split8", state="8bit")
         >>> params = {"w": jnp.zeros(4, jnp.bfloat16)}
@@ -260,8 +294,14 @@ def decoded(inner_state: Any, layout: Layout) -> Any:
 
 
 def stored_states(opt_state: Any) -> list[StoredState]:
-    """Returns every ``StoredState`` in a state."""
-    return [node for _, node in nodes(opt_state, is_stored)]
+    """Returns every ``StoredState`` in a state, or raises if there is none."""
+    found = [node for _, node in nodes(opt_state, is_stored)]
+    if not found:
+        raise InvalidStorageError(
+            f"No state of jmp_lite.optim.stored in the state, which is of type {type(opt_state).__name__}. Pass the "
+            "state of an optimizer wrapped in it."
+        )
+    return found
 
 
 def stored(
@@ -291,8 +331,8 @@ def stored(
             ``optim.Log(highest=20)``. ``"8bit"`` is ``"ratio"`` and ``"log"`` for Adam, ``"slog"`` for a momentum
             without ``nu``.
         seed: Of the random bits.
-        specs: PartitionSpecs of the parameters, a tree like them; required inside ``shard_map`` over sharded
-            parameters.
+        specs: PartitionSpecs of the parameters, a tree like them or a prefix of one; required inside ``shard_map`` over
+            sharded parameters.
 
     Returns:
         A transformation whose state is a ``StoredState``. ``optax.apply_updates`` gives exactly the stored parameters.
@@ -300,7 +340,8 @@ def stored(
 
     Raises:
         InvalidStorageError: For an unknown format; in ``init`` for a pattern that matches nothing, and for parameters
-            that the format cannot hold; in ``update`` without ``params``.
+            that the format cannot hold; in ``update`` without ``params``, or with others than the state was made for.
+        InvalidStepError: In ``update``, if gradients and parameters are different trees.
         MissingAxisError: In ``update`` inside ``shard_map``, for sharded parameters without ``specs``.
 
     Warns:
@@ -328,10 +369,10 @@ def stored(
         )
     check_optimizer(inner, "stored")
     check_formats(state)
-    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+    if not isinstance(seed, (int, np.integer)) or isinstance(seed, bool) or not 0 <= seed < 2**32:
         raise InvalidStorageError(f"seed must be a whole number from 0 to 2**32 - 1, got {quote(seed)}.")
     weights = WEIGHT_FORMATS.get(params, WEIGHT_FORMATS["nearest"])
-    made = _Stored(optax.with_extra_args_support(inner), weights, params, state, seed, specs)
+    made = _Stored(optax.with_extra_args_support(inner), weights, params, state, int(seed), specs)
     return optax.GradientTransformationExtraArgs(made.init, made.update)
 
 
