@@ -23,7 +23,8 @@ from jmp_lite._dtypes import (
     canonical,
     half_dtype,
 )
-from jmp_lite.errors import InvalidSelectionError
+from jmp_lite._messages import quote
+from jmp_lite.errors import InvalidSelectionError, MissingAxisError
 
 T = TypeVar("T")
 Path = tuple[Any, ...]
@@ -207,10 +208,28 @@ def describe(leaf: Any) -> str:
     return f"{leaf.dtype}{list(leaf.shape)}" if is_array(leaf) else repr(leaf)
 
 
+def mapped_axes(axis_name: Any) -> Any:
+    """Returns the name, or tuple of names, of mapped axes as JAX takes them.
+
+    Raises:
+        MissingAxisError: If one is not mapped here.
+    """
+    names = tuple(axis_name) if isinstance(axis_name, list) else axis_name
+    try:
+        jax.lax.axis_size(names)
+    except (NameError, TypeError):
+        raise MissingAxisError(
+            f"axis_name={quote(axis_name)} is not an axis that pmap, shard_map or vmap maps here. Call this inside of "
+            "one that does, or leave axis_name out."
+        ) from None
+    return names
+
+
 def agree(verdict: jax.Array, axis_name: Any) -> jax.Array:
     """Returns whether a verdict holds on every device along the named mapped axes (``None``: as it is)."""
     if axis_name is None:
         return verdict
+    axis_name = mapped_axes(axis_name)
     agreed: jax.Array = jax.lax.pmin(vary_over(verdict, axis_name).astype(jnp.int32), axis_name) > 0
     return agreed
 
@@ -227,6 +246,9 @@ def all_finite(tree: Any, *, axis_name: Any = None) -> jax.Array:
 
     Returns:
         ``bool[]``; True for a tree without such leaves.
+
+    Raises:
+        MissingAxisError: If an axis is not mapped here.
 
     Example:
         >>> print(jmp.all_finite({"w": jnp.array([1.0, jnp.inf]), "step": 3}))

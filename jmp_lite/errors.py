@@ -37,8 +37,7 @@
     └── ComputeDtypeError         AssertionError  matmuls in a wider dtype than asserted
     NonFiniteUpdateWarning        UserWarning     finite gradients, but NaN or infinity in the updates
     SlowDtypeWarning              UserWarning     a compute dtype that this accelerator runs slowly
-    UnmatchedRuleWarning          UserWarning     a rule, a PolicyMap key or an op that changes nothing
-    IdleRecipeWarning             UserWarning     a dot= that replaces no matmul
+    UnmatchedRuleWarning          UserWarning     a rule, PolicyMap key, op or recipe that changes nothing
     LostUpdatesWarning            UserWarning     16-bit parameters that lose small updates
     UncompressedStateWarning      UserWarning     optimizer state that stays in float32
     LeftDenseWarning              UserWarning     a weight that prune leaves dense
@@ -165,7 +164,7 @@ class InvalidStepError(JmpLiteError, TypeError, ValueError):
 
 
 class MissingAxisError(JmpLiteError, ValueError):
-    """Devices see different gradients, and no ``axis_name`` says over which axis they must agree.
+    """Devices see different gradients, and no ``axis_name``, or one of an unmapped axis, says where they must agree.
 
     Fails and works::
 
@@ -482,19 +481,10 @@ class NonFiniteUpdateWarning(UserWarning):
 
 
 class UnmatchedRuleWarning(UserWarning):
-    """A rule, ``PolicyMap`` key or op changes nothing in a program or tree; the message names the nearest match.
+    """A rule, ``PolicyMap`` key, op or recipe changes nothing in a program or tree; the message says what is there.
 
     Example:
         >>> issubclass(jmp.errors.UnmatchedRuleWarning, UserWarning)
-        True
-    """
-
-
-class IdleRecipeWarning(UserWarning):
-    """A recipe, or another function given as ``dot=``, replaced no matmul of a program.
-
-    Example:
-        >>> issubclass(jmp.errors.IdleRecipeWarning, UserWarning)
         True
     """
 

@@ -51,7 +51,6 @@ WARNINGS = [
     "SlowDtypeWarning",
     "CorruptCheckpointWarning",
     "UnmatchedRuleWarning",
-    "IdleRecipeWarning",
     "NonFiniteUpdateWarning",
     "LeftDenseWarning",
     "LostUpdatesWarning",

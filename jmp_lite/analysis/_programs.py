@@ -17,12 +17,12 @@ from jmp_lite.autocast._api import Traced, is_array_or_shape, wrap
 from jmp_lite.autocast._explain import Explanation, explained
 from jmp_lite.autocast._record import as_count
 from jmp_lite.autocast._rules import Settings
-from jmp_lite.errors import IdleRecipeWarning, SlowDtypeWarning, UnmatchedRuleWarning
+from jmp_lite.autocast._requests import REPLACED_NONE
+from jmp_lite.errors import SlowDtypeWarning, UnmatchedRuleWarning
 
 #: What NumPy says of literals that JAX rounds to infinity: a finding, with its line.
-_OVERFLOW = "overflow encountered in cast"
-#: What a summary of an explanation and the estimate say better.
-_SAID_OTHERWISE = (IdleRecipeWarning, SlowDtypeWarning)
+#: Texts of warnings that findings about the program say better.
+_SAID_BETTER = ("overflow encountered in cast", REPLACED_NONE)
 
 
 class Program(NamedTuple):
@@ -84,9 +84,11 @@ def _caught() -> Iterator[list[warnings.WarningMessage]]:
         warnings.simplefilter("always")
         yield kept
     for warning in said:
+        if any(text in str(warning.message) for text in _SAID_BETTER) or warning.category is SlowDtypeWarning:
+            continue
         if issubclass(warning.category, UnmatchedRuleWarning):
             kept.append(warning)
-        elif _OVERFLOW not in str(warning.message) and not issubclass(warning.category, _SAID_OTHERWISE):
+        else:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 

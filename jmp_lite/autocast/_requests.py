@@ -5,10 +5,11 @@ import warnings
 from jmp_lite._messages import first_few, nearest
 from jmp_lite._patterns import nearest_modules
 from jmp_lite.autocast._rules import Precision, Settings
-from jmp_lite.errors import IdleRecipeWarning, UnmatchedRuleWarning
+from jmp_lite.errors import UnmatchedRuleWarning
 
 #: How many letters of the name of a primitive may be wrong for another name to be suggested.
 _TYPOS = 2
+REPLACED_NONE = "replaced no matmul of the program"
 
 
 class Requests:
@@ -46,17 +47,10 @@ class Requests:
         """Warns about what changed nothing.
 
         Warns:
-            UnmatchedRuleWarning: About rules, patterns and ops.
-            IdleRecipeWarning: About functions that take the place of matmuls.
+            UnmatchedRuleWarning: About each of them.
         """
-        for text in [*self._of_patterns(), *self._of_rules(), *self._of_ops()]:
+        for text in [*self._of_patterns(), *self._of_rules(), *self._of_ops(), *self._of_dots()]:
             warnings.warn(text, UnmatchedRuleWarning, stacklevel=2)
-        for name in sorted(self._dots):
-            warnings.warn(
-                f"{name} replaced no matmul of the program. jmp.explain gives the reason for each matmul.",
-                IdleRecipeWarning,
-                stacklevel=2,
-            )
         self._unmatched, self._overruled, self._ops, self._dots = {}, [], set(), set()
 
     def _of_patterns(self) -> list[str]:
@@ -86,3 +80,6 @@ class Requests:
             + (f"Did you mean {names[0]!r}?" if names else f"It has {first_few(known)}.")
             for name, names in near.items()
         ]
+
+    def _of_dots(self) -> list[str]:
+        return [f"{name} {REPLACED_NONE}. jmp.explain gives the reason for each matmul." for name in sorted(self._dots)]

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from jmp_lite._messages import described, first_few
+from jmp_lite._messages import described, first_few, quote
 from jmp_lite._policy import PolicyLike
 from jmp_lite.checkpoint._digest import combine, local_sums
 from jmp_lite.checkpoint._processes import first_failure
@@ -39,7 +40,15 @@ _UNWRITTEN = (jnp.uint4, jnp.int2, jnp.uint2)
 
 
 def absolute(path: str | Path) -> epath.Path:
-    """The absolute path, as Orbax requires; ``gs://...`` is already one."""
+    """The absolute path, as Orbax requires; ``gs://...`` is already one.
+
+    Raises:
+        InvalidCheckpointError: For what is not a path.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise InvalidCheckpointError(
+            f"A checkpoint is in a directory, given as a string or a pathlib.Path; got {quote(path)}."
+        )
     return epath.Path(path if "://" in str(path) else Path(path).absolute())
 
 

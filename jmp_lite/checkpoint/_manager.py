@@ -51,7 +51,8 @@ class CheckpointManager:
             coming preemption.
 
     Raises:
-        InvalidCheckpointError: If ``max_to_keep`` or ``save_interval_steps`` is not an int >= 1.
+        InvalidCheckpointError: If ``max_to_keep`` or ``save_interval_steps`` is not an int >= 1, or ``directory`` is no
+            directory.
         UnknownDtypeError: If the policy string cannot be parsed.
 
     Example:
@@ -87,7 +88,10 @@ class CheckpointManager:
             preservation_policy=ocp.checkpoint_managers.LatestN(kept),
             lightweight_initialize=True,  # to list checkpoints, it need not open them
         )
-        self._manager = ocp.CheckpointManager(absolute(directory), options=options)
+        place = absolute(directory)
+        if place.is_file():
+            raise InvalidCheckpointError(f"{place} is a file, and checkpoints go to a directory. Give another path.")
+        self._manager = ocp.CheckpointManager(place, options=options)
         self._damaged: set[int] = set()
         self._tidy = False
         self._writes = False

@@ -13,6 +13,7 @@ from jmp_lite._messages import first_few
 from jmp_lite._policy import PolicyLike, get_policy
 from jmp_lite._tree import is_finite, path_string
 from jmp_lite.checkpoint._digest import digests, is_shared
+from jmp_lite.checkpoint._formats import check_formats, formats_of, with_saved_formats
 from jmp_lite.checkpoint._stored import without_stored
 from jmp_lite.errors import (
     CheckpointMismatchError,
@@ -27,6 +28,8 @@ T = TypeVar("T")
 
 Header = dict[str, Any]
 
+#: What a header has, beside its checksum.
+_HEADER = {"policy", "loss_scales", "leaves", "formats"}
 _NUMBERS = (bool, int, float, complex)
 #: Arrays of so many bytes are worth reading without a copy.
 _LARGE = 1 << 20
@@ -150,6 +153,10 @@ def describe(state: Any, policy: PolicyLike) -> Header:
     """
     leaves = named_leaves(state)
     for name, leaf in leaves.items():
+        if isinstance(leaf, jax.core.Tracer):
+            raise InvalidCheckpointError(
+                f"Leaf {name!r} is traced and has no value to save. Save outside of jit what the jitted step returned."
+            )
         if not _is_storable(leaf):
             of_dtype = f" of dtype {leaf.dtype!r:.80}" if hasattr(leaf, "dtype") else ""
             raise InvalidCheckpointError(
@@ -168,6 +175,7 @@ def describe(state: Any, policy: PolicyLike) -> Header:
         name: {**_type_of(leaf), "digest": digest} for (name, leaf), digest in zip(leaves.items(), hashed, strict=True)
     }
     header = {"policy": str(get_policy(policy)), "loss_scales": _loss_scales(state), "leaves": entries}
+    header["formats"] = formats_of(state)
     return {**header, "checksum": _checksum(header)}
 
 
@@ -175,11 +183,13 @@ def check_header(header: Any) -> Header:
     """Returns the header as it was written.
 
     Raises:
-        ValueError: If it was changed since.
+        ValueError: If it was changed since, or another version of jmp_lite wrote it.
     """
     body = {name: value for name, value in header.items() if name != "checksum"}
     if header.get("checksum") != _checksum(body):
         raise ValueError("its header was changed after it was written")
+    if set(body) != _HEADER:
+        raise ValueError(f"another version of jmp_lite wrote it, with the header {sorted(body)}")
     return body
 
 
@@ -250,7 +260,8 @@ def agree(header: Header, template: Any, policy: PolicyLike, *, migrate: bool) -
     Raises:
         PolicyMismatchError: If it was saved under another policy, and may not migrate.
         InvalidLossScaleError: If a loss scale in the template is of another class than the one saved, likewise.
-        CheckpointMismatchError: If structures, shapes or dtypes differ, or a sharding does not divide a shape.
+        CheckpointMismatchError: If structures, shapes, dtypes or formats of moments differ, or a sharding does not
+            divide a shape.
         InvalidCheckpointError: If a leaf of the template is traced, or no array, key or number.
     """
     stand_in: Any = template
@@ -258,13 +269,15 @@ def agree(header: Header, template: Any, policy: PolicyLike, *, migrate: bool) -
     _check_template(template)
     if migrate:
         unscaled, put_back_scales = without_changed_scales(header, template)
-        stand_in, put_back_stored = without_stored(header["leaves"], unscaled)
+        unstored, put_back_stored = without_stored(header["leaves"], unscaled)
+        stand_in, convert = with_saved_formats(header, unstored)
 
         def put_back(state: Any) -> Any:
-            return put_back_scales(put_back_stored(state))
+            return put_back_scales(put_back_stored(convert(state)))
     else:
         check_policy(header["policy"], policy)
         check_loss_scales(header, template)
+        check_formats(header, template)
     check_structure(header, stand_in, migrate=migrate)
     return stand_in, put_back
 

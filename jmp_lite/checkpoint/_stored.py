@@ -14,7 +14,7 @@ from jmp_lite.optim._stored import StoredState, decoded, encoded_at_first
 from jmp_lite.scaling._in_state import is_stored
 
 
-def _sharded_like(wide: Any, leaf: Any) -> Any:
+def sharded_like(wide: Any, leaf: Any) -> Any:
     """The shape and sharding of a leaf, in another dtype."""
     is_placed = isinstance(leaf, jax.ShapeDtypeStruct) or (isinstance(leaf, jax.Array) and leaf.committed)
     return jax.ShapeDtypeStruct(wide.shape, wide.dtype, sharding=leaf.sharding if is_placed else None)
@@ -23,7 +23,7 @@ def _sharded_like(wide: Any, leaf: Any) -> Any:
 def _in_float32(node: StoredState) -> Any:
     """The state of the optimizer without ``stored``."""
     wide = jax.eval_shape(lambda inner_state: decoded(inner_state, node.layout), node.inner_state)
-    return jax.tree.map(_sharded_like, wide, node.inner_state)
+    return jax.tree.map(sharded_like, wide, node.inner_state)
 
 
 def without_stored(saved: Any, template: Any) -> tuple[Any, Callable[[Any], Any]]:
@@ -55,7 +55,7 @@ def without_stored(saved: Any, template: Any) -> tuple[Any, Callable[[Any], Any]
     def replace(path: Path, node: Any) -> Any:
         if path in found:
             return _in_float32(node)
-        return _sharded_like(jax.ShapeDtypeStruct(node.shape, FLOAT32), node) if path in own_of else node
+        return sharded_like(jax.ShapeDtypeStruct(node.shape, FLOAT32), node) if path in own_of else node
 
     def put_back(read: Any) -> Any:
         numbers = dict(jax.tree_util.tree_leaves_with_path(read, is_leaf=lambda _: False))

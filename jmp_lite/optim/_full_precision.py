@@ -8,23 +8,19 @@ import numpy as np
 import optax
 
 from jmp_lite._dtypes import FLOAT32
-from jmp_lite._messages import described
+from jmp_lite._messages import described, first_few
 from jmp_lite._policy import PolicyLike, get_policy
-from jmp_lite._tree import Path, describe, is_narrow
+from jmp_lite._tree import Path, describe, is_narrow, path_string
 from jmp_lite.errors import InvalidStorageError
 from jmp_lite.optim._stored import decoded, encoded_at_first, stored_states
 from jmp_lite.optim._weights import format_of
 from jmp_lite.scaling._in_state import is_stored
+from jmp_lite.scaling._loss_scaled import check_optimizer
 
 
 def _low_bits(opt_state: Any) -> dict[Path, Any]:
     """Low bits by path of the parameter, collected from every ``stored`` in the state."""
     states = stored_states(opt_state)
-    if not states:
-        raise InvalidStorageError(
-            f"No full precision in the state, which is of type {type(opt_state).__name__}. Pass the state of an "
-            "optimizer wrapped in jmp_lite.optim.stored."
-        )
     return {path: low for s in states for path, low in jax.tree_util.tree_leaves_with_path(s.low)}
 
 
@@ -39,7 +35,7 @@ def full_precision_params(opt_state: Any, params: Any) -> Any:
         A tree like ``params`` with 16-bit leaves in float32, including the low bits that the state holds.
 
     Raises:
-        InvalidStorageError: If the state holds no state of ``stored``.
+        InvalidStorageError: If the state holds no state of ``stored``, or belongs to other parameters.
 
     Example:
         >>> tx = jmp.optim.master_weights(optax.sgd(0.1))
@@ -48,6 +44,12 @@ def full_precision_params(opt_state: Any, params: Any) -> Any:
         [0.100098 0.200195] [0.1 0.2]
     """
     low_bits = _low_bits(opt_state)
+    unknown = sorted(map(path_string, low_bits.keys() - dict(jax.tree_util.tree_leaves_with_path(params)).keys()))
+    if unknown:
+        raise InvalidStorageError(
+            f"The state has low bits of {first_few(list(map(repr, unknown)))}, which the parameters do not have. Pass "
+            "the parameters of this state, in the tree that init was called with."
+        )
 
     def decode(path: Any, param: Any) -> Any:
         low = low_bits.get(path)
@@ -85,6 +87,7 @@ def from_full_precision(
         >>> jax.tree.map(jnp.result_type, params)
         {'dense': {'kernel': dtype(bfloat16)}, 'norm': {'scale': dtype('float32')}}
     """
+    check_optimizer(tx, "from_full_precision")
     seen = get_policy(policy).cast_to_param(params)
     state = tx.init(seen)
     low_bits = _low_bits(state)

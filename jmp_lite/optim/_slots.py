@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from jmp_lite._messages import first_few, nearest, quote
 from jmp_lite._patterns import compile_pattern, matches
@@ -66,8 +67,9 @@ class Slot:
         return path_string(self.path[self.field : self.field + 1])
 
     @property
-    def param(self) -> str:
-        return path_string(self.path[self.field + 1 :])
+    def param(self) -> Path:
+        """Keys of the parameter."""
+        return self.path[self.field + 1 :]
 
     def neighbor(self, field: str) -> Path:
         """Path of the leaf for the same parameter under another field of the same state."""
@@ -80,31 +82,41 @@ class Kept:
 
     Attributes:
         leaf: Which one of all leaves it is.
-        name: Its path.
-        param: Path of its parameter.
+        key: Its path, as ``jax.tree_util.keystr`` writes it.
+        param: Path of its parameter, likewise.
         format: What encodes and decodes it.
         other: The leaf that it is stored relative to.
     """
 
     leaf: int
-    name: str
+    key: str
     param: str
     format: StateFormat
     other: int | None
 
 
 @jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Layout:
     """How each moment is stored; part of the tree structure of a state.
 
+    A state without parameters, as ``optax.tree.map_params`` makes one to map over others, has a layout that equals all.
+
     Attributes:
-        kept: Leaves of the state; reference moments come first.
-        params: Paths of the 16-bit parameters, as ``jax.tree_util.keystr`` writes them.
+        kept: Leaves of the state; reference moments come first. ``None``: of any parameters.
+        params: Path and dtype of each 16-bit parameter, the path as ``jax.tree_util.keystr`` writes it.
     """
 
-    kept: tuple[Kept, ...] = ()
-    params: frozenset[str] = frozenset()
+    kept: tuple[Kept, ...] | None
+    params: frozenset[tuple[str, str]] = frozenset()
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Layout):
+            return NotImplemented
+        return None in (self.kept, other.kept) or (self.kept, self.params) == (other.kept, other.params)
+
+    def __hash__(self) -> int:
+        return hash(Layout)
 
 
 def slots(inner_state: Any, params: Any) -> dict[Path, Slot]:
@@ -198,15 +210,17 @@ def _kept(chosen: list[tuple[Slot, StateFormat]], inner_state: Any) -> tuple[Kep
                 f"{slot.name!r} is to be kept relative to {path_string(other)!r}, which is not a moment of "
                 f"{slot.owner} that is kept on its own. Use 'slog' for it."
             )
-        kept.append(Kept(leaves[slot.path], slot.name, slot.param, one, leaves[other] if other else None))
+        key, param = jax.tree_util.keystr(slot.path), jax.tree_util.keystr(slot.param)
+        kept.append(Kept(leaves[slot.path], key, param, one, leaves[other] if other else None))
     return tuple(kept)
 
 
 def _preset(name: str, found: Mapping[Path, Slot], inner: Any, params: Any) -> list[tuple[Slot, StateFormat]]:
     moments = [(slot, EIGHT_BIT.get(slot.owner, {}).get(slot.kind)) for slot in found.values()]
     chosen = [(slot, one) for slot, one in moments if one is not None]
-    if any(slot.owner == "ScaleByAdamState" for slot, _ in chosen):
-        own = _growth(inner, params)
+    adams = [slot for slot, _ in chosen if slot.owner == "ScaleByAdamState"]
+    if adams:
+        own = _growth(inner, params, {slot.path[: slot.field]: slot.param for slot in adams})
         fitting = [(slot, _adams(slot, one, own.get(slot.path[: slot.field]))) for slot, one in chosen]
         chosen = [(slot, one) for slot, one in fitting if one is not None]
     return chosen if name == "8bit" else [(slot, FORMATS[name]) for slot, _ in chosen]
@@ -277,17 +291,25 @@ def _by_pattern(formats: Mapping[str, Any], found: Mapping[Path, Slot]) -> list[
     return [(slot, one) for slot, one in chosen if one != FORMATS["float32"]]
 
 
-def _growth(inner: Any, params: Any) -> dict[Path, tuple[float, float]]:
-    """Tries an optimizer on one number per parameter to see how moments grow with gradients.
+def _growth(inner: Any, params: Any, nodes: Mapping[Path, Path]) -> dict[Path, tuple[float, float]]:
+    """Tries an optimizer on one number for one parameter of each state, to see how moments grow with gradients.
+
+    Args:
+        inner: The optimizer.
+        params: Its parameters.
+        nodes: Paths of its states, and of a parameter that each has moments of. The others are masked.
 
     Returns:
         By path of a state, the factors by which ``mu`` and ``nu`` grow when gradients double; empty for an optimizer
         that cannot be tried.
     """
-    small = jax.tree.map(lambda x: np.ones((1,) * np.ndim(x), np.float32) if is_inexact(x) else x, params)
+    tried_on = set(nodes.values())
+    small = jax.tree_util.tree_map_with_path(
+        lambda path, x: np.ones((1,) * np.ndim(x), np.float32) if path in tried_on else optax.MaskedNode(), params
+    )
 
     def tried(size: float) -> dict[Path, tuple[Slot, float]]:
-        grads = jax.tree.map(lambda x: x * np.float32(size) if is_inexact(x) else x, small)
+        grads = jax.tree.map(lambda x: x * np.float32(size), small)
         state = inner.init(small)
         for _ in range(2):
             _, state = inner.update(grads, state, small, value=0.0)

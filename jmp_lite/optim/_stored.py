@@ -20,7 +20,7 @@ from jmp_lite.optim._moments import StateFormat
 from jmp_lite.optim._slots import Formats, Layout, check_formats, choose
 from jmp_lite.optim._weights import WEIGHT_FORMATS, WeightFormat
 from jmp_lite.scaling._in_state import is_stored, nodes
-from jmp_lite.scaling._loss_scaled import check_optimizer
+from jmp_lite.scaling._loss_scaled import check_optimizer, check_trees
 
 #: The step for whose bits state is made; no step has this number.
 _BEFORE = 2**32 - 1
@@ -32,7 +32,8 @@ class StoredState(NamedTuple):
     Attributes:
         inner_state: State of the wrapped optimizer, with encoded moments.
         low: Low bits of the parameters, which the model does not see: a tree like the parameters, of ``int8`` or
-            ``int16``, with ``None`` for leaves without low bits.
+            ``int16``, with ``optax.MaskedNode`` for leaves without low bits; ``None`` if the format has none.
+            (Pass ``optax.tree.map_params`` an ``is_leaf`` that recognizes ``MaskedNode``.)
         step: ``uint32[]``, steps taken; seeds the random bits together with ``seed``.
         layout: How each moment is stored; no array.
 
@@ -51,7 +52,7 @@ class StoredState(NamedTuple):
     @property
     def params_in_float32(self) -> frozenset[str]:
         """For ``loss_scaled``: paths of the 16-bit parameters that it need not handle."""
-        return self.layout.params
+        return frozenset(path for path, _ in self.layout.params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,14 +63,20 @@ class _Bits:
     specs: dict[str, Any]
 
     def of(self, name: str, param: str) -> tuple[jax.Array, Any]:
-        """The key of an array, and how it is sharded."""
+        """The key of an array, and how it is sharded. Names are of ``keystr``: others may be alike."""
         return key_at(self.key, name), self.specs.get(param)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3, 4))
 def _encoded_weight(weights: WeightFormat, full: jax.Array, key: jax.Array, spec: Any, dtype: Any) -> Any:
-    """Traced once per shape, as the next one."""
+    """Traced once per shape, as the next two."""
     return weights.encode(full, counted_bits(key, full.shape, spec), dtype)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _decoded(one: Any, stored: jax.Array, beside: Any) -> jax.Array:
+    decoded: jax.Array = one.decode(stored, beside)
+    return decoded
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
@@ -92,19 +99,20 @@ class _Stored:
         jax.tree_util.tree_map_with_path(self._check, params)
         _check_some_narrow(params, self.name)
         register_flax_serialization(Layout, lambda _: {}, lambda layout, _: layout)
-        low = jax.tree.map(functools.partial(_no_low, self.weights), params)
+        low_dtype = self.weights.low_dtype
+        low = None if low_dtype is None else jax.tree.map(functools.partial(_no_low, low_dtype), params)
         full = self._full(params, low)
         inner_state = self.inner.init(full)
-        kept = choose(self.inner, inner_state, full, self.formats)
-        layout = Layout(kept, frozenset(jax.tree_util.keystr(path) for path, _ in _narrow_leaves(params)))
+        kept = choose(self.inner, inner_state, full, self.formats) if jax.tree.leaves(params) else None
+        self._bits(jnp.zeros((), jnp.uint32), params)
+        layout = Layout(kept, _narrow(params))
         return StoredState(encoded_at_first(inner_state, layout), low, jnp.zeros((), jnp.uint32), layout)
 
     def update(
         self, updates: Any, state: StoredState, params: Any = None, **extra_args: Any
     ) -> tuple[Any, StoredState]:
-        if params is None:
-            raise InvalidStorageError("stored needs the parameters: call update(updates, state, params).")
-        bits = self._bits(state.step)
+        _check_step(updates, state, params)
+        bits = self._bits(state.step, params)
         _refuse_forgotten_specs(params, bits)
         full = self._full(params, state.low)
         grads = cast_to_full(updates)
@@ -113,23 +121,39 @@ class _Stored:
         def stepped(path: Any, param: Any, wide: Any, step: Any, low: Any) -> Any:
             if not is_narrow(param) or not is_array(step):
                 return step, low
-            name = path_string(path)
+            name = jax.tree_util.keystr(path)
             sum_ = wide + step.astype(FLOAT32)
             new, low = _encoded_weight(self.weights, sum_, *bits.of(name, name), param.dtype)
             change = new.astype(FLOAT32) - param.astype(FLOAT32)
             return jnp.where(change == 0, np.float32(-0.0), change), low  # 0 would make 0 of -0
 
-        both = jax.tree_util.tree_map_with_path(stepped, params, full, steps, state.low)
+        both = jax.tree_util.tree_map_with_path(stepped, params, full, steps, _each(params, state.low))
         changes, low = (jax.tree.map(lambda _, pair, i=i: pair[i], params, both) for i in (0, 1))
+        low = None if state.low is None else low
         return changes, StoredState(encoded(inner_state, state.layout, bits), low, state.step + 1, state.layout)
 
-    def _bits(self, step: jax.Array) -> _Bits:
-        specs = jax.tree_util.tree_leaves_with_path(self.specs, is_leaf=lambda x: isinstance(x, jax.P))
-        return _Bits(step_key(self.seed, step), {path_string(path): spec for path, spec in specs})
+    def _bits(self, step: jax.Array, params: Any) -> _Bits:
+        key = step_key(self.seed, step)
+        if self.specs is None:
+            return _Bits(key, {})
+        known = dict(jax.tree_util.tree_leaves_with_path(self.specs, is_leaf=lambda x: isinstance(x, jax.P)))
+        specs = {}
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+            found = [known[path[:end]] for end in range(len(path) + 1) if path[:end] in known]
+            if is_array(leaf) and not (found and isinstance(found[0], jax.P)):
+                raise InvalidStorageError(
+                    f"specs has {found[0] if found else 'nothing'!r} for {path_string(path)!r}, and takes the "
+                    "PartitionSpec of each parameter, in a tree like the parameters or a prefix of one."
+                )
+            specs[jax.tree_util.keystr(path)] = found[0] if found else None
+        return _Bits(key, specs)
 
     def _full(self, params: Any, low: Any) -> Any:
-        decode = self.weights.decode
-        return jax.tree.map(lambda param, low: decode(param, low) if is_narrow(param) else param, params, low)
+        return jax.tree.map(
+            lambda param, low: _decoded(self.weights, param, low) if is_narrow(param) else param,
+            params,
+            _each(params, low),
+        )
 
     def _check(self, path: Any, leaf: Any) -> None:
         if not is_array(leaf) or not jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -151,7 +175,7 @@ def _refuse_forgotten_specs(params: Any, bits: _Bits) -> None:
     """Raises if parameters are sharded over axes that the step is not, and ``specs`` does not say how."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         axes = varying_axes(leaf) - varying_axes(bits.key) if is_array(leaf) else frozenset()
-        if axes and path_string(path) not in bits.specs:
+        if axes and jax.tree_util.keystr(path) not in bits.specs:
             raise MissingAxisError(
                 f"Parameter {path_string(path)!r} is sharded over {' and '.join(map(repr, sorted(axes)))}, and its "
                 "shards would all be rounded with the same random bits. Write stored(..., specs=...), with the "
@@ -159,15 +183,42 @@ def _refuse_forgotten_specs(params: Any, bits: _Bits) -> None:
             )
 
 
-def _no_low(weights: WeightFormat, param: Any) -> Any:
+def _no_low(low_dtype: Any, param: Any) -> Any:
     """The low bits of a parameter without a float32 original."""
-    if not is_narrow(param) or weights.low_dtype is None:
-        return None
-    return jnp.zeros_like(param, dtype=weights.low_dtype)
+    return jnp.zeros_like(param, dtype=low_dtype) if is_narrow(param) else optax.MaskedNode()
 
 
-def _narrow_leaves(params: Any) -> list[tuple[Any, Any]]:
-    return [(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params) if is_narrow(leaf)]
+def _each(params: Any, low: Any) -> Any:
+    """Low bits in the structure of the parameters."""
+    return jax.tree.map(lambda _: None, params) if low is None else low
+
+
+def _narrow(params: Any) -> frozenset[tuple[str, str]]:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return frozenset((jax.tree_util.keystr(path), str(leaf.dtype)) for path, leaf in leaves if is_narrow(leaf))
+
+
+def _check_step(updates: Any, state: Any, params: Any) -> None:
+    """Raises for arguments of ``update`` that do not belong together."""
+    if not isinstance(state, StoredState):
+        raise InvalidStorageError(
+            f"The state must be a StoredState, got {type(state).__name__}. Pass what init or the last update of this "
+            "stored optimizer returned, in the order update(updates, state, params)."
+        )
+    if params is None:
+        raise InvalidStorageError("stored needs the parameters: call update(updates, state, params).")
+    if state.layout.kept is None and jax.tree.leaves(params):
+        raise InvalidStorageError(
+            "The state was made by optax.tree.map_params, which does not know how moments are stored. Use what it "
+            "returns for shardings and the like, and write jax.tree.map(fun, opt_state) for a state."
+        )
+    was, now = dict(state.layout.params), dict(_narrow(params))
+    for path in sorted(path for path in was.keys() | now.keys() if was.get(path) != now.get(path)):
+        raise InvalidStorageError(
+            f"The 16-bit parameters are not those of init: {path} was {was.get(path, 'not one')} and is "
+            f"{now.get(path, 'not one')}. Pass what the last step returned, or make a new state."
+        )
+    check_trees(updates, params, "update(updates, state, params)")
 
 
 def _check_some_narrow(params: Any, name: str) -> None:
@@ -182,12 +233,14 @@ def _check_some_narrow(params: Any, name: str) -> None:
 def encoded(inner_state: Any, layout: Layout, bits: _Bits) -> Any:
     """Encodes the float32 moments of a state."""
     leaves, treedef = jax.tree.flatten(inner_state)
-    known = dict(enumerate(leaves))
-    for kept in layout.kept:
+    all_kept = layout.kept or ()
+    read_again, known = {kept.other for kept in all_kept}, dict(enumerate(leaves))
+    for kept in all_kept:
         value = leaves[kept.leaf].astype(FLOAT32)
         beside = None if kept.other is None else known[kept.other].astype(FLOAT32)
-        leaves[kept.leaf] = _encoded_moment(kept.format, value, beside, *bits.of(f"state/{kept.name}", kept.param))
-        known[kept.leaf] = kept.format.decode(leaves[kept.leaf], beside)
+        leaves[kept.leaf] = _encoded_moment(kept.format, value, beside, *bits.of(f"state{kept.key}", kept.param))
+        if kept.leaf in read_again:
+            known[kept.leaf] = _decoded(kept.format, leaves[kept.leaf], beside)
     return jax.tree.unflatten(treedef, leaves)
 
 
@@ -207,7 +260,10 @@ def saturated(opt_state: Any) -> dict[str, jax.Array]:
         opt_state: State of an optimizer made by ``stored``, or any state that holds it.
 
     Returns:
-        ``float32[]`` by path; moments of 16 or more bits are not listed.
+        ``float32[]`` by path, the largest of moments whose paths read alike; moments of 16 or more bits are not listed.
+
+    Raises:
+        InvalidStorageError: If the state holds no state of ``stored``.
 
     Example:
         >>> tx = jmp.optim.stored(optax.adam(1e-3), params="split8", state="8bit")
@@ -216,28 +272,36 @@ def saturated(opt_state: Any) -> dict[str, jax.Array]:
         >>> print(jmp.optim.saturated(state)["0/nu/w"])
         0.5
     """
-    shares = {}
+    shares: dict[str, jax.Array] = {}
     for state in stored_states(opt_state):
-        leaves = jax.tree.leaves(state.inner_state)
-        for kept in state.layout.kept:
-            if kept.format.largest and leaves[kept.leaf].size:
-                is_largest = [leaves[kept.leaf] == np.asarray(code, kept.format.dtype) for code in kept.format.largest]
-                shares[kept.name] = jnp.mean(functools.reduce(operator.or_, is_largest))
+        leaves = jax.tree_util.tree_leaves_with_path(state.inner_state)
+        for kept in state.layout.kept or ():
+            path, leaf = leaves[kept.leaf]
+            if kept.format.largest and leaf.size:
+                is_largest = [leaf == np.asarray(code, kept.format.dtype) for code in kept.format.largest]
+                share, name = jnp.mean(functools.reduce(operator.or_, is_largest)), path_string(path)
+                shares[name] = jnp.maximum(share, shares[name]) if name in shares else share
     return shares
 
 
 def decoded(inner_state: Any, layout: Layout) -> Any:
     """Undoes ``encoded``."""
     leaves, treedef = jax.tree.flatten(inner_state)
-    for kept in layout.kept:
+    for kept in layout.kept or ():
         beside = None if kept.other is None else leaves[kept.other].astype(FLOAT32)
-        leaves[kept.leaf] = kept.format.decode(leaves[kept.leaf], beside)
+        leaves[kept.leaf] = _decoded(kept.format, leaves[kept.leaf], beside)
     return jax.tree.unflatten(treedef, leaves)
 
 
 def stored_states(opt_state: Any) -> list[StoredState]:
-    """Returns every ``StoredState`` in a state."""
-    return [node for _, node in nodes(opt_state, is_stored)]
+    """Returns every ``StoredState`` in a state, or raises if there is none."""
+    found = [node for _, node in nodes(opt_state, is_stored)]
+    if not found:
+        raise InvalidStorageError(
+            f"No state of jmp_lite.optim.stored in the state, which is of type {type(opt_state).__name__}. Pass the "
+            "state of an optimizer wrapped in it."
+        )
+    return found
 
 
 def stored(
@@ -267,8 +331,8 @@ def stored(
             ``optim.Log(highest=20)``. ``"8bit"`` is ``"ratio"`` and ``"log"`` for Adam, ``"slog"`` for a momentum
             without ``nu``.
         seed: Of the random bits.
-        specs: PartitionSpecs of the parameters, a tree like them; required inside ``shard_map`` over sharded
-            parameters.
+        specs: PartitionSpecs of the parameters, a tree like them or a prefix of one; required inside ``shard_map`` over
+            sharded parameters.
 
     Returns:
         A transformation whose state is a ``StoredState``. ``optax.apply_updates`` gives exactly the stored parameters.
@@ -276,7 +340,8 @@ def stored(
 
     Raises:
         InvalidStorageError: For an unknown format; in ``init`` for a pattern that matches nothing, and for parameters
-            that the format cannot hold; in ``update`` without ``params``.
+            that the format cannot hold; in ``update`` without ``params``, or with others than the state was made for.
+        InvalidStepError: In ``update``, if gradients and parameters are different trees.
         MissingAxisError: In ``update`` inside ``shard_map``, for sharded parameters without ``specs``.
 
     Warns:
@@ -304,10 +369,10 @@ def stored(
         )
     check_optimizer(inner, "stored")
     check_formats(state)
-    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+    if not isinstance(seed, (int, np.integer)) or isinstance(seed, bool) or not 0 <= seed < 2**32:
         raise InvalidStorageError(f"seed must be a whole number from 0 to 2**32 - 1, got {quote(seed)}.")
     weights = WEIGHT_FORMATS.get(params, WEIGHT_FORMATS["nearest"])
-    made = _Stored(optax.with_extra_args_support(inner), weights, params, state, seed, specs)
+    made = _Stored(optax.with_extra_args_support(inner), weights, params, state, int(seed), specs)
     return optax.GradientTransformationExtraArgs(made.init, made.update)
 
 

@@ -4,18 +4,15 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from jmp_lite._dtypes import FLOAT32, at_least_float32
-from jmp_lite._messages import quote
-from jmp_lite._tree import describe, is_array, is_finite, is_inexact, is_number, path_string
-from jmp_lite.errors import InvalidStepError
+from jmp_lite._tree import is_finite, is_number
 from jmp_lite.scaling._in_state import stored_params
 from jmp_lite.scaling._loss_scaled import (
     LossScaledUpdate,
-    check_gradient,
     check_optimizer,
+    check_trees,
     is_hidden,
     loss_scaled_states,
     nothing,
@@ -60,30 +57,6 @@ def _merged(params: P, applied: P) -> P:
     return merged
 
 
-def _check_trees(grads: Any, params: Any) -> None:
-    """Raises for gradients that do not belong to these parameters."""
-
-    def check(path: Any, param: Any, grad: Any) -> None:
-        if not jax.tree_util.all_leaves([grad], is_leaf=is_hidden):
-            raise ValueError(f"{path_string(path)!r} is one leaf of the parameters, and a tree of gradients")
-        check_gradient(path, param, grad)
-        if is_inexact(param) and is_array(grad) and grad.shape != np.shape(param):
-            raise InvalidStepError(
-                f"The gradient of {path_string(path)!r} is {describe(grad)}, but the parameter is {describe(param)}. "
-                "Pass gradients of these parameters, in the order apply_gradients(tx, grads, opt_state, params)."
-            )
-
-    try:
-        jax.tree_util.tree_map_with_path(check, params, grads)
-    except (ValueError, TypeError) as error:
-        if isinstance(error, InvalidStepError):
-            raise
-        raise InvalidStepError(
-            f"Gradients and parameters are different trees: {quote(str(error).splitlines()[0])}. Pass gradients of "
-            "these parameters, in the order apply_gradients(tx, grads, opt_state, params)."
-        ) from error
-
-
 def apply_gradients(
     tx: optax.GradientTransformation, grads: Any, opt_state: Any, params: P, **extra_args: Any
 ) -> tuple[P, Any]:
@@ -122,7 +95,7 @@ def apply_gradients(
         [0.5 1. ]
     """
     check_optimizer(tx, "apply_gradients")
-    _check_trees(grads, params)
+    check_trees(grads, params, "apply_gradients(tx, grads, opt_state, params)")
     update, stored = tx.update, stored_params(opt_state)
     if not isinstance(update, LossScaledUpdate):
         loss_scaled_states(opt_state)

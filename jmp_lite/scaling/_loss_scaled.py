@@ -110,6 +110,37 @@ def check_gradient(path: Any, param: Any, grad: Any) -> None:
         )
 
 
+def check_trees(grads: Any, params: Any, call: str) -> None:
+    """Raises for gradients that do not belong to these parameters.
+
+    Args:
+        grads: A tree like the parameters, or like the fast ones of ``optax.lookahead``.
+        params: The parameters.
+        call: How to write the call.
+    """
+    params = params.fast if isinstance(params, optax.LookaheadParams) else params
+
+    def check(path: Any, param: Any, grad: Any) -> None:
+        if not jax.tree_util.all_leaves([grad], is_leaf=is_hidden):
+            raise ValueError(f"{path_string(path)!r} is one leaf of the parameters, and a tree of gradients")
+        check_gradient(path, param, grad)
+        if is_inexact(param) and is_array(grad) and grad.shape != np.shape(param):
+            raise InvalidStepError(
+                f"The gradient of {path_string(path)!r} is {describe(grad)}, but the parameter is {describe(param)}. "
+                f"Pass gradients of these parameters, in the order {call}."
+            )
+
+    try:
+        jax.tree_util.tree_map_with_path(check, params, grads)
+    except (ValueError, TypeError) as error:
+        if isinstance(error, InvalidStepError):
+            raise
+        raise InvalidStepError(
+            f"Gradients and parameters are different trees: {quote(str(error).splitlines()[0])}. Pass gradients of "
+            f"these parameters, in the order {call}."
+        ) from error
+
+
 def _of_hidden(grad: Any) -> Any:
     """Returns the update of a leaf without a gradient: a no-op for integer arrays; otherwise the given gradient."""
     return jnp.zeros_like(grad) if is_array(grad) and is_number(grad) else grad
@@ -186,7 +217,8 @@ class LossScaledUpdate:
         (new_updates, inner_state), updates_finite = step_or_skip(
             finite, step, skip, self.axis_name, is_stored=bool(stored_params(state.inner_state))
         )
-        new_updates = jax.tree.map(lambda grad, new: _of_hidden(grad) if new is None else new, updates, new_updates)
+        if jax.tree.structure(new_updates) == jax.tree.structure(trainable(updates)):  # not so for optax.lookahead
+            new_updates = jax.tree.map(lambda grad, new: _of_hidden(grad) if new is None else new, updates, new_updates)
         return new_updates, self.next_state(state, inner_state, finite, updates_finite)
 
 
@@ -248,8 +280,8 @@ def loss_scaled(
     Raises:
         InvalidStepError: If ``inner`` is not an optimizer, for example ``optax.adam`` without a call.
         InvalidLossScaleError: If ``loss_scale`` is not a loss scale; in ``init``, if ``inner`` has one of its own.
-        MissingAxisError: In ``update``, under the ``check_vma`` of ``shard_map``, if devices see different gradients
-            and ``axis_name`` does not say so.
+        MissingAxisError: In ``update``, if ``axis_name`` is not mapped, or, under the ``check_vma`` of ``shard_map``,
+            if devices see different gradients and it does not say so.
 
     Warns:
         LostUpdatesWarning: In ``init``, for 16-bit parameters under an optimizer that only rounds them to nearest;

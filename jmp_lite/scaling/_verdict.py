@@ -21,7 +21,7 @@ import numpy as np
 
 from jmp_lite._compat import leaves_are_local, varying_axes
 from jmp_lite._dtypes import FLOAT32
-from jmp_lite._tree import agree, cast_to_at_least_float32, cast_to_full, is_inexact, select_tree
+from jmp_lite._tree import agree, cast_to_at_least_float32, cast_to_full, is_inexact, mapped_axes, select_tree
 from jmp_lite.errors import MissingAxisError
 from jmp_lite.scaling._loss_scale import LARGEST_SCALE, SMALLEST_SCALE, LossScale
 
@@ -70,7 +70,7 @@ def judge(grads: Any, loss_scale: LossScale, axis_name: Any) -> jax.Array:
     """Returns ``bool[]``: whether a step may be taken, the same on every device along ``axis_name``."""
     leaves = [jnp.asarray(x) for x in jax.tree.leaves(grads) if is_inexact(x)]
     scale = jnp.asarray(loss_scale.loss_scale, jnp.float32)
-    replicas = 1 if axis_name is None else jax.lax.axis_size(axis_name)
+    replicas = 1 if axis_name is None else jax.lax.axis_size(mapped_axes(axis_name))
     elements = max(1, replicas * sum(x.size for x in leaves))
 
     def each(leaves: list[jax.Array], holds: Callable[..., jax.Array] = jnp.all) -> list[jax.Array]:

@@ -55,10 +55,10 @@ def test_a_product_of_the_users(order, place):
     assert seen == [(BF16, BF16, BF16)] * calls
 
 
+@pytest.mark.filterwarnings("ignore:dot= replaced no matmul")
 def test_a_product_of_the_users_is_not_asked_in_full_precision():
     seen = []
-    rules = [jmp.Rule("router", precision="full", dot=recording(seen))]
-    jax.eval_shape(jmp.autocast(layers, LOW, rules=rules), X, W)
+    jax.eval_shape(jmp.autocast(layers, LOW, rules=jmp.Rule(precision="full"), dot=recording(seen)), X, W)
     jax.eval_shape(jmp.autocast(jmp.full_precision(jnp.matmul), LOW, dot=recording(seen)), X, W)
     assert not seen
 

@@ -10,6 +10,7 @@ from support.optimizers import ALIASES, optimizer
 from support.storage import KEPT, WEIGHTS, adam, dtypes, gradients, moment_bound, shapes_for, weight_bound, weights
 
 import jmp_lite as jmp
+from jmp_lite._tree import path_string
 from jmp_lite.optim import Float, Log, Ratio, SignedLog, stored
 from jmp_lite.optim._stored import decoded
 
@@ -38,7 +39,7 @@ def check_step(transforms, name, params, opt_state, grads):
         other = None if kept[i].other is None else of_stored[kept[i].other]
         bound = moment_bound(kept[i].format, value, other)
         error = np.abs(np.float64(back) - np.float64(value))
-        assert np.all((error <= bound) | ~np.isfinite(value)), (kept[i].name, error.max())
+        assert np.all((error <= bound) | ~np.isfinite(value)), (kept[i].key, error.max())
         np.testing.assert_array_equal(np.isfinite(back), np.isfinite(value))
     assert structure_and_dtypes(after) == structure_and_dtypes(opt_state)
     return new, after
@@ -89,7 +90,8 @@ def test_hard_gradients(alias, kind, dtype, rng):
 
 
 def formats_of(opt_state):
-    return {kept.name: kept.format for kept in opt_state.layout.kept}
+    paths = [path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(opt_state.inner_state)]
+    return {paths[kept.leaf]: kept.format for kept in opt_state.layout.kept}
 
 
 @pytest.mark.parametrize(

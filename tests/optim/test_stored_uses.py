@@ -165,7 +165,7 @@ def test_leaves_that_a_policy_keeps_in_float32(rng):
     full = weights(rng, jnp.float32)
     params, opt_state = jmp.optim.from_full_precision(tx, full, policy)
     assert params["bias"].dtype == jnp.float32
-    assert opt_state.inner_state.low["bias"] is None
+    assert opt_state.inner_state.low["bias"] == optax.MaskedNode()
     assert opt_state.inner_state.inner_state[0].nu["bias"].dtype == np.uint8
     grads = jax.tree.map(lambda g: g * 2.0**15, gradients(rng))
     params, opt_state = jmp.apply_gradients(tx, grads, opt_state, params)

@@ -259,7 +259,7 @@ OF_WEIGHTS = {
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
 @pytest.mark.parametrize("case", OF_WEIGHTS)
 @policies
-@pytest.mark.filterwarnings("ignore::jmp_lite.errors.IdleRecipeWarning")
+@pytest.mark.filterwarnings("ignore::jmp_lite.errors.UnmatchedRuleWarning")
 def test_a_recipe_is_for_products_with_a_weight(case, policy, stored, rng):
     """Unless it says otherwise; ``explain`` tells which, and why not."""
     fun, count, with_weight = OF_WEIGHTS[case]
@@ -295,7 +295,6 @@ RULES = {
 
 @pytest.mark.parametrize("case", RULES)
 @policies
-@pytest.mark.filterwarnings("ignore::jmp_lite.errors.IdleRecipeWarning")
 def test_rules(case, policy, rng):
     settings, count = RULES[case]
     fun, params, x = MODELS["perceptron"][0](rng)

@@ -245,7 +245,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-@pytest.mark.filterwarnings("ignore::jmp_lite.errors.IdleRecipeWarning")
+@pytest.mark.filterwarnings("ignore::jmp_lite.errors.UnmatchedRuleWarning")
 def test_what_cannot_be_calibrated(case):
     make, recipe, batches, message = WRONG[case]
     with pytest.raises(jmp.errors.InvalidRecipeError, match=message):
