@@ -29,18 +29,34 @@ def check_function(fun: Any, caller: str) -> None:
         raise InvalidFunctionError(f"{caller} takes a function, got {quote(fun)}.{with_apply}")
 
 
-def refuse_tracers(values: Any, caller: str) -> None:
-    """Raises for a pytree that stands for arrays inside ``jax.jit``, ``vmap`` or ``scan``, by a function that reads it.
+def require_numbers(values: Any, caller: str) -> None:
+    """Raises for a pytree without numbers to read: shapes, or arrays inside ``jax.jit``, ``vmap`` or ``scan``.
 
     Args:
         values: The pytree.
         caller: Public name of the function.
     """
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values)):
+    leaves = jax.tree.leaves(values)
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
+        raise InvalidAnalysisError(
+            f"{caller} reads numbers, and was given a jax.ShapeDtypeStruct, which has none. Give it arrays."
+        )
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
         raise InvalidAnalysisError(
             f"{caller} reads numbers on the host, and was called inside jax.jit, vmap, scan or grad, where there are "
             "none. Call it outside, and give it the transformed function or what the transformed function returned."
         )
+
+
+def read_on_host(values: Any, caller: str) -> Any:
+    """Returns a pytree of arrays as NumPy arrays; raises as ``require_numbers`` does.
+
+    Args:
+        values: The pytree.
+        caller: Public name of the function.
+    """
+    require_numbers(values, caller)
+    return jax.device_get(values)
 
 
 def refuse_modules(fun: Callable[..., Any], args: Any, kwargs: Any, caller: str) -> None:

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 
 from jmp_lite._compat import is_literal, program
 from jmp_lite._dtypes import is_floating
-from jmp_lite._messages import described, quote
+from jmp_lite._messages import described, first_few, quote
 from jmp_lite._tree import combine, partition, path_string
-from jmp_lite.analysis._sites import traced
+from jmp_lite.analysis._sites import traced, traced_on_host
 from jmp_lite.autocast._api import Traced, is_array_or_shape, wrap
 from jmp_lite.autocast._explain import Explanation, explained
 from jmp_lite.autocast._record import as_count
 from jmp_lite.autocast._rules import Settings
-from jmp_lite.errors import SlowDtypeWarning, UnmatchedRuleWarning
+from jmp_lite.errors import InvalidFunctionError, SlowDtypeWarning, UnmatchedRuleWarning
 
 #: What NumPy says of literals that JAX rounds to infinity: a finding, with its line.
 _OVERFLOW = "overflow encountered in cast"
@@ -67,11 +67,42 @@ def traced_program(
 
 
 def _differentiated(plain: Program, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
+    found = traced_with_gradient(fun, args, kwargs)
+    if isinstance(found, str):
+        return plain._replace(no_gradient=found)
+    return plain._replace(jaxpr=found.jaxpr, is_loss=True, residual_bytes=_residual_bytes(fun, args, kwargs))
+
+
+def traced_with_gradient(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced | str:
+    """Traces a loss that JAX can trace, with its gradient; returns the reason if JAX has no gradient of it."""
     try:
-        jaxpr = traced(with_gradient(fun), args, kwargs).jaxpr
-    except (ValueError, TypeError, NotImplementedError) as error:  # the function itself could be traced
-        return plain._replace(no_gradient=described(error))
-    return plain._replace(jaxpr=jaxpr, is_loss=True, residual_bytes=_residual_bytes(fun, args, kwargs))
+        return traced(with_gradient(fun), args, kwargs)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        return described(error)
+
+
+def differentiated(
+    fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], caller: str
+) -> tuple[Traced, Traced]:
+    """Traces a loss on the host, and the loss with its gradient.
+
+    Raises:
+        InvalidFunctionError: If the function is not a loss, or JAX has no gradient of it.
+        InvalidAnalysisError: As ``traced_on_host``.
+    """
+    plain = traced_on_host(fun, args, kwargs, caller)
+    if not is_loss(plain, args):
+        raise InvalidFunctionError(
+            f"{caller} takes a loss: a function that returns one floating scalar and whose first argument has "
+            f"floating arrays. This one returns {first_few([aval.str_short() for aval in plain.jaxpr.out_avals])}."
+        )
+    found = traced_with_gradient(fun, args, kwargs)
+    if isinstance(found, str):
+        raise InvalidFunctionError(
+            f"{caller} measures gradients, and JAX has no gradient of this loss: {found} Loops of lax.scan have one, "
+            "and so have those of lax.fori_loop between Python numbers."
+        )
+    return plain, found
 
 
 @contextlib.contextmanager

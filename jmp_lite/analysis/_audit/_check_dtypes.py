@@ -1,6 +1,6 @@
 """Checks for dtypes wider than needed: leaks, kernels, collectives, and settings that did nothing."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from jmp_lite._messages import first_few
@@ -40,19 +40,18 @@ def leaks(subject: Subject) -> Iterator[Finding]:
     if not subject.has_low_products:
         return
     groups: dict[Entry, list[tuple[Node, float]]] = {}
-    forward = dict[str, Entry]()
-    asked = {node.site.source: node for node, _ in subject.products if _returns_wide(node)}
-    following = {node.site.source for node, _ in subject.products if not node.site.is_backward and _follows(node)}
+    entries = dict[int, Entry]()
     for node, share in subject.products:
-        if widest(node) != 4 or is_decided(node) or (node.site.is_backward and node.site.source in following):
+        made = subject.differentiated_by.get(node.site.number)
+        if widest(node) != 4 or is_decided(node) or (made and _follows(made)):
             continue
         kind, message = why_wide(node, subject.program.explanation)
         if kind and kind != "float32-leak":
             yield found(kind, node, message, share)
         if kind != "float32-leak":
             continue
-        entry = forward.get(node.site.source) or _of_cotangents(asked, node) or origin(subject, node)
-        forward.setdefault(node.site.source, entry)
+        entry = entries.get(made.site.number) or _of_cotangents(made) if made else None
+        entries[node.site.number] = entry = entry or origin(subject, node)
         groups.setdefault(entry, []).append((node, share))
     for entry, members in groups.items():
         lines = list(dict.fromkeys(node.site.source for node, _ in members))
@@ -67,14 +66,11 @@ def _follows(node: Node) -> bool:
     return classify(node.eqn, {})[0] is not OpClass.ALLOW
 
 
-def _returns_wide(node: Node) -> bool:
-    return is_low(node) and not node.site.is_backward and width(node.site.out_dtypes[0]) == 4
-
-
-def _of_cotangents(asked: Mapping[str, Node], node: Node) -> Entry | None:
-    """Returns the forward matmul of a backward matmul, if it asks for a float32 result."""
-    made = asked.get(node.site.source) if node.site.is_backward else None
-    return made and Entry.at(made, "it multiplies the cotangents of a result of float32", "float32-cotangents")
+def _of_cotangents(made: Node) -> Entry | None:
+    """Returns what a backward matmul is wide for if the matmul that it differentiates asks for a float32 result."""
+    if not is_low(made) or width(made.site.out_dtypes[0]) != 4:
+        return None
+    return Entry.at(made, "it multiplies the cotangents of a result of float32", "float32-cotangents")
 
 
 def why_wide(node: Node, explanation: Explanation | None) -> tuple[str, str]:

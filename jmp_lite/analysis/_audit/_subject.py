@@ -2,10 +2,11 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from jmp_lite.analysis._audit._census import is_low, products_of
 from jmp_lite.analysis._audit._flow import Flow, Node, Value
+from jmp_lite.analysis._audit._transposes import differentiated_by
 from jmp_lite.analysis._finding import Finding
 from jmp_lite.analysis._programs import Program
 from jmp_lite.autocast import _regions
@@ -30,6 +31,11 @@ class Subject:
         products = products_of(self.flow)
         total = max(sum(flops for _, flops in products), 1)
         return [(node, flops / total) for node, flops in products]
+
+    @functools.cached_property
+    def differentiated_by(self) -> Mapping[int, Node]:
+        """The matmul whose derivative each backward matmul computes, by number of the backward one."""
+        return differentiated_by(self.flow, [node for node, _ in self.products])
 
     @functools.cached_property
     def has_low_products(self) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jmp_lite._functions import refuse_tracers
+from jmp_lite._functions import require_numbers
 from jmp_lite._messages import quote
 from jmp_lite._text import table
 from jmp_lite._tree import all_finite
@@ -16,12 +16,12 @@ from jmp_lite.analysis._comparison._groups import flop_shares, group_of, groups_
 from jmp_lite.analysis._comparison._perturb import distance, perturb
 from jmp_lite.analysis._estimation._estimate import Precision, estimate
 from jmp_lite.analysis._estimation._estimated import Estimate
-from jmp_lite.analysis._programs import with_gradient
+from jmp_lite.analysis._programs import differentiated, with_gradient
 from jmp_lite.analysis._ranges._collect import collect
 from jmp_lite.analysis._ranges._range import Range
 from jmp_lite.analysis._ranges._ranges import Ranges
 from jmp_lite.analysis._recommendation._choices import FLOAT32, Choice, Plan, choices_of
-from jmp_lite.analysis._sites import steps_of, traced
+from jmp_lite.analysis._sites import steps_of
 from jmp_lite.autocast._api import autocast
 from jmp_lite.autocast._explain import explain
 from jmp_lite.errors import InvalidAnalysisError
@@ -169,7 +169,7 @@ def recommend(
         InvalidAnalysisError: If there are fewer than two batches, the tolerance is not positive, values are traced, or
             the loss has no matmul, or is not finite in float32.
         InvalidRecipeError: If a format is not known.
-        InvalidFunctionError: If ``loss_fn`` is not a loss.
+        InvalidFunctionError: If ``loss_fn`` is not a loss that JAX can differentiate.
 
     Example:
         >>> def loss(w, x):
@@ -187,7 +187,7 @@ def recommend(
         casts: Chiang et al., "Rigorous Floating-Point Mixed-Precision Tuning", POPL 2017.
     """
     choices, (measuring, held_out) = choices_of(formats), _split(batches, tolerance)
-    refuse_tracers((params, measuring, held_out), "recommend")
+    require_numbers((params, measuring, held_out), "recommend")
     search = _Search(loss_fn, params, choices, (measuring, held_out), depth=depth)
     raises = search.raises()
     count = search.fewest(raises, tolerance)
@@ -235,7 +235,8 @@ class _Search:
         measuring, held_out = batches
         self.loss_fn, self.params, self.held_out, self.choices = loss_fn, params, held_out, choices
         batch = measuring[0]
-        steps = steps_of(traced(with_gradient(loss_fn), (params, *batch), {}).jaxpr)
+        _, call = differentiated(loss_fn, (params, *batch), {}, "recommend")
+        steps = steps_of(call.jaxpr)
         self.groups = groups_of(steps, depth)
         if not self.groups:
             raise InvalidAnalysisError("The loss has no matmul or convolution: nothing can be lower.")
