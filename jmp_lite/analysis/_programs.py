@@ -1,6 +1,7 @@
 """The program that an analysis examines: traced, under autocast if there is a policy, a loss with its gradient."""
 
 import contextlib
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -41,6 +42,12 @@ class Program(NamedTuple):
     """Whether a policy or a rule asks for 16 bits."""
     no_gradient: str = ""
     """Why JAX has no gradient of what looks like a loss."""
+    overflowed: frozenset[str] = frozenset()
+    """Lines on which a number of the program became infinite in a narrower dtype, as file and number."""
+
+    def overflows(self, source: str) -> bool:
+        """Whether that happened on a line of the program."""
+        return any(source.startswith(f"{line}:") for line in self.overflowed)
 
 
 def traced_program(
@@ -54,16 +61,16 @@ def traced_program(
         args: Arrays, or shapes in their place.
         kwargs: The same, by keyword.
     """
-    with _caught() as said:
+    with _caught() as (said, overflowed):
         explanation = explained(fun, settings, args, kwargs)[0] if settings else None
     runs = fun if settings is None else wrap(fun, settings, "all")
-    with _caught() as said_again:
+    with _caught() as (said_again, overflowed_again):
         plain = traced(runs, args, kwargs)
         found = Program(plain.jaxpr, _names(args, kwargs), explanation=explanation)
         found = found._replace(asks_16_bits=bool(settings and settings.dtypes))
         if is_loss(plain, args):
             found = _differentiated(found, runs, args, kwargs)
-    return found._replace(said=tuple(said or said_again))
+    return found._replace(said=tuple(said or said_again), overflowed=frozenset(overflowed | overflowed_again))
 
 
 def _differentiated(plain: Program, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
@@ -106,17 +113,23 @@ def differentiated(
 
 
 @contextlib.contextmanager
-def _caught() -> Iterator[list[warnings.WarningMessage]]:
-    """Catches the warnings that become findings; passes on the others."""
-    kept: list[warnings.WarningMessage] = []
-    with warnings.catch_warnings(record=True) as said:
+def _caught() -> Iterator[tuple[list[warnings.WarningMessage], set[str]]]:
+    """Catches the warnings that become findings, and the lines on which numbers overflowed; passes on the others."""
+    kept, others, lines = list[warnings.WarningMessage](), list[warnings.WarningMessage](), set[str]()
+
+    def note(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
+        if _OVERFLOW in str(message):
+            lines.update(f"{frame.f_code.co_filename}:{number}" for frame, number in traceback.walk_stack(None))
+        elif not issubclass(category, SlowDtypeWarning):
+            warning = warnings.WarningMessage(message, category, filename, lineno, file, line)
+            (kept if issubclass(category, UnmatchedRuleWarning) else others).append(warning)
+
+    with warnings.catch_warnings():
         warnings.simplefilter("always")
-        yield kept
-    for warning in said:
-        if issubclass(warning.category, UnmatchedRuleWarning):
-            kept.append(warning)
-        elif _OVERFLOW not in str(warning.message) and not issubclass(warning.category, SlowDtypeWarning):
-            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+        warnings.showwarning = note
+        yield kept, lines
+    for warning in others:
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 def is_loss(plain: Traced, args: tuple[Any, ...]) -> bool:

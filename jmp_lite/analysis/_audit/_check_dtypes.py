@@ -37,8 +37,6 @@ class Entry(NamedTuple):
 
 def leaks(subject: Subject) -> Iterator[Finding]:
     """Finds float32 matmuls in a program with 16-bit ones, and names where float32 came in."""
-    if not subject.has_low_products:
-        return
     groups: dict[Entry, list[tuple[Node, float]]] = {}
     entries = dict[int, Entry]()
     for node, share in subject.products:
@@ -46,9 +44,9 @@ def leaks(subject: Subject) -> Iterator[Finding]:
         if widest(node) != 4 or is_decided(node) or (made and _follows(made)):
             continue
         kind, message = why_wide(node, subject.program.explanation)
-        if kind and kind != "float32-leak":
+        if kind == "highest-precision" or (kind == "float32-as-written" and subject.has_low_products):
             yield found(kind, node, message, share)
-        if kind != "float32-leak":
+        if kind != "float32-leak" or not subject.has_low_products:
             continue
         entry = entries.get(made.site.number) or _of_cotangents(made) if made else None
         entries[node.site.number] = entry = entry or origin(subject, node)
@@ -82,8 +80,9 @@ def why_wide(node: Node, explanation: Explanation | None) -> tuple[str, str]:
         return "", ""
     if explanation is None:
         return "float32-leak", ""
-    for record in explanation:
-        if record.primitive == node.name and record.source == node.site.source and record.group == "float32":
+    on_line = [record for record in explanation if (record.primitive, record.source) == (node.name, node.site.source)]
+    for record in [record for record in on_line if record.scope == node.site.scope] or on_line:
+        if record.group == "float32":
             reason = record.reason
             if reason.startswith(_ASKED):
                 return "", ""

@@ -10,6 +10,7 @@ from jmp_lite.analysis._audit._transposes import differentiated_by
 from jmp_lite.analysis._finding import Finding
 from jmp_lite.analysis._programs import Program
 from jmp_lite.autocast import _regions
+from jmp_lite.autocast._ops import PRODUCTS
 
 #: Dtypes of 16 bits, with the largest number up to which they hold every integer.
 EXACT_INTEGERS = {"bfloat16": 1 << 8, "float16": 1 << 11}
@@ -70,3 +71,10 @@ def is_16_bits(dtype: str) -> bool:
 def terms(flow: Flow, node: Node) -> int:
     """Returns how many terms a reduction sums for each of its results."""
     return max(flow.size(node.operands[0]) // max(flow.size(node.results[0]), 1), 1)
+
+
+def is_square(flow: Flow, node: Node) -> bool:
+    """Whether an equation multiplies an array by itself, or sums such products."""
+    if node.name == "mul" or node.name in PRODUCTS:
+        return flow.roots(node.operands[0]) == flow.roots(node.operands[1])
+    return node.name == "square" or (node.name == "integer_pow" and bool(node.eqn.params["y"] == 2))

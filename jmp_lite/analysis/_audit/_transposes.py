@@ -17,6 +17,7 @@ def differentiated_by(flow: Flow, products: Sequence[Node]) -> Mapping[int, Node
     found: dict[int, Node] = {}
     for node in products:
         origins = [dict.fromkeys(v for v, _ in flow.backward(operand, moves)) for operand in node.operands[:2]]
+        source = node.site.source
         if node.site.is_backward:
             fitting = [
                 made
@@ -26,7 +27,10 @@ def differentiated_by(flow: Flow, products: Sequence[Node]) -> Mapping[int, Node
                 if _is_transpose(flow, made, place, node, side)
             ]
             if fitting:
-                found[node.site.number] = max(fitting, key=lambda made: _nearness(made, node))
+                found[node.site.number] = max(
+                    fitting,
+                    key=lambda made: (made.site.number not in found, made.site.source == source, made.site.number),
+                )
         for place, values in enumerate(origins):
             for value in values:
                 takers[value].append((node, place))
@@ -38,6 +42,3 @@ def _is_transpose(flow: Flow, made: Node, place: int, node: Node, side: int) -> 
     cotangent, other = node.operands[1 - side], made.operands[1 - place]
     return flow.size(cotangent) == flow.size(made.results[0]) and flow.size(node.results[0]) == flow.size(other)
 
-
-def _nearness(made: Node, node: Node) -> tuple[bool, int]:
-    return made.site.source == node.site.source, made.site.number
