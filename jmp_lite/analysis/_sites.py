@@ -75,7 +75,7 @@ def traced_on_host(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
         InvalidAnalysisError: If an array is traced, as inside ``jax.jit``, or is only a shape.
         InvalidFunctionError: If there is an NNX module.
     """
-    refuse_modules(fun, args, kwargs, caller)
+    refuse_modules(fun, args, kwargs, caller, twin=False)
     require_numbers((args, kwargs, jnp.zeros(())), caller)  # zeros are traced inside jax.jit
     call = traced(fun, args, kwargs)
     require_numbers(program(call.jaxpr)[1], caller)

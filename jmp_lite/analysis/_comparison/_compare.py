@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jmp_lite._compat import run
@@ -105,7 +106,8 @@ class Comparison:
 
     Attributes:
         policies: Errors by name, in the order given.
-        findings: Worst first.
+        findings: Worst first. Of values that are only rounding errors in float32 too, such as the gradient of a bias
+            that a softmax cancels, there are none.
 
     Example:
         >>> w, x = jnp.linspace(0, 1, 64).reshape(16, 4), jnp.linspace(-1, 2, 64).reshape(4, 16)
@@ -300,15 +302,26 @@ def _result(path: str, found: Any, wanted: Any) -> ResultError:
 
 
 def _findings(name: str, errors: PolicyErrors) -> list[Finding]:
-    found = []
+    found, certain = [], _largest_certain(errors)
     for result in errors.results:
-        if not result.cosine >= _LEAST_COSINE:
+        if not result.cosine >= _LEAST_COSINE and not certain < result.error < math.inf:
             message = f"Under {name}, {result.path} has cosine {result.cosine:.4f} with float32, and its norm "
             message += f"is {result.norm_ratio:.3g} times as large."
             found.append(Finding("gradient-turned", message, "", result.path, 1 - result.cosine))
     for e in errors.equations:
-        if e.carried > _LARGE_ERROR and e.carried > _AMPLIFIED * max(e.taken, 2**-12):
+        if _LARGE_ERROR < e.carried < certain and e.carried > _AMPLIFIED * max(e.taken, 2**-12):
             message = f"Under {name}, {e.site.primitive} amplifies the error of its operands from "
             message += f"{e.taken:.1%} to {e.carried:.1%}."
             found.append(Finding("error-amplified", message, e.site.source, e.site.scope, e.carried))
     return found
+
+
+def _largest_certain(errors: PolicyErrors) -> float:
+    """Returns the error from which on the float32 value is nothing but rounding errors itself.
+
+    Float32 has these too, smaller by the ratio of the spacings of both formats. They are the whole value of a gradient
+    that is zero in exact arithmetic, such as that of a bias before a softmax.
+    """
+    dtypes = {jnp.dtype(name) for e in errors.equations for name in e.site.out_dtypes if "float" in name}
+    spacings = [float(jnp.finfo(dtype).eps) for dtype in dtypes]  # type: ignore[no-untyped-call]
+    return _LARGE_ERROR * max(spacings, default=0.0) / float(jnp.finfo(jnp.float32).eps)  # type: ignore[no-untyped-call]
