@@ -7,6 +7,9 @@ this library and is imported where it is used.
 
 import contextlib
 import functools
+import itertools
+import pathlib
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias, TypeVar
@@ -174,11 +177,23 @@ def is_transposed(name_stack: Any) -> bool:
     return any(entry.name == "transpose" for entry in name_stack.stack if type(entry).__name__ == "Transform")
 
 
+#: Packages whose layers users call: their lines are none that users can change.
+_OF_LAYERS = re.compile(r"site-packages[/\\](flax|haiku|equinox|optax)[/\\]")
+_OWN = str(pathlib.Path(__file__).parent)
+#: So many frames are searched for the line of the user that calls a layer.
+_FRAMES = 64
+
+
 def source_line(eqn: Equation) -> str:
-    """Returns the user's file and line that an equation comes from."""
+    """Returns the user's file and line that an equation comes from: that of the call for a layer of a framework."""
     from jax.extend import source_info_util
 
-    return str(source_info_util.summarize(eqn.source_info))
+    line = str(source_info_util.summarize(eqn.source_info))
+    if not _OF_LAYERS.search(line):
+        return line
+    frames = reversed(source_info_util.summarize(eqn.source_info, num_frames=_FRAMES).splitlines())
+    inside = itertools.takewhile(lambda frame: not frame.startswith(_OWN), frames)
+    return next((frame for frame in inside if not _OF_LAYERS.search(frame)), line)
 
 
 @contextlib.contextmanager

@@ -29,13 +29,27 @@ def check_function(fun: Any, caller: str) -> None:
         raise InvalidFunctionError(f"{caller} takes a function, got {quote(fun)}.{with_apply}")
 
 
-def refuse_tracers(values: Any, caller: str) -> None:
-    """Raises for a pytree that stands for arrays inside ``jax.jit``, ``vmap`` or ``scan``, by a function that reads it.
+def require_arrays(values: Any, caller: str) -> None:
+    """Raises for a pytree with shapes in the place of arrays.
 
     Args:
         values: The pytree.
         caller: Public name of the function.
     """
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(values)):
+        raise InvalidAnalysisError(
+            f"{caller} computes with numbers, and a jax.ShapeDtypeStruct has none. Give it arrays instead."
+        )
+
+
+def require_numbers(values: Any, caller: str) -> None:
+    """Raises for a pytree without numbers to read: shapes, or arrays inside ``jax.jit``, ``vmap`` or ``scan``.
+
+    Args:
+        values: The pytree.
+        caller: Public name of the function.
+    """
+    require_arrays(values, caller)
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values)):
         raise InvalidAnalysisError(
             f"{caller} reads numbers on the host, and was called inside jax.jit, vmap, scan or grad, where there are "
@@ -43,10 +57,28 @@ def refuse_tracers(values: Any, caller: str) -> None:
         )
 
 
-def refuse_modules(fun: Callable[..., Any], args: Any, kwargs: Any, caller: str) -> None:
+def read_on_host(values: Any, caller: str) -> Any:
+    """Returns a pytree of arrays as NumPy arrays; raises as ``require_numbers`` does.
+
+    Args:
+        values: The pytree.
+        caller: Public name of the function.
+    """
+    require_numbers(values, caller)
+    return jax.device_get(values)
+
+
+def refuse_modules(fun: Callable[..., Any], args: Any, kwargs: Any, caller: str, *, twin: bool = True) -> None:
     """Raises for an NNX module that is the function, is held by it, or is among its arguments.
 
     A pure function would lose what happens to it.
+
+    Args:
+        fun: The function.
+        args: Its arguments.
+        kwargs: The same, by keyword.
+        caller: Public name of the function that calls it.
+        twin: Whether ``jmp_lite.nnx`` has a function of this name, for modules.
     """
     nnx = sys.modules.get("flax.nnx")
     if nnx is None:
@@ -56,9 +88,14 @@ def refuse_modules(fun: Callable[..., Any], args: Any, kwargs: Any, caller: str)
         held += [fun.args, fun.keywords]
         fun = fun.func
     held += [fun, getattr(fun, "__self__", None)]
+    advice = (
+        f"Use jmp_lite.nnx.{caller}, which keeps every change of a module."
+        if twin
+        else "Split it, graphdef, state = nnx.split(module), give the state, and merge both inside the function."
+    )
     for leaf in jax.tree.leaves(held, is_leaf=lambda x: isinstance(x, nnx.Pytree)):
         if isinstance(leaf, nnx.Pytree):
             raise InvalidFunctionError(
                 f"{caller} was called with the NNX module {type(leaf).__name__}, whose statistics and random counts "
-                f"would stay as they are. Use jmp_lite.nnx.{caller}, which keeps every change of a module."
+                f"would stay as they are. {advice}"
             )

@@ -74,7 +74,7 @@ KINDS: Mapping[str, Kind] = {
     "recipe-partly-applied": Kind("note", 'A recipe with products="all" or jmp.Rule(scope, dot=recipe) reaches more.'),
     "highest-precision": Kind("note", "Without precision=, it would run in 16 bits."),
     "float32-as-written": Kind("note", "It runs in float32 for a reason; jmp.explain shows the operands."),
-    "no-gradient": Kind("note", "Audit what trains: jax.grad(loss) or the training step."),
+    "no-gradient": Kind("note", "A loop of lax.scan has a gradient, one of lax.while_loop has none."),
     "float32-reduction": Kind(
         "note", "It keeps sums over devices exact; a cast before, or a 16-bit reduce_dtype, halves the bytes sent."
     ),

@@ -1,6 +1,7 @@
 """The program that an analysis examines: traced, under autocast if there is a policy, a loss with its gradient."""
 
 import contextlib
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -10,19 +11,18 @@ import jax.numpy as jnp
 
 from jmp_lite._compat import is_literal, program
 from jmp_lite._dtypes import is_floating
-from jmp_lite._messages import described, quote
+from jmp_lite._messages import described, first_few, quote
 from jmp_lite._tree import combine, partition, path_string
-from jmp_lite.analysis._sites import traced
+from jmp_lite.analysis._sites import traced, traced_on_host
 from jmp_lite.autocast._api import Traced, is_array_or_shape, wrap
 from jmp_lite.autocast._explain import Explanation, explained
 from jmp_lite.autocast._record import as_count
-from jmp_lite.autocast._rules import Settings
 from jmp_lite.autocast._requests import REPLACED_NONE
-from jmp_lite.errors import SlowDtypeWarning, UnmatchedRuleWarning
+from jmp_lite.autocast._rules import Settings
+from jmp_lite.errors import InvalidFunctionError, SlowDtypeWarning, UnmatchedRuleWarning
 
 #: What NumPy says of literals that JAX rounds to infinity: a finding, with its line.
-#: Texts of warnings that findings about the program say better.
-_SAID_BETTER = ("overflow encountered in cast", REPLACED_NONE)
+_OVERFLOW = "overflow encountered in cast"
 
 
 class Program(NamedTuple):
@@ -43,6 +43,12 @@ class Program(NamedTuple):
     """Whether a policy or a rule asks for 16 bits."""
     no_gradient: str = ""
     """Why JAX has no gradient of what looks like a loss."""
+    overflowed: frozenset[str] = frozenset()
+    """Lines on which a number of the program became infinite in a narrower dtype, as file and number."""
+
+    def overflows(self, source: str) -> bool:
+        """Whether that happened on a line of the program."""
+        return any(source.startswith(f"{line}:") for line in self.overflowed)
 
 
 def traced_program(
@@ -56,40 +62,75 @@ def traced_program(
         args: Arrays, or shapes in their place.
         kwargs: The same, by keyword.
     """
-    with _caught() as said:
+    with _caught() as (said, overflowed):
         explanation = explained(fun, settings, args, kwargs)[0] if settings else None
     runs = fun if settings is None else wrap(fun, settings, "all")
-    with _caught() as said_again:
+    with _caught() as (said_again, overflowed_again):
         plain = traced(runs, args, kwargs)
         found = Program(plain.jaxpr, _names(args, kwargs), explanation=explanation)
         found = found._replace(asks_16_bits=bool(settings and settings.dtypes))
         if is_loss(plain, args):
             found = _differentiated(found, runs, args, kwargs)
-    return found._replace(said=tuple(said or said_again))
+    return found._replace(said=tuple(said or said_again), overflowed=frozenset(overflowed | overflowed_again))
 
 
 def _differentiated(plain: Program, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
+    found = traced_with_gradient(fun, args, kwargs)
+    if isinstance(found, str):
+        return plain._replace(no_gradient=found)
+    return plain._replace(jaxpr=found.jaxpr, is_loss=True, residual_bytes=_residual_bytes(fun, args, kwargs))
+
+
+def traced_with_gradient(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced | str:
+    """Traces a loss that JAX can trace, with its gradient; returns the reason if JAX has no gradient of it."""
     try:
-        jaxpr = traced(with_gradient(fun), args, kwargs).jaxpr
-    except (ValueError, TypeError, NotImplementedError) as error:  # the function itself could be traced
-        return plain._replace(no_gradient=described(error))
-    return plain._replace(jaxpr=jaxpr, is_loss=True, residual_bytes=_residual_bytes(fun, args, kwargs))
+        return traced(with_gradient(fun), args, kwargs)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        return described(error)
+
+
+def differentiated(
+    fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], caller: str
+) -> tuple[Traced, Traced]:
+    """Traces a loss on the host, and the loss with its gradient.
+
+    Raises:
+        InvalidFunctionError: If the function is not a loss, or JAX has no gradient of it.
+        InvalidAnalysisError: As ``traced_on_host``.
+    """
+    plain = traced_on_host(fun, args, kwargs, caller)
+    if not is_loss(plain, args):
+        raise InvalidFunctionError(
+            f"{caller} takes a loss: a function that returns one floating scalar and whose first argument has "
+            f"floating arrays. This one returns {first_few([aval.str_short() for aval in plain.jaxpr.out_avals])}."
+        )
+    found = traced_with_gradient(fun, args, kwargs)
+    if isinstance(found, str):
+        raise InvalidFunctionError(
+            f"{caller} measures gradients, and JAX has no gradient of this loss: {found} Loops of lax.scan have one, "
+            "and so have those of lax.fori_loop between Python numbers."
+        )
+    return plain, found
 
 
 @contextlib.contextmanager
-def _caught() -> Iterator[list[warnings.WarningMessage]]:
-    """Catches the warnings that become findings; passes on the others."""
-    kept: list[warnings.WarningMessage] = []
-    with warnings.catch_warnings(record=True) as said:
+def _caught() -> Iterator[tuple[list[warnings.WarningMessage], set[str]]]:
+    """Catches the warnings that become findings, and the lines on which numbers overflowed; passes on the others."""
+    kept, others, lines = list[warnings.WarningMessage](), list[warnings.WarningMessage](), set[str]()
+
+    def note(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
+        if _OVERFLOW in str(message):
+            lines.update(f"{frame.f_code.co_filename}:{number}" for frame, number in traceback.walk_stack(None))
+        elif not issubclass(category, SlowDtypeWarning) and REPLACED_NONE not in str(message):  # other findings say it
+            warning = warnings.WarningMessage(message, category, filename, lineno, file, line)
+            (kept if issubclass(category, UnmatchedRuleWarning) else others).append(warning)
+
+    with warnings.catch_warnings():
         warnings.simplefilter("always")
-        yield kept
-    for warning in said:
-        if any(text in str(warning.message) for text in _SAID_BETTER) or warning.category is SlowDtypeWarning:
-            continue
-        if issubclass(warning.category, UnmatchedRuleWarning):
-            kept.append(warning)
-        else:
-            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+        warnings.showwarning = note
+        yield kept, lines
+    for warning in others:
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 def is_loss(plain: Traced, args: tuple[Any, ...]) -> bool:

@@ -3,7 +3,10 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
+
 from jmp_lite._compat import Equation, Jaxpr, is_transposed, program, scope_names, source_line
+from jmp_lite._functions import refuse_modules, require_numbers
 from jmp_lite.autocast._api import Traced, is_array_or_shape, trace
 from jmp_lite.autocast._programs import programs_of
 
@@ -57,6 +60,26 @@ class Step(NamedTuple):
 def traced(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:
     """Traces a call; shapes may replace arrays if nothing is computed."""
     return trace(fun, args, kwargs, is_array_or_shape)
+
+
+def traced_on_host(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], caller: str) -> Traced:
+    """Traces a call whose numbers are read on the host; refuses traced arrays, those that it closes over too.
+
+    Args:
+        fun: A pure function.
+        args: Its arguments.
+        kwargs: The same, by keyword.
+        caller: Public name of the analysis.
+
+    Raises:
+        InvalidAnalysisError: If an array is traced, as inside ``jax.jit``, or is only a shape.
+        InvalidFunctionError: If there is an NNX module.
+    """
+    refuse_modules(fun, args, kwargs, caller, twin=False)
+    require_numbers((args, kwargs, jnp.zeros(())), caller)  # zeros are traced inside jax.jit
+    call = traced(fun, args, kwargs)
+    require_numbers(program(call.jaxpr)[1], caller)
+    return call
 
 
 def steps_of(jaxpr: Jaxpr) -> tuple[Step, ...]:

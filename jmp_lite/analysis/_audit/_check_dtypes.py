@@ -1,6 +1,6 @@
 """Checks for dtypes wider than needed: leaks, kernels, collectives, and settings that did nothing."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from jmp_lite._messages import first_few
@@ -37,22 +37,19 @@ class Entry(NamedTuple):
 
 def leaks(subject: Subject) -> Iterator[Finding]:
     """Finds float32 matmuls in a program with 16-bit ones, and names where float32 came in."""
-    if not subject.has_low_products:
-        return
     groups: dict[Entry, list[tuple[Node, float]]] = {}
-    forward = dict[str, Entry]()
-    asked = {node.site.source: node for node, _ in subject.products if _returns_wide(node)}
-    following = {node.site.source for node, _ in subject.products if not node.site.is_backward and _follows(node)}
+    entries = dict[int, Entry]()
     for node, share in subject.products:
-        if widest(node) != 4 or is_decided(node) or (node.site.is_backward and node.site.source in following):
+        made = subject.differentiated_by.get(node.site.number)
+        if widest(node) != 4 or is_decided(node) or (made and _follows(made)):
             continue
         kind, message = why_wide(node, subject.program.explanation)
-        if kind and kind != "float32-leak":
+        if kind == "highest-precision" or (kind == "float32-as-written" and subject.has_low_products):
             yield found(kind, node, message, share)
-        if kind != "float32-leak":
+        if kind != "float32-leak" or not subject.has_low_products:
             continue
-        entry = forward.get(node.site.source) or _of_cotangents(asked, node) or origin(subject, node)
-        forward.setdefault(node.site.source, entry)
+        entry = entries.get(made.site.number) or _of_cotangents(made) if made else None
+        entries[node.site.number] = entry = entry or origin(subject, node)
         groups.setdefault(entry, []).append((node, share))
     for entry, members in groups.items():
         lines = list(dict.fromkeys(node.site.source for node, _ in members))
@@ -67,14 +64,11 @@ def _follows(node: Node) -> bool:
     return classify(node.eqn, {})[0] is not OpClass.ALLOW
 
 
-def _returns_wide(node: Node) -> bool:
-    return is_low(node) and not node.site.is_backward and width(node.site.out_dtypes[0]) == 4
-
-
-def _of_cotangents(asked: Mapping[str, Node], node: Node) -> Entry | None:
-    """Returns the forward matmul of a backward matmul, if it asks for a float32 result."""
-    made = asked.get(node.site.source) if node.site.is_backward else None
-    return made and Entry.at(made, "it multiplies the cotangents of a result of float32", "float32-cotangents")
+def _of_cotangents(made: Node) -> Entry | None:
+    """Returns what a backward matmul is wide for if the matmul that it differentiates asks for a float32 result."""
+    if not is_low(made) or width(made.site.out_dtypes[0]) != 4:
+        return None
+    return Entry.at(made, "it multiplies the cotangents of a result of float32", "float32-cotangents")
 
 
 def why_wide(node: Node, explanation: Explanation | None) -> tuple[str, str]:
@@ -86,8 +80,9 @@ def why_wide(node: Node, explanation: Explanation | None) -> tuple[str, str]:
         return "", ""
     if explanation is None:
         return "float32-leak", ""
-    for record in explanation:
-        if record.primitive == node.name and record.source == node.site.source and record.group == "float32":
+    on_line = [record for record in explanation if (record.primitive, record.source) == (node.name, node.site.source)]
+    for record in [record for record in on_line if record.scope == node.site.scope] or on_line:
+        if record.group == "float32":
             reason = record.reason
             if reason.startswith(_ASKED):
                 return "", ""

@@ -8,13 +8,14 @@ import numpy as np
 
 from jmp_lite._compat import is_literal
 from jmp_lite.analysis._audit._flow import Flow, Node, Number, Value, moves
-from jmp_lite.analysis._audit._subject import EXACT_INTEGERS, Subject, found, is_16_bits
+from jmp_lite.analysis._audit._subject import EXACT_INTEGERS, Subject, found, is_16_bits, is_square
 from jmp_lite.analysis._finding import Finding
 from jmp_lite.autocast._ops import PRODUCTS
 
 _ARITHMETIC = frozenset({"add", "sub", "mul", "div", "add_any", "rem"})
 #: Numbers of this share of the smallest normal one have five bits fewer, and are off by some percent.
 _FEW_BITS = 1 / 32
+_POSITIONS = frozenset({"iota", "argmax", "argmin"})
 _COMPARISONS = frozenset({"eq", "ne", "lt", "le", "gt", "ge"})
 
 
@@ -29,19 +30,30 @@ def literals(subject: Subject) -> Iterator[Finding]:
             continue
         for position, operand in enumerate(node.operands):
             number = subject.flow.number(operand)
-            if number is not None and not all(subject.flow.number(v) for v in node.operands):
+            if number is None or all(subject.flow.number(v) for v in node.operands):
+                continue
+            if math.isinf(number.written):
+                yield from _of_infinity(subject, node, position, dtype)
+            else:
                 yield from _of_number(subject.flow, node, position, number, dtype)
 
 
 def _overflows(flow: Flow, node: Node, dtype: str) -> Iterator[Finding]:
-    constant = _constant(flow, node.operands[0])
-    if constant is None or is_16_bits(flow.dtype(node.operands[0])) or not _has_uses(flow, node):
+    """Constants that a cast makes infinite: alone, or among the values that it casts."""
+    if is_16_bits(flow.dtype(node.operands[0])):
         return
-    finite = np.abs(constant[np.isfinite(constant)])
+    written = [flow.constants[v] for v, made in flow.backward(node.operands[0], moves) if _is_written(flow, v, made)]
+    numbers = np.concatenate([np.zeros(1), *(np.asarray(x).astype(np.float64).ravel() for x in written)])
+    finite = numbers[np.isfinite(numbers)]
+    worst = float(finite[np.abs(finite).argmax()])
     largest = float(jnp.finfo(dtype).max)  # type: ignore[no-untyped-call]
-    if finite.size and float(finite.max()) > largest * (1 + float(jnp.finfo(dtype).eps) / 4):  # type: ignore[no-untyped-call]
-        worst = float(constant[np.isfinite(constant)][finite.argmax()])
+    beyond = largest * (1 + float(jnp.finfo(dtype).eps) / 4)  # type: ignore[no-untyped-call]
+    if abs(worst) > beyond and _has_uses(flow, node):
         yield found("literal-out-of-range", node, f"{worst:g} is infinite in {dtype}, which ends at {largest:g}.")
+
+
+def _is_written(flow: Flow, value: Value, made: Node | None) -> bool:
+    return made is None and value in flow.constants and "float" in flow.dtype(value)
 
 
 def _has_uses(flow: Flow, node: Node) -> bool:
@@ -52,20 +64,18 @@ def _has_uses(flow: Flow, node: Node) -> bool:
     )
 
 
-def _constant(flow: Flow, value: Value) -> np.ndarray | None:
-    roots = flow.roots(value)
-    if len(roots) != 1 or roots[0] not in flow.constants or "float" not in flow.dtype(roots[0]):
-        return None
-    return np.asarray(flow.constants[roots[0]]).astype(np.float64).ravel()
+def _of_infinity(subject: Subject, node: Node, position: int, dtype: str) -> Iterator[Finding]:
+    """An infinity in the program is a finite number that JAX rounded, if NumPy said so on this line, or a mask."""
+    is_written = is_literal(node.eqn.invars[position]) and node.name in _ARITHMETIC
+    is_filling = node.name in _ARITHMETIC or (node.name in ("select_n", "scatter") and position > 0)
+    if is_written or (is_filling and subject.program.overflows(node.site.source)):
+        yield found("literal-out-of-range", node, f"The number here, as JAX rounded it, is infinite in {dtype}.")
+    elif node.name == "select_n" and dtype == "float16" and position:
+        yield found("infinite-mask", node, "Minus infinity fills a float16 array: a softmax of nothing else is NaN.")
 
 
 def _of_number(flow: Flow, node: Node, position: int, number: Number, dtype: str) -> Iterator[Finding]:
     tiny = float(jnp.finfo(dtype).tiny)  # type: ignore[no-untyped-call]
-    is_rounded_literal = is_literal(node.eqn.invars[position]) and math.isinf(number.written)
-    if is_rounded_literal and node.name in _ARITHMETIC:
-        yield found("literal-out-of-range", node, f"The number here, as JAX rounded it, is infinite in {dtype}.")
-    if node.name == "select_n" and dtype == "float16" and math.isinf(number.written) and position:
-        yield found("infinite-mask", node, "Minus infinity fills a float16 array: a softmax of nothing else is NaN.")
     if (
         node.name in ("add", "max")
         and 0 <= number.held < tiny * _FEW_BITS
@@ -79,11 +89,12 @@ def _of_number(flow: Flow, node: Node, position: int, number: Number, dtype: str
             what = "0" if is_zero else "subnormal, with few digits and none on devices that flush it to 0,"
             yield found(kind, node, f"{said} {what} in {dtype}, so it does not protect {user.name}.")
     is_bound = node.name == "min" or (node.name == "clamp" and position == 2)
+    is_bound = is_bound or (node.name == "select_n" and position > 0 and number.written != 1)
     if is_bound and number.held == 1:
         user = _takes_complement(flow, node)
         if user is not None:
             said = f"The bound {number.written:g} is exactly 1 in {dtype}" if number.written != 1 else "The bound is 1"
-            yield found("literal-out-of-range", node, f"{said}, so {user.name} of 1 - x gets 0.")
+            yield found("literal-out-of-range", node, f"{said}, so {_at_one(user)} gets 0.")
 
 
 def _was_rounded(node: Node, position: int) -> bool:
@@ -91,39 +102,55 @@ def _was_rounded(node: Node, position: int) -> bool:
     return node.name in ("add", "max") and is_literal(node.eqn.invars[position])
 
 
-def _is_singular(node: Node, position: int, *, is_strict: bool = False) -> bool:
+def _is_singular(flow: Flow, node: Node, position: int, *, is_strict: bool = False) -> bool:
     """Whether an equation or its slope is infinite where the operand is 0."""
     if node.name == "div":
         return position == 1
     if node.name == "integer_pow":
         return bool(node.eqn.params["y"] < 0)
+    if node.name == "pow":
+        power = flow.number(node.operands[1]) if position == 0 else None
+        return power is not None and power.held < (0 if is_strict else 1)
     return node.name in ("log", "log2", "rsqrt") or (node.name == "sqrt" and not is_strict)
 
 
 def _divides(flow: Flow, node: Node, *, is_strict: bool) -> Node | None:
-    """Returns the consumers of a value, or of its roots, that are singular at 0."""
-    uses = flow.forward(node.results[0], lambda user, i: moves(user, i) or user.name == "sqrt")
-    return next((user for user, i in uses if _is_singular(user, i, is_strict=is_strict)), None)
+    """Returns the consumers of a value, of its roots, or below a bound, that are singular at 0."""
+
+    def keeps_zero(user: Node, i: int) -> bool:
+        return moves(user, i) or user.name == "sqrt" or (user.name == "min" and flow.number(user.operands[1 - i]))
+
+    uses = flow.forward(node.results[0], keeps_zero)
+    return next((user for user, i in uses if _is_singular(flow, user, i, is_strict=is_strict)), None)
+
+
+#: Functions that are singular at 1, or whose slope is.
+_SINGULAR_AT_ONE = frozenset({"atanh", "erf_inv", "acos", "asin", "acosh"})
 
 
 def _takes_complement(flow: Flow, node: Node) -> Node | None:
-    """Returns the consumers that are singular where a bounded value is 1."""
+    """Returns the consumers that are singular where a bounded value is 1: of its distance from 1, or its logarithm."""
+
+    def stays_one(user: Node, i: int) -> bool:
+        return moves(user, i) or user.name in ("neg", "sqrt") or is_square(flow, user)
 
     def is_complement(user: Node, position: int) -> bool:
-        one = flow.number(user.operands[0]) if user.name == "sub" and position == 1 else None
-        return one is not None and one.held == 1
+        one = flow.number(user.operands[1 - position]) if user.name == "sub" else None
+        return user.name == "log" or (one is not None and one.held == 1)
 
-    for user, position in flow.forward(node.results[0], lambda user, i: moves(user, i) or user.name == "neg"):
-        if user.name in ("atanh", "erf_inv"):
-            return user
-        if user.name == "log1p":
+    for user, position in flow.forward(node.results[0], stays_one):
+        if user.name in _SINGULAR_AT_ONE or user.name == "log1p":
             return user
         if is_complement(user, position):
-            uses = flow.forward(user.results[0], moves)
-            singular = next((use for use, i in uses if _is_singular(use, i)), None)
+            uses = flow.forward(user.results[0], lambda user, i: moves(user, i) or user.name in ("neg", "sqrt"))
+            singular = next((use for use, i in uses if _is_singular(flow, use, i)), None)
             if singular is not None:
                 return singular
     return None
+
+
+def _at_one(user: Node) -> str:
+    return f"1 - x in {user.name}" if user.name in _SINGULAR_AT_ONE else f"{user.name} of 1 - x or log(x)"
 
 
 def integers(subject: Subject) -> Iterator[Finding]:
@@ -134,13 +161,19 @@ def integers(subject: Subject) -> Iterator[Finding]:
         is_made = node.name in ("iota", "convert_element_type") and dtype in EXACT_INTEGERS
         if not is_made or (node.operands and is_16_bits(flow.dtype(node.operands[0]))):
             continue
-        largest = None if flow.number(node.results[0]) else _largest_integer(flow, node.results[0])
+        largest = _largest_integer(flow, node.results[0]) if _counts(flow, node.results[0]) else None
         if largest is None or largest <= EXACT_INTEGERS[dtype]:
             continue
         if any(use.name in _ARITHMETIC | PRODUCTS for use, _ in flow.forward(node.results[0], moves)):
             limit = EXACT_INTEGERS[dtype]
             message = f"Integers up to {largest} become {dtype}, which holds integers exactly only up to {limit}."
             yield found("integer-rounded", node, message)
+
+
+def _counts(flow: Flow, value: Value) -> bool:
+    """Whether a value is made of positions or other integers that vary, not only of numbers in the program."""
+    made_of = flow.backward(value, lambda node, i: moves(node, i) or node.name in _ARITHMETIC)
+    return any((node.name in _POSITIONS if node else "int" in flow.dtype(v)) for v, node in made_of)
 
 
 def _largest_integer(flow: Flow, value: Value, depth: int = 0) -> int | None:
@@ -186,10 +219,18 @@ def one_hot_products(subject: Subject) -> Iterator[Finding]:
         for operand, dtype in zip(node.operands[:2], node.site.in_dtypes, strict=False):
             if not is_16_bits(dtype) or node.site.is_backward:
                 continue
-            comparisons = [made for _, made in flow.backward(operand, moves) if made is not None and made.name == "eq"]
-            if any(_has_positions(flow, made) for made in comparisons):
+            makers = [made for _, made in flow.backward(operand, moves) if made is not None]
+            if any(_has_positions(flow, made) if made.name == "eq" else _sets_ones(flow, made) for made in makers):
                 message = f"A one-hot matmul looks up rows of an array and returns them in {dtype}."
                 yield found("one-hot-product", node, message, share)
+
+
+def _sets_ones(flow: Flow, node: Node) -> bool:
+    """Whether an equation writes ones into zeros, at positions that it is given."""
+    if node.name not in ("scatter", "scatter-add"):
+        return False
+    zero, one = flow.number(node.operands[0]), flow.number(node.operands[2])
+    return zero is not None and one is not None and (zero.held, one.held) == (0, 1)
 
 
 def _has_positions(flow: Flow, comparison: Node) -> bool:

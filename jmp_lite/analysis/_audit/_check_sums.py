@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 
 from jmp_lite.analysis._audit._flow import Flow, Node, Value, moves
-from jmp_lite.analysis._audit._subject import LONG, Subject, found, is_16_bits, is_decided, terms
+from jmp_lite.analysis._audit._subject import LONG, Subject, found, is_16_bits, is_decided, is_square, terms
 from jmp_lite.analysis._finding import Finding
 from jmp_lite.autocast._ops import CHOOSES, PRODUCTS
 from jmp_lite.autocast._record import as_count
@@ -12,6 +12,7 @@ from jmp_lite.autocast._record import as_count
 _SCATTERED = frozenset({"scatter-add", "scatter-sub"})
 _RUNNING = frozenset({"cumsum", "cumlogsumexp", "cumprod"})
 _ADDS = frozenset({"add", "add_any"})
+_EXPONENTIALS = frozenset({"exp", "exp2"})
 _CHOICES = frozenset({"argmax", "argmin", "sort"}) | CHOOSES
 #: What a score goes through on its way to where it counts.
 _MILD = frozenset({"add", "sub", "mul", "div", "neg", "max", "min", "tanh", "logistic", "exp", "log", "clamp"})
@@ -21,7 +22,7 @@ def softmaxes(subject: Subject) -> Iterator[Finding]:
     """Finds 16-bit exponentials whose sum is rounded to 16 bits before a division or a logarithm."""
     flow = subject.flow
     for node in flow.nodes:
-        if node.name == "exp" and is_16_bits(node.site.out_dtypes[0]) and not is_decided(node):
+        if node.name in _EXPONENTIALS and is_16_bits(node.site.out_dtypes[0]) and not is_decided(node):
             for total in _sums_of(flow, node):
                 if _normalizes(flow, total, node):
                     length = terms(flow, total)
@@ -34,13 +35,27 @@ def _sums_of(flow: Flow, node: Node) -> list[Node]:
 
 
 def _normalizes(flow: Flow, total: Node, exponential: Node) -> bool:
-    """Whether a sum of exponentials is used in 16 bits, in a division or a logarithm."""
-    for use, position in flow.forward(total.results[0], moves):
-        is_low = use.name in ("log", "div") and is_16_bits(use.site.out_dtypes[0])
-        if is_low and use.name == "log":
+    """Whether a sum of exponentials is used in 16 bits: in a logarithm, or to divide what they weigh."""
+
+    def stays_sum(node: Node, position: int) -> bool:
+        others = [operand for i, operand in enumerate(node.operands) if i != position]
+        is_shifted = node.name in ("add", "max") and all(map(flow.number, others))
+        return moves(node, position) or node.name == "abs" or is_shifted
+
+    def is_weighed(value: Value) -> bool:
+        return any(made == exponential for _, made in flow.backward(value, lambda n, i: moves(n, i) or n.name in PRODUCTS))
+
+    for use, position in flow.forward(total.results[0], stays_sum):
+        if not use.site.out_dtypes or not is_16_bits(use.site.out_dtypes[0]):
+            continue
+        if use.name in ("log", "log2"):
             return True
-        if is_low and position == 1:
-            return any(made == exponential for _, made in flow.backward(use.operands[0], moves))
+        if use.name == "div" and position == 1 and is_weighed(use.operands[0]):
+            return True
+        if (use.name == "div" and position == 1 and flow.number(use.operands[0])) or use.name == "integer_pow":
+            factors = [user for user, _ in flow.forward(use.results[0], moves) if user.name == "mul"]
+            if any(is_weighed(operand) for user in factors for operand in user.operands):
+                return True
     return False
 
 
@@ -55,10 +70,10 @@ def statistics(subject: Subject) -> Iterator[Finding]:
         made = [made for _, made in flow.backward(node.operands[0], moves) if made is not None]
         if is_16_bits(dtype) and length >= LONG:
             kind = "gradient-sum-in-16-bits" if node.site.is_backward else "statistics-in-16-bits"
-            if not any(each.name == "exp" or _is_tie(flow, each) for each in made):
+            if not any(each.name in _EXPONENTIALS or _is_tie(flow, each) for each in made):
                 yield found(kind, node, f"A sum of {length} terms accumulates in {dtype}.", length)
         elif not node.site.is_backward:
-            squares = [each for each in made if _is_square(flow, each) and each.site.out_dtypes[0] == "float16"]
+            squares = [each for each in made if is_square(flow, each) and each.site.out_dtypes[0] == "float16"]
             for square in squares:
                 what = f"Squares from 256 on are infinite in float16, and {length} of them are summed."
                 yield found("statistics-in-16-bits", square, what, length)
@@ -70,20 +85,19 @@ def _is_tie(flow: Flow, node: Node) -> bool:
     return node.name == "eq" and any(made.name in ("reduce_max", "reduce_min") for made in makers)
 
 
-def _is_square(flow: Flow, node: Node) -> bool:
-    if node.name == "mul":
-        return flow.roots(node.operands[0]) == flow.roots(node.operands[1])
-    return node.name == "square" or (node.name == "integer_pow" and node.eqn.params["y"] == 2)
-
-
 def cancellations(subject: Subject) -> Iterator[Finding]:
     """Finds variances that are computed as the mean of squares minus the square of the mean."""
     flow = subject.flow
     for node in flow.nodes:
-        if node.name != "sub" or node.site.is_backward or is_decided(node):
+        if node.site.is_backward or is_decided(node):
             continue
-        squares = _squares_in_mean(flow, node.operands[0])
-        if not squares or not _is_squared_mean(flow, node.operands[1]):
+        squares = [
+            square
+            for first, second in _differences(flow, node)
+            for square in _squares_in_mean(flow, first)
+            if _is_squared_mean(flow, second)
+        ]
+        if not squares:
             continue
         if is_16_bits(node.site.out_dtypes[0]):
             message = f"The mean of squares minus the square of the mean cancels in {node.site.out_dtypes[0]}."
@@ -91,6 +105,16 @@ def cancellations(subject: Subject) -> Iterator[Finding]:
         elif narrow := next((dtype for square in squares for dtype in _narrow(flow, square)), None):
             message = f"The variance of {narrow} values is the mean of their squares minus the square of their mean."
             yield found("cancellation-in-float32", node, message)
+
+
+def _differences(flow: Flow, node: Node) -> Iterator[tuple[Value, Value]]:
+    """Yields what an equation subtracts, and from what: in a difference, or a sum with a negated value."""
+    if node.name == "sub":
+        yield node.operands[0], node.operands[1]
+    for i, operand in enumerate(node.operands if node.name in _ADDS else ()):
+        for made in flow.producers(operand):
+            if made.name == "neg":
+                yield node.operands[1 - i], made.operands[0]
 
 
 def _narrow(flow: Flow, square: Node) -> list[str]:
@@ -109,22 +133,22 @@ def _averages(flow: Flow, node: Node, position: int) -> bool:
 
 def _means(flow: Flow, value: Value) -> Iterator[Node]:
     for _, made in flow.backward(value, lambda node, i: _averages(flow, node, i)):
-        if made is not None and made.name == "reduce_sum":
+        if made is not None and (made.name == "reduce_sum" or made.name in PRODUCTS):
             yield made
 
 
 def _squares_in_mean(flow: Flow, value: Value) -> list[Node]:
-    return [
-        made
-        for total in _means(flow, value)
-        for _, made in flow.backward(total.operands[0], moves)
-        if made is not None and _is_square(flow, made)
-    ]
+    """Returns the squares that a mean adds up: those that it sums, or a matmul of an array with itself."""
+    means = list(_means(flow, value))
+    summed = [made for mean in means for _, made in flow.backward(mean.operands[0], moves) if mean.name == "reduce_sum"]
+    matmuls = [mean for mean in means if mean.name in PRODUCTS]
+    return [made for made in (*summed, *matmuls) if made is not None and is_square(flow, made)]
 
 
 def _is_squared_mean(flow: Flow, value: Value) -> bool:
-    squares = [made for _, made in flow.backward(value, moves) if made is not None and _is_square(flow, made)]
-    return any(True for square in squares for _ in _means(flow, square.operands[0]))
+    made = [made for _, made in flow.backward(value, lambda node, i: _averages(flow, node, i)) if made is not None]
+    squares = [each for each in made if is_square(flow, each)]
+    return any(mean.name == "reduce_sum" for each in squares for mean in _means(flow, each.operands[0]))
 
 
 def accumulations(subject: Subject) -> Iterator[Finding]:
@@ -192,7 +216,7 @@ def scores(subject: Subject) -> Iterator[Finding]:
         choice = next((use for use in uses if use.name in _CHOICES and not use.site.is_backward), None)
         if choice is not None:
             yield found("scores-rounded", node, f"{choice.name} chooses by a matmul rounded to {dtype}.", share)
-        elif any(use.name == "exp" and not use.site.is_backward and _sums_of(flow, use) for use in uses):
+        elif any(use.name in _EXPONENTIALS and not use.site.is_backward and _sums_of(flow, use) for use in uses):
             yield found("logits-rounded", node, f"A softmax takes a matmul rounded to {dtype}.", share)
 
 

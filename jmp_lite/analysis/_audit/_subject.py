@@ -2,13 +2,15 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from jmp_lite.analysis._audit._census import is_low, products_of
 from jmp_lite.analysis._audit._flow import Flow, Node, Value
+from jmp_lite.analysis._audit._transposes import differentiated_by
 from jmp_lite.analysis._finding import Finding
 from jmp_lite.analysis._programs import Program
 from jmp_lite.autocast import _regions
+from jmp_lite.autocast._ops import PRODUCTS
 
 #: Dtypes of 16 bits, with the largest number up to which they hold every integer.
 EXACT_INTEGERS = {"bfloat16": 1 << 8, "float16": 1 << 11}
@@ -30,6 +32,11 @@ class Subject:
         products = products_of(self.flow)
         total = max(sum(flops for _, flops in products), 1)
         return [(node, flops / total) for node, flops in products]
+
+    @functools.cached_property
+    def differentiated_by(self) -> Mapping[int, Node]:
+        """The matmul whose derivative each backward matmul computes, by number of the backward one."""
+        return differentiated_by(self.flow, [node for node, _ in self.products])
 
     @functools.cached_property
     def has_low_products(self) -> bool:
@@ -64,3 +71,10 @@ def is_16_bits(dtype: str) -> bool:
 def terms(flow: Flow, node: Node) -> int:
     """Returns how many terms a reduction sums for each of its results."""
     return max(flow.size(node.operands[0]) // max(flow.size(node.results[0]), 1), 1)
+
+
+def is_square(flow: Flow, node: Node) -> bool:
+    """Whether an equation multiplies an array by itself, or sums such products."""
+    if node.name == "mul" or node.name in PRODUCTS:
+        return flow.roots(node.operands[0]) == flow.roots(node.operands[1])
+    return node.name == "square" or (node.name == "integer_pow" and bool(node.eqn.params["y"] == 2))

@@ -6,19 +6,20 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jmp_lite._compat import run
 from jmp_lite._dtypes import is_floating
-from jmp_lite._functions import check_function, refuse_modules, refuse_tracers
+from jmp_lite._functions import check_function
 from jmp_lite._policy import Policy, PolicyMap
 from jmp_lite._text import table
 from jmp_lite._tree import path_string
 from jmp_lite.analysis._comparison._perturb import ratio
 from jmp_lite.analysis._comparison._shadow import evaluated
 from jmp_lite.analysis._finding import Finding, ordered
-from jmp_lite.analysis._programs import is_loss, with_gradient
-from jmp_lite.analysis._sites import Site, flat, steps_of, traced
+from jmp_lite.analysis._programs import is_loss, traced_with_gradient
+from jmp_lite.analysis._sites import Site, flat, steps_of, traced_on_host
 from jmp_lite.autocast._api import Traced, autocast
 from jmp_lite.errors import InvalidFunctionError
 
@@ -105,7 +106,8 @@ class Comparison:
 
     Attributes:
         policies: Errors by name, in the order given.
-        findings: Worst first.
+        findings: Worst first. Of values that are only rounding errors in float32 too, such as the gradient of a bias
+            that a softmax cancels, there are none.
 
     Example:
         >>> w, x = jnp.linspace(0, 1, 64).reshape(16, 4), jnp.linspace(-1, 2, 64).reshape(4, 16)
@@ -162,7 +164,7 @@ def compare(
     """Compares a function under policies with float32: results, gradients, every equation.
 
     For a function that returns one floating scalar it compares the value and the gradient in the floating arrays of the
-    first argument; for any other function, the results. It also evaluates every value without any rounding, which shows
+    first argument, if JAX has one; for any other function, the results. It also evaluates every value without any rounding, which shows
     how much error each equation adds and how much it received. Matmuls quantized through integers count as exact from
     there on; results and gradients are always compared with a run of the plain function.
 
@@ -197,16 +199,18 @@ def compare(
     variants = _named(fun, policies)
 
     def comparing(*args: Any, **kwargs: Any) -> Comparison:
-        refuse_modules(fun, args, kwargs, "compare")
-        refuse_tracers((args, kwargs), "compare")
         with jax.default_matmul_precision("highest"):
-            plain, paths = _prepared(fun, args, kwargs)
-            reference = jax.jit(lambda arrays: run(plain.jaxpr, *arrays))(plain.arrays)
-        found = {}
-        for name, variant in variants.items():
-            call = _checked(name, _prepared(variant, args, kwargs), paths)
-            found[name] = _errors(call, paths, reference)
-        return Comparison(found, ordered(f for name, errors in found.items() for f in _findings(name, errors)))
+            plain = _Call.of(fun, args, kwargs)
+        calls = {name: _Call.of(variant, args, kwargs) for name, variant in variants.items()}
+        reasons = [call.no_gradient for call in (plain, *calls.values()) if call.no_gradient]
+        programs = {name: _checked(name, call.program(reasons), plain.program(reasons)) for name, call in calls.items()}
+        exact, paths = plain.program(reasons)
+        with jax.default_matmul_precision("highest"):
+            reference = jax.jit(lambda arrays: run(exact.jaxpr, *arrays))(exact.arrays)
+        found = {name: _errors(program, paths, reference) for name, program in programs.items()}
+        findings = [finding for name, errors in found.items() for finding in _findings(name, errors)]
+        said = [f"JAX has no gradient of this function, so only its value is compared: {reasons[0]}"] if reasons else []
+        return Comparison(found, ordered([*findings, *(Finding("no-gradient", message) for message in said)]))
 
     return comparing
 
@@ -226,23 +230,41 @@ def _named(fun: Callable[..., Any], policies: Any) -> dict[str, Callable[..., An
     }
 
 
-def _prepared(fun: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Traced, list[str]]:
-    """Traces a loss with its gradient, or any other function alone; also returns the paths of the results."""
-    check_function(fun, "compare")
-    plain = traced(fun, args, kwargs)
-    if is_loss(plain, args):
+class _Call(NamedTuple):
+    """A function as programs, each with the paths of its results.
+
+    Attributes:
+        value: The function alone.
+        gradient: A loss with its gradient; ``None`` if it is not a loss, or JAX has no gradient of it.
+        no_gradient: Why JAX has none.
+    """
+
+    value: tuple[Traced, list[str]]
+    gradient: tuple[Traced, list[str]] | None = None
+    no_gradient: str = ""
+
+    @classmethod
+    def of(cls, fun: Callable[..., Any], args: Any, kwargs: Any) -> "_Call":
+        check_function(fun, "compare")
+        plain = traced_on_host(fun, args, kwargs, "compare")
+        shapes = plain.output(plain.jaxpr.out_avals)
+        pairs = jax.tree_util.tree_leaves_with_path(shapes)
+        value = plain, [path_string(path) for path, leaf in pairs if hasattr(leaf, "dtype")]
+        if not is_loss(plain, args):
+            return cls(value)
+        found = traced_with_gradient(fun, args, kwargs)
+        if isinstance(found, str):
+            return cls((plain, ["loss"]), no_gradient=found)
         leaves = jax.tree_util.tree_leaves_with_path(args[0])
-        return traced(with_gradient(fun), args, kwargs), [
-            "loss",
-            *(path_string(path) for path, leaf in leaves if is_floating(leaf)),
-        ]
-    shapes = plain.output(plain.jaxpr.out_avals)
-    pairs = jax.tree_util.tree_leaves_with_path(shapes)
-    return plain, [path_string(path) for path, leaf in pairs if hasattr(leaf, "dtype")]
+        return cls(value, (found, ["loss", *(path_string(path) for path, leaf in leaves if is_floating(leaf))]))
+
+    def program(self, reasons: Sequence[str]) -> tuple[Traced, list[str]]:
+        """Returns the gradient of a loss, unless there are reasons against it."""
+        return self.value if reasons or self.gradient is None else self.gradient
 
 
-def _checked(name: str, variant: tuple[Traced, list[str]], paths: list[str]) -> Traced:
-    call, own_paths = variant
+def _checked(name: str, variant: tuple[Traced, list[str]], wanted: tuple[Traced, list[str]]) -> Traced:
+    (call, own_paths), (_, paths) = variant, wanted
     if own_paths != paths:
         raise InvalidFunctionError(
             f"{name!r} returns {len(own_paths)} arrays, {own_paths[:5]}, and the function {len(paths)}, {paths[:5]}. "
@@ -280,15 +302,26 @@ def _result(path: str, found: Any, wanted: Any) -> ResultError:
 
 
 def _findings(name: str, errors: PolicyErrors) -> list[Finding]:
-    found = []
+    found, certain = [], _largest_certain(errors)
     for result in errors.results:
-        if not result.cosine >= _LEAST_COSINE:
+        if not result.cosine >= _LEAST_COSINE and not certain < result.error < math.inf:
             message = f"Under {name}, {result.path} has cosine {result.cosine:.4f} with float32, and its norm "
             message += f"is {result.norm_ratio:.3g} times as large."
             found.append(Finding("gradient-turned", message, "", result.path, 1 - result.cosine))
     for e in errors.equations:
-        if e.carried > _LARGE_ERROR and e.carried > _AMPLIFIED * max(e.taken, 2**-12):
+        if _LARGE_ERROR < e.carried < certain and e.carried > _AMPLIFIED * max(e.taken, 2**-12):
             message = f"Under {name}, {e.site.primitive} amplifies the error of its operands from "
             message += f"{e.taken:.1%} to {e.carried:.1%}."
             found.append(Finding("error-amplified", message, e.site.source, e.site.scope, e.carried))
     return found
+
+
+def _largest_certain(errors: PolicyErrors) -> float:
+    """Returns the error from which on the float32 value is nothing but rounding errors itself.
+
+    Float32 has these too, smaller by the ratio of the spacings of both formats. They are the whole value of a gradient
+    that is zero in exact arithmetic, such as that of a bias before a softmax.
+    """
+    dtypes = {jnp.dtype(name) for e in errors.equations for name in e.site.out_dtypes if "float" in name}
+    spacings = [float(jnp.finfo(dtype).eps) for dtype in dtypes]  # type: ignore[no-untyped-call]
+    return _LARGE_ERROR * max(spacings, default=0.0) / float(jnp.finfo(jnp.float32).eps)  # type: ignore[no-untyped-call]

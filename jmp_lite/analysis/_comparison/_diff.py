@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jmp_lite._functions import read_on_host
 from jmp_lite._messages import quote
 
 
@@ -54,6 +55,9 @@ def diff(first: Any, second: Any, *, rtol: float = 0.0) -> tuple[Difference, ...
     Returns:
         Differences; empty if both are equal. The runs diverge at the first.
 
+    Raises:
+        InvalidAnalysisError: If an array is traced, as inside ``jax.jit``.
+
     Example:
         >>> runs = [[{"loss": 2.0, "loss_scale": 8.0}, {"loss": x, "loss_scale": 8.0}] for x in (1.5, 1.25)]
         >>> for difference in jmp.analysis.diff(*runs):
@@ -84,7 +88,7 @@ def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if isinstance(value, (jax.Array, np.ndarray, np.generic)):
-        return np.asarray(value).tolist()
+        return np.asarray(read_on_host(value, "diff")).tolist()
     return value
 
 

@@ -11,15 +11,15 @@ import numpy as np
 
 from jmp_lite._compat import bind
 from jmp_lite._dtypes import is_floating
-from jmp_lite._functions import check_function, refuse_modules, refuse_tracers
+from jmp_lite._functions import check_function
 from jmp_lite._rounding import counted_bits, key_at, step_key
 from jmp_lite._text import table
 from jmp_lite.analysis._comparison._groups import group_of, groups_of
 from jmp_lite.analysis._evaluate import Analysis, Evaluator, State, Value
-from jmp_lite.analysis._programs import is_loss, with_gradient
-from jmp_lite.analysis._sites import Step, steps_of, traced
+from jmp_lite.analysis._programs import differentiated
+from jmp_lite.analysis._sites import Step, steps_of
 from jmp_lite.autocast._ops import PRODUCTS
-from jmp_lite.errors import InvalidAnalysisError, InvalidFunctionError
+from jmp_lite.errors import InvalidAnalysisError
 
 
 class Sensitivity(NamedTuple):
@@ -135,7 +135,7 @@ def perturb(
 
     Raises:
         InvalidAnalysisError: If the scale is not positive, or the arguments are traced, as inside ``jax.jit``.
-        InvalidFunctionError: If ``fun`` is not a loss of floating arrays.
+        InvalidFunctionError: If ``fun`` is not a loss of floating arrays that JAX can differentiate.
 
     Example:
         >>> def loss(w, x):
@@ -155,15 +155,7 @@ def perturb(
         raise InvalidAnalysisError(f"scale must be positive, got {scale!r}. It is relative, such as 2**-8.")
 
     def perturbing(*args: Any, **kwargs: Any) -> Sensitivities:
-        refuse_modules(fun, args, kwargs, "perturb")
-        refuse_tracers((args, kwargs), "perturb")
-        plain = traced(fun, args, kwargs)
-        if not is_loss(plain, args):
-            raise InvalidFunctionError(
-                "perturb takes a loss: a function that returns one floating scalar and whose first argument has "
-                f"floating arrays. This one returns {len(plain.jaxpr.out_avals)} arrays."
-            )
-        call = traced(with_gradient(fun), args, kwargs)
+        _, call = differentiated(fun, args, kwargs, "perturb")
         steps = steps_of(call.jaxpr)
         groups = groups_of(steps, depth)
 

@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,16 +10,17 @@ import jax
 
 from jmp_lite._compat import run
 from jmp_lite._functions import check_function
-from jmp_lite._messages import quote
+from jmp_lite._messages import described, quote
 from jmp_lite._policy import Policy, PolicyMap
+from jmp_lite._tree import combine, partition
 from jmp_lite.analysis._estimation._compiled import _child, _hlo, _roofline
 from jmp_lite.analysis._estimation._dataflow import dataflow
 from jmp_lite.analysis._estimation._devices import DEVICES, Device, device_of, kind_of
 from jmp_lite.analysis._estimation._estimated import Configuration, Estimate, Part
 from jmp_lite.analysis._estimation._launches import Launch, launches
 from jmp_lite.analysis._sites import traced
-from jmp_lite.autocast._api import autocast
-from jmp_lite.errors import InvalidAnalysisError, InvalidRecipeError
+from jmp_lite.autocast._api import Traced, autocast, is_traced
+from jmp_lite.errors import InvalidAnalysisError, InvalidFunctionError, InvalidRecipeError
 from jmp_lite.quant._recipes import DotRecipe, get_recipe
 
 #: What can stand for a precision.
@@ -64,7 +66,7 @@ def estimate(
     Raises:
         InvalidAnalysisError: If the device is unknown, there is nothing to compare, or ``compiled`` is true for a
             device that has no compiler here.
-        InvalidFunctionError: If ``fun`` is not a function.
+        InvalidFunctionError: If ``fun`` is not a function, or a loss without a gradient.
         UnknownDtypeError: If a policy cannot be parsed.
         ModuleNotFoundError: If ``compiled`` is true and the compiler is not installed.
 
@@ -90,12 +92,24 @@ def estimate(
     def estimated(*args: Any, **kwargs: Any) -> Estimate:
         rows = []
         for name, program in programs.items():
-            found = traced(program, args, kwargs)
+            found = _traced(program, args, kwargs)
             costs = _compiled(found, chosen.compiler) if compiles else launches(dataflow(found.jaxpr))
             rows.append(configuration(name, costs, chosen))
         return Estimate(chosen, tuple(row.over(rows[0]) for row in rows), is_compiled=compiles)
 
     return estimated
+
+
+def _traced(program: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:
+    try:
+        return traced(program, args, kwargs)
+    except ValueError as error:
+        if not re.search("Reverse-mode|JVP", str(error)):
+            raise
+        raise InvalidFunctionError(
+            f"estimate differentiates a loss, and JAX has no gradient of this one: {described(error)} Loops of "
+            "lax.scan have one; policies=None estimates a function as it is."
+        ) from error
 
 
 def configuration(name: str, costs: Iterable[Launch], device: Device) -> Configuration:
@@ -155,9 +169,25 @@ def _programs(
             f"policies={quote(policies)} is nothing to compare. Give a list, such as {list(DEFAULT)}, or a dict."
         )
     named = policies.items() if isinstance(policies, Mapping) else [(str(policy), policy) for policy in policies]
-    return {
-        name: jax.value_and_grad(in_precision(fun, policy), argnums, has_aux, allow_int=True) for name, policy in named
-    }
+    return {name: _with_gradient(in_precision(fun, policy), argnums, has_aux=has_aux) for name, policy in named}
+
+
+def _with_gradient(fun: Callable[..., Any], argnums: int | Sequence[int], *, has_aux: bool) -> Callable[..., Any]:
+    """Returns a function that returns a loss and its gradient in the arrays of some arguments."""
+    chosen = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        arrays, *rest = partition([args[number] for number in chosen], is_traced)
+
+        def of_arrays(arrays: Any) -> Any:
+            given = list(args)
+            for number, argument in zip(chosen, combine(arrays, *rest), strict=True):
+                given[number] = argument
+            return fun(*given, **kwargs)
+
+        return jax.value_and_grad(of_arrays, has_aux=has_aux, allow_int=True)(arrays)
+
+    return run
 
 
 def in_precision(fun: Callable[..., Any], policy: Any) -> Callable[..., Any]:

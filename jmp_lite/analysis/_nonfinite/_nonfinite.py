@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmp_lite._compat import is_literal
-from jmp_lite._functions import check_function, refuse_modules, refuse_tracers
+from jmp_lite._functions import check_function
 from jmp_lite._tree import path_string
 from jmp_lite.analysis._finding import Finding
 from jmp_lite.analysis._nonfinite._bundle import Bundle
 from jmp_lite.analysis._nonfinite._culprits import NEVER, WRITTEN, captured, codes_of_results, step_at
 from jmp_lite.analysis._ranges._range import Range, range_of
 from jmp_lite.analysis._ranges._tally import tally
-from jmp_lite.analysis._sites import Site, Step, flat, steps_of, traced, way_to
+from jmp_lite.analysis._sites import Site, Step, flat, steps_of, traced_on_host, way_to
 from jmp_lite.autocast._api import Traced
 from jmp_lite.scaling._in_state import is_loss_scale, nodes
 
@@ -156,9 +156,7 @@ def first_nonfinite(fun: Callable[..., Any]) -> Callable[..., NonFinite | None]:
 
     @functools.wraps(fun)
     def find(*args: Any, **kwargs: Any) -> NonFinite | None:
-        refuse_modules(fun, args, kwargs, "first_nonfinite")
-        refuse_tracers((args, kwargs), "first_nonfinite")
-        call = traced(fun, args, kwargs)
+        call = traced_on_host(fun, args, kwargs, "first_nonfinite")
         steps = steps_of(call.jaxpr)
         codes = codes_of_results(call.jaxpr, steps, call.arrays)
         first = min(codes, default=int(NEVER))

@@ -11,7 +11,7 @@ import numpy as np
 
 from jmp_lite._compat import run
 from jmp_lite._dtypes import is_floating
-from jmp_lite._functions import check_function, refuse_modules
+from jmp_lite._functions import check_function, refuse_modules, require_arrays
 from jmp_lite._messages import quote
 from jmp_lite._patterns import matches
 from jmp_lite.analysis._evaluate import Analysis, Evaluator, State, Value
@@ -51,7 +51,7 @@ def collect(
 
     Raises:
         InvalidFunctionError: If ``fun`` or ``when`` cannot be called, or ``fun`` takes an NNX module.
-        InvalidAnalysisError: When called, if ``when`` returns anything but one boolean.
+        InvalidAnalysisError: When called, if ``when`` returns anything but one boolean, or an argument is only a shape.
         InvalidPatternError: If ``where`` is not a regular expression.
 
     Warns:
@@ -75,7 +75,8 @@ def collect(
 
     @functools.wraps(fun)
     def collecting(*args: P.args, **kwargs: P.kwargs) -> tuple[R, Ranges]:
-        refuse_modules(fun, args, kwargs, "collect")
+        refuse_modules(fun, args, kwargs, "collect", twin=False)
+        require_arrays((args, kwargs), "collect")
         call = traced(fun, args, kwargs)
         steps = steps_of(call.jaxpr)
         roles = {step.site.number: _roles(step) for step in flat(steps) if _is_chosen(step, where)}

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmp_lite._dtypes import is_floating
-from jmp_lite._functions import refuse_tracers
+from jmp_lite._functions import read_on_host
 from jmp_lite._text import table as laid_out
 from jmp_lite._tree import path_string
 from jmp_lite.analysis._ranges._range import Range, parse_format, range_of
@@ -82,8 +82,7 @@ class Ranges(Mapping[str, Range]):
     @functools.cached_property
     def pairs(self) -> tuple[tuple[Row, Range], ...]:
         """Each row with its range; read from the device once."""
-        refuse_tracers(self.tallies, "Ranges")
-        tallies = jax.device_get(self.tallies)
+        tallies = read_on_host(self.tallies, "Ranges")
         return tuple((row, range_of(_summed(one))) for row, one in zip(self.rows, tallies, strict=True))
 
     def __len__(self) -> int:
@@ -106,7 +105,7 @@ class Ranges(Mapping[str, Range]):
             depth: How many name scopes, or keys of a path, to group modules by.
         """
         groups: dict[str, list[Tally]] = {}
-        for row, one in zip(self.rows, jax.device_get(self.tallies), strict=True):
+        for row, one in zip(self.rows, read_on_host(self.tallies, "Ranges"), strict=True):
             path = row.name if row.site is None else row.site.scope
             name = f"{row.kind} {'/'.join(path.split('/')[:depth])}".strip()
             groups.setdefault(name, []).append(_summed(one))

@@ -66,10 +66,8 @@ def tally(x: jax.Array) -> Tally:
     is_finite, is_zero = bits < jnp.uint32(INFINITY), bits == jnp.uint32(0)
     largest = jnp.max(jnp.where(is_finite, bits, 0))
     power = jnp.clip(_exponent(largest), _LEAST_EXPONENT, 126)
-    x, unit = jnp.where(is_finite, x, 0), _power_of_two(-power)
-    scaled = x * unit
-    amax = lax.bitcast_convert_type(largest, jnp.float32)
-    rounding = [_error(x, bits, name, amax) for name in ROUNDED]
+    scaled = jnp.where(is_finite, _scaled(x, bits, power), 0)
+    rounding = [_error(scaled, bits, name, power) for name in ROUNDED]
     return Tally(
         _classes(bits),
         largest,
@@ -77,8 +75,8 @@ def tally(x: jax.Array) -> Tally:
         power.astype(jnp.float32),
         _sum(scaled),
         _sum(scaled * scaled),
-        jnp.stack([_sum((error * unit) ** 2) for error in rounding]),
-        jnp.sum(is_finite & ~is_zero & (x == rounding[-1]), dtype=jnp.uint32),
+        jnp.stack([_sum(error * error) for error in rounding]),
+        jnp.sum(is_finite & ~is_zero & (scaled == rounding[-1]), dtype=jnp.uint32),
     )
 
 
@@ -135,6 +133,13 @@ def _power_of_two(exponent: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
 
 
+def _scaled(x: jax.Array, bits: jax.Array, power: jax.Array) -> jax.Array:
+    """Divides by ``2**power``; reads subnormal numbers from their bits, as some platforms take them for zero."""
+    digits = jnp.where(lax.bitcast_convert_type(x, jnp.uint32) == bits, 1, -1) * bits.astype(jnp.int32)
+    subnormal = digits.astype(jnp.float32) * _power_of_two(jnp.maximum(_LEAST_EXPONENT - 23 - power, _LEAST_EXPONENT))
+    return jnp.where(bits >> jnp.uint32(23) == 0, subnormal, x * _power_of_two(-power))
+
+
 def _classes(bits: jax.Array) -> jax.Array:
     exponent = (bits >> jnp.uint32(23)).astype(jnp.int32)
     table = jnp.asarray(class_table())
@@ -144,15 +149,17 @@ def _classes(bits: jax.Array) -> jax.Array:
     return jnp.zeros(EXPONENTS * CLASSES, jnp.uint32).at[index].add(jnp.uint32(1))
 
 
-def _error(x: jax.Array, bits: jax.Array, name: str, largest: jax.Array) -> jax.Array:
-    """Returns the rounding errors of a format; zero where the format overflows."""
+def _error(scaled: jax.Array, bits: jax.Array, name: str, power: jax.Array) -> jax.Array:
+    """Returns the rounding errors of a format, scaled like the numbers; zero where the format overflows."""
     if name == INT8:
+        largest = jnp.max(jnp.abs(scaled))
         spacing = jnp.where(largest == 0, 1, largest / 127)
-        return x - jnp.round(x / spacing) * spacing
+        return scaled - jnp.round(scaled / spacing) * spacing
     info: Any = jnp.finfo(name)  # type: ignore[no-untyped-call]
-    least = max(round(float(np.log2(float(info.smallest_subnormal)))), _LEAST_EXPONENT)
-    spacing = _power_of_two(jnp.maximum(_exponent(bits) - info.nmant, least))
-    return jnp.where(bits < jnp.uint32(edges(name).overflow), x - jnp.round(x / spacing) * spacing, 0)
+    least = round(float(np.log2(float(info.smallest_subnormal))))
+    exponent = jnp.maximum(_exponent(bits) - info.nmant, least) - power
+    spacing = _power_of_two(jnp.clip(exponent, _LEAST_EXPONENT, 127))
+    return jnp.where(bits < jnp.uint32(edges(name).overflow), scaled - jnp.round(scaled / spacing) * spacing, 0)
 
 
 def _sum(x: jax.Array) -> jax.Array:

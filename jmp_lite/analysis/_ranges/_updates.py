@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jmp_lite._dtypes import at_least_float32, is_floating
+from jmp_lite._functions import read_on_host
 from jmp_lite._messages import first_few
 from jmp_lite._text import table
 from jmp_lite._tree import path_string
@@ -61,7 +62,7 @@ class LostUpdates(Mapping[str, Any]):
         )
 
     def _sorted(self) -> list[tuple[str, float]]:
-        shares = map(float, jax.device_get(self.shares))
+        shares = map(float, read_on_host(self.shares, "LostUpdates"))
         return sorted(zip(self.paths, shares, strict=True), key=lambda pair: -pair[1])
 
     def table(self) -> str:

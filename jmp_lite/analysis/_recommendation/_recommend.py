@@ -8,21 +8,21 @@ from typing import Any
 import jax
 import numpy as np
 
-from jmp_lite._functions import refuse_tracers
+from jmp_lite._functions import require_numbers
 from jmp_lite._messages import quote
 from jmp_lite._text import table
-from jmp_lite._tree import all_finite
+from jmp_lite._tree import all_finite, combine, partition
 from jmp_lite.analysis._comparison._groups import flop_shares, group_of, groups_of
 from jmp_lite.analysis._comparison._perturb import distance, perturb
 from jmp_lite.analysis._estimation._estimate import Precision, estimate
 from jmp_lite.analysis._estimation._estimated import Estimate
-from jmp_lite.analysis._programs import with_gradient
+from jmp_lite.analysis._programs import differentiated, with_gradient
 from jmp_lite.analysis._ranges._collect import collect
 from jmp_lite.analysis._ranges._range import Range
 from jmp_lite.analysis._ranges._ranges import Ranges
 from jmp_lite.analysis._recommendation._choices import FLOAT32, Choice, Plan, choices_of
-from jmp_lite.analysis._sites import steps_of, traced
-from jmp_lite.autocast._api import autocast
+from jmp_lite.analysis._sites import steps_of
+from jmp_lite.autocast._api import autocast, is_traced
 from jmp_lite.autocast._explain import explain
 from jmp_lite.errors import InvalidAnalysisError
 
@@ -169,7 +169,7 @@ def recommend(
         InvalidAnalysisError: If there are fewer than two batches, the tolerance is not positive, values are traced, or
             the loss has no matmul, or is not finite in float32.
         InvalidRecipeError: If a format is not known.
-        InvalidFunctionError: If ``loss_fn`` is not a loss.
+        InvalidFunctionError: If ``loss_fn`` is not a loss that JAX can differentiate.
 
     Example:
         >>> def loss(w, x):
@@ -187,7 +187,7 @@ def recommend(
         casts: Chiang et al., "Rigorous Floating-Point Mixed-Precision Tuning", POPL 2017.
     """
     choices, (measuring, held_out) = choices_of(formats), _split(batches, tolerance)
-    refuse_tracers((params, measuring, held_out), "recommend")
+    require_numbers((params, measuring, held_out), "recommend")
     search = _Search(loss_fn, params, choices, (measuring, held_out), depth=depth)
     raises = search.raises()
     count = search.fewest(raises, tolerance)
@@ -235,12 +235,13 @@ class _Search:
         measuring, held_out = batches
         self.loss_fn, self.params, self.held_out, self.choices = loss_fn, params, held_out, choices
         batch = measuring[0]
-        steps = steps_of(traced(with_gradient(loss_fn), (params, *batch), {}).jaxpr)
+        _, call = differentiated(loss_fn, (params, *batch), {}, "recommend")
+        steps = steps_of(call.jaxpr)
         self.groups = groups_of(steps, depth)
         if not self.groups:
             raise InvalidAnalysisError("The loss has no matmul or convolution: nothing can be lower.")
         self.shares = flop_shares(steps, self.groups)
-        counting = jax.jit(collect(with_gradient(loss_fn)))
+        counting = _jitted(collect(with_gradient(loss_fn)))
         self.ranges: Ranges = sum((counting(params, *batch)[1] for batch in measuring[1:]), counting(params, *batch)[1])
         found = perturb(loss_fn, depth=depth)(params, *batch)
         self.sensitivities = {scope: max(found[scope].gradient, found[scope].loss) for scope in self.groups}
@@ -248,7 +249,8 @@ class _Search:
         self.first = self._first((params, *batch))
         self._measured: dict[tuple[Choice, ...], float] = {}
         with jax.default_matmul_precision("highest"):
-            self.exact = [jax.jit(with_gradient(loss_fn))(params, *batch) for batch in held_out]
+            exactly = _jitted(with_gradient(loss_fn))
+            self.exact = [exactly(params, *batch) for batch in held_out]
         if not all(map(all_finite, self.exact)):
             raise InvalidAnalysisError(
                 "The loss or its gradient is not finite in float32 on a held-out batch, so there is no reference. "
@@ -327,7 +329,7 @@ class _Search:
         key = tuple(plan.choices.values())
         if key not in self._measured:
             low, scale = autocast(self.loss_fn, plan.policy, rules=plan.rules), self.scale_for(plan)
-            run = jax.jit(with_gradient(lambda params, *batch: low(params, *batch) * scale))
+            run = _jitted(with_gradient(lambda params, *batch: low(params, *batch) * scale))
             found = [jax.tree.map(lambda x: x / scale, run(self.params, *batch)) for batch in self.held_out]
             self._measured[key] = max(map(_error, found, self.exact))
         return self._measured[key]
@@ -399,6 +401,21 @@ class _Search:
         ]
         largest = max(gradients, default=0.0)
         return 2.0 ** (math.floor(math.log2(_LARGEST / largest)) - _MARGIN) if largest else 1.0
+
+
+def _jitted(fun: Callable[..., Any]) -> Callable[..., Any]:
+    """Like ``jax.jit``, for arguments that hold more than arrays, such as the functions in an Equinox module."""
+    programs: list[tuple[Any, Callable[..., Any]]] = []
+
+    def run(*args: Any) -> Any:
+        arrays, *rest = partition(args, is_traced)
+        for known, program in programs:
+            if known == rest:
+                return program(arrays)
+        programs.append((rest, jax.jit(lambda arrays: fun(*combine(arrays, *rest)))))
+        return programs[-1][1](arrays)
+
+    return run
 
 
 def _error(found: tuple[Any, list[Any]], exact: tuple[Any, list[Any]]) -> float:

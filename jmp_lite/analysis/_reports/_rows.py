@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jmp_lite._functions import read_on_host
 from jmp_lite._messages import quote
 from jmp_lite.analysis._finding import Finding
 from jmp_lite.analysis._ranges._ranges import Ranges, _severity
@@ -42,8 +43,8 @@ class History:
     @functools.cached_property
     def total(self) -> Ranges:
         """The ranges of all steps, summed on the host, where a thousand arrays take no time."""
-        steps = [ranges.tallies for ranges in self.ranges]
-        return Ranges(self.ranges[0].rows, [_added(parts) for parts in zip(*jax.device_get(steps), strict=True)])
+        steps = read_on_host([ranges.tallies for ranges in self.ranges], "Ranges")
+        return Ranges(self.ranges[0].rows, [_added(parts) for parts in zip(*steps, strict=True)])
 
 
 def _added(parts: Sequence[Tally]) -> Tally:
