@@ -17,7 +17,9 @@ hypothesis.settings.load_profile("jmp_lite")
 def _cell(item: pytest.Item) -> tuple:
     """Where a test stands in its table: for each of its parametrizations, which values it has."""
     names = [mark.args[0] for mark in item.iter_markers("parametrize")]
-    axes = [one.replace(" ", "").split(",") if isinstance(one, str) else one for one in names]
+    axes = [one.replace(" ", "").split(",") if isinstance(one, str) else [*one] for one in names]
+    of_marks = {name for axis in axes for name in axis}
+    axes += [[name] for name in item.callspec.params if name not in of_marks]  # of fixtures
     return tuple(tuple(id(item.callspec.params[name]) for name in axis) for axis in axes)
 
 
