@@ -1,6 +1,7 @@
 """Promises about the package as a whole: the cost of its import, its names, its files."""
 
 import ast
+import functools
 import importlib
 import importlib.metadata
 import inspect
@@ -140,16 +141,36 @@ EXTRAS = {
 }
 
 
-@pytest.mark.parametrize("form", ["jmp_lite.{}", "import jmp_lite.{}"])
+FORMS = ["jmp_lite.{}", "import jmp_lite.{}"]
+#: Asks for each chapter in each form while a package is missing; what was imported of others makes no difference.
+WITHOUT = """
+import sys, jmp_lite
+for chapter, package, form in {cases}:
+    there = sys.modules.get(package)
+    sys.modules[package] = None
+    try:
+        exec(form.format(chapter))
+    except ImportError as error:
+        print(chapter, package, form, error, type(error.__cause__).__name__, error.name, sep="|")
+    del sys.modules[package]
+    if there is not None:
+        sys.modules[package] = there
+"""
+
+
+@functools.cache
+def said_without():
+    """What is said, by chapter, package and form; all in one process, which takes seconds to start."""
+    cases = [(*case, form) for case in EXTRAS for form in FORMS]
+    lines = [line.split("|") for line in run_python(WITHOUT.format(cases=cases)).splitlines()]
+    return {tuple(line[:3]): line[3:] for line in lines}
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("chapter", "package"), EXTRAS)
 def test_missing_package_is_named_with_the_command_that_installs_it(chapter, package, form):
     """However a chapter is asked for, the error names package and extra, and keeps its cause."""
-    program = (
-        f"import sys; sys.modules[{package!r}] = None\nimport jmp_lite\n"
-        f"try:\n    {form.format(chapter)}\n"
-        "except ImportError as error:\n    print(error, type(error.__cause__).__name__, error.name, sep='|')"
-    )
-    said, cause, name = run_python(program).strip().split("|")
+    said, cause, name = said_without()[chapter, package, form]
     extra = EXTRAS[chapter, package]
     assert said.startswith(f"jmp_lite.{chapter} needs {package}")
     assert said.endswith(f", which is not installed. Run pip install 'jmp-lite[{extra}]'.")

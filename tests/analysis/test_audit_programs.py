@@ -54,6 +54,7 @@ MISTAKES = [
 ]
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistake_is_found_inside(name, place):

@@ -158,6 +158,7 @@ def test_functions_that_return_something_else_are_refused():
         compare("no function")
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("size", [1e-1, 1e-3, 1e-5, 1e-9])
 def test_lost_updates_are_those_that_apply_updates_loses(dtype, size, rng):

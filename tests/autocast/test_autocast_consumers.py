@@ -200,6 +200,7 @@ GEOMETRY = {
 }
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("name", GEOMETRY)
 @every_policy
 def test_products_of_a_few_terms_are_not_rounded(name, policy):

@@ -409,6 +409,7 @@ def test_linen_explains_what_linen_runs(said):
     assert told(explanation) == by_part(jaxprs.contractions(run, variables, x))
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("order", ["forward", "gradient"])
 @pytest.mark.parametrize("said", SAID)
 def test_nnx_explains_what_nnx_runs(said, order):

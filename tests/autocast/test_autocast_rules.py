@@ -363,6 +363,7 @@ def products_by_scope(fun):
     return collections.Counter(("router" in scope, *sorted(found)) for scope, found in jaxprs.contractions(fun, X, W))
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("within", WITHIN.values(), ids=WITHIN)
 @pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
 @pytest.mark.parametrize("placed", [scope_outside, scope_inside])
@@ -378,6 +379,7 @@ def test_scopes_reach_into_and_through(within, order, placed):
     assert products_by_scope(order(functools.partial(jmp.autocast, policy=policy), loss)) == expected
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("within", WITHIN.values(), ids=WITHIN)
 @pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
 def test_regions_reach_into_and_through(within, order):
@@ -414,6 +416,7 @@ class Tied(nn.Module):
         return embed.attend(nn.Dense(16)(embed(ids)))
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("pattern", ["Embed_0", r"Embed_0\.attend", "Tied/Embed_0", ".*mbed_0"])
 @pytest.mark.parametrize("order", ["forward", "autocast(grad)", "grad(autocast)"])
 def test_methods_of_linen_modules_are_in_the_scope_of_the_module(pattern, order):

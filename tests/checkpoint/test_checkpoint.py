@@ -71,6 +71,7 @@ def make_step(loss_scale):
     return step
 
 
+@pytest.mark.covering(1)
 @trips
 @pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
 def test_training_resumed_midway_is_bit_identical(trip, scale, key, tmp_path):
@@ -88,6 +89,7 @@ def test_training_resumed_midway_is_bit_identical(trip, scale, key, tmp_path):
     assert int(jmp.metrics(whole["opt_state"])["total_notfinite"]) >= 2
 
 
+@pytest.mark.covering(1)
 @trips
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float8_e4m3fn", "int8", "bool", "complex64"])
 def test_every_dtype_survives(trip, dtype, rng, tmp_path):

@@ -65,6 +65,7 @@ def copied(saved, tmp_path):
 # --- The same bits --------------------------------------------------------------------------------
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("abstract", [False, True], ids=["arrays", "ShapeDtypeStruct"])
 @pytest.mark.parametrize("devices", [1, 2, 4, 8])
 def test_checkpoint_of_eight_devices_is_exact_on_fewer(saved, key, devices, abstract):

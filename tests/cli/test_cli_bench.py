@@ -90,6 +90,7 @@ PRODUCTS = {
 }
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("name", PRODUCTS)
 @pytest.mark.parametrize("index", [0, 1], ids=NAMES)
 def test_variants_compute_in_what_they_say(name, index):

@@ -40,6 +40,7 @@ def assert_flags(found, expected):
         np.testing.assert_array_equal(found[name], flags, err_msg=name)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("run", [lambda f: f, jax.jit], ids=["eager", "jit"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "complex64", "float8_e5m2"])
 def test_leaves_by_path(dtype, run, rng):
@@ -65,6 +66,7 @@ def test_replicas_of_pmap(rng):
     assert_flags(found, {name: np.stack([rows] * DEVICES) for name, rows in bad.items()})
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("axes", [("data", "model"), ("model", "data"), ("data",), "data"], ids=str)
 def test_replicas_of_shard_map(axes, check_vma, rng):

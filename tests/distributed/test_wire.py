@@ -99,6 +99,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("compute", ["bfloat16", "float32"])
@@ -257,6 +258,7 @@ MAPS = {
 }
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("form", MAPS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "complex64"])
 def test_the_mean_is_exact_for_whole_numbers(form, dtype, rng):

@@ -11,6 +11,7 @@ import jmp_lite as jmp
 from jmp_lite.distributed import gather_params
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(("reduce", "expected"), [("", "float32"), (",r=bf16", "bfloat16"), (",r=f32", "float32")])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_gradients_of_narrow_parameters_are_added_up_in_float32(dtype, reduce, expected):

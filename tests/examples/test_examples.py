@@ -260,6 +260,7 @@ def test_split_and_batches(example):
     assert set(data.batch(images, numbers, size=64, step=21, seed=0)[1]) != set(epoch[0])
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("framework", ["linen", "nnx"])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_convolution_computes_in_the_dtype_of_the_policy(example, framework, policy):

@@ -186,6 +186,7 @@ def test_gradient_through_a_cast_has_the_type_of_the_parameter(policy, forest):
         assert not inexact or np.all(np.asarray(grad).astype(np.complex64) == 8)
 
 
+@pytest.mark.covering(1)
 @every_transform
 @pytest.mark.parametrize("policy", ["mixed_float16", "bf16", "f32"])
 def test_with_policy_is_the_same_everywhere(transform, policy, rng):

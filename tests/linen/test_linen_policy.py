@@ -43,6 +43,7 @@ def policy(request):
     return POLICIES[request.param]
 
 
+@pytest.mark.covering(2)
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("frozen", [False, True], ids=["dict", "FrozenDict"])
 @pytest.mark.parametrize(

@@ -130,8 +130,8 @@ def test_what_a_microbatch_that_is_left_out_did_is_undone(rng):
     x = jnp.asarray(rng.standard_normal((4, 8)), jnp.float32)
     options = {"loss_scale": jmp.StaticLossScale(SCALE), "on_nonfinite": "skip_microbatch"}
     both = jnp.stack([x, jnp.full_like(x, jnp.nan)], 1).reshape(8, 8)  # every other row
-    loss, grads, skipped = jmp.nnx.accumulate_gradients(of_model, 2, **options)(model, both)
-    expected, true, none = jmp.nnx.accumulate_gradients(of_model, 1, **options)(good, x)
+    loss, grads, skipped = nnx.jit(jmp.nnx.accumulate_gradients(of_model, 2, **options))(model, both)
+    expected, true, none = nnx.jit(jmp.nnx.accumulate_gradients(of_model, 1, **options))(good, x)
     assert (int(skipped), int(none)) == (1, 0)
     assert_near((loss, grads), (expected, true))
     assert_near(states([model]), states([good]))
@@ -142,8 +142,9 @@ def test_an_optimizer_is_where_the_scale_is(holder):
     model = Net(0)
     optimizer = nnx.Optimizer(model, jmp.loss_scaled(optax.sgd(0.1)), wrt=nnx.Param)
     x = jnp.ones((4, 8))
-    _, grads = jmp.nnx.scaled_value_and_grad(of_model, loss_scale=holder(optimizer))(model, x)
-    _, expected = jmp.nnx.scaled_value_and_grad(of_model, loss_scale=jmp.StaticLossScale(2.0**15))(Net(0), x)
+    _, grads = nnx.jit(jmp.nnx.scaled_value_and_grad(of_model, loss_scale=holder(optimizer)))(model, x)
+    static = jmp.nnx.scaled_value_and_grad(of_model, loss_scale=jmp.StaticLossScale(2.0**15))
+    _, expected = nnx.jit(static)(Net(0), x)
     assert_identical(jax.tree.leaves(grads), jax.tree.leaves(expected))
 
 
@@ -236,6 +237,7 @@ CALLS = {
 ARGNUMS = [0, -2, nnx.DiffState(0, nnx.Param), nnx.DiffState(-2, nnx.Param)]
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("argnum", slow_but_for(ARGNUMS[::3], ARGNUMS), ids=str)
 @pytest.mark.parametrize(("loss_fn", "keywords"), CALLS.values(), ids=CALLS)
 def test_the_signature_is_that_of_the_function(loss_fn, keywords, argnum, rng):
@@ -276,8 +278,8 @@ def test_modules_in_containers_and_modules_that_are_shared(rng):
         (lambda models, x: jnp.mean(models[1](models[0](x, use_running_average=True)) ** 2), (norms,), 0),
         (lambda a, b, x: jnp.mean(a(x) * b(x)), (shared, shared), (0, 1)),
     ):
-        expected = nnx.grad(fun, argnums=argnums)(*args, x)
-        _, grads = jmp.nnx.accumulate_gradients(fun, 3, argnums, loss_scale=scale)(*args, x)
+        expected = nnx.jit(nnx.grad(fun, argnums=argnums))(*args, x)
+        _, grads = nnx.jit(jmp.nnx.accumulate_gradients(fun, 3, argnums, loss_scale=scale))(*args, x)
         assert jax.tree.structure(grads) == jax.tree.structure(expected)
         assert_near(unscaled(grads), expected)
 

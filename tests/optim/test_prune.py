@@ -67,6 +67,7 @@ def test_sparsity_may_be_known_at_run_time_only(sparsity, rng):
     np.testing.assert_array_equal(scheduled, expected)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("nm", [(2, 4), (1, 4), (1, 2), (4, 8), [1, 3]], ids=str)
 @pytest.mark.parametrize(("shape", "axis"), [((24, 5), 0), ((24, 5), -2), ((5, 24), -1), ((3, 3, 24, 2), -2)], ids=str)
 def test_n_of_m(nm, shape, axis, rng):

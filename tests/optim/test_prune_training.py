@@ -31,6 +31,7 @@ SKIPPING = {
 }
 
 
+@pytest.mark.covering(1)
 @forms
 @pytest.mark.parametrize("wrapper", SKIPPING)
 def test_skipped_step_prunes_nothing(wrapper, form, rng):

@@ -48,6 +48,7 @@ def check_step(transforms, name, params, opt_state, grads):
 COMMON = ("adamw", "sgd with momentum", "adafactor with momentum")
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(("params", "state"), [("split8", "8bit"), ("split16", "float32"), ("stochastic", "bfloat16")])
 @pytest.mark.filterwarnings("ignore:state='.*' leaves")
 @pytest.mark.parametrize("alias", slow_but_for(COMMON, ALIASES))

@@ -1,5 +1,7 @@
 """Formats of moments and of parameters: right on average, exact where they can be, and never silent about NaN."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,34 +19,42 @@ ROOT = np.float32(1e-3)  # of the second moment that ratios are relative to
 
 def codes(one):
     """Every number that a format of 8 bits has, as it is stored."""
-    return jnp.arange(256, dtype=jnp.int32).astype(jnp.uint8).astype(one.dtype)
+    return np.arange(256).astype(np.uint8).astype(one.dtype)
 
 
 def beside(one, shape):
     """The second moment that a ratio is relative to."""
-    return None if one.relative_to is None else jnp.full(shape, ROOT**2)
+    return None if one.relative_to is None else np.full(shape, ROOT**2)
+
+
+@functools.cache
+def compiled(one):
+    """The two functions of a format, of moments or of parameters."""
+    return jax.jit(one.encode, static_argnums=2 if one in WEIGHT_FORMATS.values() else ()), jax.jit(one.decode)
 
 
 def round_trip(one, value, bits):
     """Numbers after they were stored, in float64."""
-    other = beside(one, value.shape)
-    return np.float64(one.decode(one.encode(value, bits, other), other))
+    (encode, decode), other = compiled(one), beside(one, value.shape)
+    return np.float64(decode(encode(value, bits, other), other))
 
 
 def numbers(name):
     """All finite numbers of a format, in order, in float64."""
     one = FORMATS[name]
     if isinstance(one, Float):
-        every = jnp.arange(2**16, dtype=jnp.uint32).astype(jnp.uint16)
         with np.errstate(invalid="ignore"):  # of NaN that signal
-            found = np.float64(jax.lax.bitcast_convert_type(every, one.dtype).astype(jnp.float32))
+            found = np.arange(2**16, dtype=np.uint32).astype(np.uint16).view(one.dtype).astype(np.float64)
     else:
-        found = np.float64(one.decode(codes(one), beside(one, (256,))))
+        found = np.float64(compiled(one)[1](codes(one), beside(one, (256,))))
     return np.unique(found[np.isfinite(found)])
 
 
+bits_of = jax.jit(counted_bits, static_argnums=1)
+
+
 def random_bits(seed, shape=(DRAWS,)):
-    return counted_bits(step_key(seed % 2**32, jnp.uint32(0)), shape)
+    return bits_of(step_key(seed % 2**32, jnp.uint32(0)), shape)
 
 
 STOCHASTIC = ["bfloat16", "float16", "log", "slog", "ratio"]
@@ -66,7 +76,7 @@ def test_rounding_is_right_on_average(name, generator, seed):
             continue
         key = jax.random.key(seed % 2**31 + i)
         bits = random_bits(seed + i) if generator == "counted" else jax.random.bits(key, (DRAWS,))
-        found = round_trip(one, jnp.full(DRAWS, value), bits)
+        found = round_trip(one, np.full(DRAWS, value), bits)
         above = grid[np.searchsorted(grid, np.float64(value))]
         below = grid[np.searchsorted(grid, np.float64(value), side="right") - 1]
         near = 2.0**-22 if name == "ratio" else 0  # numbers of a ratio are products, each rounded once
@@ -82,10 +92,10 @@ def test_rounding_is_right_on_average(name, generator, seed):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_split_parameters_are_right_on_average(extra, dtype, seed):
     """Also where an update is far below what is kept: 1 + 2**-22 under 24 bits."""
-    weights = WEIGHT_FORMATS[f"split{extra}"]
+    encode, decode = compiled(WEIGHT_FORMATS[f"split{extra}"])
     for i, value in enumerate(np.float32([1 + 2.0**-22, -0.3, 7e-5, 3.1e-6, 1.9999999, -255.99])):
-        seen, low = weights.encode(jnp.full(DRAWS, value), random_bits(seed + i), jnp.dtype(dtype))
-        found = np.float64(weights.decode(seen, low))
+        seen, low = encode(np.full(DRAWS, value), random_bits(seed + i), jnp.dtype(dtype))
+        found = np.float64(decode(seen, low))
         spread = max(found.std(), np.float64(np.abs(value)) * 2.0**-24)
         assert abs(found.mean() - np.float64(value)) < 4 * spread / np.sqrt(DRAWS) + 2.0**-42
         nearest = np.float32(np.asarray(value).astype(jnp.dtype(dtype)))
@@ -98,7 +108,7 @@ def test_numbers_of_a_format_stay_what_they_are(name, rng):
     """Whatever the random bits; a ratio is computed, and moves with the probability of a rounding error."""
     grid = np.float32(numbers(name))
     for _ in range(20):
-        found = round_trip(FORMATS[name], jnp.asarray(grid), jnp.asarray(rng.integers(0, 2**32, grid.shape, np.uint32)))
+        found = round_trip(FORMATS[name], grid, rng.integers(0, 2**32, grid.shape, np.uint32))
         if name == "ratio":
             step = np.diff(grid, append=np.inf) + np.diff(grid, prepend=-np.inf)
             assert np.mean(np.float32(found) != grid) < 0.05
@@ -114,8 +124,7 @@ def special(x):
 @pytest.mark.parametrize("name", STOCHASTIC)
 def test_what_is_not_finite_stays_visible(name, rng):
     """A NaN in a moment must not become a number; zero is zero."""
-    values = jnp.asarray(special(1e-3))
-    found = round_trip(FORMATS[name], values, jnp.asarray(rng.integers(0, 2**32, 5, np.uint32)))
+    found = round_trip(FORMATS[name], special(1e-3), rng.integers(0, 2**32, 5, np.uint32))
     assert not np.isfinite(found[:3]).any()
     assert found[3] == 0
     assert np.isfinite(found[4])
@@ -126,10 +135,10 @@ def test_what_is_not_finite_stays_visible(name, rng):
 def test_parameters_that_are_not_finite_stay_so(params, dtype, rng):
     """Infinity and NaN of all bits, as GPUs make it, and the signs of zeros."""
     values = np.append(special(-0.0), np.uint32([0x7FFFFFFF, 0xFFFFFFFF, 0x7FC00001]).view(np.float32))
-    bits = jnp.asarray(rng.integers(0, 2**32, values.shape, np.uint32))
-    weights = WEIGHT_FORMATS[params]
-    seen, low = weights.encode(jnp.asarray(values), bits, jnp.dtype(dtype))
-    for found in (np.float32(seen), np.float32(weights.decode(seen, low))):
+    bits = rng.integers(0, 2**32, values.shape, np.uint32)
+    encode, decode = compiled(WEIGHT_FORMATS[params])
+    seen, low = encode(values, bits, jnp.dtype(dtype))
+    for found in (np.float32(seen), np.float32(decode(seen, low))):
         np.testing.assert_array_equal(np.isnan(found), np.isnan(values))
         np.testing.assert_array_equal(found[:2], values[:2])
         np.testing.assert_array_equal(found[3:5], 0)
@@ -138,44 +147,42 @@ def test_parameters_that_are_not_finite_stay_so(params, dtype, rng):
 
 def test_float32_is_kept_to_the_last_bit(rng):
     """In 16 + 16 bits of bfloat16, for all words; in those of float16, for all numbers from 2**-17 to 65504."""
-    words = jnp.asarray(rng.integers(0, 2**32, 1_000_000, np.uint32))
-    full = jax.lax.bitcast_convert_type(words, jnp.float32)
-    finite = np.isfinite(full) & (np.abs(full) < 3.3e38) & (np.asarray(words) % 2**31 >= 2**15)
-    weights = WEIGHT_FORMATS["split16"]
+    words = rng.integers(0, 2**32, 1_000_000, np.uint32)
+    full = words.view(np.float32)
+    finite = np.isfinite(full) & (np.abs(full) < 3.3e38) & (words % 2**31 >= 2**15)
+    encode, decode = compiled(WEIGHT_FORMATS["split16"])
 
     def kept(full, dtype):
-        seen, low = weights.encode(full, jnp.zeros(full.shape, jnp.uint32), jnp.dtype(dtype))
-        return seen, np.asarray(weights.decode(seen, low))
+        seen, low = encode(full, np.zeros(full.shape, np.uint32), jnp.dtype(dtype))
+        return np.asarray(seen), np.asarray(decode(seen, low))
 
     seen, back = kept(full, "bfloat16")
-    np.testing.assert_array_equal(back[finite].view(np.uint32), np.asarray(words)[finite])
+    np.testing.assert_array_equal(back[finite].view(np.uint32), words[finite])
     with np.errstate(invalid="ignore"):  # of NaN that signal
-        nearest = np.asarray(full).astype(jnp.bfloat16).astype(np.float32)
-    ties = np.asarray(words) & 0xFFFF == 0x8000
+        nearest = full.astype(jnp.bfloat16).astype(np.float32)
+    ties = words & 0xFFFF == 0x8000
     np.testing.assert_array_equal(np.float32(seen)[finite & ~ties], nearest[finite & ~ties])
     inside = np.float32(
         rng.uniform(1, 2, 100_000) * 2.0 ** rng.integers(-17, 15, 100_000) * rng.choice([-1, 1], 100_000)
     )
-    seen, back = kept(jnp.asarray(inside), "float16")
+    seen, back = kept(inside, "float16")
     np.testing.assert_array_equal(back, inside)
     np.testing.assert_array_equal(
         np.abs(np.float32(seen) - inside), np.abs(inside.astype(np.float16) - inside)
     )  # ties go up
     below = np.float32(rng.uniform(-1, 1, 100_000) * 2.0**-15)
-    assert np.max(np.abs(kept(jnp.asarray(below), "float16")[1] - below)) < 2.0**-40
-    np.testing.assert_array_equal(kept(jnp.float32([1e5, -1e5]), "float16")[0], np.float16([65504, -65504]))
+    assert np.max(np.abs(kept(below, "float16")[1] - below)) < 2.0**-40
+    np.testing.assert_array_equal(kept(np.float32([1e5, -1e5]), "float16")[0], np.float16([65504, -65504]))
 
 
 @pytest.mark.parametrize("name", ["split8", "split16"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_every_pair_of_halves_is_kept(name, dtype, rng):
     """What was decoded is encoded to the same two numbers."""
-    weights = WEIGHT_FORMATS[name]
-    full = jnp.asarray(rng.standard_normal(10_000) * 10.0 ** rng.integers(-3, 4, 10_000), jnp.float32)
-    once = weights.encode(full, jnp.asarray(rng.integers(0, 2**32, 10_000, np.uint32)), jnp.dtype(dtype))
-    again = weights.encode(
-        weights.decode(*once), jnp.asarray(rng.integers(0, 2**32, 10_000, np.uint32)), jnp.dtype(dtype)
-    )
+    encode, decode = compiled(WEIGHT_FORMATS[name])
+    full = np.float32(rng.standard_normal(10_000) * 10.0 ** rng.integers(-3, 4, 10_000))
+    once = encode(full, rng.integers(0, 2**32, 10_000, np.uint32), jnp.dtype(dtype))
+    again = encode(decode(*once), rng.integers(0, 2**32, 10_000, np.uint32), jnp.dtype(dtype))
     np.testing.assert_array_equal(once[0], again[0])
     np.testing.assert_array_equal(once[1], again[1])
 
@@ -196,7 +203,7 @@ def test_range(one, largest, smallest, seed):
     """Beyond the largest number is the largest; below the smallest is that or zero, right on average."""
     beyond = round_trip(one, jnp.float32([1e30, 2 * largest]), jnp.uint32([0, 2**32 - 1]))
     np.testing.assert_allclose(beyond, largest, rtol=2.0**-22)
-    below = round_trip(one, jnp.full(DRAWS, np.float32(smallest / 3)), random_bits(seed))
+    below = round_trip(one, np.full(DRAWS, np.float32(smallest / 3)), random_bits(seed))
     np.testing.assert_allclose(np.unique(below), [0, smallest], rtol=2.0**-20)
     assert abs(np.mean(below > 0) - 1 / 3) < 4 * np.sqrt(2 / 9 / DRAWS)
 
@@ -210,7 +217,7 @@ def test_leaves_steps_and_seeds_have_nothing_in_common(rng):
     seed = int(rng.integers(2**31))
 
     def draw(step, path, seed=seed):
-        return np.asarray(counted_bits(key_at(step_key(seed, jnp.uint32(step)), path), (n,)))
+        return np.asarray(bits_of(key_at(step_key(seed, jnp.uint32(step)), path), (n,)))
 
     base = draw(0, "a/kernel")
     others = [draw(0, f"b{i}/kernel") for i in range(20)] + [draw(i, "a/kernel") for i in range(1, 21)]

@@ -102,6 +102,7 @@ def test_compositions(name, rng):
         assert max(jax.tree.leaves(distance)) < 6e-2 / 3
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("form", [fused, two_calls], ids=["fused", "two calls"])
 @pytest.mark.parametrize("run", [pytest.param(lambda f: f, marks=pytest.mark.slow), jax.jit], ids=["eager", "jit"])
 @pytest.mark.parametrize("params", slow_but_for(("stochastic", "split8"), WEIGHTS))

@@ -103,6 +103,7 @@ def test_it_is_dot_general(case, transform, rng):
     assert_identical(product(x, w), plain(x, w))
 
 
+@pytest.mark.covering(1)
 @cases
 @dtypes
 def test_operands_are_narrow_and_the_weight_gradient_is_not(case, dtype, rng):

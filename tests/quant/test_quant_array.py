@@ -1,6 +1,7 @@
 """Arrays held in 8 bits: what they are worth, which leaves are held so, and that nothing happens to them on the way."""
 
 import dataclasses
+import functools
 
 import flax.serialization
 import jax
@@ -81,7 +82,8 @@ def test_quantizing_again_finds_the_same_numbers(rng, name, axes):
 )
 def test_axes_share_a_scale(rng, shape, axes, scale):
     """The scale has size 1 along the axes that share one."""
-    assert quantize_array(normal(rng, *shape), axes=axes).scale.shape == scale
+    q = jax.eval_shape(functools.partial(quantize_array, axes=axes), normal(rng, *shape))
+    assert q.scale.shape == scale
 
 
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
@@ -92,7 +94,7 @@ def test_what_is_not_finite_stays_so(rng, name, value):
     bad = quantize_array(x.at[3, 2].set(value), name, [0]).dequantize()
     assert not np.isfinite(bad[:, 2]).all()
     good = quantize_array(x, name, [0]).dequantize()
-    assert_identical(jnp.delete(bad, 2, axis=1), jnp.delete(good, 2, axis=1))
+    assert_identical(np.delete(bad, 2, axis=1), np.delete(good, 2, axis=1))
 
 
 # --- As a pytree ----------------------------------------------------------------------------------

@@ -124,6 +124,7 @@ def pair(item):
 # --- Autocast -------------------------------------------------------------------------------------
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("model", slow_but_for(("DenseGeneral", "attention", "perceptron", "NNX Linear"), MODELS))
 @policies
 def test_every_product_of_a_model_is_one_of_float8(model, policy, rng):
@@ -256,6 +257,7 @@ OF_WEIGHTS = {
 }
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
 @pytest.mark.parametrize("case", OF_WEIGHTS)
 @policies
@@ -293,6 +295,7 @@ RULES = {
 }
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("case", RULES)
 @policies
 def test_rules(case, policy, rng):

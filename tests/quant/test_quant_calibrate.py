@@ -67,6 +67,7 @@ CALIBRATED = {
 }
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("compiles", [False, True])
 @pytest.mark.parametrize("case", slow_but_for(("scan", "cond"), CALIBRATED))
 def test_the_largest_of_all_iterations_counts(case, compiles, rng):
@@ -255,6 +256,7 @@ def test_what_cannot_be_calibrated(case):
 # --- By hand --------------------------------------------------------------------------------------
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("side", ["lhs", "rhs", "grad"])
 @pytest.mark.parametrize("name", ["fp8", "lhs=e4m3,rhs=e4m3,grad=e4m3"])
 def test_the_same_magnitude_gives_the_same_bits(name, side, rng):

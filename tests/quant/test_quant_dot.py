@@ -151,6 +151,7 @@ def test_powers_of_two_need_no_detour_through_float32(rng):
 # --- Dtypes and shapes ----------------------------------------------------------------------------
 
 
+@pytest.mark.covering(1)
 @recipes
 @pytest.mark.parametrize("given", [("float32", "bfloat16"), ("bfloat16", "float32"), ("float16", "float16")])
 def test_dtypes_of_results_and_gradients(name, given):
@@ -190,6 +191,7 @@ def test_float64_is_multiplied_as_it_is(rng):
         np.testing.assert_array_equal(quant.FP8(*arrays, MATMUL), lax.dot_general(*arrays, MATMUL))
 
 
+@pytest.mark.covering(1)
 @quick_recipes
 @pytest.mark.parametrize("sizes", [(0, 4, 3), (3, 0, 4), (3, 4, 0), (0, 0, 0)])
 def test_arrays_without_elements(name, sizes):
@@ -232,14 +234,22 @@ def test_what_is_not_finite_is_seen(name, dtype, rng):
         assert not any(is_finite(grads[other]) for other in {0, 1} - {side})
 
 
-@pytest.mark.parametrize("recipe", [quant.FP8.static(lhs=4, rhs=4, grad=4), quant.W8A8_STATIC.static(lhs=4)], ids=str)
+STATIC = [quant.FP8.static(lhs=4, rhs=4, grad=4), quant.W8A8_STATIC.static(lhs=4)]
+
+
+@functools.cache
+def compiled_static(recipe):
+    return jax.jit(functools.partial(product_and_gradients, recipe, MATMUL))
+
+
+@pytest.mark.parametrize("recipe", STATIC, ids=str)
 @BAD
 @pytest.mark.parametrize("side", [0, 1, 2])
 def test_fixed_scales_hide_nothing(recipe, bad, side, rng):
     """Neither does int8, which has no number for it."""
     arrays = operands(rng, "float32")
     arrays[side] = arrays[side].at[2, 1].set(bad)
-    out, *grads = jax.jit(functools.partial(product_and_gradients, recipe, MATMUL))(*arrays)
+    out, *grads = compiled_static(recipe)(*arrays)
     assert side == 2 or not is_finite(out)
     assert not any(is_finite(grads[other]) for other in {0, 1} - {side})
 
@@ -316,6 +326,7 @@ def test_forward_mode_agrees_with_reverse_mode(name, rng):
     assert abs(forward - reverse) < bound * length
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("name", ["fp8", "fp8_rowwise", "int8_train", "int8_qat"])
 @pytest.mark.parametrize("shape", [(256, 512, 128), (128, 256, 1024)])
 def test_what_is_kept_for_the_backward_pass(name, shape):

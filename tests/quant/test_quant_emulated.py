@@ -159,6 +159,7 @@ def rounded_experts(x, w, by, recipe):
     return rows, jnp.stack(weights), rounded(by, recipe.grad, 1)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("name", slow_but_for(("fp8_rowwise", "int8_train"), UNTILED))
 @pytest.mark.parametrize("policy", ["full", "mixed_bfloat16"])
 def test_every_expert_is_quantized_for_itself(name, policy, experts):

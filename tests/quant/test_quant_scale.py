@@ -201,22 +201,24 @@ def test_stochastic_rounding_gives_one_of_two_neighbors_and_is_right_on_average(
 def test_stochastic_rounding_of_what_needs_none(name, key):
     dtype = np.dtype(ROUNDED_TO[name][0])
     largest = float(ml_dtypes.finfo(dtype).max)
-    x = jnp.array([0.0, -0.0, 1.0, -1.5, largest, -largest, np.inf, -np.inf, np.nan], jnp.float32)
-    found = stochastic_round(jax.random.bits(key, (200_000, 9)), jnp.broadcast_to(x, (200_000, 9)), dtype)
+    x = np.float32([0.0, -0.0, 1.0, -1.5, largest, -largest, np.inf, -np.inf, np.nan])
+    rounded = jax.jit(stochastic_round, static_argnums=2)
+    found = rounded(jax.random.bits(key, (200_000, 9)), np.broadcast_to(x, (200_000, 9)), dtype)
     assert found.dtype == dtype
     expected = np.broadcast_to(np.float32(np.asarray(x).astype(dtype)), found.shape)
     np.testing.assert_array_equal(np.float32(found), expected)
     if name != "bfloat16":
-        assert float(stochastic_round(jax.random.bits(key), -3e38, dtype)) == -largest
+        assert float(rounded(jax.random.bits(key), -3e38, dtype)) == -largest
 
 
 @pytest.mark.parametrize("shape", [(), (7,), (64, 48), (3, 1, 5)], ids=str)
 def test_counted_bits_are_those_of_each_member(shape, rng):
     """Members with their own seeds have the bits that each would have alone, sharded or not."""
-    seeds = jnp.asarray(rng.integers(0, 2**32, 4, np.uint32))
-    together = counted_bits(seeds.reshape(4, *[1] * len(shape)), (4, *shape))
+    seeds = rng.integers(0, 2**32, 4, np.uint32)
+    bits_of = jax.jit(counted_bits, static_argnums=1)
+    together = np.asarray(bits_of(seeds.reshape(4, *[1] * len(shape)), (4, *shape)))
     for seed, bits in zip(seeds, together, strict=True):
-        np.testing.assert_array_equal(bits, counted_bits(seed, shape))
+        np.testing.assert_array_equal(bits, bits_of(seed, shape))
     assert together.dtype == np.uint32
 
 

@@ -110,6 +110,7 @@ TRANSFORMS = {
 }
 
 
+@pytest.mark.covering(1)
 @recipes
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_transformations_change_nothing(name, transform, data):
@@ -197,6 +198,7 @@ def test_one_equation_stands_for_a_product(name, data):
 # --- Eight devices --------------------------------------------------------------------------------
 
 
+@pytest.mark.covering(1)
 @recipes
 @pytest.mark.parametrize(
     "weights",
@@ -223,6 +225,7 @@ def local_step(name, checks):
     return step
 
 
+@pytest.mark.covering(1)
 @recipes
 @pytest.mark.parametrize("checks", [True, False])
 def test_shard_map_agrees_on_scales(name, checks, data):

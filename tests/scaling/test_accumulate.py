@@ -48,6 +48,7 @@ def mean_by_hand(fun, params, x, state, good):
 # --- The same gradient as in one piece ---
 
 
+@pytest.mark.covering(1)
 @both_policies
 @pytest.mark.parametrize("steps", [1, 2, 3, 8, 24])
 def test_mean_is_that_of_the_whole_batch(steps, policy, rng):
@@ -67,6 +68,7 @@ def test_mean_is_that_of_the_whole_batch(steps, policy, rng):
     assert abs(float(loss) - np.mean(residual**2)) <= 2 * unit * np.mean(magnitude**2)
 
 
+@pytest.mark.covering(1)
 @both_policies
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64", "complex64", "float8_e5m2"])
 def test_sum_is_that_by_hand_to_the_bit(dtype, policy, rng):
@@ -87,6 +89,7 @@ def test_sum_is_that_by_hand_to_the_bit(dtype, policy, rng):
             assert raw(grads["w"]) == raw(expected["w"])
 
 
+@pytest.mark.covering(1)
 @both_policies
 @pytest.mark.parametrize("has_aux", [False, True])
 def test_one_step_is_scaled_value_and_grad(has_aux, policy, rng):
@@ -250,6 +253,7 @@ def test_replicas_of_pmap_leave_out_the_same(axis_name, shards):
         np.testing.assert_array_equal(grads["w"].mean(axis=0) / SCALE, expected_mean(x, good, steps))
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("check_vma", [True, False])
 @both_policies
 def test_replicas_of_shard_map(check_vma, policy, shards):

@@ -166,6 +166,7 @@ def test_no_element_is_overlooked(platform, rng):
 # --- Two forms of a skip ---
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("platform", PLATFORMS)
 @pytest.mark.parametrize("call", [fused, two_calls])
 def test_forms_of_a_skip_agree(platform, call, rng):
@@ -236,6 +237,7 @@ def test_frozen_leaves_without_a_mask():
     np.testing.assert_array_equal(params["frozen"], [1, 1])
 
 
+@pytest.mark.covering(1)
 @every_form
 @pytest.mark.parametrize("params", [{}, (), None, {"a": [], "b": None}], ids=str)
 def test_empty_trees(params, form):
@@ -298,6 +300,7 @@ def trained(optimizer, dtype, rng):
     return tx, params, tx.init(params), gradients_like(params, rng)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("bad", [False, True])
 def test_donated_buffers_are_used(dtype, bad, rng):

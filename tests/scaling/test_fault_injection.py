@@ -139,6 +139,7 @@ def no_faults(steps, bad=()):
     return {"kind": kinds, "leaf": zeros, "element": zeros, "x": np.zeros(steps, np.float32)}
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("minimum", [1.0, 0.0])
 @pytest.mark.parametrize("form", [fused, two_calls])
 def test_recovery_after_three_hundred_bad_steps(minimum, form):

@@ -144,6 +144,7 @@ def manual_retry(fun, params, x, scale, max_retries):
     raise AssertionError
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("size", [1.0, 3.0, 1000.0, 60000.0, np.inf])
 @pytest.mark.parametrize("max_retries", [1, 3, 20])
 def test_retries_agree_with_halving_by_hand(size, max_retries):

@@ -138,6 +138,7 @@ def test_policies_leave_scales_alone():
 # --- One type, one trace ---
 
 
+@pytest.mark.covering(1)
 @every_idiom
 @pytest.mark.parametrize("x64", [False, True])
 def test_scale_is_a_strong_float32(make, x64):

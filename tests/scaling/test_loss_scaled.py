@@ -134,6 +134,7 @@ PAIRS = [
 ]
 
 
+@pytest.mark.covering(1)
 @both_forms
 @pytest.mark.parametrize(("param_dtype", "grad_dtype"), PAIRS)
 def test_no_dtype_ever_changes(param_dtype, grad_dtype, form, rng):
@@ -261,6 +262,7 @@ def test_parts_of_the_state_can_be_read_and_set(rng):
 # --- Verdicts ---
 
 
+@pytest.mark.covering(1)
 @both_forms
 @pytest.mark.parametrize(
     "scale",

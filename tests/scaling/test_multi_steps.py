@@ -110,6 +110,7 @@ def seen(params, state):
     return params, optax.tree.get(state, "acc_grads"), exact
 
 
+@pytest.mark.covering(2)
 @forms
 @pytest.mark.parametrize(("make", "advance"), WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("k", slow_but_for({1, 3}, [1, 2, 3, 5]))

@@ -247,6 +247,7 @@ def test_flax_replicas_diverge():
 # --- Optax 0.2.8 ---
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(
     "inner", [optax.adam(0.1), optax.adamw(0.1), optax.add_decayed_weights(0.1)], ids=["adam", "adamw", "decay"]
 )

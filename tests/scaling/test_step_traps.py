@@ -57,6 +57,7 @@ def test_integer_gradients_of_integers_move_nothing(form):
     assert_identical(new["n"], params["n"])
 
 
+@pytest.mark.covering(2)
 @runs
 @forms
 @pytest.mark.parametrize("around", [lambda tx: tx, optax.chain], ids=["alone", "chain"])
@@ -176,6 +177,7 @@ BAD = {
 }
 
 
+@pytest.mark.covering(2)
 @runs
 @forms
 @pytest.mark.parametrize(("inner", "dtype", "whole"), BAD.values(), ids=BAD)
@@ -272,6 +274,7 @@ STATIC = {
 }
 
 
+@pytest.mark.covering(2)
 @runs
 @pytest.mark.parametrize("params", STATIC.values(), ids=STATIC)
 @pytest.mark.parametrize("filtered", [False, True], ids=["whole", "filtered"])
@@ -329,6 +332,7 @@ def retried(loss_fn, scale, axis_name):
     return jmp.scaled_value_and_grad(loss_fn, loss_scale=scale, max_retries=3, axis_name=axis_name)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("gradient", [accumulated, retried])
 @pytest.mark.parametrize("axis", ["data", "expert"])
 def test_an_axis_that_was_forgotten_when_the_gradient_is_made(gradient, axis):

@@ -97,6 +97,7 @@ def check_steps(step, grid, specs, rng):
         assert (bool(ours[1].last_finite), int(ours[1].total_notfinite)) == (good, skipped)
 
 
+@pytest.mark.covering(1)
 @meshes
 @layouts
 @pytest.mark.parametrize("check_vma", slow_but_for({True}, [True, False]))
@@ -124,6 +125,7 @@ def test_shard_map(name, layout, check_vma, rng):
     assert not {"psum", "psum_invariant", "all_gather", "pmax"} & set(found)
 
 
+@pytest.mark.covering(1)
 @meshes
 @layouts
 @pytest.mark.parametrize("kind", slow_but_for({"Explicit"}, ["Auto", "Explicit"]))

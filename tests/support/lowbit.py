@@ -67,7 +67,7 @@ def normal(rng, *shape, dtype=jnp.float32):
 
 def amax(x):
     """The largest magnitude."""
-    return float(jnp.max(jnp.abs(x)))
+    return float(np.max(np.abs(np.asarray(x))))
 
 
 def whole(rng, name, *shape):
