@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from jmp_lite._dtypes import FLOAT32
+from jmp_lite._dtypes import FLOAT32, DType
 from jmp_lite.autocast import _demand, _ops
 from jmp_lite.autocast._decision import How
 from jmp_lite.autocast._demand import is_float32
 from jmp_lite.autocast._facts import Facts
-from jmp_lite.autocast._values import Origin, Tag, Value, is_as_large, is_in_range, size
+from jmp_lite.autocast._values import Origin, Tag, Value, is_as_large, is_exact, is_in_range, size
 
 
 class FollowRule(NamedTuple):
@@ -40,11 +40,23 @@ def _is_taken(facts: Facts) -> bool:
 def _is_as_precise_in_16_bits(facts: Facts) -> bool:
     is_rearranged = _ops.picks_values(facts.name) or _ops.moves_whole_arrays(facts.name)
     is_low = facts.tag is Tag.LOW and all(value.tag is Tag.LOW for value in facts.whole)
-    return is_low and (is_rearranged or (_is_scaled(facts) and not _is_out_of_range(facts)))
+    return is_low and (is_rearranged or (_is_scaled(facts) and _are_numbers(facts, is_exact)))
 
 
 def _is_scaled(facts: Facts) -> bool:
-    return facts.name in ("mul", "div") and any(value.known.number is not None for value in facts.floats)
+    factors = {"mul": facts.floats, "div": facts.floats[1:]}.get(facts.name, [])
+    return any(value.known.number is not None for value in factors)
+
+
+def _are_numbers(facts: Facts, are_held: Callable[[float, DType], bool]) -> bool:
+    """Whether the compute dtype holds all numbers among the operands, exactly or nearly."""
+    numbers = (value.known.number for value in facts.floats)
+    return all(number is None or are_held(number, facts.precision.dtype) for number in numbers)
+
+
+def _is_linear(facts: Facts) -> bool:
+    """Whether it keeps nothing for the backward pass, so that float32 operands cost nothing."""
+    return _is_scaled(facts) or (facts.name in _ops.ADDS and facts.tag is Tag.SOFT)
 
 
 def _is_pooled(facts: Facts) -> bool:
@@ -70,7 +82,7 @@ def _levels_off(facts: Facts) -> bool:
 
 def _is_multiplied_for_product(facts: Facts) -> bool:
     """Whether a matmul consumes a value multiplied by a low array or a dropout mask."""
-    is_whole = facts.name == "mul" and len(facts.whole) == len(facts.operands) and facts.tag is not Tag.NEUTRAL
+    is_whole = facts.name in ("mul", "dot_general") and len(facts.whole) == len(facts.operands) and facts.tag is not Tag.NEUTRAL
     is_other = any(value.tag is Tag.LOW or value.is_activation for value in facts.whole)
     return is_whole and is_other and facts.want == _demand.LOW
 
@@ -84,8 +96,7 @@ def _is_neutral(facts: Facts) -> bool:
 
 
 def _is_out_of_range(facts: Facts) -> bool:
-    numbers = [value.known.number for value in facts.floats]
-    return any(number is not None and not is_in_range(number, facts.precision.dtype) for number in numbers)
+    return not _are_numbers(facts, is_in_range)
 
 
 def _is_held_low(facts: Facts) -> bool:
@@ -106,7 +117,9 @@ def _promotes(facts: Facts) -> bool:
 
 def _is_shifted(facts: Facts) -> bool:
     is_alone = len(facts.whole) == 1 and (len(facts.arrays) > 1 or _ops.moves_whole_arrays(facts.name))
-    return facts.tag is Tag.HIGH or (facts.tag is Tag.SOFT and is_alone)
+    is_difference = facts.name in _ops.ADDS and {value.tag for value in facts.whole} == {Tag.SOFT}
+    is_held = is_alone or (is_difference and bool(facts.want & _demand.FLOAT32))
+    return facts.tag is Tag.HIGH or (facts.tag is Tag.SOFT and is_held)
 
 
 def _is_shifted_for_product(facts: Facts) -> bool:
@@ -135,6 +148,6 @@ FOLLOWS = (
     FollowRule("a float32 argument as large as the others promotes", _promotes, How.BOUND, Tag.HIGH),
     FollowRule("scaled or shifted by float32 statistics for a matmul", _is_shifted_for_product, How.WIDE, Tag.LOW),
     FollowRule("scaled or shifted by float32 statistics", _is_shifted, How.BOUND, Tag.SOFT),
-    FollowRule("scaled by a number before it is rounded", _is_scaled, How.WIDE, Tag.LOW),
+    FollowRule("scaled by a number or added before it is rounded", _is_linear, How.WIDE, Tag.LOW),
     FollowRule("follows its operands", lambda _: True, How.LOWERED, Tag.LOW, True),
 )

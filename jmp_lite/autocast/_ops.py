@@ -74,7 +74,7 @@ FAMILIES = (
         "steep or singular functions: a rounded argument or result costs many digits",
         """exp exp2 expm1 log log1p log2 pow rsqrt sqrt cbrt sin cos tan asin acos atan atan2 sinh cosh asinh acosh
         atanh erf_inv lgamma digamma polygamma igamma igammac igamma_grad_a random_gamma_grad
-        regularized_incomplete_beta zeta bessel_i0e bessel_i1e polynomial one_minus_square nextafter""",
+        regularized_incomplete_beta zeta bessel_i0e bessel_i1e polynomial nextafter""",
     ),
     Family(
         OpClass.DENY,
@@ -90,7 +90,7 @@ FAMILIES = (
     Family(
         OpClass.FOLLOW,
         "mild arithmetic: as precise as its operands",
-        """add sub mul div rem square integer_pow tanh logistic erf erfc add_any mul_add
+        """add sub mul div rem square one_minus_square integer_pow tanh logistic erf erfc add_any mul_add
         select_and_scatter_add select_and_gather_add symmetric_product""",
     ),
     Family(OpClass.FOLLOW, _POOLING, "reduce_window_sum"),
@@ -199,6 +199,9 @@ KEEPS_BROADCAST = frozenset(
 
 #: Arithmetic that makes of a state its next value, or a part of it.
 UPDATES = frozenset({"add", "sub", "mul", "div", "neg", "select_n"})
+
+#: Primitives that add.
+ADDS = frozenset({"add", "sub", "add_any"})
 
 #: Primitives that gather over devices: their gradient is a sum over devices.
 GATHERS = frozenset({"all_gather", "all_gather_reduced"})

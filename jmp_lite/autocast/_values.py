@@ -129,3 +129,8 @@ def is_in_range(number: float, dtype: DType) -> bool:
         return True
     held = float(as_dtype(number, dtype))
     return abs(held - number) <= abs(number) * float(jnp.finfo(dtype).eps)  # type: ignore[no-untyped-call]
+
+
+def is_exact(number: float, dtype: DType) -> bool:
+    """Whether a dtype holds a number exactly."""
+    return float(as_dtype(number, dtype)) == number
