@@ -21,7 +21,7 @@ _FAMILIES: Mapping[str, Family] = {
     "pointwise": Family(
         "an element of the result takes few of each operand: computed where it is used",
         """abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e bitcast_convert_type
-        broadcast_in_dim broadcast_to cbrt ceil clamp clz complex concatenate conj convert_element_type copy copy_p cos
+        broadcast_in_dim broadcast_to cbrt ceil clamp clz complex concatenate conj convert_element_type copied copy copy_p cos
         cosh digamma div dynamic_slice empty empty_like eq eq_to erf erf_inv erfc exp exp2 expand_dims expm1 floor
         gather ge gt imag integer_pow iota iota_2x32_shape is_finite le le_to lgamma log log1p log2 logistic lt lt_to
         max min mul mul_add mulhi name ne neg nextafter not one_minus_square optimization_barrier or pad
@@ -113,6 +113,16 @@ def is_row_maximum(node: Node) -> bool:
     return node.primitive == "reduce_max" and is_last and shape[-1] <= ROW
 
 
+def is_whole(node: Node) -> bool:
+    """Whether it reduces an array to one number."""
+    return is_reduction(node) and bool(node.operands) and len(node.eqn.params["axes"]) == len(_shape(node, 0))
+
+
+def is_of_rows(node: Node) -> bool:
+    """Whether it reduces each row of an array to one number."""
+    return is_reduction(node) and bool(node.operands) and not is_whole(node) and not rows_of_columns(node)
+
+
 def rows_of_columns(node: Node) -> int:
     """Returns how many rows it sums by column; 0 if it sums rows, or everything."""
     if not (is_reduction(node) and node.operands):
@@ -125,20 +135,6 @@ def rows_of_columns(node: Node) -> int:
 def updated(node: Node) -> int:
     """Returns how many elements are written in place."""
     return math.prod(_shape(node, 1 if node.primitive == "dynamic_update_slice" else 2))
-
-
-def wants_last(node: Node, index: int) -> bool:
-    """Whether an 8-bit matmul needs a copy of an operand, with the contracted axis last.
-
-    References:
-        "cuBLAS", section cublasLtMatmul: matmuls in FP8 take the first operand transposed, the second one not.
-    """
-    aval = node.eqn.invars[index].aval
-    if node.primitive != "dot_general" or "float8" not in str(aval.dtype):
-        return False
-    contracted: tuple[int, ...] = tuple(node.eqn.params["dimension_numbers"][0][index])
-    axes = [axis for axis, size in enumerate(_shape(node, index)) if size != 1]
-    return bool(axes) and axes[-1] not in contracted
 
 
 def is_vector(array: Array) -> bool:
