@@ -175,7 +175,19 @@ class Fusion:
         needed = self.bytes(self.read([array]))
         if self.arrays[array].width <= 2 and size <= needed and self._takes_long(array):
             return True
-        return uses * needed > needed + size + uses * size
+        return uses * needed > needed + size + uses * size or (_kinds.is_dear(node) and self._is_filled_up(array))
+
+    def _is_filled_up(self, array: int) -> bool:
+        """Whether a copy that fills up an operand computes with an array: that is no launch that works by rows."""
+        waiting, known = [array], set[int]()
+        while waiting:
+            for at in self.users[waiting.pop()]:
+                if self.nodes[at].primitive == "pad":
+                    return True
+                if at not in known and _kinds.is_pointwise(self.nodes[at]):
+                    known.add(at)
+                    waiting += [result for result in self.nodes[at].results if result not in self.held]
+        return False
 
     def _takes_long(self, array: int) -> bool:
         """Whether expensive functions are between memory and an array."""
