@@ -121,8 +121,8 @@ class Fusion:
             yield from () if _kinds.is_row_maximum(node) else node.results
         elif _kinds.is_update(node):
             yield from (*node.results, node.operands[0])
-        elif node.primitive == "copied":
-            yield from node.results
+        elif node.primitive == "pad":
+            yield from (array for array in node.operands if self._is_moved(array))
 
     def _epilogue(self, at: int) -> Epilogue | None:
         """Follows the result of a matmul while its only use can be fused into it."""
@@ -176,6 +176,10 @@ class Fusion:
         if self.arrays[array].width <= 2 and size <= needed and self._takes_long(array):
             return True
         return uses * needed > needed + size + uses * size or (_kinds.is_dear(node) and self._is_filled_up(array))
+
+    def _is_moved(self, array: int) -> bool:
+        """Whether an array is a copy with other axes, which is a launch."""
+        return array in self.maker and self.nodes[self.maker[array]].primitive == "relayout"
 
     def _is_filled_up(self, array: int) -> bool:
         """Whether a copy that fills up an operand computes with an array: that is no launch that works by rows."""

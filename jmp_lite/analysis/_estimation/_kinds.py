@@ -21,7 +21,7 @@ _FAMILIES: Mapping[str, Family] = {
     "pointwise": Family(
         "an element of the result takes few of each operand: computed where it is used",
         """abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e bitcast_convert_type
-        broadcast_in_dim broadcast_to cbrt ceil clamp clz complex concatenate conj convert_element_type copied copy copy_p cos
+        broadcast_in_dim broadcast_to cbrt ceil clamp clz complex concatenate conj convert_element_type copy copy_p cos
         cosh digamma div dynamic_slice empty empty_like eq eq_to erf erf_inv erfc exp exp2 expand_dims expm1 floor
         gather ge gt imag integer_pow iota iota_2x32_shape is_finite le le_to lgamma log log1p log2 logistic lt lt_to
         max min mul mul_add mulhi name ne neg nextafter not one_minus_square optimization_barrier or pad

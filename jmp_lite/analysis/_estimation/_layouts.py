@@ -49,7 +49,7 @@ class _Copies:
             if math.prod(shape) == before.elements:
                 continue
             if not _leads(node, index):
-                operands[index] = self.copied(node, operands[index], before, "copied")
+                operands[index] = self.copied(node, operands[index], before, "relayout")
             operands[index] = self.copied(node, operands[index], Array(shape, before.width), "pad")
         [result] = node.results
         self.arrays.append(Array((batch, rows, columns), self.arrays[result].width))
