@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from jmp_lite.analysis._estimation import _kinds
 from jmp_lite.analysis._estimation._dataflow import Dataflow, Node
+from jmp_lite.analysis._estimation._layouts import with_layouts
 
 #: Arrays of fewer bytes are nobody's concern.
 SMALL = 4096
@@ -34,24 +35,6 @@ class Epilogue(NamedTuple):
     result: int
     added: tuple[int, ...]
     members: tuple[int, ...]
-
-
-def with_layouts(flow: Dataflow) -> Dataflow:
-    """Returns a program with the copies that 8-bit matmuls need, one per array."""
-    arrays, nodes, copies = list(flow.arrays), list[Node](), dict[int, int]()
-    for node in flow.nodes:
-        operands = list(node.operands)
-        for index in (0, 1) if node.primitive == "dot_general" else ():
-            if not _kinds.wants_last(node, index):
-                continue
-            array = operands[index]
-            if array not in copies:
-                copies[array] = len(arrays)
-                arrays.append(arrays[array])
-                nodes.append(Node("relayout", node.eqn, (array,), (copies[array],)))
-            operands[index] = copies[array]
-        nodes.append(node._replace(operands=tuple(operands)))
-    return Dataflow(arrays, tuple(nodes), flow.inputs, flow.outputs)
 
 
 class Fusion:
@@ -138,6 +121,8 @@ class Fusion:
             yield from () if _kinds.is_row_maximum(node) else node.results
         elif _kinds.is_update(node):
             yield from (*node.results, node.operands[0])
+        elif node.primitive == "pad":
+            yield from (array for array in node.operands if self._is_moved(array))
 
     def _epilogue(self, at: int) -> Epilogue | None:
         """Follows the result of a matmul while its only use can be fused into it."""
@@ -190,7 +175,23 @@ class Fusion:
         needed = self.bytes(self.read([array]))
         if self.arrays[array].width <= 2 and size <= needed and self._takes_long(array):
             return True
-        return uses * needed > needed + size + uses * size
+        return uses * needed > needed + size + uses * size or (_kinds.is_dear(node) and self._is_filled_up(array))
+
+    def _is_moved(self, array: int) -> bool:
+        """Whether an array is a copy with other axes, which is a launch."""
+        return array in self.maker and self.nodes[self.maker[array]].primitive == "relayout"
+
+    def _is_filled_up(self, array: int) -> bool:
+        """Whether a copy that fills up an operand computes with an array: that is no launch that works by rows."""
+        waiting, known = [array], set[int]()
+        while waiting:
+            for at in self.users[waiting.pop()]:
+                if self.nodes[at].primitive == "pad":
+                    return True
+                if at not in known and _kinds.is_pointwise(self.nodes[at]):
+                    known.add(at)
+                    waiting += [result for result in self.nodes[at].results if result not in self.held]
+        return False
 
     def _takes_long(self, array: int) -> bool:
         """Whether expensive functions are between memory and an array."""

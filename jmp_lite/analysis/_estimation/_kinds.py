@@ -113,6 +113,16 @@ def is_row_maximum(node: Node) -> bool:
     return node.primitive == "reduce_max" and is_last and shape[-1] <= ROW
 
 
+def is_whole(node: Node) -> bool:
+    """Whether it reduces an array to one number."""
+    return is_reduction(node) and bool(node.operands) and len(node.eqn.params["axes"]) == len(_shape(node, 0))
+
+
+def is_of_rows(node: Node) -> bool:
+    """Whether it reduces each row of an array to one number."""
+    return is_reduction(node) and bool(node.operands) and not is_whole(node) and not rows_of_columns(node)
+
+
 def rows_of_columns(node: Node) -> int:
     """Returns how many rows it sums by column; 0 if it sums rows, or everything."""
     if not (is_reduction(node) and node.operands):
@@ -125,20 +135,6 @@ def rows_of_columns(node: Node) -> int:
 def updated(node: Node) -> int:
     """Returns how many elements are written in place."""
     return math.prod(_shape(node, 1 if node.primitive == "dynamic_update_slice" else 2))
-
-
-def wants_last(node: Node, index: int) -> bool:
-    """Whether an 8-bit matmul needs a copy of an operand, with the contracted axis last.
-
-    References:
-        "cuBLAS", section cublasLtMatmul: matmuls in FP8 take the first operand transposed, the second one not.
-    """
-    aval = node.eqn.invars[index].aval
-    if node.primitive != "dot_general" or "float8" not in str(aval.dtype):
-        return False
-    contracted: tuple[int, ...] = tuple(node.eqn.params["dimension_numbers"][0][index])
-    axes = [axis for axis, size in enumerate(_shape(node, index)) if size != 1]
-    return bool(axes) and axes[-1] not in contracted
 
 
 def is_vector(array: Array) -> bool:

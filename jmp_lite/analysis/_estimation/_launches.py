@@ -1,7 +1,8 @@
 """The launches of a program by a model of fusion, and the bytes and FLOPs of each.
 
 Launches that read the same arrays and have the same number of elements become one, unless one depends on the other;
-shared arrays are then read once. A launch holds at most two sums over columns.
+shared arrays are then read once. A launch holds at most two sums over columns. One that normalizes rows takes in no
+maximum of everything, such as that for a scale of FP8.
 """
 
 import math
@@ -108,6 +109,11 @@ class _Group:
         """Whether it has the same number of elements, and enough of them."""
         return self.space == space and 4 * space[0] >= SMALL and not (is_column and self.columns >= _COLUMNS)
 
+    def normalizes(self, fusion: Fusion) -> bool:
+        """Whether it computes with a sum or maximum of each row, as a softmax or a norm does: row by row."""
+        makers = [fusion.nodes[fusion.maker[array]] for array in self.reads if array in fusion.maker]
+        return any(_kinds.is_of_rows(node) for node in makers)
+
     def launch(self, fusion: Fusion, trips: int) -> Launch:
         return Launch(self.part(fusion), fusion.bytes(self.reads) + fusion.bytes(self.writes), trips)
 
@@ -153,6 +159,8 @@ def _grouped(fusion: Fusion) -> Sequence[_Group]:
             continue
         reads, space, rows = fusion.read(roots), _space(fusion, node, roots), _kinds.rows_of_columns(node)
         fitting = [] if space is None else [group for group in groups if group.takes(space, is_column=bool(rows))]
+        if _kinds.is_whole(node):
+            fitting = [group for group in fitting if not group.normalizes(fusion)]
         group = _partner(fusion, fitting, of, reads)
         if group is None:
             group = _Group(space)
