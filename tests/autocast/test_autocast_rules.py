@@ -13,7 +13,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from support import jaxprs
 from support.autocast_cases_common import mesh, x_and_w
-from support.comparisons import assert_identical
+from support.comparisons import assert_identical, slow_but_for
 
 import jmp_lite as jmp
 from jmp_lite.autocast import _api
@@ -396,10 +396,14 @@ def test_regions_reach_into_and_through(within, order):
     assert found == {(True, F32): plain[True, F32], (False, BF16): plain[False, F32]}
 
 
-@pytest.mark.parametrize("within", WITHIN.values(), ids=WITHIN)
+#: Each construct by itself or in another one.
+TOGETHER = ("vmap", "custom_jvp", "custom_vmap", "remat with a policy", *(name for name in WITHIN if " of " in name))
+
+
+@pytest.mark.parametrize("within", slow_but_for(TOGETHER, WITHIN))
 def test_full_everywhere_is_the_plain_function(within, rng):
     """With a rule that leaves everything in float32 the bits are those of the function, value and gradient."""
-    args, loss = x_and_w(rng), scope_inside(within)
+    args, loss = x_and_w(rng), scope_inside(WITHIN[within])
     found = jax.jit(jax.value_and_grad(jmp.autocast(loss, LOW, rules=Rule(precision="full")), (0, 1)))
     assert_identical(found(*args), jax.jit(jax.value_and_grad(loss, (0, 1)))(*args))
 

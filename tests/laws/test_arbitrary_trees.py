@@ -141,6 +141,7 @@ def dtype_after_scaling(leaf, x64):
     return name if kind == "complex" or name == "float64" else "float32"
 
 
+@pytest.mark.covering(1)
 @BOTH_WIDTHS
 @pytest.mark.parametrize("kind", SCALE_KINDS)
 @settings(max_examples=40)

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from support.comparisons import assert_identical, compilations, mesh, structure_and_dtypes
+from support.comparisons import assert_identical, compilations, mesh, slow_but_for, structure_and_dtypes
 from support.loss_scales import every_scale, on_device
 
 import jmp_lite as jmp
@@ -165,14 +165,14 @@ def test_integer_array_warns(value):
     assert jmp.DynamicLossScale(2**15, min_loss_scale=1) == jmp.DynamicLossScale(2.0**15)
 
 
+@pytest.mark.parametrize("fused", [True, False], ids=["apply_gradients", "update"])
 @pytest.mark.parametrize(
-    ("make", "fused"),
-    [*((make, True) for make in IDIOMS.values()), (IDIOMS["weak array"], False)],
-    ids=[*IDIOMS, "update"],
+    "idiom", slow_but_for(("default", "weak array", "float16", "array settings", "jnp int counter"), IDIOMS)
 )
-def test_one_trace_and_one_compilation_in_ten_steps(make, fused):
+@pytest.mark.covering(1)
+def test_one_trace_and_one_compilation_in_ten_steps(idiom, fused):
     """Over growth and overflow, for every way to build a scale, the step is traced once and compiled once."""
-    tx = jmp.loss_scaled(optax.sgd(0.5), make())
+    tx = jmp.loss_scaled(optax.sgd(0.5), IDIOMS[idiom]())
     params = {"w": jnp.ones(3)}
     state, traces = tx.init(params), 0
 
