@@ -11,7 +11,17 @@ import optax
 
 from jmp_lite._dtypes import FLOAT32
 from jmp_lite._messages import first_few, quote
-from jmp_lite._tree import cast_leaf, describe, is_array, is_finite, is_inexact, is_narrow, is_number, path_string
+from jmp_lite._tree import (
+    cast_leaf,
+    describe,
+    is_array,
+    is_finite,
+    is_inexact,
+    is_narrow,
+    is_number,
+    leaf_key,
+    path_string,
+)
 from jmp_lite.errors import InvalidLossScaleError, InvalidStepError, LossScaleNotFoundError, LostUpdatesWarning
 from jmp_lite.scaling._in_state import is_loss_scale, is_stored, nodes, stored_params
 from jmp_lite.scaling._loss_scale import DynamicLossScale, LossScale, register_serialization
@@ -77,7 +87,7 @@ def _held_in_float32(inner_state: Any, params: Any) -> tuple[Any, Any]:
         lambda node: node if is_stored(node) else cast_leaf(node, FLOAT32), inner_state, is_leaf=is_stored
     )
     return wide, jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf if jax.tree_util.keystr(path) in stored else cast_leaf(leaf, FLOAT32), params
+        lambda path, leaf: leaf if leaf_key(path) in stored else cast_leaf(leaf, FLOAT32), params
     )
 
 
@@ -225,7 +235,7 @@ class LossScaledUpdate:
 def _warn_of_lost_updates(params: Any, inner_state: Any) -> None:
     leaves = jax.tree_util.tree_leaves_with_path(params)
     stored = stored_params(inner_state)
-    rest = [(path, leaf) for path, leaf in leaves if jax.tree_util.keystr(path) not in stored]
+    rest = [(path, leaf) for path, leaf in leaves if leaf_key(path) not in stored]
     narrow = [f"{path_string(path)!r} ({leaf.dtype})" for path, leaf in rest if is_narrow(leaf)]
     if narrow:
         warnings.warn(
