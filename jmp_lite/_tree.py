@@ -226,7 +226,7 @@ def mapped_axes(axis_name: Any) -> Any:
     names = tuple(axis_name) if isinstance(axis_name, list) else axis_name
     try:
         jax.lax.axis_size(names)
-    except (NameError, TypeError):
+    except (NameError, TypeError, ValueError):
         raise MissingAxisError(
             f"axis_name={quote(axis_name)} is not an axis that pmap, shard_map or vmap maps here. Call this inside of "
             "one that does, or leave axis_name out."

@@ -52,8 +52,9 @@ def to_bytes(state: Any, *, policy: PolicyLike) -> bytes:
         >>> print(restored["opt"].loss_scale.loss_scale)
         32768.0
     """
+    header = describe(state, policy)
     stored = jax.tree.map(_in_host_memory, to_store(state))
-    data: bytes = serialization.msgpack_serialize({"header": describe(state, policy), "state": named_leaves(stored)})
+    data: bytes = serialization.msgpack_serialize({"header": header, "state": named_leaves(stored)})
     return data
 
 

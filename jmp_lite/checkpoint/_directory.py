@@ -59,9 +59,8 @@ def items(state: Any, policy: PolicyLike) -> ocp.args.Composite:
         InvalidCheckpointError: If Orbax or jmp_lite cannot store a leaf.
     """
     _check_for_orbax(state)
-    return ocp.args.Composite(
-        state=ocp.args.StandardSave(to_store(state)), header=ocp.args.JsonSave(describe(state, policy))
-    )
+    header = ocp.args.JsonSave(describe(state, policy))
+    return ocp.args.Composite(state=ocp.args.StandardSave(to_store(state)), header=header)
 
 
 def _check_for_orbax(state: Any) -> None:

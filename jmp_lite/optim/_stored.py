@@ -142,7 +142,7 @@ class _Stored:
             found = [known[path[:end]] for end in range(len(path) + 1) if path[:end] in known]
             if is_array(leaf) and not (found and isinstance(found[0], jax.P)):
                 raise InvalidStorageError(
-                    f"specs has {found[0] if found else 'nothing'!r} for {path_string(path)!r}, and takes the "
+                    f"specs has {quote(found[0]) if found else 'nothing'} for {path_string(path)!r}, and takes the "
                     "PartitionSpec of each parameter, in a tree like the parameters or a prefix of one."
                 )
             specs[leaf_key(path)] = found[0] if found else None

@@ -247,6 +247,11 @@ def _warn_of_lost_updates(params: Any, inner_state: Any) -> None:
         )
 
 
+def _changes(loss_scale: LossScale) -> bool:
+    """Whether a loss scale can be another than 1."""
+    return isinstance(loss_scale, DynamicLossScale) or loss_scale.loss_scale != 1
+
+
 def check_optimizer(tx: Any, caller: str) -> None:
     """Raises for an object without ``init`` or ``update``."""
     if callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None)):
@@ -288,7 +293,8 @@ def loss_scaled(
         ``optax.chain``, ``masked``, ``multi_transform``, ``inject_hyperparams`` and ``MultiSteps``.
 
     Raises:
-        InvalidStepError: If ``inner`` is not an optimizer, for example ``optax.adam`` without a call.
+        InvalidStepError: If ``inner`` is not an optimizer, for example ``optax.adam`` without a call; in ``init``, if
+            it contains another ``loss_scaled``.
         InvalidLossScaleError: If ``loss_scale`` is not a loss scale.
         MissingAxisError: In ``update``, if ``axis_name`` is not mapped, or, under the ``check_vma`` of ``shard_map``,
             if devices see different gradients and it does not say so.
@@ -320,6 +326,11 @@ def loss_scaled(
     def init(params: Any) -> LossScaledState:
         register_serialization()
         inner_state = inner.init(trainable(params))
+        if _changes(loss_scale) and any(_changes(scale) for _, scale in nodes(inner_state, is_loss_scale)):
+            raise InvalidStepError(
+                "loss_scaled is inside loss_scaled, so gradients would be unscaled twice. Leave one out: the outer one "
+                "unscales for all that is in it."
+            )
         _warn_of_lost_updates(params, inner_state)
         return LossScaledState(
             inner_state=inner_state,
