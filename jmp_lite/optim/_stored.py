@@ -252,9 +252,9 @@ def encoded_at_first(inner_state: Any, layout: Layout) -> Any:
 def saturated(opt_state: Any) -> dict[str, jax.Array]:
     """Returns the saturated share of each 8-bit moment: elements at the largest number of the format.
 
-    It reads a byte per parameter, so call it when you log. If a share is not 0, clip gradients, or start the next run
-    with a higher range: ``{"nu": optim.Log(highest=20)}``. Do not change the range during a run: the same bytes mean
-    different numbers in another range.
+    It reads a byte per parameter, so call it when you log. If a share is not 0, clip gradients, or resume from a
+    checkpoint with a higher range, such as ``{"nu": optim.Log(highest=20)}``, and ``migrate=True``, which converts: the
+    same bytes mean different numbers in another range.
 
     Args:
         opt_state: State of an optimizer made by ``stored``, or any state that holds it.

@@ -227,7 +227,8 @@ class LossScaledUpdate:
         (new_updates, inner_state), updates_finite = step_or_skip(
             finite, step, skip, self.axis_name, is_stored=bool(stored_params(state.inner_state))
         )
-        if jax.tree.structure(new_updates) == jax.tree.structure(trainable(updates)):  # not so for optax.lookahead
+        given: Any = jax.tree.structure(trainable(updates))
+        if given == jax.tree.structure(new_updates):  # not so for optax.lookahead
             new_updates = jax.tree.map(lambda grad, new: _of_hidden(grad) if new is None else new, updates, new_updates)
         return new_updates, self.next_state(state, inner_state, finite, updates_finite)
 
