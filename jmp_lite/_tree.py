@@ -91,6 +91,15 @@ def path_string(path: Path) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def leaf_key(path: Path) -> str:
+    """Writes the path of a leaf so that no two are alike, as ``['decoder'].layers[3]['kernel']``.
+
+    Boxes of Flax are left out: ``nnx.Optimizer`` passes variables to ``init``, and the arrays in them to ``update``.
+    """
+    is_boxed = path[-1:] in ((jax.tree_util.GetAttrKey("value"),), (jax.tree_util.GetAttrKey("raw_value"),))
+    return jax.tree_util.keystr(path[:-1] if is_boxed else path)
+
+
 def cast(array: Any, dtype: Any) -> Any:
     """Casts an array that may be in that dtype already."""
     return array if array.dtype == dtype else _converter(dtype)(array)
@@ -217,7 +226,7 @@ def mapped_axes(axis_name: Any) -> Any:
     names = tuple(axis_name) if isinstance(axis_name, list) else axis_name
     try:
         jax.lax.axis_size(names)
-    except (NameError, TypeError):
+    except (NameError, TypeError, ValueError):
         raise MissingAxisError(
             f"axis_name={quote(axis_name)} is not an axis that pmap, shard_map or vmap maps here. Call this inside of "
             "one that does, or leave axis_name out."

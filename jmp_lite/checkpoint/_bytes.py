@@ -52,8 +52,9 @@ def to_bytes(state: Any, *, policy: PolicyLike) -> bytes:
         >>> print(restored["opt"].loss_scale.loss_scale)
         32768.0
     """
+    header = describe(state, policy)
     stored = jax.tree.map(_in_host_memory, to_store(state))
-    data: bytes = serialization.msgpack_serialize({"header": describe(state, policy), "state": named_leaves(stored)})
+    data: bytes = serialization.msgpack_serialize({"header": header, "state": named_leaves(stored)})
     return data
 
 
@@ -71,7 +72,7 @@ def from_bytes(template: T, data: bytes, *, policy: PolicyLike, migrate: bool = 
         policy: The policy of the resumed run.
         migrate: Lets the policy change. Arrays are cast to the template's floating dtypes; a loss scale of another
             class or with other fields comes from the template; a float32 run can continue in a template with the state
-            of ``optim.stored``. Everything else must match.
+            of ``optim.stored``, and such a state in one with other formats of moments. Everything else must match.
 
     Returns:
         The saved state, with every array verified against its saved digest.
@@ -79,7 +80,7 @@ def from_bytes(template: T, data: bytes, *, policy: PolicyLike, migrate: bool = 
     Raises:
         PolicyMismatchError: If it was saved under another policy.
         InvalidLossScaleError: If a loss scale in the template is of another class than the one saved.
-        CheckpointMismatchError: If structures, shapes or dtypes differ.
+        CheckpointMismatchError: If structures, shapes, dtypes or formats of moments differ.
         CorruptCheckpointError: If the bytes cannot be read, or an array does not match its digest.
         ForeignCheckpointError: If Flax wrote them without jmp_lite.
         InvalidCheckpointError: If ``data`` is not bytes.

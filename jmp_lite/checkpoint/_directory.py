@@ -59,9 +59,8 @@ def items(state: Any, policy: PolicyLike) -> ocp.args.Composite:
         InvalidCheckpointError: If Orbax or jmp_lite cannot store a leaf.
     """
     _check_for_orbax(state)
-    return ocp.args.Composite(
-        state=ocp.args.StandardSave(to_store(state)), header=ocp.args.JsonSave(describe(state, policy))
-    )
+    header = ocp.args.JsonSave(describe(state, policy))
+    return ocp.args.Composite(state=ocp.args.StandardSave(to_store(state)), header=header)
 
 
 def _check_for_orbax(state: Any) -> None:
@@ -212,7 +211,7 @@ def restore(path: str | Path, template: T, *, policy: PolicyLike, migrate: bool 
         policy: The policy of the resumed run.
         migrate: Lets the policy change. Arrays are cast to the template's floating dtypes; a loss scale of another
             class or with other fields comes from the template; a float32 run can continue in a template with the state
-            of ``optim.stored``. Everything else must match.
+            of ``optim.stored``, and such a state in one with other formats of moments. Everything else must match.
 
     Returns:
         The saved state, with every array verified against its saved digest.
@@ -220,7 +219,7 @@ def restore(path: str | Path, template: T, *, policy: PolicyLike, migrate: bool 
     Raises:
         PolicyMismatchError: If it was saved under another policy.
         InvalidLossScaleError: If a loss scale in the template is of another class than the one saved.
-        CheckpointMismatchError: If structures, shapes or dtypes differ.
+        CheckpointMismatchError: If structures, shapes, dtypes or formats of moments differ.
         CheckpointNotFoundError: If the checkpoint does not exist.
         CorruptCheckpointError: If it is incomplete, cannot be read, or an array does not match its digest.
         ForeignCheckpointError: If it is a plain Orbax checkpoint, written without jmp_lite.

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jmp_lite._dtypes import FLOAT32
-from jmp_lite._tree import Path, path_string
+from jmp_lite._tree import Path, leaf_key, path_string
 from jmp_lite.checkpoint._stored import sharded_like
 from jmp_lite.errors import CheckpointMismatchError
 from jmp_lite.optim._moments import Float, Log, Ratio, SignedLog, StateFormat
@@ -38,7 +38,7 @@ def _low_bits(state: Any) -> dict[str, dict[str, Any]]:
         dtypes, field = dict(node.layout.params), jax.tree_util.GetAttrKey("low")
         for own, _ in jax.tree_util.tree_leaves_with_path(node.low):
             name = path_string((*path, field, *own))
-            found[name] = {"format": f"low bits of {dtypes.get(jax.tree_util.keystr(own))}", "other": None}
+            found[name] = {"format": f"low bits of {dtypes.get(leaf_key(own))}", "other": None}
     return found
 
 

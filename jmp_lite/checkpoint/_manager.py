@@ -154,7 +154,8 @@ class CheckpointManager:
             step: Restores only this step.
             migrate: Lets the policy change. Arrays are cast to the template's floating dtypes; a loss scale of another
                 class or with other fields comes from the template; a float32 run can continue in a template with the
-                state of ``optim.stored``. Everything else must match.
+                state of ``optim.stored``, and such a state in one with other formats of moments. Everything else must
+                match.
 
         Returns:
             The step, and its state.
@@ -162,7 +163,7 @@ class CheckpointManager:
         Raises:
             PolicyMismatchError: If it was saved under another policy.
             InvalidLossScaleError: If a loss scale in the template is of another class than the one saved.
-            CheckpointMismatchError: If structures, shapes or dtypes differ.
+            CheckpointMismatchError: If structures, shapes, dtypes or formats of moments differ.
             CheckpointNotFoundError: If no checkpoint exists, or none for this step.
             CorruptCheckpointError: If all are damaged; the message lists the ones it tried.
             ForeignCheckpointError: If it was not written by jmp_lite.

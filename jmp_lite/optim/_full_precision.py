@@ -10,7 +10,7 @@ import optax
 from jmp_lite._dtypes import FLOAT32
 from jmp_lite._messages import described, first_few
 from jmp_lite._policy import PolicyLike, get_policy
-from jmp_lite._tree import Path, describe, is_narrow, path_string
+from jmp_lite._tree import describe, is_narrow, leaf_key
 from jmp_lite.errors import InvalidStorageError
 from jmp_lite.optim._stored import decoded, encoded_at_first, stored_states
 from jmp_lite.optim._weights import format_of
@@ -18,10 +18,10 @@ from jmp_lite.scaling._in_state import is_stored
 from jmp_lite.scaling._loss_scaled import check_optimizer
 
 
-def _low_bits(opt_state: Any) -> dict[Path, Any]:
-    """Low bits by path of the parameter, collected from every ``stored`` in the state."""
+def _low_bits(opt_state: Any) -> dict[str, Any]:
+    """Low bits by the key of the parameter, collected from every ``stored`` in the state."""
     states = stored_states(opt_state)
-    return {path: low for s in states for path, low in jax.tree_util.tree_leaves_with_path(s.low)}
+    return {leaf_key(path): low for s in states for path, low in jax.tree_util.tree_leaves_with_path(s.low)}
 
 
 def full_precision_params(opt_state: Any, params: Any) -> Any:
@@ -44,15 +44,15 @@ def full_precision_params(opt_state: Any, params: Any) -> Any:
         [0.100098 0.200195] [0.1 0.2]
     """
     low_bits = _low_bits(opt_state)
-    unknown = sorted(map(path_string, low_bits.keys() - dict(jax.tree_util.tree_leaves_with_path(params)).keys()))
+    unknown = sorted(low_bits.keys() - {leaf_key(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)})
     if unknown:
         raise InvalidStorageError(
-            f"The state has low bits of {first_few(list(map(repr, unknown)))}, which the parameters do not have. Pass "
+            f"The state has low bits of {first_few(unknown)}, which the parameters do not have. Pass "
             "the parameters of this state, in the tree that init was called with."
         )
 
     def decode(path: Any, param: Any) -> Any:
-        low = low_bits.get(path)
+        low = low_bits.get(leaf_key(path))
         return format_of(low).decode(param, low) if is_narrow(param) else param
 
     return jax.tree_util.tree_map_with_path(decode, params)
@@ -95,17 +95,17 @@ def from_full_precision(
         state = _filled(state, opt_state)
 
     def split(path: Any, full: Any, leaf: Any) -> tuple[Any, Any]:
-        low = low_bits.get(path)
+        low = low_bits.get(leaf_key(path))
         return (leaf, None) if low is None else halves(full, low, leaf.dtype)
 
     pairs = jax.tree_util.tree_map_with_path(split, params, seen)
     seen, low = (jax.tree.map(lambda _, pair, i=i: pair[i], params, pairs) for i in (0, 1))
-    given = dict(jax.tree_util.tree_leaves_with_path(low))
+    given = {leaf_key(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(low)}
 
     def fill(node: Any) -> Any:
         if not is_stored(node):
             return node
-        return node._replace(low=jax.tree_util.tree_map_with_path(lambda path, _: given[path], node.low))
+        return node._replace(low=jax.tree_util.tree_map_with_path(lambda path, _: given[leaf_key(path)], node.low))
 
     return seen, jax.tree.map(fill, state, is_leaf=is_stored)
 

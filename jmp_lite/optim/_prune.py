@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from jmp_lite._dtypes import at_least_float32
-from jmp_lite._messages import first_few
+from jmp_lite._messages import first_few, quote
 from jmp_lite._tree import NOT_WEIGHTS, describe, is_array, path_string
 from jmp_lite.errors import InvalidPruningError, LeftDenseWarning
 
@@ -171,7 +171,8 @@ def _check(sparsity: Any, nm: Any, axes: Any, begin: Any, every: Any) -> None:
             f"prune takes either a sparsity or nm, got sparsity={sparsity!r} and nm={nm!r}. Write for example "
             "prune(0.8) or prune(nm=(2, 4))."
         )
-    known = sparsity is None or callable(sparsity) or isinstance(sparsity, jax.Array)  # inject_hyperparams has arrays
+    is_array_of_one = isinstance(sparsity, jax.Array) and sparsity.ndim == 0  # as inject_hyperparams has
+    known = sparsity is None or callable(sparsity) or is_array_of_one
     if not known and not (_is_number(sparsity) and 0 <= sparsity < 1):
         raise InvalidPruningError(
             f"sparsity must be in [0, 1) or a schedule, got {sparsity!r}. It is the fraction of weights that are zero."
@@ -246,11 +247,11 @@ def prune(
 
     Raises:
         InvalidPruningError: For invalid settings; in ``init`` for a leaf chosen by ``where`` whose axes are unknown or
-            that ``m`` does not divide; in ``update`` without ``params``.
+            that ``m`` does not divide; in ``update`` without ``params``, or with another state.
 
     Warns:
-        LeftDenseWarning: In ``init``, if leaves with more axes stay dense because their contracted axes are unknown, or
-            if no parameter is chosen at all.
+        LeftDenseWarning: In ``init``, if no leaf is chosen, or if leaves with more axes stay dense because their
+            contracted axes are unknown.
 
     Example:
         >>> tx = optax.chain(optax.sgd(0.1), jmp.optim.prune(0.5, where=lambda path, leaf: leaf.ndim == 2))
@@ -268,6 +269,11 @@ def prune(
         Networks", arXiv:2104.08378; jaxpruner.
     """
     _check(sparsity, nm, axes, begin, every)
+    if where is not None and not callable(where):
+        raise InvalidPruningError(
+            f"where must be a function of path and leaf, got {quote(where)}. Write for example "
+            "where=lambda path, leaf: 'kernel' in path."
+        )
 
     axes_of = _axes_by_path(axes)
 
@@ -287,18 +293,19 @@ def prune(
     def init(params: Any) -> PruneState:
         dense: list[str] = []
         masks = jax.tree_util.tree_map_with_path(functools.partial(initial_mask, dense=dense), params)
+        floating = [path for path, leaf in jax.tree_util.tree_leaves_with_path(params) if _is_floating(leaf)]
+        if floating and not dense and not jax.tree.leaves(masks):
+            by = "where" if where else "the default of where, which takes large weights"
+            warnings.warn(
+                f"prune leaves all parameters dense: {by} chooses none of "
+                f"{first_few([repr(path_string(path)) for path in floating])}. Choose leaves by where.",
+                LeftDenseWarning,
+                stacklevel=2,
+            )
         if dense:
             warnings.warn(
                 f"prune leaves {first_few(dense)} dense: {_UNKNOWN}. Pass axes=quant.contracted_axes(fun)(params, "
                 "*args), or choose leaves by where.",
-                LeftDenseWarning,
-                stacklevel=2,
-            )
-        floats = [path_string(path) for path, x in jax.tree_util.tree_leaves_with_path(params) if _is_floating(x)]
-        if floats and not jax.tree.leaves(masks) and not dense:
-            warnings.warn(
-                f"prune leaves all parameters dense, such as {first_few(floats)}. By default it takes leaves of at "
-                f"least two axes and {SMALLEST_LEAF} elements, for nm those that m divides. Choose others by where.",
                 LeftDenseWarning,
                 stacklevel=2,
             )
@@ -324,6 +331,11 @@ def prune(
         return (step >= begin) & ((step - begin) % every == 0)
 
     def update(updates: Any, state: PruneState, params: Any = None, **_: Any) -> tuple[Any, PruneState]:
+        if not isinstance(state, PruneState):
+            raise InvalidPruningError(
+                f"The state must be a PruneState, got {type(state).__name__}. Pass what init or the last update of "
+                "prune returned, in the order update(updates, state, params)."
+            )
         if params is None:
             raise InvalidPruningError("prune needs the parameters: call update(updates, state, params).")
         now = due(state.step)

@@ -13,7 +13,7 @@ import optax
 
 from jmp_lite._messages import first_few, nearest, quote
 from jmp_lite._patterns import compile_pattern, matches
-from jmp_lite._tree import Path, is_array, is_inexact, path_string
+from jmp_lite._tree import Path, is_array, is_inexact, leaf_key, path_string
 from jmp_lite.errors import InvalidStorageError, UncompressedStateWarning
 from jmp_lite.optim._moments import FORMATS, Float, Log, Ratio, SignedLog, StateFormat
 
@@ -82,7 +82,7 @@ class Kept:
 
     Attributes:
         leaf: Which one of all leaves it is.
-        key: Its path, as ``jax.tree_util.keystr`` writes it.
+        key: Its path, as ``leaf_key`` writes it.
         param: Path of its parameter, likewise.
         format: What encodes and decodes it.
         other: The leaf that it is stored relative to.
@@ -104,7 +104,7 @@ class Layout:
 
     Attributes:
         kept: Leaves of the state; reference moments come first. ``None``: of any parameters.
-        params: Path and dtype of each 16-bit parameter, the path as ``jax.tree_util.keystr`` writes it.
+        params: Path and dtype of each 16-bit parameter, the path as ``leaf_key`` writes it.
     """
 
     kept: tuple[Kept, ...] | None
@@ -210,8 +210,9 @@ def _kept(chosen: list[tuple[Slot, StateFormat]], inner_state: Any) -> tuple[Kep
                 f"{slot.name!r} is to be kept relative to {path_string(other)!r}, which is not a moment of "
                 f"{slot.owner} that is kept on its own. Use 'slog' for it."
             )
-        key, param = jax.tree_util.keystr(slot.path), jax.tree_util.keystr(slot.param)
-        kept.append(Kept(leaves[slot.path], key, param, one, leaves[other] if other else None))
+        kept.append(
+            Kept(leaves[slot.path], leaf_key(slot.path), leaf_key(slot.param), one, leaves[other] if other else None)
+        )
     return tuple(kept)
 
 

@@ -14,7 +14,7 @@ from jmp_lite._compat import register_flax_serialization, varying_axes
 from jmp_lite._dtypes import FLOAT32
 from jmp_lite._messages import nearest, quote
 from jmp_lite._rounding import counted_bits, key_at, step_key
-from jmp_lite._tree import cast_to_full, describe, is_array, is_inexact, is_narrow, path_string
+from jmp_lite._tree import cast_to_full, describe, is_array, is_inexact, is_narrow, leaf_key, path_string
 from jmp_lite.errors import InvalidStorageError, MissingAxisError
 from jmp_lite.optim._moments import StateFormat
 from jmp_lite.optim._slots import Formats, Layout, check_formats, choose
@@ -63,7 +63,7 @@ class _Bits:
     specs: dict[str, Any]
 
     def of(self, name: str, param: str) -> tuple[jax.Array, Any]:
-        """The key of an array, and how it is sharded. Names are of ``keystr``: others may be alike."""
+        """The key of an array, and how it is sharded. Names are made by ``leaf_key``."""
         return key_at(self.key, name), self.specs.get(param)
 
 
@@ -121,7 +121,7 @@ class _Stored:
         def stepped(path: Any, param: Any, wide: Any, step: Any, low: Any) -> Any:
             if not is_narrow(param) or not is_array(step):
                 return step, low
-            name = jax.tree_util.keystr(path)
+            name = leaf_key(path)
             sum_ = wide + step.astype(FLOAT32)
             new, low = _encoded_weight(self.weights, sum_, *bits.of(name, name), param.dtype)
             change = new.astype(FLOAT32) - param.astype(FLOAT32)
@@ -142,10 +142,10 @@ class _Stored:
             found = [known[path[:end]] for end in range(len(path) + 1) if path[:end] in known]
             if is_array(leaf) and not (found and isinstance(found[0], jax.P)):
                 raise InvalidStorageError(
-                    f"specs has {found[0] if found else 'nothing'!r} for {path_string(path)!r}, and takes the "
+                    f"specs has {quote(found[0]) if found else 'nothing'} for {path_string(path)!r}, and takes the "
                     "PartitionSpec of each parameter, in a tree like the parameters or a prefix of one."
                 )
-            specs[jax.tree_util.keystr(path)] = found[0] if found else None
+            specs[leaf_key(path)] = found[0] if found else None
         return _Bits(key, specs)
 
     def _full(self, params: Any, low: Any) -> Any:
@@ -175,7 +175,7 @@ def _refuse_forgotten_specs(params: Any, bits: _Bits) -> None:
     """Raises if parameters are sharded over axes that the step is not, and ``specs`` does not say how."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         axes = varying_axes(leaf) - varying_axes(bits.key) if is_array(leaf) else frozenset()
-        if axes and jax.tree_util.keystr(path) not in bits.specs:
+        if axes and leaf_key(path) not in bits.specs:
             raise MissingAxisError(
                 f"Parameter {path_string(path)!r} is sharded over {' and '.join(map(repr, sorted(axes)))}, and its "
                 "shards would all be rounded with the same random bits. Write stored(..., specs=...), with the "
@@ -195,7 +195,7 @@ def _each(params: Any, low: Any) -> Any:
 
 def _narrow(params: Any) -> frozenset[tuple[str, str]]:
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    return frozenset((jax.tree_util.keystr(path), str(leaf.dtype)) for path, leaf in leaves if is_narrow(leaf))
+    return frozenset((leaf_key(path), str(leaf.dtype)) for path, leaf in leaves if is_narrow(leaf))
 
 
 def _check_step(updates: Any, state: Any, params: Any) -> None:
@@ -252,9 +252,9 @@ def encoded_at_first(inner_state: Any, layout: Layout) -> Any:
 def saturated(opt_state: Any) -> dict[str, jax.Array]:
     """Returns the saturated share of each 8-bit moment: elements at the largest number of the format.
 
-    It reads a byte per parameter, so call it when you log. If a share is not 0, clip gradients, or start the next run
-    with a higher range: ``{"nu": optim.Log(highest=20)}``. Do not change the range during a run: the same bytes mean
-    different numbers in another range.
+    It reads a byte per parameter, so call it when you log. If a share is not 0, clip gradients, or resume from a
+    checkpoint with a higher range, such as ``{"nu": optim.Log(highest=20)}``, and ``migrate=True``, which converts: the
+    same bytes mean different numbers in another range.
 
     Args:
         opt_state: State of an optimizer made by ``stored``, or any state that holds it.

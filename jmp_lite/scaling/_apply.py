@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from jmp_lite._dtypes import FLOAT32, at_least_float32
-from jmp_lite._tree import is_finite, is_number
+from jmp_lite._tree import is_finite, is_number, leaf_key
 from jmp_lite.scaling._in_state import stored_params
 from jmp_lite.scaling._loss_scaled import (
     LossScaledUpdate,
@@ -41,7 +41,7 @@ def _apply(params: P, updates: Any, stored: frozenset[str]) -> tuple[P, jax.Arra
         if is_hidden(update) or not is_number(update):
             return None
         param, update = jnp.asarray(leaf), jnp.asarray(update)
-        is_stored = jax.tree_util.keystr(path) in stored
+        is_stored = leaf_key(path) in stored
         # What ``stored`` makes of a finite update is finite.
         is_good = is_finite(update) if is_stored else is_finite(_sum(param, update)) | ~is_finite(param)
         seen.append((FLOAT32 if is_stored else param.dtype, is_good))

@@ -11,7 +11,17 @@ import optax
 
 from jmp_lite._dtypes import FLOAT32
 from jmp_lite._messages import first_few, quote
-from jmp_lite._tree import cast_leaf, describe, is_array, is_finite, is_inexact, is_narrow, is_number, path_string
+from jmp_lite._tree import (
+    cast_leaf,
+    describe,
+    is_array,
+    is_finite,
+    is_inexact,
+    is_narrow,
+    is_number,
+    leaf_key,
+    path_string,
+)
 from jmp_lite.errors import InvalidLossScaleError, InvalidStepError, LossScaleNotFoundError, LostUpdatesWarning
 from jmp_lite.scaling._in_state import is_loss_scale, is_stored, nodes, stored_params
 from jmp_lite.scaling._loss_scale import DynamicLossScale, LossScale, register_serialization
@@ -77,7 +87,7 @@ def _held_in_float32(inner_state: Any, params: Any) -> tuple[Any, Any]:
         lambda node: node if is_stored(node) else cast_leaf(node, FLOAT32), inner_state, is_leaf=is_stored
     )
     return wide, jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf if jax.tree_util.keystr(path) in stored else cast_leaf(leaf, FLOAT32), params
+        lambda path, leaf: leaf if leaf_key(path) in stored else cast_leaf(leaf, FLOAT32), params
     )
 
 
@@ -217,8 +227,8 @@ class LossScaledUpdate:
         (new_updates, inner_state), updates_finite = step_or_skip(
             finite, step, skip, self.axis_name, is_stored=bool(stored_params(state.inner_state))
         )
-        expected: Any = jax.tree.structure(trainable(updates))
-        if jax.tree.structure(new_updates) == expected:  # not so for optax.lookahead
+        given: Any = jax.tree.structure(trainable(updates))
+        if given == jax.tree.structure(new_updates):  # not so for optax.lookahead
             new_updates = jax.tree.map(lambda grad, new: _of_hidden(grad) if new is None else new, updates, new_updates)
         return new_updates, self.next_state(state, inner_state, finite, updates_finite)
 
@@ -226,7 +236,7 @@ class LossScaledUpdate:
 def _warn_of_lost_updates(params: Any, inner_state: Any) -> None:
     leaves = jax.tree_util.tree_leaves_with_path(params)
     stored = stored_params(inner_state)
-    rest = [(path, leaf) for path, leaf in leaves if jax.tree_util.keystr(path) not in stored]
+    rest = [(path, leaf) for path, leaf in leaves if leaf_key(path) not in stored]
     narrow = [f"{path_string(path)!r} ({leaf.dtype})" for path, leaf in rest if is_narrow(leaf)]
     if narrow:
         warnings.warn(
@@ -236,6 +246,11 @@ def _warn_of_lost_updates(params: Any, inner_state: Any) -> None:
             LostUpdatesWarning,
             stacklevel=3,
         )
+
+
+def _changes(loss_scale: LossScale) -> bool:
+    """Whether a loss scale can be another than 1."""
+    return isinstance(loss_scale, DynamicLossScale) or loss_scale.loss_scale != 1
 
 
 def check_optimizer(tx: Any, caller: str) -> None:
@@ -279,8 +294,9 @@ def loss_scaled(
         ``optax.chain``, ``masked``, ``multi_transform``, ``inject_hyperparams`` and ``MultiSteps``.
 
     Raises:
-        InvalidStepError: If ``inner`` is not an optimizer, for example ``optax.adam`` without a call.
-        InvalidLossScaleError: If ``loss_scale`` is not a loss scale; in ``init``, if ``inner`` has one of its own.
+        InvalidStepError: If ``inner`` is not an optimizer, for example ``optax.adam`` without a call; in ``init``, if
+            it contains another ``loss_scaled``.
+        InvalidLossScaleError: If ``loss_scale`` is not a loss scale.
         MissingAxisError: In ``update``, if ``axis_name`` is not mapped, or, under the ``check_vma`` of ``shard_map``,
             if devices see different gradients and it does not say so.
 
@@ -311,10 +327,10 @@ def loss_scaled(
     def init(params: Any) -> LossScaledState:
         register_serialization()
         inner_state = inner.init(trainable(params))
-        for path, _ in nodes(inner_state, is_loss_scale):
-            raise InvalidLossScaleError(
-                f"The optimizer in loss_scaled has a loss scale of its own, {path!r} of its state: gradients would be "
-                "unscaled twice. Keep one loss_scaled."
+        if _changes(loss_scale) and any(_changes(scale) for _, scale in nodes(inner_state, is_loss_scale)):
+            raise InvalidStepError(
+                "loss_scaled is inside loss_scaled, so gradients would be unscaled twice. Leave one out: the outer one "
+                "unscales for all that is in it."
             )
         _warn_of_lost_updates(params, inner_state)
         return LossScaledState(

@@ -288,22 +288,6 @@ def test_what_is_no_loss_scale_is_refused(loss_scale):
         jmp.loss_scaled(optax.sgd(0.1), loss_scale)
 
 
-@pytest.mark.parametrize(
-    "around",
-    [
-        lambda tx: tx,
-        lambda tx: optax.chain(optax.clip(1.0), tx),
-        lambda tx: optax.partition({"a": tx}, {"w": "a"}),
-        lambda tx: optax.MultiSteps(tx, 2).gradient_transformation(),
-    ],
-    ids=["alone", "chain", "partition", "MultiSteps"],
-)
-def test_a_second_loss_scale_inside_is_refused(around):
-    tx = jmp.loss_scaled(around(jmp.loss_scaled(optax.sgd(1.0), jmp.DynamicLossScale(8.0))))
-    with pytest.raises(jmp.errors.InvalidLossScaleError, match=r"loss_scale' of its state: .* unscaled twice"):
-        tx.init({"w": jnp.ones(2)})
-
-
 def test_state_of_another_optimizer_is_refused():
     """The state of plain Optax, or gradients in place of the state, are named."""
     tx, params = jmp.loss_scaled(optax.sgd(0.1)), {"w": jnp.ones(2)}

@@ -1,6 +1,7 @@
 """What a training step must not do in silence: each slip is an error of ours, or changes nothing and is counted."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -99,6 +100,11 @@ WRONG = {
     "parameters and gradients of one name swapped": (
         lambda: jmp.apply_gradients(TX, [jnp.ones(2)], STATE, (jnp.ones(2),)),
         "are different trees",
+    ),
+    "loss scaling twice": (lambda: jmp.loss_scaled(sgd(2.0)).init(PARAMS), "unscaled twice"),
+    "loss scaling twice, far apart": (
+        lambda: jmp.loss_scaled(optax.chain(optax.clip(1.0), optax.named_chain(("a", sgd(2.0))))).init(PARAMS),
+        "unscaled twice",
     ),
     "a check under jit": (lambda: jax.jit(jmp.check_loss_scale)(STATE), "inside jit"),
     "a check of shapes": (lambda: jmp.check_loss_scale(jax.eval_shape(lambda: STATE)), "with shapes"),
@@ -350,6 +356,32 @@ def test_an_axis_that_was_forgotten_when_the_gradient_is_made(gradient, axis):
     with pytest.raises(errors.MissingAxisError, match=rf"{axis}.*\(\.\.\., axis_name='{axis}'\)"):
         run(None)
     assert np.isfinite(run(axis)).all()
+
+
+def mean(w, x):
+    return jnp.mean(w * x)
+
+
+UNMAPPED = {
+    "a step": lambda tx, axis: tx.update(PARAMS, tx.init(PARAMS)),
+    "a fused step": lambda tx, axis: jmp.apply_gradients(tx, PARAMS, tx.init(PARAMS), PARAMS),
+    "a verdict": lambda tx, axis: jmp.all_finite(PARAMS, axis_name=axis),
+    "microbatches": lambda tx, axis: accumulated(mean, jmp.DynamicLossScale(), axis)(1.0, jnp.ones(4)),
+}
+
+
+@pytest.mark.parametrize("axis", ["data", ("data", "model"), ["data"], 3], ids=str)
+@pytest.mark.parametrize("call", UNMAPPED)
+def test_an_axis_that_is_not_mapped_is_quoted(call, axis):
+    with pytest.raises(errors.MissingAxisError, match=rf"axis_name={re.escape(repr(axis))} is not an axis that"):
+        UNMAPPED[call](jmp.loss_scaled(optax.sgd(0.1), axis_name=axis), axis)
+
+
+def test_axes_may_be_a_list():
+    tx = jmp.loss_scaled(optax.sgd(0.5), jmp.StaticLossScale(1.0), axis_name=["data"])
+    params, state = spread(tx, lambda grads, state, params: jmp.apply_gradients(tx, grads, state, params))
+    assert (params == 0.5).all()
+    assert state.last_finite
 
 
 def test_an_axis_that_was_named_is_enough():
