@@ -9,7 +9,7 @@ import numpy as np
 
 from jmp_lite._compat import Atom, Equation, is_literal
 from jmp_lite.autocast import _ops
-from jmp_lite.autocast._demand import Want
+from jmp_lite.autocast._demand import SOLVED, Want
 from jmp_lite.autocast._ops import Op, OpClass
 from jmp_lite.autocast._rules import Precision
 from jmp_lite.autocast._values import OF_WEIGHTS, Known, Origin, Tag, Value, is_eligible, size
@@ -59,6 +59,11 @@ class Facts:
         return any(value.known.origin is Origin.SOLVED for value in self.arrays)
 
     @functools.cached_property
+    def is_between_solutions(self) -> bool:
+        """Whether a matmul takes a result of linear algebra to make an operand of linear algebra, as Kalman gains."""
+        return self.op is OpClass.ALLOW and self.takes_solution and bool(self.want & SOLVED)
+
+    @functools.cached_property
     def is_made_as_written(self) -> bool:
         """Whether all operands are made as written, such as random numbers, or are broadcast from something smaller."""
         origins = {value.known.origin for value in self.arrays}
@@ -85,7 +90,7 @@ class Facts:
             return Origin.AS_WRITTEN
         if _repeats_something_smaller(self.eqn, self.operands):
             return Origin.REPEATED
-        if self.op is OpClass.FOLLOW and origins and of_whole == {Origin.SOLVED}:
+        if self.is_between_solutions or (self.op is OpClass.FOLLOW and origins and of_whole == {Origin.SOLVED}):
             return Origin.SOLVED
         if self.name in _ops.UPDATES and of_whole <= {Origin.INPUT, Origin.SCALED}:
             return Origin.SCALED

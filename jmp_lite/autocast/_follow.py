@@ -54,11 +54,6 @@ def _are_numbers(facts: Facts, are_held: Callable[[float, DType], bool]) -> bool
     return all(number is None or are_held(number, facts.precision.dtype) for number in numbers)
 
 
-def _is_linear(facts: Facts) -> bool:
-    """Whether it keeps nothing for the backward pass, so that float32 operands cost nothing."""
-    return _is_scaled(facts) or (facts.name in _ops.ADDS and facts.tag is Tag.SOFT)
-
-
 def _is_pooled(facts: Facts) -> bool:
     return facts.floats[0].tag.is_rounded and _ops.sums_windows(facts.name)
 
@@ -76,13 +71,14 @@ def _levels_off(facts: Facts) -> bool:
     if facts.tag is Tag.SOFT and (not facts.has_float_results or facts.name in _ops.CHOOSES):
         return True  # compared as it is held
     if facts.tag is Tag.SOFT and len(facts.arrays) == 1:
-        return is_wanted or facts.name in ("add", "sub")
+        return is_wanted or facts.name in ("add", "sub", "one_minus_square")
     return is_wanted and facts.tag is not Tag.NEUTRAL and facts.name in _ops.SATURATES
 
 
 def _is_multiplied_for_product(facts: Facts) -> bool:
     """Whether a matmul consumes a value multiplied by a low array or a dropout mask."""
-    is_whole = facts.name in ("mul", "dot_general") and len(facts.whole) == len(facts.operands) and facts.tag is not Tag.NEUTRAL
+    is_product = facts.name in ("mul", "dot_general") and facts.tag is not Tag.NEUTRAL
+    is_whole = is_product and len(facts.whole) == len(facts.operands)
     is_other = any(value.tag is Tag.LOW or value.is_activation for value in facts.whole)
     return is_whole and is_other and facts.want == _demand.LOW
 
@@ -117,9 +113,17 @@ def _promotes(facts: Facts) -> bool:
 
 def _is_shifted(facts: Facts) -> bool:
     is_alone = len(facts.whole) == 1 and (len(facts.arrays) > 1 or _ops.moves_whole_arrays(facts.name))
-    is_difference = facts.name in _ops.ADDS and {value.tag for value in facts.whole} == {Tag.SOFT}
-    is_held = is_alone or (is_difference and bool(facts.want & _demand.FLOAT32))
-    return facts.tag is Tag.HIGH or (facts.tag is Tag.SOFT and is_held)
+    return facts.tag is Tag.HIGH or (facts.tag is Tag.SOFT and is_alone) or _is_linear(facts)
+
+
+def _is_linear(facts: Facts) -> bool:
+    """Whether it is scaled, or shifted for a consumer that wants float32: float32 keeps nothing more for the backward."""
+    are_alike = len(facts.whole) == 1 or {value.tag for value in facts.whole} == {Tag.SOFT}
+    return _is_scaled(facts) or (facts.name in _ops.ADDS and are_alike and bool(facts.want & _demand.FLOAT32))
+
+
+def _is_sum_of_soft(facts: Facts) -> bool:
+    return facts.name in _ops.ADDS and facts.tag is Tag.SOFT
 
 
 def _is_shifted_for_product(facts: Facts) -> bool:
@@ -148,6 +152,6 @@ FOLLOWS = (
     FollowRule("a float32 argument as large as the others promotes", _promotes, How.BOUND, Tag.HIGH),
     FollowRule("scaled or shifted by float32 statistics for a matmul", _is_shifted_for_product, How.WIDE, Tag.LOW),
     FollowRule("scaled or shifted by float32 statistics", _is_shifted, How.BOUND, Tag.SOFT),
-    FollowRule("scaled by a number or added before it is rounded", _is_linear, How.WIDE, Tag.LOW),
+    FollowRule("added before it is rounded", _is_sum_of_soft, How.WIDE, Tag.LOW),
     FollowRule("follows its operands", lambda _: True, How.LOWERED, Tag.LOW, True),
 )
