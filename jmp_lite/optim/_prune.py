@@ -188,6 +188,43 @@ def _check(sparsity: Any, nm: Any, axes: Any, begin: Any, every: Any) -> None:
             raise InvalidPruningError(f"{name} must be an integer of at least {least}, got {value!r}.")
 
 
+def _check_where(where: Any) -> None:
+    if where is not None and not callable(where):
+        raise InvalidPruningError(
+            f"where must be a function of path and leaf, got {quote(where)}. Write for example "
+            "where=lambda path, leaf: 'kernel' in path."
+        )
+
+
+def _check_step(state: Any, params: Any) -> None:
+    """Raises for arguments of ``update`` that are not those of ``prune``."""
+    if not isinstance(state, PruneState):
+        raise InvalidPruningError(
+            f"The state must be a PruneState, got {type(state).__name__}. Pass what init or the last update of prune "
+            "returned, in the order update(updates, state, params)."
+        )
+    if params is None:
+        raise InvalidPruningError("prune needs the parameters: call update(updates, state, params).")
+
+
+def _warn_of_dense(unknown: list[str], params: Any, masks: Any, where: Any) -> None:
+    """Warns of leaves whose contracted axes are unknown, or if no leaf at all is chosen."""
+    names = [
+        repr(path_string(path)) for path, leaf in jax.tree_util.tree_leaves_with_path(params) if _is_floating(leaf)
+    ]
+    if unknown:
+        message = (
+            f"prune leaves {first_few(unknown)} dense: {_UNKNOWN}. Pass axes=quant.contracted_axes(fun)(params, "
+            "*args), or choose leaves by where."
+        )
+    elif names and not jax.tree.leaves(masks):
+        by = "where" if where else "the default of where, which takes large weights,"
+        message = f"prune leaves all parameters dense: {by} chooses none of {first_few(names)}. Choose leaves by where."
+    else:
+        return
+    warnings.warn(message, LeftDenseWarning, stacklevel=3)
+
+
 def _is_integer(value: Any) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
@@ -269,12 +306,7 @@ def prune(
         Networks", arXiv:2104.08378; jaxpruner.
     """
     _check(sparsity, nm, axes, begin, every)
-    if where is not None and not callable(where):
-        raise InvalidPruningError(
-            f"where must be a function of path and leaf, got {quote(where)}. Write for example "
-            "where=lambda path, leaf: 'kernel' in path."
-        )
-
+    _check_where(where)
     axes_of = _axes_by_path(axes)
 
     def initial_mask(path: Any, param: Any, dense: list[str]) -> Any:
@@ -293,22 +325,7 @@ def prune(
     def init(params: Any) -> PruneState:
         dense: list[str] = []
         masks = jax.tree_util.tree_map_with_path(functools.partial(initial_mask, dense=dense), params)
-        floating = [path for path, leaf in jax.tree_util.tree_leaves_with_path(params) if _is_floating(leaf)]
-        if floating and not dense and not jax.tree.leaves(masks):
-            by = "where" if where else "the default of where, which takes large weights"
-            warnings.warn(
-                f"prune leaves all parameters dense: {by} chooses none of "
-                f"{first_few([repr(path_string(path)) for path in floating])}. Choose leaves by where.",
-                LeftDenseWarning,
-                stacklevel=2,
-            )
-        if dense:
-            warnings.warn(
-                f"prune leaves {first_few(dense)} dense: {_UNKNOWN}. Pass axes=quant.contracted_axes(fun)(params, "
-                "*args), or choose leaves by where.",
-                LeftDenseWarning,
-                stacklevel=2,
-            )
+        _warn_of_dense(dense, params, masks, where)
         return PruneState(jnp.zeros((), jnp.int32), masks)
 
     def renewed(state: PruneState, updates: Any, params: Any) -> Any:
@@ -331,13 +348,7 @@ def prune(
         return (step >= begin) & ((step - begin) % every == 0)
 
     def update(updates: Any, state: PruneState, params: Any = None, **_: Any) -> tuple[Any, PruneState]:
-        if not isinstance(state, PruneState):
-            raise InvalidPruningError(
-                f"The state must be a PruneState, got {type(state).__name__}. Pass what init or the last update of "
-                "prune returned, in the order update(updates, state, params)."
-            )
-        if params is None:
-            raise InvalidPruningError("prune needs the parameters: call update(updates, state, params).")
+        _check_step(state, params)
         now = due(state.step)
         if isinstance(now, jax.core.Tracer):
             masks = jax.lax.cond(now, renewed, lambda state, *_: state.masks, state, updates, params)
