@@ -194,3 +194,46 @@ def test_any_program_has_launches(name):
     else:
         assert moved >= SIZE // 2
         assert count >= 1
+
+
+# --- Copies for matmuls ---
+
+
+def narrow(*sizes, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "multiple"), [(jnp.bfloat16, 8), (jnp.float16, 8), (jnp.float8_e4m3fn, 16), (jnp.float32, 1)]
+)
+@pytest.mark.parametrize("size", [60, 64, 100])
+def test_sizes_are_filled_up_to_a_multiple(size, dtype, multiple):
+    """Both operands are copied with zeros, and a consumer cuts the result."""
+    full = -(-size // multiple) * multiple
+    width = jnp.dtype(dtype).itemsize
+
+    def fun(x, w):
+        return -lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
+
+    found = of(fun, narrow(size, size, dtype=dtype), narrow(size, size, dtype=dtype))
+    [matmul] = [launch for launch in found if launch.part == "matmuls"]
+    assert matmul.bytes == 3 * full * full * width
+    copied = 2 * (size * size + full * full) * width if full != size else 0
+    assert total(found)[0] == matmul.bytes + copied + 2 * size * size * width
+    assert matmul.flops == 2 * size**3
+
+
+def test_product_with_a_vector_is_not_filled_up():
+    found = of(lambda x, w: x @ w, narrow(60, 60), narrow(60, 1))
+    assert [launch.bytes for launch in found] == [2 * (60 * 60 + 60 + 60)]
+
+
+@pytest.mark.parametrize(("rows", "count"), [(False, 1), (True, 2)], ids=["elementwise", "softmax"])
+def test_launch_that_works_by_rows_takes_in_no_maximum_of_everything(rows, count):
+    def fun(x):
+        y = jnp.exp(x) / jnp.exp(x).sum(-1, keepdims=True) if rows else jnp.exp(x)
+        y = y.astype(jnp.bfloat16)
+        return y, jnp.max(y)
+
+    written = [launch for launch in of(fun, f32(256, 512)) if launch.bytes >= 256 * 512 * 2]
+    assert len(written) - rows == count

@@ -91,10 +91,10 @@ def _of_number(flow: Flow, node: Node, position: int, number: Number, dtype: str
     is_bound = node.name == "min" or (node.name == "clamp" and position == 2)
     is_bound = is_bound or (node.name == "select_n" and position > 0 and number.written != 1)
     if is_bound and number.held == 1:
-        user = _takes_complement(flow, node)
-        if user is not None:
+        suffers = _singular_at_one(flow, node)
+        if suffers:
             said = f"The bound {number.written:g} is exactly 1 in {dtype}" if number.written != 1 else "The bound is 1"
-            yield found("literal-out-of-range", node, f"{said}, so {_at_one(user)} gets 0.")
+            yield found("literal-out-of-range", node, f"{said}, so {suffers}.")
 
 
 def _was_rounded(node: Node, position: int) -> bool:
@@ -118,7 +118,8 @@ def _divides(flow: Flow, node: Node, *, is_strict: bool) -> Node | None:
     """Returns the consumers of a value, of its roots, or below a bound, that are singular at 0."""
 
     def keeps_zero(user: Node, i: int) -> bool:
-        return moves(user, i) or user.name == "sqrt" or (user.name == "min" and flow.number(user.operands[1 - i]))
+        is_bounded = user.name == "min" and flow.number(user.operands[1 - i]) is not None
+        return moves(user, i) or user.name == "sqrt" or is_bounded
 
     uses = flow.forward(node.results[0], keeps_zero)
     return next((user for user, i in uses if _is_singular(flow, user, i, is_strict=is_strict)), None)
@@ -128,29 +129,27 @@ def _divides(flow: Flow, node: Node, *, is_strict: bool) -> Node | None:
 _SINGULAR_AT_ONE = frozenset({"atanh", "erf_inv", "acos", "asin", "acosh"})
 
 
-def _takes_complement(flow: Flow, node: Node) -> Node | None:
-    """Returns the consumers that are singular where a bounded value is 1: of its distance from 1, or its logarithm."""
+def _singular_at_one(flow: Flow, node: Node) -> str:
+    """Says what is singular where a bounded value is 1: a function of its distance from 1, or of its logarithm."""
 
     def stays_one(user: Node, i: int) -> bool:
         return moves(user, i) or user.name in ("neg", "sqrt") or is_square(flow, user)
 
-    def is_complement(user: Node, position: int) -> bool:
+    def becomes_zero(user: Node, position: int) -> str:
         one = flow.number(user.operands[1 - position]) if user.name == "sub" else None
-        return user.name == "log" or (one is not None and one.held == 1)
+        return "log(x)" if user.name == "log" else "1 - x" if one is not None and one.held == 1 else ""
 
     for user, position in flow.forward(node.results[0], stays_one):
-        if user.name in _SINGULAR_AT_ONE or user.name == "log1p":
-            return user
-        if is_complement(user, position):
+        if user.name in _SINGULAR_AT_ONE:
+            return f"{user.name} gets 1, where it or its slope is infinite"
+        if user.name == "log1p":
+            return "log1p gets -1"
+        if zero := becomes_zero(user, position):
             uses = flow.forward(user.results[0], lambda user, i: moves(user, i) or user.name in ("neg", "sqrt"))
             singular = next((use for use, i in uses if _is_singular(flow, use, i)), None)
             if singular is not None:
-                return singular
-    return None
-
-
-def _at_one(user: Node) -> str:
-    return f"1 - x in {user.name}" if user.name in _SINGULAR_AT_ONE else f"{user.name} of 1 - x or log(x)"
+                return f"{singular.name} of {zero} gets 0"
+    return ""
 
 
 def integers(subject: Subject) -> Iterator[Finding]:

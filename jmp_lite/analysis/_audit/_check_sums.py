@@ -43,7 +43,8 @@ def _normalizes(flow: Flow, total: Node, exponential: Node) -> bool:
         return moves(node, position) or node.name == "abs" or is_shifted
 
     def is_weighed(value: Value) -> bool:
-        return any(made == exponential for _, made in flow.backward(value, lambda n, i: moves(n, i) or n.name in PRODUCTS))
+        made_of = flow.backward(value, lambda node, i: moves(node, i) or node.name in PRODUCTS)
+        return any(made == exponential for _, made in made_of)
 
     for use, position in flow.forward(total.results[0], stays_sum):
         if not use.site.out_dtypes or not is_16_bits(use.site.out_dtypes[0]):

@@ -9,9 +9,10 @@ from jmp_lite.analysis._audit._flow import Flow, Node, Value, moves
 def differentiated_by(flow: Flow, products: Sequence[Node]) -> Mapping[int, Node]:
     """Returns the matmul whose derivative each backward matmul computes, by number of the backward one.
 
-    A matmul of ``a`` and ``b`` has two transposes: one takes the cotangent and ``b`` and has the size of ``a``, the other
-    one takes ``a`` and has the size of ``b``. A recomputed matmul counts like the one that it repeats. Of several that
-    fit, such as three projections of one array, one on the same line comes first, then the last before it.
+    A matmul of ``a`` and ``b`` has two transposes: one takes the cotangent and ``b`` and has the size of ``a``; the
+    other takes ``a`` and has the size of ``b``. A recomputed matmul counts like the one that it repeats. Of several
+    that fit, such as three projections of one array, first come those that are no derivatives themselves, as two
+    derivatives take the same cotangent; then those on the same line; then the last.
     """
     takers = collections.defaultdict[Value, list[tuple[Node, int]]](list)
     found: dict[int, Node] = {}
@@ -38,7 +39,6 @@ def differentiated_by(flow: Flow, products: Sequence[Node]) -> Mapping[int, Node
 
 
 def _is_transpose(flow: Flow, made: Node, place: int, node: Node, side: int) -> bool:
-    """Whether the sizes fit: the other operand is a cotangent of the result, and the result one of the other operand."""
+    """Whether the sizes fit: the other operand is the cotangent of a result, and the result that of an operand."""
     cotangent, other = node.operands[1 - side], made.operands[1 - place]
     return flow.size(cotangent) == flow.size(made.results[0]) and flow.size(node.results[0]) == flow.size(other)
-

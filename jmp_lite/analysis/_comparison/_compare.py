@@ -163,10 +163,10 @@ def compare(
 ) -> Callable[..., Comparison]:
     """Compares a function under policies with float32: results, gradients, every equation.
 
-    For a function that returns one floating scalar it compares the value and the gradient in the floating arrays of the
-    first argument, if JAX has one; for any other function, the results. It also evaluates every value without any rounding, which shows
-    how much error each equation adds and how much it received. Matmuls quantized through integers count as exact from
-    there on; results and gradients are always compared with a run of the plain function.
+    For a function that returns one floating scalar it compares the value and, if JAX has one, the gradient in the
+    floating arrays of the first argument; for any other function, the results. It also evaluates every value without
+    any rounding, which shows how much error each equation adds and how much it received. Matmuls quantized through
+    integers count as exact from there on; results and gradients are always compared with a run of the plain function.
 
     It runs equation by equation, compiles only loops, branches and maps, and takes three times the memory.
 

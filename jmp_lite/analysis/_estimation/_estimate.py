@@ -177,11 +177,11 @@ def _with_gradient(fun: Callable[..., Any], argnums: int | Sequence[int], *, has
     chosen = (argnums,) if isinstance(argnums, int) else tuple(argnums)
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        arrays, *rest = partition([args[number] for number in chosen], is_traced)
+        arrays, others, layout = partition([args[number] for number in chosen], is_traced)
 
         def of_arrays(arrays: Any) -> Any:
             given = list(args)
-            for number, argument in zip(chosen, combine(arrays, *rest), strict=True):
+            for number, argument in zip(chosen, combine(arrays, others, layout), strict=True):
                 given[number] = argument
             return fun(*given, **kwargs)
 

@@ -86,9 +86,9 @@ def _leads(node: Node, index: int) -> bool:
 
 def _sizes(node: Node) -> tuple[int, ...]:
     """Returns the sizes of a matmul: batch, rows, terms of a sum, columns."""
-    (left, right), (batch, _) = node.eqn.params["dimension_numbers"]
+    (contracted, _), (batch, _) = node.eqn.params["dimension_numbers"]
     shapes = _shape(node, 0), _shape(node, 1)
-    shared, terms = (math.prod(shapes[0][axis] for axis in axes) for axes in (batch, left))
+    shared, terms = (math.prod(shapes[0][axis] for axis in axes) for axes in (batch, contracted))
     inner = max(shared * terms, 1)
     return shared, math.prod(shapes[0]) // inner, terms, math.prod(shapes[1]) // max(inner, 1)
 

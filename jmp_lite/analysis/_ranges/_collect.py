@@ -17,7 +17,7 @@ from jmp_lite._patterns import matches
 from jmp_lite.analysis._evaluate import Analysis, Evaluator, State, Value
 from jmp_lite.analysis._ranges._copies import Axes, Copies
 from jmp_lite.analysis._ranges._ranges import Ranges, Row, named
-from jmp_lite.analysis._ranges._tally import Tally, across, empty, merged, only_if, tally
+from jmp_lite.analysis._ranges._tally import Tally, across, empty, merged, only_if, stacked, tally
 from jmp_lite.analysis._sites import Step, flat, steps_of, traced
 from jmp_lite.autocast._ops import PRODUCTS
 from jmp_lite.autocast._programs import PROGRAMS
@@ -102,7 +102,7 @@ def collect(
         sites = {step.site.number: step.site for step in flat(steps)}
         rows = [Row("equation", role, sites[index]) for index, role in state]
         tallies = [*ends[: len(inputs)], *state.values(), *ends[len(inputs) :]]
-        return output, Ranges((*(row for row, _ in inputs), *rows, *(row for row, _ in outputs)), tallies)
+        return output, Ranges((*(row for row, _ in inputs), *rows, *(row for row, _ in outputs)), stacked(tallies))
 
     return collecting
 

@@ -14,7 +14,7 @@ from jmp_lite._functions import read_on_host
 from jmp_lite._text import table as laid_out
 from jmp_lite._tree import path_string
 from jmp_lite.analysis._ranges._range import Range, parse_format, range_of
-from jmp_lite.analysis._ranges._tally import Tally, merged, tally
+from jmp_lite.analysis._ranges._tally import Tally, merged, stacked, tally
 from jmp_lite.analysis._sites import Site
 
 
@@ -63,7 +63,7 @@ class Ranges(Mapping[str, Range]):
     """
 
     rows: tuple[Row, ...]
-    tallies: list[Tally]
+    tallies: Tally
 
     def __add__(self, other: "Ranges") -> "Ranges":
         if not isinstance(other, Ranges):
@@ -73,7 +73,7 @@ class Ranges(Mapping[str, Range]):
                 f"Ranges of different programs cannot be added up: {len(self.rows)} rows and {len(other.rows)}. Add "
                 "those that one function returned for arguments of one shape."
             )
-        return Ranges(self.rows, list(map(merged, self.tallies, other.tallies)))
+        return Ranges(self.rows, merged(self.tallies, other.tallies))
 
     def __radd__(self, other: Any) -> "Ranges":
         """Lets ``sum`` start from 0."""
@@ -82,8 +82,14 @@ class Ranges(Mapping[str, Range]):
     @functools.cached_property
     def pairs(self) -> tuple[tuple[Row, Range], ...]:
         """Each row with its range; read from the device once."""
-        tallies = read_on_host(self.tallies, "Ranges")
-        return tuple((row, range_of(_summed(one))) for row, one in zip(self.rows, tallies, strict=True))
+        return tuple((row, range_of(one)) for row, one in self._on_host())
+
+    def _on_host(self) -> Iterator[tuple[Row, Tally]]:
+        """Yields each row with its tally, summed over leading axes."""
+        tallies: Tally = read_on_host(self.tallies, "Ranges")
+        leading = tallies.power.ndim - 1
+        for index, row in enumerate(self.rows):
+            yield row, _summed(Tally(*(np.take(field, index, axis=leading) for field in tallies)))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -105,10 +111,10 @@ class Ranges(Mapping[str, Range]):
             depth: How many name scopes, or keys of a path, to group modules by.
         """
         groups: dict[str, list[Tally]] = {}
-        for row, one in zip(self.rows, read_on_host(self.tallies, "Ranges"), strict=True):
+        for row, one in self._on_host():
             path = row.name if row.site is None else row.site.scope
             name = f"{row.kind} {'/'.join(path.split('/')[:depth])}".strip()
-            groups.setdefault(name, []).append(_summed(one))
+            groups.setdefault(name, []).append(one)
         return {name: range_of(functools.reduce(_merged_on_host, group)) for name, group in groups.items()}
 
     def table(self, format: str = "float16", *, limit: int | None = 40) -> str:  # noqa: A002  # what it is
@@ -163,7 +169,7 @@ def ranges(tree: Any, kind: str = "") -> Ranges:
         1.0
     """
     pairs = named(kind, tree)
-    return Ranges(tuple(row for row, _ in pairs), [tally(array) for _, array in pairs])
+    return Ranges(tuple(row for row, _ in pairs), stacked([tally(array) for _, array in pairs]))
 
 
 def named(kind: str, tree: Any) -> list[tuple[Row, Any]]:

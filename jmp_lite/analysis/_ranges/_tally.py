@@ -1,5 +1,6 @@
 """Counts of an array on the device: a few sums that can be added over iterations, steps and devices."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -85,9 +86,11 @@ def merged(first: Tally, second: Tally) -> Tally:
     power = jnp.maximum(first.power, second.power)
 
     def added(field: str, base: float) -> jax.Array:
-        shift = np.log2(base)
-        a, b = (getattr(one, field) * jnp.exp2(shift * (one.power - power)) for one in (first, second))
-        summed: jax.Array = a + b
+        def scaled(one: Tally) -> Any:
+            unit = jnp.exp2(np.log2(base) * (one.power - power))
+            return getattr(one, field) * (unit[..., None] if field == "errors" else unit)
+
+        summed: jax.Array = scaled(first) + scaled(second)
         return summed
 
     return Tally(
@@ -100,6 +103,18 @@ def merged(first: Tally, second: Tally) -> Tally:
         added("errors", 4),
         first.lost_in_int8 + second.lost_in_int8,
     )
+
+
+def stacked(tallies: Sequence[Tally]) -> Tally:
+    """Returns several tallies as one, along an axis that comes first in a tally of one array.
+
+    A program that returns a thousand small arrays takes milliseconds longer to call.
+    """
+    if not tallies:
+        none: Tally = jax.tree.map(lambda field: jnp.zeros((0, *field.shape), field.dtype), empty())
+        return none
+    all_of_them: Tally = jax.tree.map(lambda *fields: jnp.stack(fields), *tallies)
+    return all_of_them
 
 
 def across(local: Tally, axes: Any) -> Tally:

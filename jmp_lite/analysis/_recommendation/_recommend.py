@@ -408,11 +408,11 @@ def _jitted(fun: Callable[..., Any]) -> Callable[..., Any]:
     programs: list[tuple[Any, Callable[..., Any]]] = []
 
     def run(*args: Any) -> Any:
-        arrays, *rest = partition(args, is_traced)
+        arrays, others, layout = partition(args, is_traced)
         for known, program in programs:
-            if known == rest:
+            if known == (others, layout):
                 return program(arrays)
-        programs.append((rest, jax.jit(lambda arrays: fun(*combine(arrays, *rest)))))
+        programs.append(((others, layout), jax.jit(lambda arrays: fun(*combine(arrays, others, layout)))))
         return programs[-1][1](arrays)
 
     return run

@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from jmp_lite._functions import read_on_host
@@ -42,9 +41,9 @@ class History:
 
     @functools.cached_property
     def total(self) -> Ranges:
-        """The ranges of all steps, summed on the host, where a thousand arrays take no time."""
+        """The ranges of all steps, summed on the host, where counts cannot overflow."""
         steps = read_on_host([ranges.tallies for ranges in self.ranges], "Ranges")
-        return Ranges(self.ranges[0].rows, [_added(parts) for parts in zip(*steps, strict=True)])
+        return Ranges(self.ranges[0].rows, _added(steps))
 
 
 def _added(parts: Sequence[Tally]) -> Tally:
