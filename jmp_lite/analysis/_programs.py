@@ -121,13 +121,8 @@ def _caught() -> Iterator[tuple[list[warnings.WarningMessage], set[str]]]:
     def note(message: Any, category: Any, *where: Any) -> None:
         if _OVERFLOW in str(message):
             lines.update(f"{frame.f_code.co_filename}:{number}" for frame, number in traceback.walk_stack(None))
-<<<<<<< HEAD
         elif not issubclass(category, SlowDtypeWarning) and REPLACED_NONE not in str(message):  # other findings say it
-            warning = warnings.WarningMessage(message, category, filename, lineno, file, line)
-=======
-        elif not issubclass(category, SlowDtypeWarning):
             warning = warnings.WarningMessage(message, category, *where)
->>>>>>> h-an
             (kept if issubclass(category, UnmatchedRuleWarning) else others).append(warning)
 
     with warnings.catch_warnings():
