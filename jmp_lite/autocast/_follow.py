@@ -117,7 +117,7 @@ def _is_shifted(facts: Facts) -> bool:
 
 
 def _is_linear(facts: Facts) -> bool:
-    """Whether it is scaled, or a difference for a consumer that wants float32: it keeps nothing for the backward pass."""
+    """Whether it is scaled, or a difference for a consumer that wants float32: linear, so it keeps no residuals."""
     are_alike = {value.tag for value in facts.whole} == {Tag.SOFT}
     return _is_scaled(facts) or (facts.name in _ops.ADDS and are_alike and bool(facts.want & _demand.FLOAT32))
 
