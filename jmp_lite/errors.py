@@ -37,7 +37,7 @@
     └── ComputeDtypeError         AssertionError  matmuls in a wider dtype than asserted
     NonFiniteUpdateWarning        UserWarning     finite gradients, but NaN or infinity in the updates
     SlowDtypeWarning              UserWarning     a compute dtype that this accelerator runs slowly
-    UnmatchedRuleWarning          UserWarning     a rule or PolicyMap key that matches nothing
+    UnmatchedRuleWarning          UserWarning     a rule or PolicyMap key that matches or changes nothing
     LostUpdatesWarning            UserWarning     16-bit parameters that lose small updates
     UncompressedStateWarning      UserWarning     optimizer state that stays in float32
     LeftDenseWarning              UserWarning     a weight that prune leaves dense
@@ -481,7 +481,9 @@ class NonFiniteUpdateWarning(UserWarning):
 
 
 class UnmatchedRuleWarning(UserWarning):
-    """A rule or ``PolicyMap`` key matched nothing in a program or tree; the message names the nearest match.
+    """A rule or ``PolicyMap`` key matched nothing in a program or tree, or a rule changes no matmul.
+
+    The message names the nearest match, or says why.
 
     Example:
         >>> issubclass(jmp.errors.UnmatchedRuleWarning, UserWarning)

@@ -299,6 +299,7 @@ class Interpreter:
             call = Call(eqn, [_as_array(v, value) for v, value in zip(eqn.invars, operands, strict=True)], scope, wants)
             arrays, values, reason = call.arrays, self.handlers[name](self, call), self._reason_of_call(call, why)
         else:
+            self._matches.weigh(name, precision, decision)
             read = frame.weight_or_array if decision.takes_weights else frame.array
             arrays, reason = [read(v, decision.dtype) for v in eqn.invars], decision.reason
             results = apply(eqn, arrays, op, precision, decision)

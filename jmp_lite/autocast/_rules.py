@@ -14,7 +14,8 @@ from jmp_lite._messages import quote
 from jmp_lite._patterns import compile_pattern, matches, nearest_modules
 from jmp_lite._policy import Policy, PolicyMap, get_policy
 from jmp_lite.autocast import _regions
-from jmp_lite.autocast._ops import Op, OpClass, is_kernel
+from jmp_lite.autocast._decision import Decision, How
+from jmp_lite.autocast._ops import PRODUCTS, Op, OpClass, is_kernel
 from jmp_lite.autocast._values import is_in_range
 from jmp_lite.errors import InvalidPolicyError, InvalidRuleError, UnknownDtypeError, UnmatchedRuleWarning
 from jmp_lite.products._matmul import RoundsOperands
@@ -38,6 +39,8 @@ class Precision(NamedTuple):
     """Whether an equation that holds programs runs as it was written, programs included."""
     reduce_dtype: DType = FLOAT32
     """What gradients of weights are added up in, over devices."""
+    asked: str = ""
+    """What a rule asks of matmuls: a ``dot`` that replaces them, or a ``dtype`` for their operands."""
 
     @property
     def widens_gradients(self) -> bool:
@@ -118,7 +121,8 @@ class Rule:
         """Returns the precision where the rule matches, given the precision without it."""
         is_whole = self.precision == "full" and self.primitive is not None
         dot, reason = self.dot or precision.dot, str(self)
-        held = precision._replace(dot=dot, reason=reason, result=self.result)
+        asked = "" if self.precision == "full" else "dot" if self.dot else "" if self.precision == "auto" else "dtype"
+        held = precision._replace(dot=dot, reason=reason, result=self.result, asked=asked)
         if not isinstance(self.precision, str):
             return held._replace(mode="auto", dtype=self.precision)
         if self.precision != "full" and precision.dtype.itemsize >= FLOAT32.itemsize:
@@ -260,6 +264,8 @@ class Matches:
     def __init__(self, settings: Settings) -> None:
         self._missing = dict(settings.patterns)
         self._seen: set[str] = set()
+        self._obeyed: set[str] = set()
+        self._refused: dict[str, str] = {}
 
     def note(self, scope: str, primitive: str) -> None:
         """Records which patterns an equation matches."""
@@ -267,12 +273,29 @@ class Matches:
         for name in [name for name, (_, holds) in self._missing.items() if holds(scope, primitive)]:
             del self._missing[name]
 
+    def weigh(self, primitive: str, precision: Precision, decision: Decision) -> None:
+        """Records whether a matmul runs as a rule asks."""
+        if precision.asked and primitive in PRODUCTS:
+            is_dot = precision.asked == "dot"
+            if decision.how is How.DOT if is_dot else decision.dtype == precision.dtype:
+                self._obeyed.add(precision.reason)
+            else:
+                self._refused.setdefault(precision.reason, f"{primitive} does not run as it asks: {decision.reason}")
+
     def warn(self) -> None:
-        """Warns about patterns that matched nothing.
+        """Warns about patterns that matched nothing, and about rules that no matmul follows.
 
         Warns:
-            UnmatchedRuleWarning: With the nearest name scopes.
+            UnmatchedRuleWarning: With the nearest name scopes, or the reason of the first matmul.
         """
+        for name, reason in self._refused.items():
+            if name not in self._obeyed:
+                self._obeyed.add(name)
+                warnings.warn(
+                    f"The {name} changes no matmul: {reason}. jmp.explain shows all decisions.",
+                    UnmatchedRuleWarning,
+                    stacklevel=2,
+                )
         for name, (pattern, _) in self._missing.items():
             near = nearest_modules(pattern, sorted(self._seen))[:3]
             nearest = " and ".join(map(repr, near)) or "none: the program has no name scopes"
