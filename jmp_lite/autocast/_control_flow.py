@@ -157,9 +157,14 @@ def _scan(interpreter: Interpreter, call: Call) -> list[Value]:
     values = interpreter.results(inner, results, trips=call.params["length"])
     was_low = [*(carry.tag is Tag.LOW for carry in operands[carried]), *(dtype is not None for dtype in stacked)]
     return [
-        Value(value.array, Known(Tag.LOW if is_low else value.tag))
+        Value(value.array, Known(Tag.LOW if is_low else value.tag, _left(value.known.origin)))
         for value, is_low in zip(values, was_low, strict=True)
     ]
+
+
+def _left(origin: Origin) -> Origin:
+    """Where a result of a loop comes from, seen from outside."""
+    return origin if origin is Origin.FOUND else Origin.COMPUTED
 
 
 @functools.lru_cache(maxsize=256)
@@ -218,7 +223,10 @@ def _while(interpreter: Interpreter, call: Call) -> list[Value]:
     asked = tuple(map(_kept_in_float32, of_results))
     inner = interpreter.retype(body.jaxpr, operands[n_cond:], call.scope, asked, tuple(map(_float_dtype, carries)))
     interpreter.records.extend(inner.records)
-    return _in_float32(call, rebuilt(call.eqn, [value.array for value in operands], [test.jaxpr, inner.jaxpr]))
+    results = _in_float32(call, rebuilt(call.eqn, [value.array for value in operands], [test.jaxpr, inner.jaxpr]))
+    if not interpreter.is_search(call):
+        return results
+    return [value._replace(known=value.known._replace(origin=Origin.FOUND)) for value in results]
 
 
 _BY_KIND: Mapping[str, Handler] = {"call": _call, "branch": _cond, "map": _shard_map, "references": _run_state}

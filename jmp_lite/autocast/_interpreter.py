@@ -263,6 +263,10 @@ class Interpreter:
         """Returns the wants for the operands and results of an equation that holds programs."""
         return self.demands.through(call.eqn, call.wants, self._scope(call.scope))
 
+    def is_search(self, call: Call) -> bool:
+        """Whether a loop iterates until what matmuls make of its carries is good enough."""
+        return self.demands.is_search(call.eqn, call.wants, self._scope(call.scope))
+
     def rounded(self, call: Call) -> list[Value]:
         """Returns the operands of a call, rounded where that loses nothing and no consumer inside wants float32.
 
@@ -288,9 +292,12 @@ class Interpreter:
         precision = self.precision(scope, name)
         op, why = classify(eqn, self.settings.ops_by_name)
         operands = [frame.read(v) for v in eqn.invars]
+        takes_steps_again = name == "while" and any(value.known.origin is Origin.FOUND for value in operands)
+        why = "takes the steps of a search again, and must take the same: as written" if takes_steps_again else why
         position = len(self.records)
         decision: Decision | None = None
-        is_nested = op is OpClass.NESTED and name in self.handlers and not precision.leaves_whole
+        is_whole = precision.leaves_whole or takes_steps_again
+        is_nested = op is OpClass.NESTED and name in self.handlers and not is_whole
         if is_nested and is_activation(eqn):
             decision = decide_activation(eqn, operands[0], precision, joined(wants))
         elif not is_nested:

@@ -43,6 +43,8 @@ class Origin(enum.Enum):
     """Something smaller, repeated: a bias, a mask, a scale, a statistic."""
     SOLVED = "solved"
     """Linear algebra, moved or scaled perhaps: a matmul that takes it belongs to it."""
+    FOUND = "found"
+    """A loop that iterates until what matmuls make is good enough: whoever takes its steps again must take the same."""
     AS_WRITTEN = "as written"
     """An operation that runs as written, such as a random number, or arithmetic on nothing else."""
     COMPUTED = "computed"

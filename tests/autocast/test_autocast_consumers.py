@@ -106,6 +106,23 @@ def test_linear_algebra_gets_what_was_written(name, policy):
     assert grad_around < 16 * rounding
 
 
+def gains(w):
+    """A filter that multiplies by the inverse: its gain makes the next covariance, and moves the mean."""
+
+    def step(carry, y):
+        m, p = carry
+        p = w @ p @ w.T * 0.2 + jnp.eye(12)
+        gain = p @ jnp.linalg.inv(p + jnp.eye(12))
+        return (m + gain @ (y - m), p - gain @ p), None
+
+    return lax.scan(step, (jnp.zeros(12), jnp.eye(12)), X)[0][0]
+
+
+def test_gains_are_linear_algebra_too():
+    found = jmp.explain(gains, "mixed_bfloat16")(jnp.eye(12))
+    assert {r.in_dtypes for r in found if r.primitive == "dot_general"} == {("float32", "float32")}
+
+
 # --- Functions that level off, between a logarithm and a matmul ---
 
 LEVELS_OFF = {
@@ -283,6 +300,41 @@ def test_large_results_are_float32_by_a_rule():
             r for r in jmp.explain(scores, "mixed_bfloat16", rules=rules)(q, q) if r.primitive == "dot_general"
         ]
         assert (product.in_dtypes, product.out_dtypes) == (("bfloat16",) * 2, (dtype,))
+
+
+# --- What is scaled, shifted or subtracted is rounded once, after ---
+
+
+def divergence(z, other):
+    """Of two distributions that are nearly the same."""
+    p, q = jax.nn.log_softmax(z), jax.nn.log_softmax(lax.stop_gradient(other))
+    return jnp.mean(jnp.sum(jnp.exp(p) * (p - q), -1))
+
+
+def normed(h):
+    h = h - jnp.mean(h, -1, keepdims=True)
+    return h * lax.rsqrt(jnp.mean(h * h, -1, keepdims=True) + 1e-6)
+
+
+Z = jnp.tanh(draw(17, 64, 32))
+ROUNDED_ONCE = {
+    "discounted": (lambda z, w: jnp.mean(jnp.abs(z - (3 + 0.99 * jnp.roll(z, 1, 0))) @ jnp.abs(w)), 2),
+    "two discounts": (lambda z, w: jnp.mean(jnp.square((z * 0.99 - jnp.roll(z, 1, 0) * 0.97) @ w)), 2),
+    "divergence": (lambda z, w: divergence(z, z + 0.3 * jnp.tanh(Z @ w)), 16),
+    "far from zero": (lambda z, w: jnp.mean(jnp.square(jnp.tanh(normed(z + 30.0) @ w) - Z)), 2),
+    "bias far from zero": (lambda z, w: jnp.mean(jnp.square(jnp.tanh(normed(z + (30 + w[:1])) @ w) - Z)), 2),
+    "distance of directions": (lambda z, w: jnp.mean(jnp.sqrt(jnp.sum((normed(z) - normed(z[::-1])) ** 2, -1))), 2),
+}
+
+
+@pytest.mark.parametrize("name", ROUNDED_ONCE)
+@either_policy
+def test_what_is_scaled_or_shifted_is_rounded_once(name, policy):
+    fun, digits = ROUNDED_ONCE[name]
+    w = draw(18, 32, 32) / 32**0.5
+    value, grad, value_around, grad_around = errors(lambda w: fun(Z @ w, w), policy, w)
+    assert max(value, value_around) < digits / 4 * POLICIES[policy]
+    assert max(grad, grad_around) < 2 * digits * POLICIES[policy]
 
 
 # --- Precisions that the author asked for ---
