@@ -117,7 +117,7 @@ def _is_shifted(facts: Facts) -> bool:
 
 
 def _is_linear(facts: Facts) -> bool:
-    """Whether it is scaled, or shifted for a consumer that wants float32: float32 keeps nothing more for the backward."""
+    """Whether it is scaled, or shifted for a consumer that wants float32; neither keeps float32 for a gradient."""
     are_alike = len(facts.whole) == 1 or {value.tag for value in facts.whole} == {Tag.SOFT}
     return _is_scaled(facts) or (facts.name in _ops.ADDS and are_alike and bool(facts.want & _demand.FLOAT32))
 

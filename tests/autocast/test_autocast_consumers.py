@@ -302,41 +302,6 @@ def test_large_results_are_float32_by_a_rule():
         assert (product.in_dtypes, product.out_dtypes) == (("bfloat16",) * 2, (dtype,))
 
 
-# --- What is scaled, shifted or subtracted is rounded once, after ---
-
-
-def divergence(z, other):
-    """Of two distributions that are nearly the same."""
-    p, q = jax.nn.log_softmax(z), jax.nn.log_softmax(lax.stop_gradient(other))
-    return jnp.mean(jnp.sum(jnp.exp(p) * (p - q), -1))
-
-
-def normed(h):
-    h = h - jnp.mean(h, -1, keepdims=True)
-    return h * lax.rsqrt(jnp.mean(h * h, -1, keepdims=True) + 1e-6)
-
-
-Z = jnp.tanh(draw(17, 64, 32))
-ROUNDED_ONCE = {
-    "discounted": (lambda z, w: jnp.mean(jnp.abs(z - (3 + 0.99 * jnp.roll(z, 1, 0))) @ jnp.abs(w)), 2),
-    "two discounts": (lambda z, w: jnp.mean(jnp.square((z * 0.99 - jnp.roll(z, 1, 0) * 0.97) @ w)), 2),
-    "divergence": (lambda z, w: divergence(z, z + 0.3 * jnp.tanh(Z @ w)), 16),
-    "far from zero": (lambda z, w: jnp.mean(jnp.square(jnp.tanh(normed(z + 30.0) @ w) - Z)), 2),
-    "bias far from zero": (lambda z, w: jnp.mean(jnp.square(jnp.tanh(normed(z + (30 + w[:1])) @ w) - Z)), 2),
-    "distance of directions": (lambda z, w: jnp.mean(jnp.sqrt(jnp.sum((normed(z) - normed(z[::-1])) ** 2, -1))), 2),
-}
-
-
-@pytest.mark.parametrize("name", ROUNDED_ONCE)
-@either_policy
-def test_what_is_scaled_or_shifted_is_rounded_once(name, policy):
-    fun, digits = ROUNDED_ONCE[name]
-    w = draw(18, 32, 32) / 32**0.5
-    value, grad, value_around, grad_around = errors(lambda w: fun(Z @ w, w), policy, w)
-    assert max(value, value_around) < digits / 4 * POLICIES[policy]
-    assert max(grad, grad_around) < 2 * digits * POLICIES[policy]
-
-
 # --- Precisions that the author asked for ---
 
 ASKED = {

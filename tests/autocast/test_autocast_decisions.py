@@ -30,6 +30,11 @@ def rms_norm(h):
     return h * lax.rsqrt(jnp.mean(h * h, -1, keepdims=True) + 1e-6)
 
 
+def outer_products(choices, scores):
+    """Adds up two outer products per row, as mixtures of experts do to combine what they return."""
+    return jnp.einsum("tka,tkb->tab", choices, scores.reshape(64, 2, 8)).reshape(64, 128)
+
+
 # --- What runs in float32 whatever takes its result ---
 
 DENIED = {
@@ -70,12 +75,7 @@ FOLLOWING = {
         [WIDE],
     ),
     "outer products of choices, for a matmul": (
-        lambda x, w: (
-            jnp.einsum("tka,tkb->tab", jax.nn.one_hot(lax.top_k(x, 2)[1], 16), jnp.exp(x @ w).reshape(64, 2, 8)).reshape(
-                64, 128
-            )
-            @ jnp.tile(w, (8, 1))
-        ),
+        lambda x, w: outer_products(jax.nn.one_hot(lax.top_k(x, 2)[1], 16), jnp.exp(x @ w)) @ jnp.tile(w, (8, 1)),
         "dot_general",
         [LOW, LOW, WIDENED],
     ),
