@@ -20,7 +20,7 @@ class Tag(enum.IntEnum):
     LOW = 1
     """Made by a matmul, or from one: held in the compute dtype."""
     SOFT = 2
-    """LOW, scaled or shifted by float32 statistics as norms do: held in float32, but rounding it loses nothing more."""
+    """LOW, scaled or shifted in float32, as norms and biases do: held in float32, but rounding it loses little more."""
     HIGH = 3
     """Made by an operation that needs float32, or from one: held in float32."""
 
