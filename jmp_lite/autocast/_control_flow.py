@@ -1,5 +1,6 @@
 """Calls, loops and branches: programs inside a program, each retyped at the dtypes of its operands."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,6 +29,11 @@ def _call(interpreter: Interpreter, call: Call) -> list[Value]:
     [body] = programs_of(call.eqn).bodies
     inner = interpreter.retype(body.jaxpr, call.operands, call.scope, call.wants)
     return interpreter.results(inner, rebuilt(call.eqn, call.arrays, [inner.jaxpr]))
+
+
+def _checkpoint(interpreter: Interpreter, call: Call) -> list[Value]:
+    """What enters is kept for the backward pass: it is rounded where that loses nothing."""
+    return _call(interpreter, dataclasses.replace(call, operands=interpreter.rounded(call)))
 
 
 def _shard_map(interpreter: Interpreter, call: Call) -> list[Value]:
@@ -229,7 +235,13 @@ def _while(interpreter: Interpreter, call: Call) -> list[Value]:
     return [value._replace(known=value.known._replace(origin=Origin.FOUND)) for value in results]
 
 
-_BY_KIND: Mapping[str, Handler] = {"call": _call, "branch": _cond, "map": _shard_map, "references": _run_state}
+_BY_KIND: Mapping[str, Handler] = {
+    "call": _call,
+    "checkpoint": _checkpoint,
+    "branch": _cond,
+    "map": _shard_map,
+    "references": _run_state,
+}
 _LOOPS: Mapping[str, Handler] = {"scan": _scan, "while": _while}
 
 HANDLERS: Mapping[str, Handler] = {
