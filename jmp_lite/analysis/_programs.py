@@ -17,7 +17,7 @@ from jmp_lite.analysis._sites import traced, traced_on_host
 from jmp_lite.autocast._api import Traced, is_array_or_shape, wrap
 from jmp_lite.autocast._explain import Explanation, explained
 from jmp_lite.autocast._record import as_count
-from jmp_lite.autocast._requests import REPLACED_NONE
+from jmp_lite.autocast._requests import CHANGES_NONE
 from jmp_lite.autocast._rules import Settings
 from jmp_lite.errors import InvalidFunctionError, SlowDtypeWarning, UnmatchedRuleWarning
 
@@ -121,7 +121,9 @@ def _caught() -> Iterator[tuple[list[warnings.WarningMessage], set[str]]]:
     def note(message: Any, category: Any, *where: Any) -> None:
         if _OVERFLOW in str(message):
             lines.update(f"{frame.f_code.co_filename}:{number}" for frame, number in traceback.walk_stack(None))
-        elif not issubclass(category, SlowDtypeWarning) and REPLACED_NONE not in str(message):  # other findings say it
+        elif not issubclass(category, SlowDtypeWarning) and f"dot= {CHANGES_NONE}" not in str(
+            message
+        ):  # other findings say it
             warning = warnings.WarningMessage(message, category, *where)
             (kept if issubclass(category, UnmatchedRuleWarning) else others).append(warning)
 

@@ -1,5 +1,6 @@
 """Calls, loops and branches: programs inside a program, each retyped at the dtypes of its operands."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,6 +29,11 @@ def _call(interpreter: Interpreter, call: Call) -> list[Value]:
     [body] = programs_of(call.eqn).bodies
     inner = interpreter.retype(body.jaxpr, call.operands, call.scope, call.wants)
     return interpreter.results(inner, rebuilt(call.eqn, call.arrays, [inner.jaxpr]))
+
+
+def _checkpoint(interpreter: Interpreter, call: Call) -> list[Value]:
+    """What enters is kept for the backward pass: it is rounded where that loses nothing."""
+    return _call(interpreter, dataclasses.replace(call, operands=interpreter.rounded(call)))
 
 
 def _shard_map(interpreter: Interpreter, call: Call) -> list[Value]:
@@ -157,9 +163,14 @@ def _scan(interpreter: Interpreter, call: Call) -> list[Value]:
     values = interpreter.results(inner, results, trips=call.params["length"])
     was_low = [*(carry.tag is Tag.LOW for carry in operands[carried]), *(dtype is not None for dtype in stacked)]
     return [
-        Value(value.array, Known(Tag.LOW if is_low else value.tag))
+        Value(value.array, Known(Tag.LOW if is_low else value.tag, _left(value.known.origin)))
         for value, is_low in zip(values, was_low, strict=True)
     ]
+
+
+def _left(origin: Origin) -> Origin:
+    """Where a result of a loop comes from, seen from outside."""
+    return origin if origin is Origin.FOUND else Origin.COMPUTED
 
 
 @functools.lru_cache(maxsize=256)
@@ -218,10 +229,19 @@ def _while(interpreter: Interpreter, call: Call) -> list[Value]:
     asked = tuple(map(_kept_in_float32, of_results))
     inner = interpreter.retype(body.jaxpr, operands[n_cond:], call.scope, asked, tuple(map(_float_dtype, carries)))
     interpreter.records.extend(inner.records)
-    return _in_float32(call, rebuilt(call.eqn, [value.array for value in operands], [test.jaxpr, inner.jaxpr]))
+    results = _in_float32(call, rebuilt(call.eqn, [value.array for value in operands], [test.jaxpr, inner.jaxpr]))
+    if not interpreter.is_search(call):
+        return results
+    return [value._replace(known=value.known._replace(origin=Origin.FOUND)) for value in results]
 
 
-_BY_KIND: Mapping[str, Handler] = {"call": _call, "branch": _cond, "map": _shard_map, "references": _run_state}
+_BY_KIND: Mapping[str, Handler] = {
+    "call": _call,
+    "checkpoint": _checkpoint,
+    "branch": _cond,
+    "map": _shard_map,
+    "references": _run_state,
+}
 _LOOPS: Mapping[str, Handler] = {"scan": _scan, "while": _while}
 
 HANDLERS: Mapping[str, Handler] = {

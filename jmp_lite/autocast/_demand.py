@@ -111,14 +111,14 @@ class Demands:
         """Whether a loop in a program iterates until what matmuls make of its carries is good enough."""
         inner, _ = program(jaxpr)
         wants = self.of(inner, wanted or (EITHER,) * len(inner.outvars), scope)
-        for eqn in inner.eqns:
-            of_results = [wants.get(v, 0) for v in eqn.outvars]
-            if classify(eqn, self.ops)[0] is OpClass.ALLOW and joined(of_results) & TESTED:
-                return True
-            _, results = self.through(eqn, of_results, scope)
-            if any(self.has_search(body.jaxpr, scope, _wants_of(body, results)) for body in programs_of(eqn).bodies):
-                return True
-        return False
+        return any(self.is_search(eqn, [wants.get(v, 0) for v in eqn.outvars], scope) for eqn in inner.eqns)
+
+    def is_search(self, eqn: Equation, of_results: Sequence[Want], scope: str) -> bool:
+        """Whether an equation is a matmul that a test depends on, or holds one."""
+        if classify(eqn, self.ops)[0] is OpClass.ALLOW and joined(of_results) & TESTED:
+            return True
+        _, results = self.through(eqn, of_results, scope)
+        return any(self.has_search(body.jaxpr, scope, _wants_of(body, results)) for body in programs_of(eqn).bodies)
 
     def _search(self, inner: Any, wanted: Wants, scope: str) -> dict[Var, Want]:
         wants: dict[Var, Want] = {}

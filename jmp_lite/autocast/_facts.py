@@ -90,6 +90,8 @@ class Facts:
             return Origin.AS_WRITTEN
         if _repeats_something_smaller(self.eqn, self.operands):
             return Origin.REPEATED
+        if origins == {Origin.FOUND} and (_ops.moves_whole_arrays(self.name) or _ops.picks_values(self.name)):
+            return Origin.FOUND
         if self.is_between_solutions or (self.op is OpClass.FOLLOW and origins and of_whole == {Origin.SOLVED}):
             return Origin.SOLVED
         if self.name in _ops.UPDATES and of_whole <= {Origin.INPUT, Origin.SCALED}:

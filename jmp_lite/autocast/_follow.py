@@ -150,8 +150,8 @@ FOLLOWS = (
     FollowRule("follows an operand that needs float32", _is_precise, How.BOUND, Tag.HIGH),
     FollowRule("no decision has touched its operands yet", _is_neutral, How.LOWERED, Tag.NEUTRAL, _is_held_low),
     FollowRule("a float32 argument as large as the others promotes", _promotes, How.BOUND, Tag.HIGH),
-    FollowRule("scaled or shifted by float32 statistics for a matmul", _is_shifted_for_product, How.WIDE, Tag.LOW),
-    FollowRule("scaled or shifted by float32 statistics", _is_shifted, How.BOUND, Tag.SOFT),
+    FollowRule("scaled or shifted in float32 for a matmul", _is_shifted_for_product, How.WIDE, Tag.LOW),
+    FollowRule("scaled or shifted in float32", _is_shifted, How.BOUND, Tag.SOFT),
     FollowRule("added before it is rounded", _is_sum_of_soft, How.WIDE, Tag.LOW),
     FollowRule("follows its operands", lambda _: True, How.LOWERED, Tag.LOW, True),
 )

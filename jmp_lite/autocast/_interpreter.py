@@ -31,7 +31,7 @@ from jmp_lite._tree import cast
 from jmp_lite.autocast import _regions
 from jmp_lite.autocast._apply import apply
 from jmp_lite.autocast._decide import decide, decide_activation
-from jmp_lite.autocast._decision import Decision, How
+from jmp_lite.autocast._decision import Decision
 from jmp_lite.autocast._demand import EITHER, HIGH, TESTED, Demands, Want, Wants, is_float32, joined
 from jmp_lite.autocast._ops import OpClass, classify, is_activation
 from jmp_lite.autocast._record import Record, as_count, records_of
@@ -264,6 +264,10 @@ class Interpreter:
         """Returns the wants for the operands and results of an equation that holds programs."""
         return self.demands.through(call.eqn, call.wants, self._scope(call.scope))
 
+    def is_search(self, call: Call) -> bool:
+        """Whether a loop iterates until what matmuls make of its carries is good enough."""
+        return self.demands.is_search(call.eqn, call.wants, self._scope(call.scope))
+
     def rounded(self, call: Call) -> list[Value]:
         """Returns the operands of a call, rounded where that loses nothing and no consumer inside wants float32.
 
@@ -290,9 +294,12 @@ class Interpreter:
         self._requests.met(name)
         op, why = classify(eqn, self.settings.ops_by_name)
         operands = [frame.read(v) for v in eqn.invars]
+        takes_steps_again = name == "while" and any(value.known.origin is Origin.FOUND for value in operands)
+        why = "takes the steps of a search again, and must take the same: as written" if takes_steps_again else why
         position = len(self.records)
         decision: Decision | None = None
-        is_nested = op is OpClass.NESTED and name in self.handlers and not precision.leaves_whole
+        is_whole = precision.leaves_whole or takes_steps_again
+        is_nested = op is OpClass.NESTED and name in self.handlers and not is_whole
         if is_nested and is_activation(eqn):
             decision = decide_activation(eqn, operands[0], precision, joined(wants))
         elif not is_nested:
@@ -301,11 +308,10 @@ class Interpreter:
             call = Call(eqn, [_as_array(v, value) for v, value in zip(eqn.invars, operands, strict=True)], scope, wants)
             arrays, values, reason = call.arrays, self.handlers[name](self, call), self._reason_of_call(call, why)
         else:
+            self._requests.weigh(name, precision, decision)
             read = frame.weight_or_array if decision.takes_weights else frame.array
             arrays, reason = [read(v, decision.dtype) for v in eqn.invars], decision.reason
             results = apply(eqn, arrays, op, precision, decision)
-            if decision.how is How.DOT:
-                self._requests.replaced(precision)
             values = [Value(x, _checked_tag(x, known)) for x, known in zip(results, decision.results, strict=True)]
         if self.keeps_records:
             found: dict[str, Any] = {"operands": operands, "arrays": arrays, "values": values, "decision": decision}

@@ -35,7 +35,7 @@ class Row(NamedTuple):
     """The table's entry for a primitive."""
 
     kind: str
-    """``call``, ``branch``, ``loop``, or what only its own handler rebuilds: ``rule``, ``map``, ``references``."""
+    """``call``, ``checkpoint``, ``branch``, ``loop``, or what only its handler rebuilds: ``rule``, ``map``, ``references``."""
     programs: Callable[[Equation], Programs]
     rebuild: Callable[[Equation, Sequence[Any], Sequence[Jaxpr]], list[Any]] | None
     """Applies the equation to other operands, with other programs in place of its own."""
@@ -113,8 +113,8 @@ PROGRAMS: Mapping[str, Row] = {
     "eval_jaxpr": _call("call", "call_jaxpr"),
     "xla_metadata_call": _call("call", "jaxpr"),
     "composite": _call("call", "jaxpr", "call_jaxpr"),
-    "remat2": _call("call", "jaxpr")._replace(rebuild=_rebuilt_open),
-    "checkpoint": _call("call", "jaxpr")._replace(rebuild=_rebuilt_open),
+    "remat2": _call("checkpoint", "jaxpr")._replace(rebuild=_rebuilt_open),
+    "checkpoint": _call("checkpoint", "jaxpr")._replace(rebuild=_rebuilt_open),
     "cond": Row("branch", _branches, _rebuilt_cond),
     "scan": Row("loop", _scan, _rebuilt_scan),
     "while": Row("loop", _while, _rebuilt_while),

@@ -4,25 +4,30 @@ import warnings
 
 from jmp_lite._messages import first_few, nearest
 from jmp_lite._patterns import nearest_modules
+from jmp_lite.autocast._decision import Decision, How
+from jmp_lite.autocast._ops import PRODUCTS
 from jmp_lite.autocast._rules import Precision, Settings
 from jmp_lite.errors import UnmatchedRuleWarning
 
 #: How many letters of the name of a primitive may be wrong for another name to be suggested.
 _TYPOS = 2
-REPLACED_NONE = "replaced no matmul of the program"
+CHANGES_NONE = "changes no matmul"
 
 
 class Requests:
     """The settings that have changed nothing so far."""
 
     def __init__(self, settings: Settings, *, is_explained: bool) -> None:
-        """Starts with all settings; where decisions are explained, matmuls that are not replaced are too."""
+        """Starts with all settings; where decisions are explained, what matmuls do not follow is said there."""
         self._settings = settings
+        self._is_explained = is_explained
         self._unmatched = dict(settings.patterns)
         self._overruled = list(settings.rules)
         self._ops = set(settings.ops_by_name)
-        of_rules = {f"dot= of the {rule}" for rule in settings.rules if rule.dot}
-        self._dots = set() if is_explained else of_rules | ({"dot="} if settings.dot else set())
+        self._dots = [f"The {rule}" for rule in settings.rules if rule.dot] + ["dot="] * (settings.dot is not None)
+        self._followed: set[str] = set()
+        self._refused: dict[str, str] = {}
+        """Why the first matmul does not run as a rule, or ``dot=``, asks."""
         self._scopes: set[str] = set()
         self._primitives: set[str] = set()
 
@@ -38,10 +43,18 @@ class Requests:
         """Notes that the program has a primitive."""
         self._primitives.add(primitive)
 
-    def replaced(self, precision: Precision) -> None:
-        """Notes that a matmul was replaced."""
-        of_rule = f"dot= of the {precision.reason}"
-        self._dots.discard(of_rule if of_rule in self._dots else "dot=")
+    def weigh(self, primitive: str, precision: Precision, decision: Decision) -> None:
+        """Notes whether a matmul runs as it is asked to."""
+        if primitive not in PRODUCTS:
+            return
+        rule, is_replaced, follows = f"The {precision.reason}", decision.how is How.DOT, dict[str, bool]()
+        if precision.asked:
+            follows[rule] = is_replaced if precision.asked == "dot" else decision.dtype == precision.dtype
+        if precision.asked != "dot" and precision.dot is not None:
+            follows["dot="] = is_replaced
+        self._followed.update(name for name, does in follows.items() if does)
+        for name in follows:
+            self._refused.setdefault(name, f"{primitive} does not run as it asks: {decision.reason}")
 
     def warn(self) -> None:
         """Warns about what changed nothing.
@@ -49,9 +62,10 @@ class Requests:
         Warns:
             UnmatchedRuleWarning: About each of them.
         """
-        for text in [*self._of_patterns(), *self._of_rules(), *self._of_ops(), *self._of_dots()]:
+        for text in [*self._of_patterns(), *self._of_rules(), *self._of_ops(), *self._of_matmuls()]:
             warnings.warn(text, UnmatchedRuleWarning, stacklevel=2)
-        self._unmatched, self._overruled, self._ops, self._dots = {}, [], set(), set()
+        self._unmatched, self._overruled, self._ops = {}, [], set()
+        self._followed.update(self._dots, self._refused)  # said once
 
     def _of_patterns(self) -> list[str]:
         near = {
@@ -81,5 +95,11 @@ class Requests:
             for name, names in near.items()
         ]
 
-    def _of_dots(self) -> list[str]:
-        return [f"{name} {REPLACED_NONE}. jmp.explain gives the reason for each matmul." for name in sorted(self._dots)]
+    def _of_matmuls(self) -> list[str]:
+        settled = self._followed | {f"The {name}" for name in self._unmatched}
+        reasons = {} if self._is_explained else dict.fromkeys(self._dots, "there is none for it") | self._refused
+        return [
+            f"{name} {CHANGES_NONE}: {reason}. jmp.explain shows all decisions."
+            for name, reason in reasons.items()
+            if name not in settled
+        ]

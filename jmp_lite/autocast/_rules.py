@@ -37,6 +37,8 @@ class Precision(NamedTuple):
     """Whether an equation that holds programs runs as it was written, programs included."""
     reduce_dtype: DType = FLOAT32
     """What gradients of weights are added up in, over devices."""
+    asked: str = ""
+    """What a rule asks of matmuls: a ``dot`` that replaces them, or a ``dtype`` for their operands."""
 
     @property
     def widens_gradients(self) -> bool:
@@ -134,7 +136,8 @@ class Rule:
         """Returns the precision where the rule matches, given the precision without it."""
         is_whole = self.precision == "full" and self.primitive is not None
         dot, reason = self.dot or precision.dot, str(self)
-        held = precision._replace(dot=dot, reason=reason, result=self.result)
+        asked = "" if self.precision == "full" else "dot" if self.dot else "" if self.precision == "auto" else "dtype"
+        held = precision._replace(dot=dot, reason=reason, result=self.result, asked=asked)
         if not isinstance(self.precision, str):
             return held._replace(mode="auto", dtype=self.precision)
         if self.precision != "full" and precision.dtype.itemsize >= FLOAT32.itemsize:

@@ -20,7 +20,7 @@ class Tag(enum.IntEnum):
     LOW = 1
     """Made by a matmul, or from one: held in the compute dtype."""
     SOFT = 2
-    """LOW, scaled or shifted by float32 statistics as norms do: held in float32, but rounding it loses nothing more."""
+    """LOW, scaled or shifted in float32, as norms and biases do: held in float32, but rounding it loses little more."""
     HIGH = 3
     """Made by an operation that needs float32, or from one: held in float32."""
 
@@ -43,6 +43,8 @@ class Origin(enum.Enum):
     """Something smaller, repeated: a bias, a mask, a scale, a statistic."""
     SOLVED = "solved"
     """Linear algebra, moved or scaled perhaps: a matmul that takes it belongs to it."""
+    FOUND = "found"
+    """A loop that iterates until what matmuls make is good enough: whoever takes its steps again must take the same."""
     AS_WRITTEN = "as written"
     """An operation that runs as written, such as a random number, or arithmetic on nothing else."""
     COMPUTED = "computed"

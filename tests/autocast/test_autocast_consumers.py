@@ -106,6 +106,23 @@ def test_linear_algebra_gets_what_was_written(name, policy):
     assert grad_around < 16 * rounding
 
 
+def gains(w):
+    """A filter that multiplies by the inverse: its gain makes the next covariance, and moves the mean."""
+
+    def step(carry, y):
+        m, p = carry
+        p = w @ p @ w.T * 0.2 + jnp.eye(12)
+        gain = p @ jnp.linalg.inv(p + jnp.eye(12))
+        return (m + gain @ (y - m), p - gain @ p), None
+
+    return lax.scan(step, (jnp.zeros(12), jnp.eye(12)), X)[0][0]
+
+
+def test_gains_are_linear_algebra_too():
+    found = jmp.explain(gains, "mixed_bfloat16")(jnp.eye(12))
+    assert {r.in_dtypes for r in found if r.primitive == "dot_general"} == {("float32", "float32")}
+
+
 # --- Functions that level off, between a logarithm and a matmul ---
 
 LEVELS_OFF = {

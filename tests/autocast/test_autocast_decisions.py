@@ -30,6 +30,11 @@ def rms_norm(h):
     return h * lax.rsqrt(jnp.mean(h * h, -1, keepdims=True) + 1e-6)
 
 
+def outer_products(choices, scores):
+    """Adds up two outer products per row, as mixtures of experts do to combine what they return."""
+    return jnp.einsum("tka,tkb->tab", choices, scores.reshape(64, 2, 8)).reshape(64, 128)
+
+
 # --- What runs in float32 whatever takes its result ---
 
 DENIED = {
@@ -52,6 +57,28 @@ FOLLOWING = {
     "sign for an exponential": (beside_a_product(lambda h, w: jnp.exp(-h)), "neg", [LOW]),
     "scale for an exponential": (beside_a_product(lambda h, w: jnp.exp(h * 0.5)), "mul", [LOW]),
     "bias for an exponential": (beside_a_product(lambda h, w: jnp.exp(h + w[:1])), "add", [HIGH]),
+    "scale that 16 bits round, for an exponential": (beside_a_product(lambda h, w: jnp.exp(h * 0.1)), "mul", [HIGH]),
+    "scale that 16 bits round, for a function": (lambda x, w: jnp.tanh(x @ w * 0.1) @ w, "mul", [HIGH]),
+    "scale that 16 bits round, for a matmul": (lambda x, w: (x @ w * 0.1) @ w, "mul", [WIDE]),
+    "scale that 16 bits hold, for a function": (lambda x, w: jnp.tanh(x @ w * 0.5) @ w, "mul", [LOW]),
+    "number over a product": (lambda x, w: jnp.tanh(0.1 / (x @ w)) @ w, "div", [LOW]),
+    "bias for a norm": (lambda x, w: rms_norm(x @ w + w[:1]) @ w, "add", [HIGH, HIGH]),
+    "slope of a function": (lambda x, w: jax.grad(lambda x: jnp.sum(jnp.tanh(x @ w) @ w))(x), "tanh", [LOW]),
+    "difference of norms, for a loss too": (
+        lambda x, w: (jnp.exp(d := rms_norm(x @ w) - rms_norm(w @ w)[:1]), jnp.tanh(d) @ w),
+        "sub",
+        [HIGH],
+    ),
+    "difference of norms, for a function": (
+        lambda x, w: jnp.tanh(rms_norm(x @ w) - rms_norm(jnp.tanh(x @ w) @ w)) @ w,
+        "sub",
+        [WIDE],
+    ),
+    "outer products of choices, for a matmul": (
+        lambda x, w: outer_products(jax.nn.one_hot(lax.top_k(x, 2)[1], 16), jnp.exp(x @ w)) @ jnp.tile(w, (8, 1)),
+        "dot_general",
+        [LOW, LOW, WIDENED],
+    ),
     "square for a root": (beside_a_product(lambda h, w: jnp.sqrt(h * h)), "mul", [HIGH]),
     "bias for a function": (beside_a_product(lambda h, w: jnp.tanh(h + w[:1]) @ w), "add", [LOW]),
     "layers added for an exponential": (lambda x, w: jnp.exp(x @ w + jnp.tanh(x @ w) @ w), "add", [HIGH]),
@@ -178,6 +205,20 @@ THROUGH = {
         lambda x, w: lax.scan(lambda c, a: (c + a, None), x @ w, jnp.ones((2, 64, 16)))[0] @ w,
         "scan",
         [(f"{BF16}/{F32}", F32)],
+    ),
+    "what takes the steps of a search again": (
+        lambda x, w: lax.while_loop(
+            lambda c: c[0] < 3,
+            lambda c: (c[0] + 1, jnp.tanh(c[1] @ w)),
+            (0, until(is_large, lambda r, h, w: (0.5 * jnp.tanh(r @ w), h))(x, w)[0].T.reshape(1, 16)),
+        ),
+        "dot_general",
+        [HIGH, HIGH],
+    ),
+    "what takes what a search among others found": (
+        lambda x, w: jnp.tanh(until(is_large, lambda r, h, w: (0.5 * jnp.tanh(r @ w), h))(x, w)[0] @ w) @ w,
+        "dot_general",
+        [HIGH, LOW, WIDENED],
     ),
     "beside a carry that a test looks at": (
         until(is_large, lambda r, h, w: (r * 0.5, jnp.tanh(h @ w))),

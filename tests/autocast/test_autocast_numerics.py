@@ -1,5 +1,7 @@
 """How precise autocast is where 16 bits are known to fail: long sums, offsets, wide logits, angles, stopping rules."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -264,3 +266,47 @@ def test_a_parameter_scaled_by_a_low_number_keeps_its_digits(rng):
         return p * (1 - 1e-4 * jnp.tanh(x @ x.T)[0, 0])
 
     np.testing.assert_allclose(low(decayed)(p, x), decayed(p, x), rtol=2**-20)
+
+
+# --- What is scaled, shifted or subtracted is rounded once, after ---
+
+
+def divergence(z, other):
+    """Of two distributions that are nearly the same."""
+    p, q = jax.nn.log_softmax(z), jax.nn.log_softmax(lax.stop_gradient(other))
+    return jnp.mean(jnp.sum(jnp.exp(p) * (p - q), -1))
+
+
+def normed(h):
+    h = h - jnp.mean(h, -1, keepdims=True)
+    return h * lax.rsqrt(jnp.mean(h * h, -1, keepdims=True) + 1e-6)
+
+
+#: Functions of a matmul, its weight and its operand; the errors that value and gradient may have.
+ROUNDED_ONCE = {
+    "two discounts": (
+        lambda z, w, x: jnp.mean(jnp.square((z * 0.99 - jnp.roll(z, 1, 0) * 0.97) @ w)),
+        ULP / 2,
+        4 * ULP,
+    ),
+    "divergence": (lambda z, w, x: divergence(z, z + 0.3 * jnp.tanh(x @ w)), ULP, 4 * ULP),
+    "far from zero": (lambda z, w, x: jnp.mean(jnp.square(jnp.tanh(normed(z + 30.0) @ w) - x)), ULP / 2, 4 * ULP),
+    "bias far from zero": (
+        lambda z, w, x: jnp.mean(jnp.square(jnp.tanh(normed(z + (30 + w[:1])) @ w) - x)),
+        ULP / 2,
+        4 * ULP,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ROUNDED_ONCE)
+@pytest.mark.parametrize("is_inside", [True, False], ids=ORDERS)
+def test_what_is_scaled_or_shifted_is_rounded_once(name, is_inside, rng):
+    fun, of_value, of_grad = ROUNDED_ONCE[name]
+    jit = functools.partial(jax.jit, compiler_options={"xla_allow_excess_precision": False})
+    w, x = normal(rng, 32, 32, scale=32**-0.5), jnp.tanh(normal(rng, 64, 32))
+    loss = lambda w: fun(x @ w, w, x)  # noqa: E731
+    value, grad = jit(jax.value_and_grad(low(loss)) if is_inside else low(jax.value_and_grad(loss)))(w)
+    expected_value, expected_grad = jit(jax.value_and_grad(loss))(w)
+    assert relative(value, expected_value) < of_value
+    assert relative(grad, expected_grad) < of_grad

@@ -55,7 +55,7 @@ def test_a_product_of_the_users(order, place):
     assert seen == [(BF16, BF16, BF16)] * calls
 
 
-@pytest.mark.filterwarnings("ignore:dot= replaced no matmul")
+@pytest.mark.filterwarnings("ignore:dot= changes no matmul")
 def test_a_product_of_the_users_is_not_asked_in_full_precision():
     seen = []
     jax.eval_shape(jmp.autocast(layers, LOW, rules=jmp.Rule(precision="full"), dot=recording(seen)), X, W)

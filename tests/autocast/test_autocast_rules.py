@@ -112,6 +112,58 @@ def test_what_matches_nothing_does_nothing_and_is_named_once(policy, rules, name
         assert dtypes(in_scopes, policy, rules) == (BF16, F32)
 
 
+def searched(x, w):
+    return jax.lax.while_loop(lambda c: jnp.max(c) > 1e-3, lambda c: 0.5 * jnp.tanh(scoped(c, w)), x)
+
+
+@jax.named_scope("a")
+def scoped(x, w, **how):
+    return jnp.matmul(x, w, **how)
+
+
+def no_dot(*args, **kwargs):
+    raise AssertionError
+
+
+REFUSED = {
+    "search": (searched, {"precision": jnp.bfloat16}, "the condition of a loop depends on it"),
+    "search, another dtype": (searched, {"precision": jnp.float16}, "the condition of a loop depends on it"),
+    "search, a matmul": (searched, {"dot": no_dot}, "the condition of a loop depends on it"),
+    "linear algebra": (
+        lambda x, w: jnp.linalg.cholesky(scoped(x, w)),
+        {"precision": jnp.bfloat16},
+        "linear algebra depends on it",
+    ),
+    "solution": (
+        lambda x, w: scoped(x, jnp.linalg.inv(w)),
+        {"precision": jnp.bfloat16},
+        "uses a result of linear algebra",
+    ),
+    "asked by the author": (
+        lambda x, w: scoped(x, w, precision="highest"),
+        {"precision": "low"},
+        "precision=HIGHEST asks for more",
+    ),
+    "few terms": (lambda x, w: scoped(x[:, :3], w[:3]), {"precision": jnp.bfloat16}, "all consumers want float32"),
+}
+
+
+@pytest.mark.parametrize(("fun", "asks", "reason"), REFUSED.values(), ids=REFUSED)
+def test_a_rule_that_no_matmul_follows_says_so_once(fun, asks, reason):
+    _api._interpreter.cache_clear()
+    rule = Rule("a", **asks)
+    x = w = 0.1 * jnp.eye(16)
+    with pytest.warns(jmp.errors.UnmatchedRuleWarning, match=f"'a' changes no matmul: .*{reason}") as caught:
+        jmp.autocast(fun, LOW, rules=rule)(x, w)
+    assert len(caught) == 1
+    jmp.autocast(fun, LOW, rules=rule)(x, w)  # warnings are errors
+
+
+def test_a_rule_that_one_matmul_follows_is_quiet():
+    fun = lambda x, w: jnp.exp(scoped(x, w) + scoped(x, w, precision="highest"))  # noqa: E731
+    assert dtypes(fun, LOW, [Rule("a", precision=jnp.float16)])[0] == F16
+
+
 def tanh_beside_activations(x, w):
     return jnp.tanh((x + 1) @ (w * 2))
 
@@ -133,11 +185,16 @@ IDLE = {
     "absent op": ({"ops": {"erf_inv": jnp.tanh}}, "no such primitive. It has dot_general, exp"),
 }
 IDLE_DOTS = {
-    "no weight": (tanh_beside_activations, {"dot": FP8}, "dot= replaced no matmul"),
-    "no matmul": (lambda x, w: jnp.exp(x) + w[:1], {"dot": FP8.replace(products="all")}, "dot= replaced no matmul"),
-    "of a rule": (in_scopes, {"rules": [Rule("z", dot=FP8)]}, "dot= of the rule for scope 'z' replaced"),
-    "under full": (in_scopes, {"rules": [Rule("a", precision="full")], "dot": FP8}, "dot= replaced no matmul"),
-    "under the dot of a rule": (in_scopes, {"rules": [Rule("a", dot=FP8)], "dot": FP8}, "dot= replaced no matmul"),
+    "no weight": (tanh_beside_activations, {"dot": FP8}, "dot= changes no matmul"),
+    "no matmul": (lambda x, w: jnp.exp(x) + w[:1], {"dot": FP8.replace(products="all")}, "dot= changes no matmul"),
+    "of a rule without matmuls": (
+        lambda x, w: jnp.exp(scoped(x, w)) + jax.named_scope("z")(jnp.tanh)(x),
+        {"rules": [Rule("z", dot=FP8)]},
+        "The rule for scope 'z' changes no matmul: there is none for it",
+    ),
+    "of a rule": (in_scopes, {"rules": [Rule("z", dot=FP8)]}, "rule for scope 'z' matched no equation"),
+    "under full": (in_scopes, {"rules": [Rule("a", precision="full")], "dot": FP8}, "dot= changes no matmul"),
+    "under the dot of a rule": (in_scopes, {"rules": [Rule("a", dot=FP8)], "dot": FP8}, "dot= changes no matmul"),
 }
 
 

@@ -151,3 +151,25 @@ def test_a_pooled_sum_beyond_float16_is_divided_before_it_is_rounded():
 def test_pooling_for_a_loss_is_float32():
     found = jmp.explain(lambda x, w: jnp.log(pool(jnp.tanh(x @ w))), POLICY)(jnp.ones((1, 32, 32, 64)), W)
     assert [r.out_dtypes[0] for r in found if r.primitive == "reduce_window_sum"] == [HIGH]
+
+
+ENTERS = {
+    "a sum, scaled": lambda x, w: (x + jnp.tanh(norm(x) @ w)) * 0.7,
+    "a norm": lambda x, w: norm(x + jnp.tanh(x @ w)),
+    "a bias": lambda x, w: norm(x @ w + w[:1]) @ w + w[:1],
+}
+
+
+@pytest.mark.parametrize("name", ENTERS)
+def test_what_enters_a_checkpoint_is_kept_in_16_bits(name):
+    def fun(weights, x):
+        x = x @ weights[0]
+        for w in weights[1:]:
+            x = jax.checkpoint(ENTERS[name])(x, w)
+        return jnp.sum(x @ weights[0])
+
+    _, pullback = jax.eval_shape(
+        lambda w, x: jax.vjp(lambda w: jmp.autocast(fun, POLICY)(w, x), w), [W] * 4, jnp.ones((96, 64))
+    )
+    kept = [leaf.dtype for leaf in jax.tree.leaves(pullback) if leaf.shape == (96, 64)]
+    assert kept.count(jnp.float32) == 0, kept
