@@ -115,15 +115,13 @@ def differentiated(
 
 @contextlib.contextmanager
 def _caught() -> Iterator[tuple[list[warnings.WarningMessage], set[str]]]:
-    """Catches the warnings that become findings, and the lines on which numbers overflowed; passes on the others."""
+    """Catches warnings that become findings or repeat one, and the lines on which numbers overflowed; passes on others."""
     kept, others, lines = list[warnings.WarningMessage](), list[warnings.WarningMessage](), set[str]()
 
     def note(message: Any, category: Any, *where: Any) -> None:
         if _OVERFLOW in str(message):
             lines.update(f"{frame.f_code.co_filename}:{number}" for frame, number in traceback.walk_stack(None))
-        elif not issubclass(category, SlowDtypeWarning) and f"dot= {CHANGES_NONE}" not in str(
-            message
-        ):  # other findings say it
+        elif not issubclass(category, SlowDtypeWarning) and f"dot= {CHANGES_NONE}" not in str(message):
             warning = warnings.WarningMessage(message, category, *where)
             (kept if issubclass(category, UnmatchedRuleWarning) else others).append(warning)
 

@@ -35,7 +35,7 @@ class Row(NamedTuple):
     """The table's entry for a primitive."""
 
     kind: str
-    """``call``, ``checkpoint``, ``branch``, ``loop``; or what its handler rebuilds: ``rule``, ``map``, ``references``."""
+    """``call``, ``checkpoint``, ``branch``, ``loop``; or, rebuilt by its handler, ``rule``, ``map``, ``references``."""
     programs: Callable[[Equation], Programs]
     rebuild: Callable[[Equation, Sequence[Any], Sequence[Jaxpr]], list[Any]] | None
     """Applies the equation to other operands, with other programs in place of its own."""
