@@ -35,7 +35,7 @@ class Row(NamedTuple):
     """The table's entry for a primitive."""
 
     kind: str
-    """``call``, ``checkpoint``, ``branch``, ``loop``; what only its handler rebuilds: ``rule``, ``map``, ``references``."""
+    """``call``, ``checkpoint``, ``branch``, ``loop``; only its handler rebuilds a ``rule``, ``map``, ``references``."""
     programs: Callable[[Equation], Programs]
     rebuild: Callable[[Equation, Sequence[Any], Sequence[Jaxpr]], list[Any]] | None
     """Applies the equation to other operands, with other programs in place of its own."""
