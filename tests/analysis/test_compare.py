@@ -185,7 +185,7 @@ def test_gradient_that_is_only_rounding_errors_is_no_finding(rng):
     x, w, b = arrays(rng, (16, 8), (8, 8), (8,))
 
     def loss(p, x):
-        keys = x @ p["w"] + p["b"]
+        keys = x @ p["w"] + p["b"][None]
         return jnp.mean(jnp.square(jax.nn.softmax(x @ keys.T) @ x))
 
     found = compare(loss, ["mixed_bfloat16", "mixed_float16"])({"w": w, "b": b}, x)

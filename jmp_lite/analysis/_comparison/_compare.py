@@ -29,6 +29,8 @@ Variant = str | Policy | PolicyMap | Callable[..., Any]
 _LEAST_COSINE = 0.99
 #: Results that are further from float32 than this, and so many times further than the operands, are said to be.
 _LARGE_ERROR, _AMPLIFIED = 0.1, 8
+#: From this error of the float32 value itself on, nothing is said about the distance from it.
+_OWN_ERROR = 0.01
 
 
 class EquationError(NamedTuple):
@@ -317,11 +319,11 @@ def _findings(name: str, errors: PolicyErrors) -> list[Finding]:
 
 
 def _largest_certain(errors: PolicyErrors) -> float:
-    """Returns the error from which on the float32 value is nothing but rounding errors itself.
+    """Returns the error from which on the float32 value has too large an error itself.
 
-    Float32 has these too, smaller by the ratio of the spacings of both formats. They are the whole value of a gradient
-    that is zero in exact arithmetic, such as that of a bias before a softmax.
+    Rounding errors in float32 are smaller by the ratio of the spacings of both formats, and they are the whole value of
+    a gradient that is zero in exact arithmetic, such as that of a bias that a softmax cancels.
     """
     dtypes = {jnp.dtype(name) for e in errors.equations for name in e.site.out_dtypes if "float" in name}
     spacings = [float(jnp.finfo(dtype).eps) for dtype in dtypes]  # type: ignore[no-untyped-call]
-    return _LARGE_ERROR * max(spacings, default=0.0) / float(jnp.finfo(jnp.float32).eps)  # type: ignore[no-untyped-call]
+    return _OWN_ERROR * max(spacings, default=0.0) / float(jnp.finfo(jnp.float32).eps)  # type: ignore[no-untyped-call]

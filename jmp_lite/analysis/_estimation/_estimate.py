@@ -41,8 +41,8 @@ def estimate(
     """Estimates the cost of a training step on a device that you need not have: will 16 or 8 bits pay?
 
     FLOPs are exact. Bytes come from the program that the device's compiler makes or from a model of its fusions: mostly
-    within 10 % of what XLA compiles for H100 for language models, MLPs and a ResNet, up to a quarter less if sizes are
-    not multiples of 8, as in a ViT, or arrays are small (benchmarks/RESULTS.md, "Estimates"). The time is a roofline:
+    within 10 % of what XLA compiles for H100, up to a fifth less for a UNet with group norms (benchmarks/RESULTS.md,
+    "Estimates"). Matmuls whose sizes the matrix units do not divide are filled up, as XLA does. The time is a roofline:
     every launch takes as long as its bytes at 0.85 of the bandwidth or its FLOPs at 0.7 of the peak, whichever is
     longer. Launch overhead, collectives and the inside of kernels do not count; a ``while`` loop counts once, a
     ``cond`` as its most expensive branch, a ``shard_map`` as one device.
