@@ -115,7 +115,7 @@ def differentiated(
 
 @contextlib.contextmanager
 def _caught() -> Iterator[tuple[list[warnings.WarningMessage], set[str]]]:
-    """Catches warnings that become findings or repeat one, and the lines on which numbers overflowed; passes on others."""
+    """Catches warnings that become findings or repeat one, and the lines where numbers overflowed; passes on others."""
     kept, others, lines = list[warnings.WarningMessage](), list[warnings.WarningMessage](), set[str]()
 
     def note(message: Any, category: Any, *where: Any) -> None:
