@@ -20,12 +20,13 @@ from jmp_lite.optim import stored
 # --- optax.tree.map_params ---
 
 LABELS = {"kernel": "trained", "bias": "frozen", "gain": "trained"}
+MATRICES = {"kernel": True, "bias": False, "gain": False}
 INNER = {
     "adam": adam(),
     "chain": standard(optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1e-2, momentum=0.9))),
     "frozen": standard(optax.multi_transform({"trained": optax.adam(1e-2), "frozen": optax.set_to_zero()}, LABELS)),
     "hyperparameters": standard(optax.inject_hyperparams(optax.adam)(1e-2)),
-    "decay": standard(optax.chain(optax.masked(optax.add_decayed_weights(0.1), {"kernel": True}), optax.lion(1e-2))),
+    "decay": standard(optax.chain(optax.masked(optax.add_decayed_weights(0.1), MATRICES), optax.lion(1e-2))),
 }
 AROUND = {
     "alone": lambda tx: tx,
