@@ -218,6 +218,15 @@ def test_recipe_that_replaces_nothing_is_named_once(fun, settings, named):
     jax.eval_shape(run, X, W)  # warnings are errors
 
 
+def test_an_op_of_a_backward_rule_is_not_named():
+    """The rule is traced when the function is differentiated, if it is."""
+    doubled = jax.custom_vjp(lambda x: 2 * x)
+    doubled.defvjp(lambda x: (2 * x, ()), lambda _, ct: (jnp.sin(ct),))
+    run = jmp.autocast(lambda x, w: doubled(x @ w), LOW, ops={"sin": jmp.OpClass.ALLOW})
+    jax.eval_shape(run, X, W)
+    jax.eval_shape(jax.grad(lambda x, w: run(x, w).sum()), X, W)
+
+
 def test_what_acts_is_not_named():
     _api._interpreter.cache_clear()
     rules = [Rule("a/b", precision="low"), Rule("a", dot=FP8), Rule(None, "exp", "full")]
