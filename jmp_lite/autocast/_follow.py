@@ -117,9 +117,14 @@ def _is_shifted(facts: Facts) -> bool:
 
 
 def _is_linear(facts: Facts) -> bool:
-    """Whether it is scaled, or a difference for a consumer that wants float32: linear, so it keeps no residuals."""
+    """Whether it is scaled, or shifted for a consumer that wants float32: linear, so it keeps no residuals.
+
+    A bias counts as small: in float32, what a convolution leaves for a norm would be moved in twice the bytes.
+    """
+    is_number = any(value.known.number is not None for value in facts.floats)
     are_alike = {value.tag for value in facts.whole} == {Tag.SOFT}
-    return _is_scaled(facts) or (facts.name in _ops.ADDS and are_alike and bool(facts.want & _demand.FLOAT32))
+    is_wanted = bool(facts.want & _demand.FLOAT32)
+    return _is_scaled(facts) or (facts.name in _ops.ADDS and (is_number or are_alike) and is_wanted)
 
 
 def _is_sum_of_soft(facts: Facts) -> bool:

@@ -62,7 +62,8 @@ FOLLOWING = {
     "scale that 16 bits round, for a matmul": (lambda x, w: (x @ w * 0.1) @ w, "mul", [WIDE]),
     "scale that 16 bits hold, for a function": (lambda x, w: jnp.tanh(x @ w * 0.5) @ w, "mul", [LOW]),
     "number over a product": (lambda x, w: jnp.tanh(0.1 / (x @ w)) @ w, "div", [LOW]),
-    "bias for a norm": (lambda x, w: rms_norm(x @ w + w[:1]) @ w, "add", [HIGH, HIGH]),
+    "bias for a norm": (lambda x, w: rms_norm(x @ w + w[:1]) @ w, "add", [LOW, HIGH]),
+    "shift for a norm": (lambda x, w: rms_norm(x @ w + 3.0) @ w, "add", [HIGH, HIGH]),
     "slope of a function": (lambda x, w: jax.grad(lambda x: jnp.sum(jnp.tanh(x @ w) @ w))(x), "tanh", [LOW]),
     "difference of norms, for a loss too": (
         lambda x, w: (jnp.exp(d := rms_norm(x @ w) - rms_norm(w @ w)[:1]), jnp.tanh(d) @ w),

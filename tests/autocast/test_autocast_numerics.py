@@ -291,11 +291,6 @@ ROUNDED_ONCE = {
     ),
     "divergence": (lambda z, w, x: divergence(z, z + 0.3 * jnp.tanh(x @ w)), ULP, 4 * ULP),
     "far from zero": (lambda z, w, x: jnp.mean(jnp.square(jnp.tanh(normed(z + 30.0) @ w) - x)), ULP / 2, 4 * ULP),
-    "bias far from zero": (
-        lambda z, w, x: jnp.mean(jnp.square(jnp.tanh(normed(z + (30 + w[:1])) @ w) - x)),
-        ULP / 2,
-        4 * ULP,
-    ),
 }
 
 
