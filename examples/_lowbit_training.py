@@ -31,11 +31,12 @@ class Result:
         return VARIANTS[self.variant].title
 
 
-def make_optimizer(variant: Variant, learning_rate: float, steps: int) -> optax.GradientTransformation:
+def make_optimizer(variant: Variant, model: Model, steps: int) -> optax.GradientTransformation:
     """AdamW with clipping; pruning comes last, so that a weight that is zero stays zero."""
     warmup = round(WARMUP * steps)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup_steps=warmup, decay_steps=steps)
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule), *variant.prune(steps))
+    schedule = optax.warmup_cosine_decay_schedule(0.0, model.learning_rate, warmup_steps=warmup, decay_steps=steps)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule), *variant.prune(steps, params))
 
 
 class Run:
@@ -44,7 +45,7 @@ class Run:
     def __init__(self, model: Model, name: str, steps: int) -> None:
         self.model, self.name, self.steps = model, name, steps
         self.variant = VARIANTS[name]
-        self.tx = make_optimizer(self.variant, model.learning_rate, steps)
+        self.tx = make_optimizer(self.variant, model, steps)
         self.loss = self.variant.cast(model.loss)
         self.train_step = jax.jit(self._train_step, donate_argnums=(0, 1))
         self.score = jax.jit(self.variant.cast(model.score))

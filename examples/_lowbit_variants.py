@@ -32,7 +32,8 @@ class Variant:
     """One way to train a model and to serve it.
 
     ``trained_as`` names the variant whose training it takes over. ``pack`` makes of the trained parameters what is
-    written to disk; ``prune`` makes of the number of steps the transformations that come last in the optimizer.
+    written to disk; ``prune`` makes of the number of steps and the shapes of the parameters the transformations that
+    come last in the optimizer.
     """
 
     title: str
@@ -40,7 +41,7 @@ class Variant:
     recipe: jmp.quant.DotRecipe | None = None
     trained_as: str | None = None
     pack: Callable[[Any], Any] = same
-    prune: Callable[[int], list[optax.GradientTransformation]] = lambda _: []
+    prune: Callable[[int, Any], list[optax.GradientTransformation]] = lambda *_: []
 
     def cast(self, fun: Callable[..., Any]) -> Callable[..., Any]:
         """The function, computed in the precision of this variant."""
@@ -55,25 +56,20 @@ def is_kernel(path: str, leaf: Any) -> bool:
     return path.endswith("kernel") and leaf.size >= SMALLEST_KERNEL
 
 
-def prune_gradually(steps: int) -> list[optax.GradientTransformation]:
+def prune_gradually(steps: int, _params: Any) -> list[optax.GradientTransformation]:
     """80 % of every kernel, after Zhu & Gupta: from a quarter to three quarters of the training, fewer and fewer."""
     schedule = optax.polynomial_schedule(0.0, 0.8, power=3, transition_steps=steps // 2, transition_begin=steps // 4)
     return [jmp.optim.prune(schedule, where=is_kernel, every=min(PRUNE_EVERY, 1 + steps // 8))]
 
 
-def prune_2_of_4(steps: int) -> list[optax.GradientTransformation]:
+def prune_2_of_4(steps: int, params: Any) -> list[optax.GradientTransformation]:
     """2 of every 4 inputs of an output in every kernel, halfway through the training."""
 
-    def is_projection(path: str, leaf: Any) -> bool:
-        return is_kernel(path, leaf) and path.endswith(PROJECTIONS)
+    def inputs(path: tuple[Any, ...], _leaf: Any) -> tuple[int]:
+        return (-3 if jax.tree_util.keystr(path, simple=True, separator="/").endswith(PROJECTIONS) else -2,)
 
-    def is_other(path: str, leaf: Any) -> bool:
-        return is_kernel(path, leaf) and not path.endswith(PROJECTIONS)
-
-    return [
-        jmp.optim.prune(nm=(2, 4), where=is_projection, axes=-3, begin=steps // 2),
-        jmp.optim.prune(nm=(2, 4), where=is_other, axes=-2, begin=steps // 2),
-    ]
+    axes = jax.tree_util.tree_map_with_path(inputs, params)
+    return [jmp.optim.prune(nm=(2, 4), where=is_kernel, axes=axes, begin=steps // 2)]
 
 
 # --- Weights to keep --------------------------------------------------------------------------------------------------

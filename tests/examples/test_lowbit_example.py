@@ -183,7 +183,7 @@ def after_training(transforms, params, steps):
 
 def test_2_of_4_inputs_of_every_output_are_left(example, attention):
     """Whichever axis of a kernel is that of the inputs."""
-    pruned = after_training(example("_lowbit_variants").prune_2_of_4(6), attention, steps=6)
+    pruned = after_training(example("_lowbit_variants").prune_2_of_4(6, attention), attention, steps=6)
     query, out = pruned["query"]["kernel"], pruned["out"]["kernel"]
     assert (np.count_nonzero(query.reshape(16, 4, 64), axis=1) == 2).all()
     assert (np.count_nonzero(out.reshape(16, 4, 64), axis=1) == 2).all()
@@ -192,7 +192,7 @@ def test_2_of_4_inputs_of_every_output_are_left(example, attention):
 
 @pytest.mark.parametrize("steps", slow_but_for([3, 10], [2, 3, 10, 40]))
 def test_four_fifths_of_every_kernel_are_zero_at_the_end(example, attention, steps):
-    pruned = after_training(example("_lowbit_variants").prune_gradually(steps), attention, steps)
+    pruned = after_training(example("_lowbit_variants").prune_gradually(steps, attention), attention, steps)
     for name in ("query", "out"):
         assert np.sum(pruned[name]["kernel"] == 0) == round(0.8 * 4096)
     np.testing.assert_array_equal(pruned["small"]["kernel"], attention["small"]["kernel"])
