@@ -39,8 +39,15 @@ def _is_taken(facts: Facts) -> bool:
 
 def _is_as_precise_in_16_bits(facts: Facts) -> bool:
     is_rearranged = _ops.picks_values(facts.name) or _ops.moves_whole_arrays(facts.name)
-    is_low = facts.tag is Tag.LOW and all(value.tag is Tag.LOW for value in facts.whole)
-    return is_low and (is_rearranged or (_is_scaled(facts) and _are_numbers(facts, is_exact)))
+    return _are_low(facts) and (is_rearranged or (_is_scaled(facts) and _are_numbers(facts, is_exact)))
+
+
+def _is_scaled_low(facts: Facts) -> bool:
+    return _are_low(facts) and _is_scaled(facts) and not _is_out_of_range(facts)
+
+
+def _are_low(facts: Facts) -> bool:
+    return facts.tag is Tag.LOW and all(value.tag is Tag.LOW for value in facts.whole)
 
 
 def _is_scaled(facts: Facts) -> bool:
@@ -140,6 +147,7 @@ FOLLOWS = (
     FollowRule("moved in the compute dtype, which costs least", _is_moved_low, How.LOWERED, Tag.LOW, True),
     FollowRule("read in its own precision; its gradient accumulates in float32", _is_taken, How.WIDE, Tag.LOW),
     FollowRule("as precise in 16 bits as its operands", _is_as_precise_in_16_bits, How.LOWERED, Tag.LOW, True),
+    FollowRule("scaled by a number before it is rounded", _is_scaled_low, How.WIDE, Tag.LOW),
     FollowRule("all consumers want float32", _is_wanted, How.BOUND, Tag.HIGH),
     FollowRule("summed in float32, and as precise as its input", _is_pooled, How.BOUND, Tag.SOFT),
     FollowRule(
