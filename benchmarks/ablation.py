@@ -86,7 +86,7 @@ def _updated(w: jax.Array) -> jax.Array:
 
 PROBES: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "variance in map": _variance,
-    "log beside product": _level,
+    "log beside matmul": _level,
     "mask of -1e30": _mask,
     "Newton": _newton,
     "norm": _norm,
