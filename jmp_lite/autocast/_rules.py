@@ -104,7 +104,7 @@ class Rule:
         object.__setattr__(self, "result", None if self.result is None else FLOAT32)
         checked_dot(self.dot)
         self._check_matmul_settings()
-        if self.primitive is not None and is_kernel(self.primitive) and (self.precision != "full" or self.dot):
+        if self.primitive is not None and is_kernel(self.primitive) and self.precision != "full":
             raise InvalidRuleError(
                 f"Primitive {self.primitive!r} is a kernel, traced for the dtypes it has: no rule can change them. "
                 "Cast around it with jmp.with_policy(function, policy)."
@@ -136,7 +136,7 @@ class Rule:
         """Returns the precision where the rule matches, given the precision without it."""
         is_whole = self.precision == "full" and self.primitive is not None
         dot, reason = self.dot or precision.dot, str(self)
-        asked = "" if self.precision == "full" else "dot" if self.dot else "" if self.precision == "auto" else "dtype"
+        asked = "dot" if self.dot else "" if self.precision in ("full", "auto") else "dtype"
         held = precision._replace(dot=dot, reason=reason, result=self.result, asked=asked)
         if not isinstance(self.precision, str):
             return held._replace(mode="auto", dtype=self.precision)
@@ -239,7 +239,7 @@ class Settings:
         mode, reduce_dtype = "full" if is_full else "auto", policy.reduce_dtype or FLOAT32
         reason = "compute dtype of the policy is float32"
         in_policy = Precision(mode, dtype, self.dot, reason, accumulates=self.accumulates, reduce_dtype=reduce_dtype)
-        region, rule = _regions.innermost(scope), self.rule_for(scope, primitive)
+        region = _regions.innermost(scope)
         if region is not None:
             region_mode = _regions.MODES[region]
             mode = mode if dtype.itemsize >= FLOAT32.itemsize and region_mode == "low" else region_mode
@@ -247,6 +247,7 @@ class Settings:
                 mode=mode, reason=f"in a {region.removeprefix('jmp.')} region", leaves_whole=mode == "off"
             )
         else:
+            rule = self.rule_for(scope, primitive)
             found = in_policy if rule is None else rule.applied_to(in_policy)
         return found._replace(dot=found.dot.at(scope)) if isinstance(found.dot, RoundsOperands) else found
 

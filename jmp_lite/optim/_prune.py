@@ -19,6 +19,7 @@ from jmp_lite._dtypes import at_least_float32
 from jmp_lite._messages import first_few, quote
 from jmp_lite._tree import NOT_WEIGHTS, describe, is_array, path_string
 from jmp_lite.errors import InvalidPruningError, LeftDenseWarning
+from jmp_lite.scaling._loss_scaled import check_step
 
 #: Leaves with fewer elements stay dense unless the caller's own ``where`` chooses them.
 SMALLEST_LEAF = 1024
@@ -196,17 +197,6 @@ def _check_where(where: Any) -> None:
         )
 
 
-def _check_step(state: Any, params: Any) -> None:
-    """Raises for arguments of ``update`` that are not those of ``prune``."""
-    if not isinstance(state, PruneState):
-        raise InvalidPruningError(
-            f"The state must be a PruneState, got {type(state).__name__}. Pass what init or the last update of prune "
-            "returned, in the order update(updates, state, params)."
-        )
-    if params is None:
-        raise InvalidPruningError("prune needs the parameters: call update(updates, state, params).")
-
-
 def _warn_of_dense(unknown: list[str], params: Any, masks: Any, where: Any) -> None:
     """Warns of leaves whose contracted axes are unknown, or if no leaf at all is chosen."""
     names = [
@@ -348,7 +338,7 @@ def prune(
         return (step >= begin) & ((step - begin) % every == 0)
 
     def update(updates: Any, state: PruneState, params: Any = None, **_: Any) -> tuple[Any, PruneState]:
-        _check_step(state, params)
+        check_step(state, params, PruneState, "prune", InvalidPruningError)
         now = due(state.step)
         if isinstance(now, jax.core.Tracer):
             masks = jax.lax.cond(now, renewed, lambda state, *_: state.masks, state, updates, params)

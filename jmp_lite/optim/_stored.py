@@ -20,7 +20,7 @@ from jmp_lite.optim._moments import StateFormat
 from jmp_lite.optim._slots import Formats, Layout, check_formats, choose
 from jmp_lite.optim._weights import WEIGHT_FORMATS, WeightFormat
 from jmp_lite.scaling._in_state import is_stored, nodes
-from jmp_lite.scaling._loss_scaled import check_optimizer, check_trees
+from jmp_lite.scaling._loss_scaled import check_optimizer, check_step, check_trees
 
 #: The step for whose bits state is made; no step has this number.
 _BEFORE = 2**32 - 1
@@ -200,13 +200,7 @@ def _narrow(params: Any) -> frozenset[tuple[str, str]]:
 
 def _check_step(updates: Any, state: Any, params: Any) -> None:
     """Raises for arguments of ``update`` that do not belong together."""
-    if not isinstance(state, StoredState):
-        raise InvalidStorageError(
-            f"The state must be a StoredState, got {type(state).__name__}. Pass what init or the last update of this "
-            "stored optimizer returned, in the order update(updates, state, params)."
-        )
-    if params is None:
-        raise InvalidStorageError("stored needs the parameters: call update(updates, state, params).")
+    check_step(state, params, StoredState, "stored", InvalidStorageError)
     if state.layout.kept is None and jax.tree.leaves(params):
         raise InvalidStorageError(
             "The state was made by optax.tree.map_params, which does not know how moments are stored. Use what it "

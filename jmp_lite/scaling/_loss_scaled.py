@@ -120,6 +120,25 @@ def check_gradient(path: Any, param: Any, grad: Any) -> None:
         )
 
 
+def check_step(state: Any, params: Any, kind: type, caller: str, error: type[Exception]) -> None:
+    """Raises for a state of another transformation, or for no parameters, in ``update``.
+
+    Args:
+        state: The state that it was given.
+        params: The parameters.
+        kind: The class of its states.
+        caller: Public name of the transformation.
+        error: What to raise.
+    """
+    if not isinstance(state, kind):
+        raise error(
+            f"The state must be a {kind.__name__}, got {type(state).__name__}. Pass what init or the last update of "
+            f"{caller} returned, in the order update(updates, state, params)."
+        )
+    if params is None:
+        raise error(f"{caller} needs the parameters: call update(updates, state, params).")
+
+
 def check_trees(grads: Any, params: Any, call: str) -> None:
     """Raises for gradients that do not belong to these parameters.
 
