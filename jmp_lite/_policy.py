@@ -356,6 +356,11 @@ class PolicyMap:
 
     def policy_for(self, path: str) -> Policy:
         """Returns the policy of the module or parameter at a path such as ``decoder/layers_3/kernel``."""
+        key = self.key_for(path)
+        return self.default if key is None else self._exact[key]
+
+    def key_for(self, path: str) -> str | None:
+        """Returns the key, the first of several with one policy, that decides at a path; ``None`` for the default."""
         keys = self._keys_of(path)
         self._unmatched.difference_update(keys)
         if len(keys) > 1 and len({self._exact[key] for key in keys}) > 1:
@@ -364,7 +369,7 @@ class PolicyMap:
             raise InvalidPolicyError(
                 f"Path {quote(path)} matches {listed}{more}. Make the patterns exclusive, or name the path itself."
             )
-        return self._exact[keys[0]] if keys else self.default
+        return keys[0] if keys else None
 
     def _keys_of(self, path: str) -> list[str]:
         """Returns the key that is the path or its deepest ancestor, or else all that match it."""

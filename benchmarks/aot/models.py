@@ -35,18 +35,20 @@ from jmp_lite.analysis._estimation._compiled import _cost, _hlo  # noqa: E402
 
 MODULE = "benchmarks.aot.models"
 TARGET = "h100"
-POLICY = "mixed_bfloat16"
-BY_HAND, AUTOCAST, FLOAT32 = "by hand", "autocast", "float32"
+BY_HAND, AUTOCAST, NARROW, FLOAT32 = "by hand", "autocast", "autocast, r=bfloat16", "float32"
+POLICIES = {AUTOCAST: "mixed_bfloat16", NARROW: "p=float32,c=bfloat16,o=float32,r=bfloat16"}
 FIGURES = ("MB", "temp MB", "kernels", "float32 matmuls")
 RATIOS = ("MB / hand", "temp / hand", "kernels / hand", FIGURES[3])
 HEADER = (
     "model",
     *(f"{BY_HAND}: {name}" for name in FIGURES),
-    *(f"{form}: {name}" for form in (AUTOCAST, FLOAT32) for name in RATIOS),
+    *(f"{form}: {name}" for form in (*POLICIES, FLOAT32) for name in RATIOS),
 )
 LEGEND = """`jax.value_and_grad` of each loss by its float32 parameters. **By hand**: weights cast where they are used,
-statistics, softmax, loss, rotary positions, routers, cell and recurrent states in float32. **MB**: bytes that the
-compiled program reads and writes, loops as often as they run (counted by `_cost.py`). **temp**: scratch memory.
+so that their gradients leave each matmul in bfloat16; statistics, softmax, loss, rotary positions, routers, cell and
+recurrent states in float32. **autocast**: `"mixed_bfloat16"`, under which gradients of weights leave in float32.
+**autocast, r=bfloat16**: with `reduce=bfloat16` they leave in bfloat16, as by hand. **MB**: bytes that the compiled
+program reads and writes, loops as often as they run (counted by `_cost.py`). **temp**: scratch memory.
 **float32 matmuls**: matmuls and convolutions of two float32 operands in the compiled program, one in a loop
 once. Kernel autotuning is off, and matmuls are left to cuBLASLt."""
 LIMITS = {"LSTM": 1.02}
@@ -84,24 +86,29 @@ def forms(model: _zoo.Model, residuals: str) -> dict[str, Callable[[Any, Any], j
     def in_dtype(dtype: Any) -> Callable[[Any, Any], jax.Array]:
         return lambda params, batch: model.loss(params, batch, dtype)
 
-    mixed = jmp.autocast(in_dtype(jnp.float32), POLICY, residuals=residuals)
-    return {BY_HAND: in_dtype(jnp.bfloat16), AUTOCAST: mixed, FLOAT32: in_dtype(jnp.float32)}
+    mixed = {
+        form: jmp.autocast(in_dtype(jnp.float32), policy, residuals=residuals) for form, policy in POLICIES.items()
+    }
+    return {BY_HAND: in_dtype(jnp.bfloat16), **mixed, FLOAT32: in_dtype(jnp.float32)}
 
 
 def row(name: str, found: Mapping[str, Program]) -> list[str]:
     """The figures of a model as text, in the order of `HEADER`."""
     hand, number = found[BY_HAND], _report.number
     own = [number(hand.moved / 1e6, 0), number(hand.temp / 1e6, 1), str(hand.kernels), str(hand.products)]
-    return [name, *own, *found[AUTOCAST].cells(hand), *found[FLOAT32].cells(hand)]
+    return [name, *own, *(cell for form in (*POLICIES, FLOAT32) for cell in found[form].cells(hand))]
 
 
 def targets(name: str, found: Mapping[str, Program]) -> list[_report.Target]:
     """The limits set for autocast on a model."""
-    moved, temp, _ = found[AUTOCAST].over(found[BY_HAND])
-    return [
-        _report.Target(f"{name}: MB / hand", LIMITS.get(name, 1.0), [moved]),
-        _report.Target(f"{name}: temp / hand", TEMP_LIMIT, [temp]),
-    ]
+    limits = []
+    for form in POLICIES:
+        moved, temp, _ = found[form].over(found[BY_HAND])
+        limits += [
+            _report.Target(f"{name}, {form}: MB / hand", LIMITS.get(name, 1.0), [moved]),
+            _report.Target(f"{name}, {form}: temp / hand", TEMP_LIMIT, [temp]),
+        ]
+    return limits
 
 
 def measure(name: str, options: argparse.Namespace, device: jax.Device) -> dict[str, Program]:

@@ -84,8 +84,9 @@ class Facts:
         origins = {value.known.origin for value in self.arrays}
         of_whole = {value.known.origin for value in self.whole}
         if self.op is OpClass.AS_WRITTEN:
-            is_solved = _ops.solves(self.name) or self.name in _ops.PRODUCTS
-            return Origin.SOLVED if is_solved else Origin.AS_WRITTEN
+            if self.name in _ops.PRODUCTS:
+                return Origin.COMPUTED if _ops.asked_precision(self.eqn) else Origin.SOLVED
+            return Origin.SOLVED if _ops.solves(self.name) else Origin.AS_WRITTEN
         if self.is_made_as_written:
             return Origin.AS_WRITTEN
         if _repeats_something_smaller(self.eqn, self.operands):

@@ -38,7 +38,7 @@ class Precision(NamedTuple):
     reduce_dtype: DType = FLOAT32
     """What gradients of weights are added up in, over devices."""
     asked: str = ""
-    """What a rule asks of matmuls: a ``dot`` that replaces them, or a ``dtype`` for their operands."""
+    """What a rule or a ``PolicyMap`` asks of matmuls: a ``dot`` that replaces them, or a ``dtype`` for operands."""
 
     @property
     def widens_gradients(self) -> bool:
@@ -233,12 +233,14 @@ class Settings:
 
     def precision(self, scope: str, primitive: str) -> Precision:
         """Resolves the precision of a primitive in a name scope."""
-        policy = self.policy.policy_for(_path_in_model(scope, self.root))
+        path = _path_in_model(scope, self.root)
+        policy, key = self.policy.policy_for(path), _key_for(self.policy, path)
         dtype = policy.compute_dtype
         is_full = dtype.itemsize >= FLOAT32.itemsize and not self.has_replacements
         mode, reduce_dtype = "full" if is_full else "auto", policy.reduce_dtype or FLOAT32
-        reason = "compute dtype of the policy is float32"
-        in_policy = Precision(mode, dtype, self.dot, reason, accumulates=self.accumulates, reduce_dtype=reduce_dtype)
+        reason = "compute dtype of the policy is float32" if key is None else _named(key)
+        asked = "" if key is None or mode == "full" else "dtype"
+        in_policy = Precision(mode, dtype, self.dot, reason, None, self.accumulates, False, reduce_dtype, asked)
         region = _regions.innermost(scope)
         if region is not None:
             region_mode = _regions.MODES[region]
@@ -262,12 +264,20 @@ class Settings:
         """The user's patterns for parts of the program, each with a test of a name scope and a primitive."""
         rules = {str(rule): (rule.scope or rule.primitive or "", rule.matches) for rule in self.rules}
         policies = self.policy.policies if isinstance(self.policy, PolicyMap) else ()
-        keys = {f"pattern {quote(key)} of the PolicyMap": (key, _names(key, self.root)) for key, _ in policies}
+        keys = {_named(key): (key, _names(key, self.root)) for key, _ in policies}
         return rules | keys
 
     def is_in_range(self, number: float) -> bool:
         """Whether all compute dtypes hold a number to within their rounding error."""
         return all(is_in_range(number, dtype) for dtype in self.dtypes)
+
+
+def _named(key: str) -> str:
+    return f"pattern {quote(key)} of the PolicyMap"
+
+
+def _key_for(policy: Policy | PolicyMap, path: str) -> str | None:
+    return policy.key_for(path) if isinstance(policy, PolicyMap) else None
 
 
 def _names(key: str, root: str) -> Callable[[str, str], bool]:

@@ -336,6 +336,19 @@ def test_precision_that_promises_no_more_is_lowered(how):
     assert record.in_dtypes == ("bfloat16", "bfloat16")
 
 
+@pytest.mark.parametrize(
+    "moved", [lambda y: y, lambda y: y.T.reshape(y.shape), lambda y: 2 * y], ids=["", "moved", "scaled"]
+)
+@pytest.mark.parametrize("how", ASKED.values(), ids=ASKED)
+def test_precision_that_is_asked_for_of_one_matmul_is_not_that_of_the_next(how, moved):
+    def two(x, w, v):
+        return jnp.exp(moved(lax.dot_general(x, w, DIMS, **how)) @ v)
+
+    first, last = (r for r in jmp.explain(two, "mixed_bfloat16")(H, R, R.T) if r.primitive == "dot_general")
+    assert first.in_dtypes == ("float32", "float32")
+    assert last.in_dtypes == ("bfloat16", "bfloat16")
+
+
 def test_default_matmul_precision_is_asked_for_too():
     with jax.default_matmul_precision("float32"):
         [record] = jmp.explain(jnp.matmul, "mixed_bfloat16")(H, R)

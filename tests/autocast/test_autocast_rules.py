@@ -159,6 +159,31 @@ def test_a_rule_that_no_matmul_follows_says_so_once(fun, asks, reason):
     jmp.autocast(fun, LOW, rules=rule)(x, w)  # warnings are errors
 
 
+KEYED = [name for name, (_, asks, _) in REFUSED.items() if asks.get("precision") == jnp.bfloat16 or "author" in name]
+
+
+@pytest.mark.parametrize("name", KEYED)
+@pytest.mark.parametrize("default", ["full", "mixed_float16"])
+def test_a_key_of_a_policy_map_that_no_matmul_follows_says_so_once(name, default):
+    _api._interpreter.cache_clear()
+    fun, _, reason = REFUSED[name]
+    policies = jmp.PolicyMap({"a": "mixed_bfloat16"}, default=default)
+    x = w = 0.1 * jnp.eye(16)
+    with pytest.warns(jmp.errors.UnmatchedRuleWarning, match=f"pattern 'a' .*changes no matmul: .*{reason}") as caught:
+        jmp.autocast(fun, policies)(x, w)
+    assert len(caught) == 1
+    jmp.autocast(fun, policies)(x, w)  # warnings are errors
+
+
+@pytest.mark.parametrize("policy", ["full", "mixed_bfloat16"])
+def test_a_key_of_a_policy_map_that_a_matmul_follows_is_named_where_it_decides(policy):
+    fun = lambda x, w: scoped(jnp.sin(x), w)  # noqa: E731
+    other = {"full": "mixed_bfloat16", "mixed_bfloat16": "full"}[policy]
+    [_, matmul] = jmp.explain(fun, jmp.PolicyMap({"a": policy}, default=other))(X, W)
+    assert ("pattern 'a' of the PolicyMap" in matmul.reason) == (policy == "full")
+    jax.eval_shape(jmp.autocast(fun, jmp.PolicyMap({"a": policy}, default=other)), X, W)  # warnings are errors
+
+
 def test_a_rule_that_one_matmul_follows_is_quiet():
     fun = lambda x, w: jnp.exp(scoped(x, w) + scoped(x, w, precision="highest"))  # noqa: E731
     assert dtypes(fun, LOW, [Rule("a", precision=jnp.float16)])[0] == F16
