@@ -10,6 +10,7 @@ import numpy as np
 from jmp_lite._compat import Atom, Equation, is_literal
 from jmp_lite.autocast import _ops
 from jmp_lite.autocast._demand import SOLVED, Want
+from jmp_lite.autocast._library import library_of
 from jmp_lite.autocast._ops import Op, OpClass
 from jmp_lite.autocast._rules import Precision
 from jmp_lite.autocast._values import OF_WEIGHTS, Known, Origin, Tag, Value, is_eligible, size
@@ -85,7 +86,8 @@ class Facts:
         of_whole = {value.known.origin for value in self.whole}
         if self.op is OpClass.AS_WRITTEN:
             if self.name in _ops.PRODUCTS:
-                return Origin.COMPUTED if _ops.asked_precision(self.eqn) else Origin.SOLVED
+                library = library_of(self.eqn)
+                return Origin.SOLVED if library and library.is_algebra else Origin.COMPUTED
             return Origin.SOLVED if _ops.solves(self.name) else Origin.AS_WRITTEN
         if self.is_made_as_written:
             return Origin.AS_WRITTEN

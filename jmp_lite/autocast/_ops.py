@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmp_lite._compat import Equation, Primitive, program
-from jmp_lite.autocast._library import is_of_library
+from jmp_lite.autocast._library import library_of
 from jmp_lite.autocast._programs import PROGRAMS
 from jmp_lite.errors import InvalidOpError
 
@@ -360,7 +360,7 @@ def classify(eqn: Equation, ops: Mapping[str, Op]) -> tuple[Op, str]:
         op_class, reason, _ = _HANDFUL
     elif name == "dot_general" and is_inner(eqn):
         op_class, reason, _ = _INNER
-    elif name in PRODUCTS and is_of_library(eqn):
+    elif name in PRODUCTS and library_of(eqn):
         op_class, reason, _ = _LIBRARY
     return op_class, reason
 

@@ -14,7 +14,7 @@ from jax import lax
 from support import jaxprs
 from support.comparisons import assert_identical, slow_but_for
 from support.library_calls import ARRAYS, CALLS, LEFT_OUT
-from support.library_calls_common import spread
+from support.library_calls_common import N, spread
 
 import jmp_lite as jmp
 
@@ -135,6 +135,41 @@ def test_values_are_the_same_bits(name, policy, rng):
     found, expected = lowered(jmp.autocast(function, policy), args), lowered(function, args)
     if found.as_text() != expected.as_text():
         assert_identical(result(found, args), result(expected, args))
+
+
+# --- What comes after them ---
+
+OF_DATA = ("image.", "random.", "scipy.signal.", "scipy.ndimage.", "numpy.convolve", "numpy.correlate", "numpy.cov")
+OF_ALGEBRA = ("numpy.linalg.matrix_power", "numpy.linalg.inv", "numpy.linalg.pinv", "numpy.linalg.qr")
+
+
+def dtypes_of_the_next_product(name, rng):
+    """The dtypes of the operands of a matmul of what a function returns, if that is many float32s, and a weight."""
+    function, args = CALLS[name].function_and_arrays(name, rng)
+
+    def after(weight, *args):
+        first = jax.tree.leaves(function(*args))[0]
+        return first.reshape(1, first.size) @ weight
+
+    first = jax.tree.leaves(jax.eval_shape(function, *args))[0]
+    if first.dtype != jnp.float32 or first.size < N:
+        return set()
+    weight = jnp.ones((first.size, 16))
+    *_, last = (r for r in jmp.explain(after, "mixed_bfloat16")(weight, *args) if r.primitive == "dot_general")
+    return set(last.in_dtypes)
+
+
+@pytest.mark.parametrize("module", OF_DATA)
+def test_images_signals_and_samples_are_data_for_the_next_matmul(module, rng):
+    names = [name for name in HERE if name.startswith(f"jax.{module}") and name != "jax.random.orthogonal"]  # by QR
+    found = {name: dtypes_of_the_next_product(name, rng) for name in names}
+    assert {name for name, dtypes in found.items() if dtypes not in ({"bfloat16"}, set())} == set()
+    assert {"bfloat16"} in found.values()
+
+
+@pytest.mark.parametrize("function", OF_ALGEBRA)
+def test_solutions_are_solutions_for_the_next_matmul(function, rng):
+    assert dtypes_of_the_next_product(f"jax.{function}", rng) == {"float32"}
 
 
 # --- Gradients ---
