@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 
 from jmp_lite.analysis._audit._census import is_low, products_of
 from jmp_lite.analysis._audit._flow import Flow, Node, Value
@@ -48,9 +48,6 @@ class Subject:
         if value in self.flow.inputs:
             return f"argument {self.program.arguments[self.flow.inputs.index(value)]}"
         return "a number" if self.flow.size(value) == 1 else "an array that the function closes over"
-
-
-Check = Callable[[Subject], Iterator[Finding]]
 
 
 def found(kind: str, node: Node, message: str, share: float = 0.0) -> Finding:

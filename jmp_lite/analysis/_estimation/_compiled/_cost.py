@@ -46,7 +46,6 @@ class Cost:
         launches: Number of launches.
         large_launches: Launches that touch an array of at least ``LARGE_ELEMENTS`` elements.
         copies: Launches that only copy such an array.
-        copied_bytes: Bytes read and written by these copies.
         conditionals: Conditionals executed.
     """
 
@@ -55,7 +54,6 @@ class Cost:
     launches: int = 0
     large_launches: int = 0
     copies: int = 0
-    copied_bytes: float = 0.0
     conditionals: int = 0
 
     def __add__(self, other: "Cost") -> "Cost":
@@ -115,7 +113,7 @@ def _instruction_cost(module: Module, instruction: Instruction, shapes: Mapping[
     moved = sum(part.bytes for part in parts)
     is_large = max((part.elements for part in parts), default=0) >= _hlo.LARGE_ELEMENTS
     is_copy = is_large and _only_copies(module, instruction)
-    return Cost(moved, moved, 1, int(is_large), int(is_copy), moved * is_copy)
+    return Cost(moved, moved, 1, int(is_large), int(is_copy))
 
 
 def _branches(instruction: Instruction) -> tuple[str, ...]:
@@ -138,7 +136,7 @@ def _transfer_cost(opcode: str, shape: str, source: str) -> Cost:
     off_chip = (not on_chip) + (not next(_hlo.arrays(source))[2])
     moved = _hlo.element_bytes(dtype) * elements * off_chip
     is_copy = opcode == "copy-start" and off_chip == 2 and elements >= _hlo.LARGE_ELEMENTS
-    return Cost(moved, moved, 0, 0, int(is_copy), moved * is_copy)
+    return Cost(moved, moved, 0, 0, int(is_copy))
 
 
 def _only_copies(module: Module, instruction: Instruction) -> bool:
