@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jmp_lite._compat import Equation, bind, run
 from jmp_lite._dtypes import FLOAT32, DType
@@ -15,7 +16,7 @@ from jmp_lite.autocast._rules import Precision
 from jmp_lite.autocast._values import is_eligible
 from jmp_lite.distributed._gather import travel
 from jmp_lite.errors import InvalidOpError
-from jmp_lite.products._matmul import Matmul, float32_result, matmul, product_of, repeat, rounded_scale
+from jmp_lite.products._matmul import Matmul, add_terms, float32_result, matmul, product_of, repeat, rounded_scale
 
 
 def apply(eqn: Equation, arrays: Sequence[Any], op: Op, precision: Precision, decision: Decision) -> list[Any]:
@@ -43,6 +44,8 @@ def _lowered(eqn: Equation, arrays: Sequence[Any], precision: Precision, decisio
     if decision.dtype == FLOAT32:
         return bind(eqn, arrays, eqn.params)
     params = _params_at(eqn.params, precision.dtype)
+    if eqn.primitive.name == "div":
+        return [_divided(*arrays)]
     if not any(getattr(array, "dtype", None) == FLOAT32 for array in arrays):
         return bind(eqn, arrays, params)
     return [_of_weights(eqn, arrays, params, precision)]
@@ -103,6 +106,21 @@ def _with_slope(jaxpr: Any, x: Any) -> Any:
         return cast(value, primals[0].dtype), tangents[0] * cast(slope, primals[0].dtype)
 
     return function(x)
+
+
+@jax.custom_jvp
+def _divided(x: Any, y: Any) -> Any:
+    """Divides 16-bit arrays. JAX's derivative squares the divisor, which soon leaves the range of float16."""
+    return lax.div(x, y)
+
+
+def _divided_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
+    _, y = primals
+    quotient = _divided(*primals)
+    return quotient, _divided(add_terms(tangents, lambda t: t, lambda t: lax.neg(lax.mul(quotient, t))), y)
+
+
+_divided.defjvp(_divided_jvp, symbolic_zeros=True)
 
 
 def _of_weights(eqn: Equation, arrays: Sequence[Any], params: dict[str, Any], precision: Precision) -> Any:

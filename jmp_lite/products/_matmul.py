@@ -109,7 +109,7 @@ def _matmul_jvp(kind: Matmul, primals: Any, tangents: Any) -> tuple[Any, Any]:
             return _plain_dot(lhs, rhs, dtype, params)
         return product(lhs, rhs, dtype, params, dtype)  # transposed, it returns the dtype of the tangent
 
-    tangent = _add_terms(tangents, lambda t: linear(t, rhs, t), lambda t: linear(lhs, t, t))
+    tangent = add_terms(tangents, lambda t: linear(t, rhs, t), lambda t: linear(lhs, t, t))
     return _multiplied(lhs, rhs, kind), cast(tangent, kind.result_dtype)
 
 
@@ -135,7 +135,7 @@ def _float32_result_jvp(multiply: Callable[..., Any], primals: Any, tangents: An
     def term(lhs: Any, rhs: Any) -> Any:
         return multiply(lhs, rhs, *others, lhs.dtype)
 
-    tangent = _add_terms(tangents[:2], lambda t: term(t, rhs), lambda t: term(lhs, t))
+    tangent = add_terms(tangents[:2], lambda t: term(t, rhs), lambda t: term(lhs, t))
     return multiply(*primals, FLOAT32), cast(tangent, FLOAT32)
 
 
@@ -158,7 +158,7 @@ def _scale_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
     def of_scale(tangent: Any) -> Any:
         return lax.mul(x, cast(repeat(tangent, jax.typeof(x)), x.dtype))
 
-    return lax.mul(x, rounded), _add_terms(tangents, lambda t: lax.mul(t, rounded), of_scale)
+    return lax.mul(x, rounded), add_terms(tangents, lambda t: lax.mul(t, rounded), of_scale)
 
 
 rounded_scale.defjvp(_scale_jvp, symbolic_zeros=True)
@@ -169,7 +169,7 @@ def repeat(array: Any, aval: Any) -> Any:
     return lax.broadcast_in_dim(array, aval.shape, tuple(range(aval.ndim)), out_sharding=sharding_in_type(aval))
 
 
-def _add_terms(tangents: Any, *terms: Callable[[Any], Any]) -> Any:
+def add_terms(tangents: Any, *terms: Callable[[Any], Any]) -> Any:
     """Adds up what each tangent contributes; at least one of them is there."""
     found = [term(t) for t, term in zip(tangents, terms, strict=True) if not isinstance(t, SymbolicZero)]
     return functools.reduce(lax.add, found)

@@ -165,6 +165,28 @@ def test_masks_survive(policy, least, rng):
     assert np.all(np.isfinite(grads))
 
 
+# --- Quotients, whose derivative must not square the divisor: float16 ends at 65504, and loses digits below 6e-5 ---
+
+QUOTIENTS = {
+    "by the largest": lambda h: h / jnp.max(jnp.abs(h), axis=-1, keepdims=True),
+    "between the smallest and the largest": lambda h: (h - jnp.min(h)) / (jnp.max(h) - jnp.min(h)),
+    "of two arrays": lambda h: h / (jnp.max(jnp.abs(h)) + jnp.abs(h)),
+}
+
+
+@pytest.mark.parametrize("scale", [1e3, 1.0, 1e-3])
+@pytest.mark.parametrize("order", ["grad(autocast)", "autocast(grad)"])
+@pytest.mark.parametrize("quotient", QUOTIENTS.values(), ids=QUOTIENTS)
+def test_gradients_of_quotients_stay_in_range(quotient, order, scale, rng):
+    def loss(w, x):  # with a loss scale that makes up for the slope
+        return 64 * scale * jnp.mean(jnp.square(quotient(x @ (scale * w)) @ w))
+
+    x, w = normal(rng, 32, 16), normal(rng, 16, 16, scale=0.25)
+    low = functools.partial(jmp.autocast, policy="mixed_float16")
+    gradient = jax.grad(low(loss)) if order == "grad(autocast)" else low(jax.grad(loss))
+    assert relative(gradient(w, x), jax.grad(loss)(w, x)) < 5e-3
+
+
 # --- Programs whose meaning hangs on a few digits ---
 
 
