@@ -160,7 +160,7 @@ class DotRecipe(Specs, RoundsOperands):
         """Returns a note on the speed of the replacement of a primitive."""
         if primitive != "dot_general" or not self.is_tiled:
             return super().speed(primitive)
-        is_fast = has_kernel(self.spec(0), self.spec(1))
+        is_fast = has_kernel(*self.operands)
         return ", at the speed of the compute dtype" + ", but on NVIDIA Blackwell" * is_fast
 
 

@@ -26,6 +26,7 @@ import jmp_lite as jmp
 from jmp_lite import export, quant
 from jmp_lite.products._dimensions import dimensions
 from jmp_lite.quant import _tiles
+from jmp_lite.quant._product import Call
 
 #: Recipes beside those with names: other formats, tiles and scales.
 OTHERS = {
@@ -169,13 +170,8 @@ def test_jax_multiplies_the_same_tiles(name, case, rng):
     lhs_shape, rhs_shape, numbers = PRODUCTS[case]
     lhs, rhs = normal(rng, *lhs_shape), normal(rng, *rhs_shape)
     recipe = RECIPES[name]
-    kernel = functools.partial(
-        _tiles.kernel_product,
-        specs=(recipe.lhs, recipe.rhs),
-        dimension_numbers=dimensions(numbers),
-        dtype=jnp.float32,
-        axis_name=None,
-    )
+    call = Call(dimensions(numbers), recipe, jnp.float32, jnp.float32, None, None)
+    kernel = functools.partial(_tiles.kernel_product, call=call, specs=recipe.operands)
     by_kernel, by_recipe = jax.jit(lambda x, w: (kernel(x, w), recipe(x, w, numbers)))(lhs, rhs)
     assert relative(by_kernel, by_recipe) < EXACT
 
