@@ -234,7 +234,7 @@ def _quantize(name: str, x: Any, spec: QuantSpec, axes: Sequence[int] | None) ->
             f"{name} is {describe(x)}: tiles of {spec.tile} do not divide the {n} numbers along axes {list(shared)}. "
             "Choose a tile that does, or leave it out with where=."
         )
-    scale, whole = tile_scale(amax_of_tiles(x, lengths), spec)
+    scale, whole = tile_scale(amax_of_tiles(x, lengths, spec.dtype), spec)
     return QuantizedArray(quantize(x, spec.dtype, scale * whole), scale * whole, canonical(x.dtype))
 
 

@@ -16,7 +16,7 @@ from jmp_lite._messages import quote
 from jmp_lite.errors import InvalidRecipeError
 from jmp_lite.quant._batches import checked
 from jmp_lite.quant._recipes import DotRecipe, get_recipe
-from jmp_lite.quant._scale import absmax_scale, is_integer, largest
+from jmp_lite.quant._scale import absmax_scale, amax_of, is_integer, largest
 from jmp_lite.quant._spec import SIDES, QuantSpec
 
 
@@ -129,7 +129,7 @@ class _AbsMax:
         self.share = share
 
     def measured(self, x: Any) -> Any:
-        return jnp.max(jnp.abs(x), initial=0).astype(FLOAT32)
+        return jnp.where(jnp.isnan(x).any(), jnp.nan, amax_of(x))
 
     def joined(self, seen: Any, new: Any) -> Any:
         return np.maximum(seen, new)

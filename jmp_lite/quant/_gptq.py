@@ -15,7 +15,7 @@ from jmp_lite._tree import path_string
 from jmp_lite.quant._array import QuantizedArray, is_quantized, quantize_tree
 from jmp_lite.quant._axes import contracted_axes
 from jmp_lite.quant._batches import checked
-from jmp_lite.quant._scale import dequantize, quantize, repeated
+from jmp_lite.quant._scale import amax_of, dequantize, quantize, repeated
 from jmp_lite.quant._sites import Site, call, not_finite
 from jmp_lite.quant._spec import parse_spec
 
@@ -91,7 +91,7 @@ def gptq(fun: Callable[..., Any], params: T, batches: Iterable[Sequence[Any]], d
 
 def _moment(rows: Any) -> tuple[Any, Any]:
     """Returns sums of matmuls of channels with each other, ``float32[n, n]``, and the unit of these channels."""
-    unit = jnp.max(jnp.abs(rows), initial=0)
+    unit = amax_of(rows)
     rows = rows / jnp.where(unit > 0, unit, 1)
     return lax.dot_general(rows, rows, (((0,), (0,)), ((), ())), precision=lax.Precision.HIGHEST), unit
 

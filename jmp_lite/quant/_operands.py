@@ -13,7 +13,7 @@ from jmp_lite._dtypes import FLOAT32, DType
 from jmp_lite._rounding import counted_bits
 from jmp_lite._tree import is_finite
 from jmp_lite.errors import SecondDerivativeError
-from jmp_lite.quant._scale import absmax_scale, as_bits, dequantize, from_bits, is_integer, rounded
+from jmp_lite.quant._scale import absmax_scale, amax_of, as_bits, dequantize, from_bits, is_integer, rounded
 from jmp_lite.quant._spec import QuantSpec
 
 #: The least scale of a whole float8 array: two of them are multiplied, and the product is to be a normal number.
@@ -87,8 +87,7 @@ def _amax(x: Any, spec: QuantSpec, contracted: tuple[int, ...], axis_name: Any) 
         fixed = jnp.asarray(spec.amax, FLOAT32)  # integers cannot show what is not finite
         return jnp.where(is_finite(x).all(), fixed, jnp.nan) if is_integer(spec.dtype) else fixed
     is_tensor = spec.granularity == "tensor"
-    shared = None if is_tensor else contracted
-    amax = jnp.max(jnp.abs(lax.stop_gradient(x)), axis=shared, keepdims=not is_tensor, initial=0).astype(FLOAT32)
+    amax = amax_of(x, None if is_tensor else contracted, keepdims=not is_tensor, dtype=spec.dtype)
     return lax.pmax(amax, axis_name) if is_tensor and axis_name is not None else amax
 
 

@@ -51,6 +51,18 @@ def largest(dtype: DType) -> float:
     return float(jnp.iinfo(dtype).max if is_integer(dtype) else jnp.finfo(dtype).max)  # type: ignore[no-untyped-call]
 
 
+def amax_of(x: Any, axis: Any = None, *, keepdims: bool = False, dtype: DType | None = None) -> jax.Array:
+    """Returns the largest magnitudes along axes in float32, for scales of a format.
+
+    NaN counts as infinite: XLA on CPU loses NaN in a maximum. Floats of 8 bits show it themselves.
+    """
+    x = lax.stop_gradient(jnp.asarray(x))
+    amax = jnp.max(jnp.abs(x), axis=axis, keepdims=keepdims, initial=0).astype(FLOAT32)
+    if dtype is not None and dtype not in OF_4_BITS and not is_integer(dtype):
+        return amax
+    return jnp.where(jnp.isnan(x).any(axis=axis, keepdims=keepdims), jnp.inf, amax)
+
+
 def absmax_scale(amax: Any, dtype: Any, *, margin: int = 0, pow2: bool = False) -> jax.Array:
     """Returns the scale that maps the largest magnitude of an array to the largest number of a format.
 

@@ -16,6 +16,7 @@ from jmp_lite._tree import path_string
 from jmp_lite.errors import InvalidRecipeError
 from jmp_lite.quant._array import dequantize_tree
 from jmp_lite.quant._batches import checked
+from jmp_lite.quant._scale import amax_of
 from jmp_lite.quant._sites import Call, Site, call, not_finite
 
 T = TypeVar("T")
@@ -78,7 +79,7 @@ def smooth(
         largest[key] = np.maximum(largest.get(key, 0), site.in_weight(np.asarray(amax)))
 
     def watch(site: Site, x: Any) -> Any:
-        jax.debug.callback(functools.partial(note, site), jnp.max(jnp.abs(site.rows(x)), axis=0, initial=0))
+        jax.debug.callback(functools.partial(note, site), amax_of(site.rows(x), 0))
         return x
 
     for batch in checked(batches, "smooth", params):

@@ -18,11 +18,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from jmp_lite._compat import mesh_is_explicit, sharding_in_type, varying_axes
-from jmp_lite._dtypes import FLOAT32
+from jmp_lite._dtypes import FLOAT32, DType
 from jmp_lite.products._dimensions import Axes, Dimensions
 from jmp_lite.quant._operands import prepared, to_format
 from jmp_lite.quant._product import Call, plain_product
-from jmp_lite.quant._scale import FORMATS, SMALLEST_NORMAL, absmax_scale, largest
+from jmp_lite.quant._scale import FORMATS, SMALLEST_NORMAL, absmax_scale, amax_of, largest
 from jmp_lite.quant._spec import QuantSpec
 
 _SMALLEST_E4M3 = 2.0**-9
@@ -34,7 +34,7 @@ def tile_scale(amax: Any, spec: QuantSpec, axis_name: Any = None) -> tuple[jax.A
     """Returns the scales of tiles with these largest magnitudes, and a common factor."""
     if spec.scale_dtype is None:
         return absmax_scale(amax, spec.dtype, margin=spec.margin, pow2=spec.pow2), jnp.ones((), FLOAT32)
-    amax = amax.astype(FLOAT32) * (2.0**spec.margin / largest(spec.dtype))
+    amax = amax * (2.0**spec.margin / largest(spec.dtype))
     of_all = jnp.max(amax, initial=0) * (1 / largest(spec.scale_dtype))  # XLA divides by constants so
     whole = jnp.maximum(of_all if axis_name is None else lax.pmax(of_all, axis_name), SMALLEST_NORMAL)
     whole = jnp.where(jnp.isfinite(whole), whole, jnp.nan)  # neither e2m1 nor an infinite scale would show it
@@ -67,7 +67,7 @@ def _tiled(x: Any, spec: QuantSpec, side: int, call: Call) -> _Tiles:
     matrix = lax.transpose(_gathered(x, groups[2]), sum(groups, ())).reshape(batch, rows, columns)
     padded = jnp.pad(matrix, ((0, 0), (0, 0), (0, -columns % tile)))
     tiles = padded.reshape(batch, rows, -(-columns // tile), tile)
-    amax = jnp.max(jnp.abs(lax.stop_gradient(tiles)), axis=-1, keepdims=True, initial=0).astype(FLOAT32)
+    amax = amax_of(tiles, -1, keepdims=True, dtype=spec.dtype)
     scale, whole = tile_scale(amax, spec, call.specs.axis_name)
     return _Tiles(to_format(tiles, scale * whole, spec), scale, whole)
 
@@ -168,9 +168,9 @@ def tile_lengths(shape: Sequence[int], shared: Axes, tile: int | None) -> tuple[
     return tuple(lengths)
 
 
-def amax_of_tiles(x: Any, lengths: Sequence[int]) -> Any:
+def amax_of_tiles(x: Any, lengths: Sequence[int], dtype: DType) -> Any:
     """Returns the largest magnitude of each tile; with size 1 along axes that are one tile."""
     shape = [
         size for n, length in zip(x.shape, lengths, strict=True) for size in (-(-n // length) or 1, min(n, length))
     ]
-    return jnp.max(jnp.abs(jnp.asarray(x).reshape(shape)), axis=tuple(range(1, len(shape), 2)), initial=0)
+    return amax_of(jnp.asarray(x).reshape(shape), tuple(range(1, len(shape), 2)), dtype=dtype)

@@ -97,6 +97,13 @@ def test_what_is_not_finite_stays_so(rng, name, value):
     assert_identical(np.delete(bad, 2, axis=1), np.delete(good, 2, axis=1))
 
 
+@pytest.mark.parametrize("spec", ["int8", "e4m3", quant.QuantSpec("int4", tile=2**15)], ids=str)
+def test_a_large_array_hides_no_nan(spec):
+    """XLA on CPU loses NaN in a maximum of that many."""
+    quantize = jax.jit(lambda x: quantize_array(x, spec).dequantize())
+    assert not np.isfinite(quantize(jnp.ones(2**15).at[77].set(np.nan))).all()
+
+
 # --- As a pytree ----------------------------------------------------------------------------------
 
 
