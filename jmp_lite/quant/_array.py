@@ -142,21 +142,7 @@ def _nbytes(array: Any) -> int:
     return int(-(-math.prod(array.shape) * bits // 8))
 
 
-def _flatten_with_keys(array: QuantizedArray) -> tuple[Any, str]:
-    key = jax.tree_util.GetAttrKey
-    return ((key("values"), array.values), (key("scale"), array.scale)), array.dtype.name
-
-
-def _flatten(array: QuantizedArray) -> tuple[Any, str]:
-    return (array.values, array.scale), array.dtype.name
-
-
-def _unflatten(dtype: str, children: Any) -> QuantizedArray:
-    values, scale = children
-    return QuantizedArray(values, scale, jnp.dtype(dtype))
-
-
-jax.tree_util.register_pytree_with_keys(QuantizedArray, _flatten_with_keys, _unflatten, _flatten)
+jax.tree_util.register_dataclass(QuantizedArray, data_fields=["values", "scale"], meta_fields=["dtype"])
 
 
 def is_quantized(node: Any) -> bool:
