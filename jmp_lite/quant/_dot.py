@@ -1,7 +1,7 @@
 """``lax.dot_general`` on 8-bit operands, with gradients."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,15 +57,8 @@ def _varying_alike(*arrays: Any) -> list[Any]:
     return [lax.pcast(x, m, to="varying") if m else x for x, m in zip(arrays, missing, strict=True)]
 
 
-class _Multiplied(NamedTuple):
-    """A matmul, and the residuals of its derivative."""
-
-    result: Any
-    lhs: Quantized
-    rhs: Quantized
-
-
-def _multiply(lhs: Any, rhs: Any, call: Call) -> _Multiplied:
+def _multiply(lhs: Any, rhs: Any, call: Call) -> tuple[Any, Quantized, Quantized]:
+    """The result, and the operands as residuals of its derivative."""
     specs = call.specs.operands
     if call.specs.is_tiled:
         return _multiply_tiles(lhs, rhs, call)
@@ -73,31 +66,31 @@ def _multiply(lhs: Any, rhs: Any, call: Call) -> _Multiplied:
         prepared(x, spec, contracted, call.specs.axis_name)
         for x, spec, contracted in zip((lhs, rhs), specs, call.dims.contracted, strict=True)
     )
-    of_numbers = call if None in specs else call._replace(precision=None)
-    return _Multiplied(scaled_product(left, right, of_numbers, specs), left, right)
+    call = call if None in specs else call._replace(precision=None)
+    return scaled_product(left, right, call, specs), left, right
 
 
-def _multiply_tiles(lhs: Any, rhs: Any, call: Call) -> _Multiplied:
+def _multiply_tiles(lhs: Any, rhs: Any, call: Call) -> tuple[Any, Quantized, Quantized]:
     """The tiles of a backward matmul lie along other axes, so it uses the unquantized operands."""
     specs = call.specs.operands
     if call.specs.of_gradients is None:
         lhs, rhs = both_rounded(lhs, rhs, call, specs)
         specs = None, None
-    return _Multiplied(tiled_product(lhs, rhs, call, specs), unscaled(lhs), unscaled(rhs))
+    return tiled_product(lhs, rhs, call, specs), unscaled(lhs), unscaled(rhs)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _scaled_dot(lhs: Any, rhs: Any, call: Call) -> Any:
-    return _multiply(lhs, rhs, call).result
+    return _multiply(lhs, rhs, call)[0]
 
 
 @functools.partial(_scaled_dot.defjvp, symbolic_zeros=True)
 def _scaled_dot_jvp(call: Call, primals: Any, tangents: Any) -> tuple[Any, Any]:
     lhs, rhs = primals
-    done = _multiply(lhs, rhs, call)
+    result, left, right = _multiply(lhs, rhs, call)
     terms = [
         tangent_product(tangent, other, side, call)
-        for side, (tangent, other) in enumerate(zip(tangents, (done.rhs, done.lhs), strict=True))
+        for side, (tangent, other) in enumerate(zip(tangents, (right, left), strict=True))
         if not isinstance(tangent, SymbolicZero)
     ]
-    return done.result, functools.reduce(lax.add, terms, *[] if terms else [jnp.zeros_like(done.result)])
+    return result, functools.reduce(lax.add, terms) if terms else jnp.zeros_like(result)
