@@ -30,7 +30,7 @@ class DotRecipe(Specs, RoundsOperands):
             the rounding of the operands (straight-through).
         axis_name: Mapped axes (``pmap``, ``shard_map``) whose devices agree on per-array scales. Under ``jit`` they
             always agree.
-        matmuls: Which matmuls ``autocast`` quantizes: ``"weights"``, those with an argument or a constant of the
+        products: Which matmuls ``autocast`` quantizes: ``"weights"``, those with an argument or a constant of the
             function, possibly cast, moved or sliced; or ``"all"``, also those of two activations, such as attention
             scores.
         sites: Recipes for single name scopes under ``autocast``, from ``calibrate``.
@@ -77,8 +77,7 @@ class DotRecipe(Specs, RoundsOperands):
 
     def at(self, scope: str) -> "DotRecipe":
         """Returns the recipe for a name scope; without calibration, the one that computes its scales at run time."""
-        found = dict(self.sites).get(scope)
-        return found or (dataclasses.replace(self, sites=()) if self.sites else self)
+        return dict(self.sites).get(scope) or (dataclasses.replace(self, sites=()) if self.sites else self)
 
     def static(self, *, lhs: float | None = None, rhs: float | None = None, grad: float | None = None) -> "DotRecipe":
         """Fixes scales, so quantizing needs no pass over the operands to find them.
@@ -149,19 +148,16 @@ class DotRecipe(Specs, RoundsOperands):
 
     def instead_of(self, primitive: str) -> Callable[..., Any] | None:
         """Returns the replacement of a primitive, with its parameters; tiles are for matmuls only."""
-        products: dict[str, Callable[..., Any]] = {
-            "dot_general": self,
-            "conv_general_dilated": self.conv,
-            "ragged_dot_general": self.ragged_dot,
-        }
-        return products.get(primitive) if primitive == "dot_general" or not self.is_tiled else None
+        if self.is_tiled:
+            return super().instead_of(primitive)
+        others: Any = {"conv_general_dilated": self.conv, "ragged_dot_general": self.ragged_dot}
+        return others.get(primitive) or super().instead_of(primitive)
 
     def speed(self, primitive: str) -> str:
         """Returns a note on the speed of the replacement of a primitive."""
         if primitive != "dot_general" or not self.is_tiled:
             return super().speed(primitive)
-        is_fast = has_kernel(*self.operands)
-        return ", at the speed of the compute dtype" + ", but on NVIDIA Blackwell" * is_fast
+        return ", at the speed of the compute dtype" + ", but on NVIDIA Blackwell" * has_kernel(*self.operands)
 
 
 #: e4m3 forward, e5m2 for gradients, one scale per tensor, which is a power of two.
@@ -240,16 +236,13 @@ def _parse(text: str) -> DotRecipe | None:
     except ValueError:
         return None
     parts = [part.partition("=") for part in text.split(",")]
-    fields = {name.strip(): value.strip() for name, _, value in parts}
+    fields: dict[str, Any] = {name.strip(): value.strip() for name, _, value in parts}
     is_known = {"lhs", "rhs"} <= set(fields) <= {"lhs", "rhs", "grad", "axis_name", "products"}
     if not is_known or len(fields) < len(parts) or "" in fields.values():
         return None
-    axes = tuple(fields["axis_name"].split("+")) if "axis_name" in fields else ()
-    axis_name = axes[0] if len(axes) == 1 else axes or None
-    grad = fields.get("grad", "none")
-    products = fields.get("products", "weights")
-    sites = tuple((scope, get_recipe(own)) for scope, own in found.items())
-    return DotRecipe(fields["lhs"], fields["rhs"], grad, axis_name=axis_name, products=products, sites=sites)
+    if "+" in fields.get("axis_name", ""):
+        fields["axis_name"] = tuple(fields["axis_name"].split("+"))
+    return DotRecipe(**fields, sites=tuple((scope, get_recipe(own)) for scope, own in found.items()))
 
 
 def scaled_dot_general(
@@ -325,7 +318,7 @@ def scaled_conv(
         padding: As for ``lax.conv_general_dilated``.
         recipe: A recipe or its name; ``recipe.conv`` is this function with the recipe filled in, for Flax and autocast:
             ``nn.Conv(conv_general_dilated=FP8.conv)``, ``ops={"conv_general_dilated": FP8.conv}``.
-        **params: The other parameters of ``lax.conv_general_dilated``.
+        **params: Its other parameters.
 
     Returns:
         An array of the shape that ``lax.conv_general_dilated`` returns.
