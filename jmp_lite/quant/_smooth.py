@@ -30,10 +30,10 @@ def smooth(
 ) -> tuple[Callable[..., Any], T]:
     """Makes the activations of a function easier to quantize by shifting their largest channels into the weights.
 
-    In real activations a few channels can be a hundred times larger than the rest, and a shared scale rounds the rest
-    to zero. ``smooth`` turns each matmul ``x @ w`` into ``(x / s) @ (s * w)``, with one factor per contracted channel.
-    Factors are powers of two, which cause no rounding: without quantization the result is the same. All matmuls of a
-    weight, and all iterations of a loop, share its factors.
+    A few channels can be a hundred times larger than the rest, and a shared scale rounds the rest to zero. ``smooth``
+    turns each matmul ``x @ w`` into ``(x / s) @ (s * w)``, with one factor per contracted channel. Factors are powers
+    of two: without quantization the result is the same. All matmuls of a weight, and all iterations of a loop, share
+    its factors.
 
     It smooths a weight if the function uses it only in matmuls or ``ragged_dot``, over the same axes. It leaves other
     weights alone: convolution kernels, lookup tables, weights that are summed or normalized first, and weights inside
@@ -78,15 +78,10 @@ def smooth(
         key = site.weight, site.contracted
         largest[key] = np.maximum(largest.get(key, 0), site.in_weight(np.asarray(amax)))
 
-    def watch(site: Site, x: Any) -> Any:
-        jax.debug.callback(functools.partial(note, site), amax_of(site.rows(x), 0))
-        return x
-
     for batch in checked(batches, "smooth", params):
         found = call(fun, (params, *batch), {})
         refused |= found.refused
-        found.run(watch)
-    jax.effects_barrier()
+        found.watch(lambda rows: (amax_of(rows, 0),), note)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
     arrays = {path_string(path): leaf for path, leaf in leaves}
     seen = collections.Counter(weight for weight, _ in largest)
