@@ -29,7 +29,6 @@ class Quantized(NamedTuple):
     scale: Any
 
     def dequantized(self, dtype: DType) -> Any:
-        """Returns the dequantized numbers."""
         return dequantize(self.values, self.scale, dtype)
 
 

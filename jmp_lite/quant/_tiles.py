@@ -8,7 +8,6 @@ References:
     ``jax.nn.scaled_matmul``; DeepSeek-AI, "DeepSeek-V3 Technical Report", arXiv:2412.19437, section 3.3.
 """
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -109,7 +108,10 @@ def has_kernel(*specs: QuantSpec | None) -> bool:
 
 def tiled_product(lhs: Any, rhs: Any, call: Call, specs: Sequence[QuantSpec | None]) -> Any:
     """Multiplies two arrays, at least one of which has a spec with tiles; supports any dimension numbers."""
-    emulated = functools.partial(emulated_product, call=call, specs=specs)
+
+    def emulated(lhs: Any, rhs: Any) -> Any:
+        return plain_product(*both_rounded(lhs, rhs, call, specs), call)
+
     is_split = mesh_is_explicit() or varying_axes(lhs) or varying_axes(rhs)
     if is_split or call.out_sharding is not None or not (has_kernel(*specs) and has_units()):
         return emulated(lhs, rhs)
@@ -118,9 +120,8 @@ def tiled_product(lhs: Any, rhs: Any, call: Call, specs: Sequence[QuantSpec | No
     def multiply(lhs: Any, rhs: Any) -> Any:
         return kernel_product(lhs, rhs, call, specs)
 
-    @multiply.def_vmap
+    @multiply.def_vmap  # which JAX's matmul of tiles may not support
     def _(_: int, is_mapped: Sequence[bool], lhs: Any, rhs: Any) -> tuple[Any, bool]:
-        """JAX's tiled matmul may not support it."""
         return jax.vmap(emulated, in_axes=[0 if mapped else None for mapped in is_mapped])(lhs, rhs), True
 
     return multiply(lhs, rhs)
@@ -131,11 +132,6 @@ def has_units() -> bool:
     device = jax.local_devices()[0]
     major = str(getattr(device, "compute_capability", "")).partition(".")[0]  # of other vendors a name
     return device.platform == "gpu" and major.isdigit() and int(major) >= _BLACKWELL
-
-
-def emulated_product(lhs: Any, rhs: Any, call: Call, specs: Sequence[QuantSpec | None]) -> Any:
-    """Multiplies dequantized operands."""
-    return plain_product(*both_rounded(lhs, rhs, call, specs), call)
 
 
 def kernel_product(lhs: Any, rhs: Any, call: Call, specs: Any) -> Any:
