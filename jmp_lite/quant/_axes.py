@@ -4,7 +4,6 @@ The search follows a weight through casts, moves, and any other operation on wei
 axis on the way is a list of atoms: pieces of the weight's axes, which reshapes merge and split.
 """
 
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -247,5 +246,5 @@ def _entering(sources: Sources | None, aval: Any, *, is_stacked: bool) -> Source
     """What an input of a program is made of: of a loop it is a slice, of a ``shard_map`` a part."""
     if sources is None:
         return None
-    shape = functools.partial(_resized, shape=getattr(aval, "shape", ()))
-    return {number: shape(dims[1:] if is_stacked else dims) for number, dims in sources.items()}
+    shape = getattr(aval, "shape", ())
+    return {number: _resized(dims[1:] if is_stacked else dims, shape) for number, dims in sources.items()}

@@ -121,8 +121,8 @@ class _Sites(Search):
 
 
 def _moves(eqn: Equation) -> bool:
-    is_integer = not jnp.issubdtype(getattr(eqn.outvars[0].aval, "dtype", np.void), jnp.floating)
-    return eqn.primitive.name in _MOVES and not is_integer
+    is_floating = jnp.issubdtype(getattr(eqn.outvars[0].aval, "dtype", np.void), jnp.floating)
+    return eqn.primitive.name in _MOVES and bool(is_floating)
 
 
 class Call(NamedTuple):

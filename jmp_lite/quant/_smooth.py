@@ -106,12 +106,12 @@ def smooth(
 
 def _check_paths(params: Any, factors: Factors) -> None:
     there = {path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
-    missing = next((weight for weight, _ in factors if weight not in there), None)
-    if missing is not None:
-        raise InvalidRecipeError(
-            f"The parameters lack {quote(missing)}, which smooth scaled. Pass the tree that it returned, or what "
-            "quantize_tree makes of it."
-        )
+    for weight, _ in factors:
+        if weight not in there:
+            raise InvalidRecipeError(
+                f"The parameters lack {quote(weight)}, which smooth scaled. Pass the tree that it returned, or what "
+                "quantize_tree makes of it."
+            )
 
 
 def _check_uses(found: Call, factors: Factors) -> None:
