@@ -271,6 +271,11 @@ def test_default_choice_is_kernels(rng):
     assert quantized["name"] == "model"
 
 
+def test_experts_and_layers_have_their_own_scales(rng):
+    """The first axis of a stack shares nothing."""
+    assert quantize_tree(normal(rng, 5, 8, 3)).scale.shape == (5, 1, 3)
+
+
 def test_choice_and_axes_by_path(rng):
     """Both may depend on path and leaf; a format may be a spec of a recipe."""
     params = {"embed": normal(rng, 9, 4), "head": normal(rng, 4, 3), "body": normal(rng, 4, 4)}

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -198,6 +199,22 @@ def test_other_gpus_multiply_what_tiles_stand_for():
         assert "block_scaled" not in text
         assert {dtype for product in products(text) for dtype in product[:2]} == {"bf16"}
     assert not _tiles.has_units()
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "expected"),
+    [
+        ("gpu", "10.0", True),
+        ("gpu", "12.1", True),
+        ("gpu", "9.0", False),
+        ("gpu", "gfx950", False),
+        ("tpu", "10.0", False),
+    ],
+)
+def test_blackwell_and_later_multiply_tiles(platform, capability, expected, monkeypatch):
+    device = types.SimpleNamespace(platform=platform, compute_capability=capability)
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    assert _tiles.has_units() == expected
 
 
 SPEEDS = {
