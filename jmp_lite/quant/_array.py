@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -36,22 +37,19 @@ Axes = Sequence[int] | Callable[[str, Any], Sequence[int] | None] | Any
 class QuantizedArray(Opaque):
     """An array stored as 8-bit or 4-bit numbers and float32 scales: a weight that layers accept unchanged.
 
-    It is a pytree with two children, ``values`` and ``scale``, and replaces an array in Linen and Haiku parameters, NNX
-    variables, Equinox modules and checkpoints. Functions of ``jax.numpy``, operators (``x @ w``, ``w * x``) and
-    indexing treat it as the array ``values * scale``; policy casts leave it alone. It has no gradient: use it for
-    inference.
+    It is a pytree of ``values`` and ``scale``, and replaces an array in Linen and Haiku parameters, NNX variables,
+    Equinox modules and checkpoints. Functions of ``jax.numpy``, operators (``x @ w``, ``w * x``) and indexing treat it
+    as the array ``values * scale``; policy casts leave it alone. It has no gradient: use it for inference.
 
     Linen and NNX layers accept it (except ``WeightNorm`` and ``SpectralNorm``, which decompose a kernel), and so do
     Equinox and Haiku layers except convolutions, which pass their kernel straight to ``lax``. Functions of ``jax.lax``
     raise a JAX error that mentions ``__jax_array__``: call ``dequantize_tree`` inside the function. A loop slices
-    values and scales: it cannot slice one scale for all layers of a stack, so leave the first axis out of ``axes=``, as
-    the default does.
+    values and scales, so a stack of layers needs a scale per layer, as ``quantize_tree`` gives it.
 
     Args:
         values: ``int8``, ``float8_e4m3fn``, ``float8_e5m2``, ``int4`` or ``float4_e2m1fn`` of any shape.
         scale: ``float32`` of the same rank, with size 1 along axes that share a scale, and the number of tiles along
-            axes with tiles. Split, stack and shard both like any other array: a leading axis of stacked layers is also
-            an axis of the scale.
+            axes with tiles. Split, stack and shard both like any other array.
         dtype: Dtype of the dequantized array.
 
     Example:
@@ -75,7 +73,7 @@ class QuantizedArray(Opaque):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", np.dtype(self.dtype))
-        register_serialization()
+        register_flax_serialization(QuantizedArray, _state_dict, _from_state_dict)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -90,7 +88,7 @@ class QuantizedArray(Opaque):
     @property
     def size(self) -> int:
         """Number of elements."""
-        return int(self.values.size)
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -142,21 +140,7 @@ def _nbytes(array: Any) -> int:
     return int(-(-math.prod(array.shape) * bits // 8))
 
 
-def _flatten_with_keys(array: QuantizedArray) -> tuple[Any, str]:
-    key = jax.tree_util.GetAttrKey
-    return ((key("values"), array.values), (key("scale"), array.scale)), array.dtype.name
-
-
-def _flatten(array: QuantizedArray) -> tuple[Any, str]:
-    return (array.values, array.scale), array.dtype.name
-
-
-def _unflatten(dtype: str, children: Any) -> QuantizedArray:
-    values, scale = children
-    return QuantizedArray(values, scale, jnp.dtype(dtype))
-
-
-jax.tree_util.register_pytree_with_keys(QuantizedArray, _flatten_with_keys, _unflatten, _flatten)
+jax.tree_util.register_dataclass(QuantizedArray, data_fields=["values", "scale"], meta_fields=["dtype"])
 
 
 def is_quantized(node: Any) -> bool:
@@ -165,11 +149,6 @@ def is_quantized(node: Any) -> bool:
 
 
 # --- Serialization with Flax: the arrays only; the dtype comes from the template -------------------
-
-
-def register_serialization() -> None:
-    """Teaches Flax, if it is loaded, to serialize quantized arrays."""
-    register_flax_serialization(QuantizedArray, _state_dict, _from_state_dict)
 
 
 def _state_dict(array: QuantizedArray) -> dict[str, Any]:
@@ -206,7 +185,6 @@ def _shared_axes(axes: Sequence[int] | None, ndim: int, name: str) -> tuple[int,
 
 
 def _checked_spec(dtype: Any) -> QuantSpec:
-    """The checked spec for a format or a spec."""
     spec = dtype if isinstance(dtype, QuantSpec) else QuantSpec(dtype, "channel")
     if spec.stochastic:
         raise InvalidRecipeError(
@@ -234,7 +212,7 @@ def _quantize(name: str, x: Any, spec: QuantSpec, axes: Sequence[int] | None) ->
             f"{name} is {describe(x)}: tiles of {spec.tile} do not divide the {n} numbers along axes {list(shared)}. "
             "Choose a tile that does, or leave it out with where=."
         )
-    scale, whole = tile_scale(amax_of_tiles(x, lengths), spec)
+    scale, whole = tile_scale(amax_of_tiles(x, lengths, spec.dtype), spec)
     return QuantizedArray(quantize(x, spec.dtype, scale * whole), scale * whole, canonical(x.dtype))
 
 
@@ -285,8 +263,7 @@ def _inner(path: str, leaf: Any) -> tuple[int, ...]:
 _NO_PRODUCT = object()
 
 
-def _listed(axes: Axes, treedef: Any) -> list[Axes]:
-    """What was given for each leaf."""
+def _of_leaves(axes: Axes, treedef: Any) -> list[Axes]:
     is_for_all = isinstance(axes, Sequence) and all(isinstance(axis, (int, np.integer)) for axis in axes)
     is_function = callable(axes) and jax.tree_util.all_leaves([axes])  # modules of Equinox are called too
     if axes is None or is_function or is_for_all:
@@ -308,18 +285,16 @@ def quantize_tree(
 
     Args:
         params: Parameters of any framework: dicts, ``FrozenDict``, ``nnx.State``, modules of Equinox.
-        dtype: ``int8``, ``float8_e4m3fn`` (``"e4m3"``) or ``float8_e5m2`` (``"e5m2"``); or a ``QuantSpec``, such as a
-            recipe's kernel spec (``FP8.rhs``, ``W4A16.rhs``), including its ``margin``, ``pow2`` and ``tile``.
+        dtype: As for ``quantize_array``.
         where: ``where(path, leaf)`` chooses leaves by path (``decoder/layers_3/kernel``) and by leaf. By default
             floating arrays of two or more axes that are not called ``bias``, ``b``, ``scale`` or ``offset`` and whose
-            path does not contain ``embed``, ignoring case: kernels, but not biases, norm scales or embedding tables. A
-            table is looked up, not multiplied, and one scale per feature would round its rare rows to the grid of the
-            largest; pass ``axes=[1]`` for one scale per row.
+            path does not contain ``embed``, ignoring case: kernels, but not biases, norm scales or embedding tables.
+            For a table, which is looked up, pass ``axes=[1]``: one scale per row.
         axes: Axes that share a scale: the result of ``contracted_axes(fun)(params, *args)``, a tree like the
             parameters, whose ``None`` leaves (not used in a matmul) stay unquantized. Or axis numbers as for
-            ``quantize_array``, or ``axes(path, leaf)``, which returns them. The default is the input axis of a kernel
-            with two axes (inputs, outputs), and all axes but the first and the last of larger ones, so experts and
-            stacked layers have their own scales; all axes for a spec of granularity ``"tensor"``.
+            ``quantize_array``, or ``axes(path, leaf)``, which returns them. By default the inputs of a kernel (inputs,
+            outputs), and all axes but the first and the last of larger ones, so experts and stacked layers have their
+            own scales; all axes for a spec of granularity ``"tensor"``.
 
     Returns:
         The tree with a ``QuantizedArray`` in place of each chosen leaf.
@@ -341,6 +316,7 @@ def quantize_tree(
     if spec.granularity == "tensor" and axes is _inner:
         axes = None
     with_paths, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)
+    paths, leaves = [path_string(path) for path, _ in with_paths], [leaf for _, leaf in with_paths]
 
     def quantized(path: str, leaf: Any, axes: Any) -> Any:
         if axes is _NO_PRODUCT or not where(path, leaf):
@@ -348,15 +324,14 @@ def quantize_tree(
         shared = axes(path, leaf) if callable(axes) and is_array(leaf) else axes
         return _quantize(f"Leaf {path!r}", leaf, spec, shared)
 
-    listed = zip(with_paths, _listed(axes, treedef), strict=True)
-    leaves = [quantized(path_string(path), leaf, own) for (path, leaf), own in listed]
-    if leaves and all(new is old for new, (_, old) in zip(leaves, with_paths, strict=True)):
+    results = list(map(quantized, paths, leaves, _of_leaves(axes, treedef)))
+    if leaves and all(map(operator.is_, results, leaves)):
         raise InvalidRecipeError(
-            f"Nothing of {first_few([path_string(path) or 'the array' for path, _ in with_paths])} is quantized: by "
+            f"Nothing of {first_few([path or 'the array' for path in paths])} is quantized: by "
             "default floating arrays of two or more axes are that a matmul uses and that are not embeddings. Choose "
             "others by where and axes, or leave out the recipe."
         )
-    tree: T = jax.tree.unflatten(treedef, leaves)
+    tree: T = jax.tree.unflatten(treedef, results)
     return tree
 
 
@@ -403,8 +378,8 @@ def nbytes(tree: T) -> T:
     """
 
     def held(node: Any) -> int | None:
-        if is_quantized(node):
-            return int(node.nbytes)
+        if isinstance(node, QuantizedArray):
+            return node.nbytes
         return _nbytes(node) if is_array(node) or isinstance(node, jax.ShapeDtypeStruct) else None
 
     mapped: T = jax.tree.map(held, tree, is_leaf=is_quantized)

@@ -4,7 +4,6 @@ The search follows a weight through casts, moves, and any other operation on wei
 axis on the way is a list of atoms: pieces of the weight's axes, which reshapes merge and split.
 """
 
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -13,8 +12,7 @@ import jax
 
 from jmp_lite._compat import Equation, Jaxpr, is_literal, program, scan_counts
 from jmp_lite._functions import check_function
-from jmp_lite._tree import is_array
-from jmp_lite.autocast._api import is_traced, trace
+from jmp_lite.autocast._api import is_array_or_shape, trace
 from jmp_lite.autocast._programs import Programs, programs_of
 from jmp_lite.products._dimensions import dimensions
 
@@ -63,9 +61,9 @@ def contracted_axes(fun: Callable[..., Any]) -> Callable[..., Any]:
     check_function(fun, "contracted_axes")
 
     def find(params: T, *args: Any, **kwargs: Any) -> T:
-        traced = trace(fun, (params, *args), kwargs, is_traced=_is_array_or_its_shape)
+        traced = trace(fun, (params, *args), kwargs, is_traced=is_array_or_shape)
         leaves, treedef = jax.tree.flatten(params)
-        numbers = [number for number, leaf in enumerate(leaves) if _is_array_or_its_shape(leaf)]
+        numbers = [number for number, leaf in enumerate(leaves) if is_array_or_shape(leaf)]
         inputs: list[Sources | None] = [{number: whole(leaves[number].shape)} for number in numbers]
         found: dict[int, set[int]] = {}
         inputs += [None] * (len(program(traced.jaxpr)[0].invars) - len(inputs))
@@ -75,10 +73,6 @@ def contracted_axes(fun: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return find
-
-
-def _is_array_or_its_shape(leaf: Any) -> bool:
-    return is_traced(leaf) or is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
 
 
 # --- Axes -----------------------------------------------------------------------------------------
@@ -106,14 +100,13 @@ def _resized(dims: Dims, shape: Sequence[int]) -> Dims:
 
 def _merged(first: Dims, second: Dims) -> Dims:
     """The axes of an array that a weight entered on two ways, such as a weight less its mean."""
-    return tuple(
-        dim if dim == other or not _axes([other]) else other if not _axes([dim]) else (_both(dim, other),)
-        for dim, other in zip(first, second, strict=True)
-    )
+    return tuple(map(_both, first, second))
 
 
-def _both(dim: tuple[Atom, ...], other: tuple[Atom, ...]) -> Atom:
-    return Atom(_axes([dim, other]), math.prod(atom.size for atom in dim))
+def _both(dim: tuple[Atom, ...], other: tuple[Atom, ...]) -> tuple[Atom, ...]:
+    if dim == other or not _axes([other]):
+        return dim
+    return (Atom(_axes([dim, other]), math.prod(atom.size for atom in dim)),) if _axes([dim]) else other
 
 
 def _reshaped(dims: Dims, shape: Sequence[int]) -> Dims:
@@ -136,14 +129,6 @@ def _reshaped(dims: Dims, shape: Sequence[int]) -> Dims:
 # --- Moves: what becomes of the axes of one operand ---
 
 
-def _transpose(dims: Dims, eqn: Equation) -> Dims:
-    return tuple(dims[axis] for axis in eqn.params["permutation"])
-
-
-def _reshape(dims: Dims, eqn: Equation) -> Dims:
-    return _reshaped(dims, eqn.outvars[0].aval.shape)
-
-
 def _without(dims: Dims, axes: Sequence[int]) -> Dims:
     return tuple(dim for axis, dim in enumerate(dims) if axis not in axes)
 
@@ -163,8 +148,8 @@ def _stack(dims: Dims, eqn: Equation) -> Dims:
 
 
 _MOVES: Mapping[str, Callable[[Dims, Equation], Dims]] = {
-    "transpose": _transpose,
-    "reshape": _reshape,
+    "transpose": lambda dims, eqn: tuple(dims[axis] for axis in eqn.params["permutation"]),
+    "reshape": lambda dims, eqn: _reshaped(dims, eqn.outvars[0].aval.shape),
     "squeeze": lambda dims, eqn: _without(dims, eqn.params["dimensions"]),
     "broadcast_in_dim": _broadcast,
     "stack": _stack,
@@ -175,23 +160,10 @@ _MOVES: Mapping[str, Callable[[Dims, Equation], Dims]] = {
 # --- Matmuls: which axes of each operand are added up over ---
 
 
-def _of_dot(eqn: Equation) -> tuple[Sequence[int], ...]:
-    return dimensions(eqn.params["dimension_numbers"]).contracted
-
-
-def _of_ragged_dot(eqn: Equation) -> tuple[Sequence[int], ...]:
-    (contracted, _) = eqn.params["ragged_dot_dimension_numbers"].dot_dimension_numbers
-    return contracted  # type: ignore[no-any-return]
-
-
-def _of_conv(eqn: Equation) -> tuple[Sequence[int], ...]:
-    return (), eqn.params["dimension_numbers"].rhs_spec[1:]
-
-
-PRODUCTS: Mapping[str, Callable[[Equation], tuple[Sequence[int], ...]]] = {
-    "dot_general": _of_dot,
-    "ragged_dot_general": _of_ragged_dot,
-    "conv_general_dilated": _of_conv,
+PRODUCTS: Mapping[str, Callable[[Equation], Sequence[Sequence[int]]]] = {
+    "dot_general": lambda eqn: dimensions(eqn.params["dimension_numbers"]).contracted,
+    "ragged_dot_general": lambda eqn: eqn.params["ragged_dot_dimension_numbers"].dot_dimension_numbers[0],
+    "conv_general_dilated": lambda eqn: ((), eqn.params["dimension_numbers"].rhs_spec[1:]),
 }
 
 
@@ -274,5 +246,5 @@ def _entering(sources: Sources | None, aval: Any, *, is_stacked: bool) -> Source
     """What an input of a program is made of: of a loop it is a slice, of a ``shard_map`` a part."""
     if sources is None:
         return None
-    shape = functools.partial(_resized, shape=getattr(aval, "shape", ()))
-    return {number: shape(dims[1:] if is_stacked else dims) for number, dims in sources.items()}
+    shape = getattr(aval, "shape", ())
+    return {number: _resized(dims[1:] if is_stacked else dims, shape) for number, dims in sources.items()}

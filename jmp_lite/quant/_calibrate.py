@@ -16,7 +16,7 @@ from jmp_lite._messages import quote
 from jmp_lite.errors import InvalidRecipeError
 from jmp_lite.quant._batches import checked
 from jmp_lite.quant._recipes import DotRecipe, get_recipe
-from jmp_lite.quant._scale import absmax_scale, is_integer, largest
+from jmp_lite.quant._scale import absmax_scale, amax_of, is_integer, largest
 from jmp_lite.quant._spec import SIDES, QuantSpec
 
 
@@ -68,7 +68,7 @@ def calibrate(
     """
     chosen = get_recipe(recipe)
     _check(chosen, method, percentile)
-    journal = _Journal(_METHODS[method](float(percentile) / 100))
+    journal = _Journal(method, float(percentile) / 100)
     function = make(_Watching(**_fields(chosen, DotRecipe), journal=journal))
     for batch in checked(batches, "calibrate"):
         jax.block_until_ready(function(*batch))
@@ -110,7 +110,7 @@ def _is_fixed(spec: Any) -> bool:
 
 def _fixed(recipe: DotRecipe, scope: str, journal: "_Journal") -> DotRecipe:
     """The recipe with the scales measured in one scope."""
-    found = {s: journal.method.amax(seen, getattr(recipe, s)) for s, seen in journal.seen[scope].items()}
+    found = {side: journal.amax(scope, side, getattr(recipe, side)) for side in journal.seen[scope]}
     strange = [f"{side} has {amax}" for side, amax in found.items() if not math.isfinite(amax)]
     if strange:
         raise InvalidRecipeError(
@@ -122,70 +122,45 @@ def _fixed(recipe: DotRecipe, scope: str, journal: "_Journal") -> DotRecipe:
 # --- Methods --------------------------------------------------------------------------------------
 
 
-class _AbsMax:
-    """Measures the largest magnitude."""
-
-    def __init__(self, share: float) -> None:
-        self.share = share
-
-    def measured(self, x: Any) -> Any:
-        return jnp.max(jnp.abs(x), initial=0).astype(FLOAT32)
-
-    def joined(self, seen: Any, new: Any) -> Any:
-        return np.maximum(seen, new)
-
-    def amax(self, seen: Any, spec: QuantSpec) -> float:
-        del spec
-        return float(seen)
-
-
 #: Magnitudes fall into a bucket by the first half of their bits as float32: 128 buckets between powers of two.
 _BUCKETS, _NOT_FINITE = 2**15, 0x7F80
+
+
+def _histogram(x: Any) -> Any:
+    bits = lax.bitcast_convert_type(jnp.abs(x).astype(FLOAT32), jnp.uint32)
+    return jnp.bincount((bits >> 16).astype(jnp.int32).ravel(), length=_BUCKETS)
 
 
 def _upper_ends() -> Any:
     return (np.arange(_NOT_FINITE, dtype=np.uint32) << 16 | 0xFFFF).view(np.float32).astype(np.float64)
 
 
-class _Percentile(_AbsMax):
-    """Builds a histogram of magnitudes, and returns the percentile."""
-
-    def measured(self, x: Any) -> Any:
-        bits = lax.bitcast_convert_type(jnp.abs(x).astype(FLOAT32), jnp.uint32)
-        counts = jnp.bincount((bits >> 16).astype(jnp.int32).ravel(), length=_BUCKETS)
-        return counts, super().measured(x)
-
-    def joined(self, seen: Any, new: Any) -> Any:
-        return seen[0] + new[0], super().joined(seen[1], new[1])
-
-    def amax(self, seen: Any, spec: QuantSpec) -> float:
-        counts, largest = seen
-        if not math.isfinite(largest) or not counts[1:].any():
-            return float(largest)
-        return self.least(counts[1:_NOT_FINITE], np.minimum(_upper_ends()[1:], largest), spec)
-
-    def least(self, counts: Any, ends: Any, spec: QuantSpec) -> float:
-        del spec
-        return float(ends[np.searchsorted(np.cumsum(counts), self.share * counts.sum())])
+def _percentile(counts: Any, ends: Any, spec: QuantSpec, share: float) -> float:
+    del spec
+    return float(ends[np.searchsorted(np.cumsum(counts), share * counts.sum())])
 
 
-class _LeastError(_Percentile):
-    """Builds a histogram of magnitudes, and returns the one with the least squared error of rounding and clipping."""
+def _least_error(counts: Any, ends: Any, spec: QuantSpec, share: float) -> float:
+    """The magnitude with the least squared error of rounding and clipping."""
+    del share
+    counts, ends = counts[counts > 0], ends[counts > 0]
+    candidates = ends[ends > ends[-1] * 2.0**-8]
+    steps = np.asarray(absmax_scale(candidates, spec.dtype, margin=spec.margin, pow2=spec.pow2), np.float64)
+    limits = steps * largest(spec.dtype)
+    sums = [np.concatenate([[0.0], np.cumsum(counts * ends**power)]) for power in range(3)]
+    zeroed, kept = np.searchsorted(ends, steps / 2), np.searchsorted(ends, limits, side="right")
+    beyond = [total[-1] - total[kept] for total in sums]
+    errors = sums[2][zeroed] + (sums[0][kept] - sums[0][zeroed]) * steps**2 / 12
+    errors += beyond[2] - 2 * limits * beyond[1] + limits**2 * beyond[0]
+    return float(candidates[np.argmin(errors)])
 
-    def least(self, counts: Any, ends: Any, spec: QuantSpec) -> float:
-        counts, ends = counts[counts > 0], ends[counts > 0]
-        candidates = ends[ends > ends[-1] * 2.0**-8]
-        steps = np.asarray(absmax_scale(candidates, spec.dtype, margin=spec.margin, pow2=spec.pow2), np.float64)
-        limits = steps * largest(spec.dtype)
-        sums = [np.concatenate([[0.0], np.cumsum(counts * ends**power)]) for power in range(3)]
-        zeroed, kept = np.searchsorted(ends, steps / 2), np.searchsorted(ends, limits, side="right")
-        beyond = [total[-1] - total[kept] for total in sums]
-        errors = sums[2][zeroed] + (sums[0][kept] - sums[0][zeroed]) * steps**2 / 12
-        errors += beyond[2] - 2 * limits * beyond[1] + limits**2 * beyond[0]
-        return float(candidates[np.argmin(errors)])
 
-
-_METHODS: Mapping[str, type[_AbsMax]] = {"absmax": _AbsMax, "percentile": _Percentile, "mse": _LeastError}
+#: How to choose a magnitude from a histogram; ``None``: the largest.
+_METHODS: Mapping[str, Callable[[Any, Any, QuantSpec, float], float] | None] = {
+    "absmax": None,
+    "percentile": _percentile,
+    "mse": _least_error,
+}
 
 
 # --- Watching -------------------------------------------------------------------------------------
@@ -194,13 +169,24 @@ _METHODS: Mapping[str, type[_AbsMax]] = {"absmax": _AbsMax, "percentile": _Perce
 class _Journal:
     """Measurements by scope and side. Equal only to itself, so JAX reuses no program compiled for another journal."""
 
-    def __init__(self, method: _AbsMax) -> None:
-        self.method = method
+    def __init__(self, method: str, share: float) -> None:
+        self.choose, self.share = _METHODS[method], share
         self.seen: dict[str, dict[str, Any]] = {}
 
+    def measured(self, x: Any) -> Any:
+        amax = jnp.where(jnp.isnan(x).any(), jnp.nan, amax_of(x))
+        return amax, _histogram(x) if self.choose else 0
+
     def add(self, scope: str, side: str, measured: Any) -> None:
-        seen, new = self.seen.setdefault(scope, {}), jax.tree.map(lambda x: np.asarray(x, np.float64), measured)
-        seen[side] = self.method.joined(seen[side], new) if side in seen else new
+        new, counts = (np.asarray(part, np.float64) for part in measured)
+        amax, before = self.seen.setdefault(scope, {}).get(side, (0.0, 0))
+        self.seen[scope][side] = np.maximum(amax, new), before + counts
+
+    def amax(self, scope: str, side: str, spec: QuantSpec) -> float:
+        amax, counts = self.seen[scope][side]
+        if self.choose is None or not math.isfinite(amax) or not counts[1:].any():
+            return float(amax)
+        return self.choose(counts[1:_NOT_FINITE], np.minimum(_upper_ends()[1:], amax), spec, self.share)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,5 +217,4 @@ class _Watched(QuantSpec):
     place: tuple[str, str] = dataclasses.field(default=("", ""), kw_only=True, repr=False)
 
     def observe(self, x: Any) -> None:
-        note = functools.partial(self.journal.add, *self.place)
-        jax.debug.callback(note, self.journal.method.measured(x))
+        jax.debug.callback(functools.partial(self.journal.add, *self.place), self.journal.measured(x))

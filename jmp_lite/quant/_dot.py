@@ -1,7 +1,7 @@
 """``lax.dot_general`` on 8-bit operands, with gradients."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,22 +11,12 @@ from jax.custom_derivatives import SymbolicZero
 from jmp_lite._compat import varying_axes
 from jmp_lite._dtypes import FLOAT32, DType
 from jmp_lite._tree import cast
-from jmp_lite.products._dimensions import Dimensions, dimensions
+from jmp_lite.products._dimensions import dimensions
 from jmp_lite.quant._linear import tangent_product
 from jmp_lite.quant._operands import Quantized, prepared, result_dtype, unscaled
-from jmp_lite.quant._product import scaled_product
-from jmp_lite.quant._spec import Specs
-from jmp_lite.quant._tiles import both_rounded, narrowest, tiled_product
-
-
-class Call(NamedTuple):
-    """Everything about a matmul except its operands."""
-
-    dims: Dimensions
-    specs: Specs
-    dtype: DType
-    precision: Any
-    out_sharding: Any
+from jmp_lite.quant._product import Call, scaled_product
+from jmp_lite.quant._spec import QuantSpec, Specs
+from jmp_lite.quant._tiles import both_rounded, tiled_product
 
 
 def scaled_dot(
@@ -45,18 +35,19 @@ def scaled_dot(
     if not (_is_quantizable(lhs) and _is_quantizable(rhs)):
         return lax.dot_general(lhs, rhs, dims, precision, preferred_element_type, out_sharding=out_sharding)
     dtype = result_dtype(lhs, rhs, preferred_element_type)
-    operands = [_as_wide(x, spec is None, dtype) for x, spec in zip((lhs, rhs), (specs.lhs, specs.rhs), strict=True)]
-    call = Call(dims, specs, dtype, precision, out_sharding)
-    return _scaled_dot(*_varying_alike(*operands), call)  # type: ignore[no-any-return]
+    lhs, rhs = (_as_wide(x, spec, dtype) for x, spec in zip((lhs, rhs), specs.operands, strict=True))
+    narrowest = min(lhs.dtype, rhs.dtype, dtype, key=lambda dtype: dtype.itemsize)
+    call = Call(dims, specs, dtype, narrowest, precision, out_sharding)
+    return _scaled_dot(*_varying_alike(lhs, rhs), call)  # type: ignore[no-any-return]
 
 
 def _is_quantizable(x: Any) -> bool:
     return bool(jnp.issubdtype(x.dtype, jnp.floating)) and 2 <= x.dtype.itemsize <= FLOAT32.itemsize
 
 
-def _as_wide(x: Any, is_kept: bool, dtype: DType) -> Any:
+def _as_wide(x: Any, spec: QuantSpec | None, dtype: DType) -> Any:
     """Casts an operand that is not quantized to the dtype of the result, if that is narrower."""
-    return cast(x, dtype) if is_kept and dtype.itemsize < x.dtype.itemsize else x
+    return cast(x, dtype) if spec is None and dtype.itemsize < x.dtype.itemsize else x
 
 
 def _varying_alike(*arrays: Any) -> list[Any]:
@@ -66,57 +57,40 @@ def _varying_alike(*arrays: Any) -> list[Any]:
     return [lax.pcast(x, m, to="varying") if m else x for x, m in zip(arrays, missing, strict=True)]
 
 
-class _Multiplied(NamedTuple):
-    """A matmul, and the residuals of its derivative."""
-
-    result: Any
-    lhs: Quantized
-    rhs: Quantized
-
-
-def _multiply(lhs: Any, rhs: Any, call: Call) -> _Multiplied:
-    specs = (call.specs.spec(0), call.specs.spec(1))
+def _multiply(lhs: Any, rhs: Any, call: Call) -> tuple[Any, Quantized, Quantized]:
+    """The result, and the operands as residuals of its derivative."""
+    specs = call.specs.operands
     if call.specs.is_tiled:
         return _multiply_tiles(lhs, rhs, call)
     left, right = (
-        prepared(x, spec, call.dims.contracted[side], call.specs.axis_name)
-        for side, (x, spec) in enumerate(zip((lhs, rhs), specs, strict=True))
+        prepared(x, spec, contracted, call.specs.axis_name)
+        for x, spec, contracted in zip((lhs, rhs), specs, call.dims.contracted, strict=True)
     )
-    result = scaled_product(
-        left,
-        right,
-        call.dims,
-        call.dtype,
-        precision=call.precision if None in specs else None,
-        out_sharding=call.out_sharding,
-        has_exact_scales=all(spec is not None and spec.pow2 for spec in specs),
-    )
-    return _Multiplied(result, left, right)
+    call = call if None in specs else call._replace(precision=None)
+    return scaled_product(left, right, call, specs), left, right
 
 
-def _multiply_tiles(lhs: Any, rhs: Any, call: Call) -> _Multiplied:
+def _multiply_tiles(lhs: Any, rhs: Any, call: Call) -> tuple[Any, Quantized, Quantized]:
     """The tiles of a backward matmul lie along other axes, so it uses the unquantized operands."""
-    specs: Any = (call.specs.spec(0), call.specs.spec(1))
-    params = {"axis_name": call.specs.axis_name, "precision": call.precision, "out_sharding": call.out_sharding}
+    specs = call.specs.operands
     if call.specs.of_gradients is None:
-        lhs, rhs = both_rounded(lhs, rhs, specs, call.dims, axis_name=call.specs.axis_name, dtype=call.dtype)
+        lhs, rhs = both_rounded(lhs, rhs, call, specs)
         specs = None, None
-    result = tiled_product((lhs, specs[0]), (rhs, specs[1]), call.dims, call.dtype, **params)
-    return _Multiplied(result, unscaled(lhs), unscaled(rhs))
+    return tiled_product(lhs, rhs, call, specs), unscaled(lhs), unscaled(rhs)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _scaled_dot(lhs: Any, rhs: Any, call: Call) -> Any:
-    return _multiply(lhs, rhs, call).result
+    return _multiply(lhs, rhs, call)[0]
 
 
 @functools.partial(_scaled_dot.defjvp, symbolic_zeros=True)
 def _scaled_dot_jvp(call: Call, primals: Any, tangents: Any) -> tuple[Any, Any]:
     lhs, rhs = primals
-    done = _multiply(lhs, rhs, call)
+    result, left, right = _multiply(lhs, rhs, call)
     terms = [
-        tangent_product(tangent, other, side, operand_dtype=narrowest(lhs, rhs, call.dtype), **call._asdict())
-        for side, (tangent, other) in enumerate(zip(tangents, (done.rhs, done.lhs), strict=True))
+        tangent_product(tangent, other, side, call)
+        for side, (tangent, other) in enumerate(zip(tangents, (right, left), strict=True))
         if not isinstance(tangent, SymbolicZero)
     ]
-    return done.result, functools.reduce(lax.add, terms, *[] if terms else [jnp.zeros_like(done.result)])
+    return result, functools.reduce(lax.add, terms) if terms else jnp.zeros_like(result)

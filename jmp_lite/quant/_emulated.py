@@ -5,6 +5,7 @@ So the operands are quantized, dequantized, and multiplied in their dtype. The r
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,19 +16,16 @@ from jax.custom_derivatives import SymbolicZero
 from jmp_lite._compat import linear_primitive
 from jmp_lite._dtypes import FLOAT32, DType
 from jmp_lite.errors import InvalidRecipeError
-from jmp_lite.products._dimensions import dimensions
+from jmp_lite.products._dimensions import Axes, dimensions
 from jmp_lite.quant._operands import Quantized, packed, prepared, result_dtype, unpacked
 from jmp_lite.quant._spec import QuantSpec, Specs
-
-Axes = tuple[int, ...]
 
 
 class _Call(NamedTuple):
     """Everything about a bilinear function except its operands."""
 
-    function: Any
-    """``lax.conv_general_dilated`` or ``lax.ragged_dot_general``."""
-    params: tuple[tuple[str, Any], ...]
+    multiply: Callable[..., Any]
+    """``lax.conv_general_dilated`` or ``lax.ragged_dot_general``, for arrays of the dtype of the result."""
     specs: Specs
     dtype: DType
     """Of the result."""
@@ -38,14 +36,10 @@ class _Call(NamedTuple):
     group: int | None = None
     """The axis of the right operand along which each array has its own scales."""
 
-    def multiply(self, lhs: Any, rhs: Any, sizes: tuple[Any, ...]) -> Any:
-        """Multiplies two arrays that have the dtype of the result."""
-        return self.function(lhs, rhs, *sizes, **dict(self.params))
-
     def of_bits(self, x: Any, other: Quantized, sizes: tuple[Any, ...], side: int) -> Any:
         """Multiplies an operand, or its tangent, by the other one, given as bits."""
         factor = unpacked(other, self.specs.spec(1 - side)).dequantized(self.dtype)
-        return self.multiply(x, factor, sizes) if side == 0 else self.multiply(factor, x, sizes)
+        return self.multiply(x, factor, *sizes) if side == 0 else self.multiply(factor, x, *sizes)
 
 
 def quantized_conv(
@@ -61,11 +55,9 @@ def quantized_conv(
     lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)
     numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
     shared = _all_but(numbers.lhs_spec[0], lhs.ndim), _all_but(numbers.rhs_spec[0], rhs.ndim)
-    given = {"dimension_numbers": numbers, **params}
+    multiply = _with_params(lax.conv_general_dilated, dimension_numbers=numbers, **params)
     dtype = result_dtype(lhs, rhs, preferred_element_type)
-    return _called(
-        lhs, rhs, (), _Call(lax.conv_general_dilated, _hashed(given), specs, dtype, shared, numbers.out_spec[1])
-    )
+    return _called(lhs, rhs, (), _Call(multiply, specs, dtype, shared, numbers.out_spec[1]))
 
 
 def quantized_ragged_dot(
@@ -80,13 +72,18 @@ def quantized_ragged_dot(
 ) -> jax.Array:
     """Multiplies ragged groups as ``DotRecipe.ragged_dot`` documents."""
     lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)
+    multiply = _with_params(lax.ragged_dot_general, ragged_dot_dimension_numbers=ragged_dot_dimension_numbers, **params)
+    dtype = result_dtype(lhs, rhs, preferred_element_type)
     shared = dimensions(ragged_dot_dimension_numbers.dot_dimension_numbers).contracted
     groups = tuple(ragged_dot_dimension_numbers.rhs_group_dimensions)
-    given = {"ragged_dot_dimension_numbers": ragged_dot_dimension_numbers, **params}
-    dtype = result_dtype(lhs, rhs, preferred_element_type)
-    function, group = lax.ragged_dot_general, groups[0] if groups else None
     ndim = lhs.ndim + rhs.ndim - 2 * len(shared[0]) - 2 * len(groups) + (not groups)
-    return _called(lhs, rhs, (group_sizes,), _Call(function, _hashed(given), specs, dtype, shared, ndim - 1, group))
+    call = _Call(multiply, specs, dtype, shared, ndim - 1, groups[0] if groups else None)
+    return _called(lhs, rhs, (group_sizes,), call)
+
+
+def _with_params(function: Callable[..., Any], **params: Any) -> Callable[..., Any]:
+    """The parameters that are given: JAX versions have different ones."""
+    return functools.partial(function, **{name: value for name, value in params.items() if value is not None})
 
 
 def _called(lhs: Any, rhs: Any, sizes: tuple[Any, ...], call: _Call) -> jax.Array:
@@ -95,17 +92,8 @@ def _called(lhs: Any, rhs: Any, sizes: tuple[Any, ...], call: _Call) -> jax.Arra
             f"Convolutions and ragged matmuls have scales per tensor or per channel, not per tile: got {call.specs}."
         )
     if not jnp.issubdtype(call.dtype, jnp.floating) or call.dtype.itemsize > FLOAT32.itemsize:
-        return call.multiply(lhs.astype(call.dtype), rhs.astype(call.dtype), sizes)  # type: ignore[no-any-return]
+        return call.multiply(lhs.astype(call.dtype), rhs.astype(call.dtype), *sizes)  # type: ignore[no-any-return]
     return _emulated(lhs, rhs, sizes, call)  # type: ignore[no-any-return]
-
-
-def _hashed(params: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
-    return tuple((name, _hashable(value)) for name, value in params.items() if value is not None)
-
-
-def _hashable(value: Any) -> Any:
-    is_sequence = isinstance(value, (list, tuple)) and not hasattr(value, "_fields")
-    return tuple(map(_hashable, value)) if is_sequence else value
 
 
 def _all_but(axis: int, ndim: int) -> Axes:
@@ -114,10 +102,8 @@ def _all_but(axis: int, ndim: int) -> Axes:
 
 def _operands(lhs: Any, rhs: Any, call: _Call) -> tuple[Quantized, Quantized]:
     """Both operands as bits and scales."""
-    axis_name = call.specs.axis_name
-    left = prepared(lhs, call.specs.spec(0), call.shared[0], axis_name)
-    right = _by_group(rhs, call.specs.spec(1), call)
-    return packed(left), packed(right)
+    left = prepared(lhs, call.specs.spec(0), call.shared[0], call.specs.axis_name)
+    return packed(left), packed(_by_group(rhs, call.specs.spec(1), call))
 
 
 def _by_group(rhs: Any, spec: QuantSpec | None, call: _Call) -> Quantized:
@@ -167,9 +153,8 @@ def _identity(tangent: Any, **_: Any) -> Any:
 
 
 def _transpose(cotangent: Any, tangent: Any, *, specs: Specs, features: int) -> list[Any]:
-    spec: Any = specs.of_gradients
     shared = _all_but(features, cotangent.ndim)
-    return [prepared(cotangent, spec, shared, specs.axis_name).dequantized(tangent.dtype)]
+    return [prepared(cotangent, specs.of_gradients, shared, specs.axis_name).dequantized(tangent.dtype)]
 
 
 def _batch(operands: Any, positions: Any, *, specs: Specs, features: int) -> tuple[Any, int]:

@@ -15,7 +15,7 @@ from jmp_lite._tree import path_string
 from jmp_lite.quant._array import QuantizedArray, is_quantized, quantize_tree
 from jmp_lite.quant._axes import contracted_axes
 from jmp_lite.quant._batches import checked
-from jmp_lite.quant._scale import dequantize, quantize, repeated
+from jmp_lite.quant._scale import amax_of, dequantize, quantize, repeated
 from jmp_lite.quant._sites import Site, call, not_finite
 from jmp_lite.quant._spec import parse_spec
 
@@ -29,11 +29,9 @@ def gptq(fun: Callable[..., Any], params: T, batches: Iterable[Sequence[Any]], d
     """Quantizes weights to minimize the change in a function's matmuls on data, rather than in the weights.
 
     It uses the same scales as ``quantize_tree(params, dtype, axes=contracted_axes(fun)(params, ...))``. But the rows
-    after each row of a weight compensate for its rounding error, as far as their activations correlate. With 4 bits
-    this can decide whether a model works.
-
-    It does so for the weights that ``smooth`` supports. Other matmul weights are rounded to nearest. All iterations of
-    a loop, and all experts, share one correlation of activations.
+    after each row of a weight compensate for its rounding error, as far as their activations correlate: in weights that
+    ``smooth`` supports; others are rounded to nearest. All iterations of a loop, and all experts, share one correlation
+    of activations.
 
     Args:
         fun: Function of parameters and other arguments, such as ``model.apply``.
@@ -68,30 +66,23 @@ def gptq(fun: Callable[..., Any], params: T, batches: Iterable[Sequence[Any]], d
         sites[site.weight] = site
         moments[site.weight] = moments.get(site.weight, 0) + np.asarray(moment, np.float64) * np.float64(unit) ** 2
 
-    def look(site: Site, x: Any) -> Any:
-        jax.debug.callback(functools.partial(note, site), *_moment(site.rows(x)))
-        return x
-
     for batch in checked(batches, "gptq", params):
-        call(fun, (params, *batch), {}).run(look)
-    jax.effects_barrier()
+        call(fun, (params, *batch), {}).watch(_moment, note)
     spec = parse_spec(dtype) if isinstance(dtype, str) and ":" in dtype else dtype
     [tree] = quantize_tree([params], spec, axes=[contracted_axes(fun)(params, *batch)])
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_quantized)
-    originals = jax.tree.leaves(params, is_leaf=is_quantized)
-    rounded = [
-        _compensated(leaf, original, sites[name], moments[name])
-        if (name := path_string(path)) in sites and is_quantized(leaf)
-        else leaf
-        for (path, leaf), original in zip(leaves, originals, strict=True)
-    ]
-    compensated: T = jax.tree.unflatten(treedef, rounded)
-    return compensated
+
+    def compensated(path: Any, leaf: Any, original: Any) -> Any:
+        name = path_string(path)
+        is_chosen = name in sites and is_quantized(leaf)
+        return _compensated(leaf, original, sites[name], moments[name]) if is_chosen else leaf
+
+    result: T = jax.tree_util.tree_map_with_path(compensated, tree, params, is_leaf=is_quantized)
+    return result
 
 
 def _moment(rows: Any) -> tuple[Any, Any]:
-    """Returns sums of matmuls of channels with each other, ``float32[n, n]``, and the unit of these channels."""
-    unit = jnp.max(jnp.abs(rows), initial=0)
+    """Sums of matmuls of channels with each other, ``float32[n, n]``, and the unit of these channels."""
+    unit = amax_of(rows)
     rows = rows / jnp.where(unit > 0, unit, 1)
     return lax.dot_general(rows, rows, (((0,), (0,)), ((), ())), precision=lax.Precision.HIGHEST), unit
 

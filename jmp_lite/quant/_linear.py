@@ -12,148 +12,57 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jmp_lite._compat import linear_primitive
-from jmp_lite._dtypes import FLOAT32, DType
-from jmp_lite.products._dimensions import Dimensions, Transposed, mapped, transposed
-from jmp_lite.products._matmul import permuted_sharding, product
+from jmp_lite._dtypes import FLOAT32
+from jmp_lite.products._dimensions import Transposed, mapped, transposed
+from jmp_lite.products._matmul import permuted_sharding
 from jmp_lite.quant._operands import Quantized, packed, prepared, unpacked, unscaled
-from jmp_lite.quant._product import folded, scaled_product
-from jmp_lite.quant._spec import Specs
+from jmp_lite.quant._product import Call, folded, plain_product, scaled_product
 from jmp_lite.quant._tiles import tiled_product
 
-#: The position of the tangent.
-_LINEAR = frozenset({0})
 
-
-def tangent_product(
-    tangent: Any,
-    other: Quantized,
-    side: int,
-    *,
-    dims: Dimensions,
-    specs: Specs,
-    dtype: DType,
-    operand_dtype: DType,
-    precision: Any,
-    out_sharding: Any,
-) -> Any:
-    """Multiplies the tangent of one operand by the other operand.
-
-    Args:
-        tangent: Of the operand on ``side``, which is 0 (left) or 1 (right).
-        other: The other operand, as the forward matmul used it.
-        side: Which operand it is the tangent of.
-        dims: Of the matmul.
-        specs: The recipe.
-        dtype: Of the result.
-        operand_dtype: The dtype of matmuls that are not quantized.
-        precision: Of matmuls that are not quantized.
-        out_sharding: As for ``lax.dot_general``.
-    """
-    return _primitive().bind(
-        tangent,
-        *packed(other),
-        side=side,
-        dimension_numbers=dims,
-        specs=specs,
-        dtype=dtype,
-        operand_dtype=operand_dtype,
-        precision=precision,
-        out_sharding=out_sharding,
-    )
+def tangent_product(tangent: Any, other: Quantized, side: int, call: Call) -> Any:
+    """Multiplies the tangent of the operand on a side by the other operand, as the forward matmul used it."""
+    return _primitive().bind(tangent, *packed(other), side=side, call=call)
 
 
 @functools.cache
 def _primitive() -> Any:
-    return linear_primitive("quantized_product_tangent", _evaluate, _transpose, _batch, _LINEAR)
+    return linear_primitive("quantized_product_tangent", _evaluate, _transpose, _batch, frozenset({0}))
 
 
-def _evaluate(
-    tangent: Any,
-    bits: Any,
-    scale: Any,
-    *,
-    side: int,
-    specs: Specs,
-    dtype: DType,
-    operand_dtype: DType,
-    **params: Any,
-) -> Any:
-    operands = [tangent, unpacked(Quantized(bits, scale), specs.kept(1 - side)).dequantized(operand_dtype)]
-    lhs, rhs = operands if side == 0 else operands[::-1]
-    kept = tuple((name, params[name]) for name in ("dimension_numbers", "precision", "out_sharding"))
-    return product(lhs, rhs, operand_dtype, kept, dtype)
+def _evaluate(tangent: Any, bits: Any, scale: Any, *, side: int, call: Call) -> Any:
+    other = unpacked(Quantized(bits, scale), call.specs.kept(1 - side)).dequantized(call.operand_dtype)
+    lhs, rhs = (tangent, other) if side == 0 else (other, tangent)
+    return plain_product(lhs, rhs, call)
 
 
-def _transpose(
-    cotangent: Any,
-    tangent: Any,
-    bits: Any,
-    scale: Any,
-    *,
-    side: int,
-    dimension_numbers: Dimensions,
-    specs: Specs,
-    operand_dtype: DType,
-    precision: Any,
-    **_: Any,
-) -> list[Any]:
+def _transpose(cotangent: Any, tangent: Any, bits: Any, scale: Any, *, side: int, call: Call) -> list[Any]:
     """The cotangent of the operand, and ``None`` for the others."""
-    ndims = (tangent.ndim, bits.ndim) if side == 0 else (bits.ndim, tangent.ndim)
-    found = transposed(dimension_numbers, ndims, side)
-    other = unpacked(Quantized(bits, scale), specs.kept(1 - side))
-    params = {"dtype": tangent.dtype, "out_sharding": permuted_sharding(tangent, found.axes)}
+    specs, other = call.specs, unpacked(Quantized(bits, scale), call.specs.kept(1 - side))
+    found = transposed(call.dims, (tangent.ndim, bits.ndim) if side == 0 else (bits.ndim, tangent.ndim), side)
+    out_sharding = permuted_sharding(tangent, found.axes)
+    call = call._replace(dims=found.dims, dtype=tangent.dtype, out_sharding=out_sharding)
     if specs.of_gradients is None:
-        of_operand = _straight_through(cotangent, other, found, operand_dtype, precision=precision, **params)
+        result = plain_product(*found.ordered(cotangent, other.dequantized(call.operand_dtype)), call)
     elif specs.is_tiled:
-        operands = found.ordered((cotangent, specs.of_gradients), (other.values, specs.spec(1 - side)))
-        of_operand = tiled_product(*operands, found.dims, axis_name=specs.axis_name, **params)
+        own = found.ordered(specs.of_gradients, specs.spec(1 - side))
+        result = tiled_product(*found.ordered(cotangent, other.values), call._replace(precision=None), own)
     else:
-        of_operand = _quantized(cotangent, other, found, specs, **params)
-    return [lax.transpose(of_operand, found.permutation), None, None]
+        result = _quantized(cotangent, other, found, call)
+    return [lax.transpose(result, found.permutation), None, None]
 
 
-def _straight_through(
-    cotangent: Any,
-    other: Quantized,
-    found: Transposed,
-    operand_dtype: DType,
-    *,
-    dtype: DType,
-    precision: Any,
-    out_sharding: Any,
-) -> Any:
-    params = {"dimension_numbers": found.dims, "precision": precision, "out_sharding": out_sharding}
-    factor = other.dequantized(operand_dtype)
-    return product(*found.ordered(cotangent, factor), operand_dtype, tuple(params.items()), dtype)
-
-
-def _quantized(
-    cotangent: Any,
-    other: Quantized,
-    found: Transposed,
-    specs: Specs,
-    *,
-    dtype: DType,
-    out_sharding: Any,
-) -> Any:
-    spec: Any = specs.of_gradients
+def _quantized(cotangent: Any, other: Quantized, found: Transposed, call: Call) -> Any:
+    specs = call.specs
     if other.scale.ndim:
         cotangent = folded(cotangent.astype(FLOAT32), other.scale, found)
         other = unscaled(other.values)
-    operand = prepared(cotangent, spec, found.dims.contracted[found.position], specs.axis_name)
-    return scaled_product(
-        *found.ordered(operand, other),
-        found.dims,
-        dtype,
-        precision=lax.Precision.HIGHEST,
-        out_sharding=out_sharding,
-        has_exact_scales=all(s is not None and s.pow2 for s in (specs.spec(0), specs.spec(1), spec)),
-    )
+    operand = prepared(cotangent, specs.of_gradients, found.dims.contracted[found.position], specs.axis_name)
+    precise = call._replace(precision=lax.Precision.HIGHEST)
+    return scaled_product(*found.ordered(operand, other), precise, (*specs.operands, specs.of_gradients))
 
 
-def _batch(
-    operands: Any, positions: Any, *, side: int, dimension_numbers: Dimensions, **params: Any
-) -> tuple[Any, int]:
+def _batch(operands: Any, positions: Any, *, side: int, call: Call) -> tuple[Any, int]:
     tangent, values, scale = (
         x if position is None else jnp.moveaxis(x, position, 0) for x, position in zip(operands, positions, strict=True)
     )
@@ -168,10 +77,9 @@ def _batch(
     ndims = tangent.ndim - tangent_mapped, values.ndim - values_mapped
     if side == 1:
         ndims, is_mapped = ndims[::-1], is_mapped[::-1]
-    dims, axis = mapped(dimension_numbers, ndims, is_mapped)
-    params = {**params, "out_sharding": _with_axis(params["out_sharding"], axis)}
-    result = _primitive().bind(tangent, values, scale, side=side, dimension_numbers=dims, **params)
-    return result, axis
+    dims, axis = mapped(call.dims, ndims, is_mapped)
+    call = call._replace(dims=dims, out_sharding=_with_axis(call.out_sharding, axis))
+    return _primitive().bind(tangent, values, scale, side=side, call=call), axis
 
 
 def _with_axis(sharding: Any, axis: int) -> Any:

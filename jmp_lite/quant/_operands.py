@@ -13,7 +13,7 @@ from jmp_lite._dtypes import FLOAT32, DType
 from jmp_lite._rounding import counted_bits
 from jmp_lite._tree import is_finite
 from jmp_lite.errors import SecondDerivativeError
-from jmp_lite.quant._scale import absmax_scale, as_bits, dequantize, from_bits, is_integer, rounded
+from jmp_lite.quant._scale import absmax_scale, amax_of, as_bits, dequantize, from_bits, is_integer, rounded
 from jmp_lite.quant._spec import QuantSpec
 
 #: The least scale of a whole float8 array: two of them are multiplied, and the product is to be a normal number.
@@ -29,17 +29,7 @@ class Quantized(NamedTuple):
     scale: Any
 
     def dequantized(self, dtype: DType) -> Any:
-        """Returns the dequantized numbers."""
         return dequantize(self.values, self.scale, dtype)
-
-
-def amax_of(x: Any, spec: QuantSpec, contracted: tuple[int, ...], axis_name: Any) -> jax.Array:
-    """Returns largest magnitudes: of the whole array, over devices too, or along the contracted axes."""
-    is_tensor = spec.granularity == "tensor"
-    shared = None if is_tensor else contracted
-    amax: jax.Array = jnp.max(jnp.abs(lax.stop_gradient(x)), axis=shared, keepdims=not is_tensor, initial=0)
-    amax = amax.astype(FLOAT32)
-    return lax.pmax(amax, axis_name) if is_tensor and axis_name is not None else amax
 
 
 @functools.cache
@@ -71,40 +61,39 @@ def _batch(operands: Any, positions: Any, *, spec: QuantSpec, mapped: int) -> tu
 
 
 def _jvp(_primals: Any, _tangents: Any, *, spec: QuantSpec, **_: Any) -> NoReturn:
-    refuse_second_derivative(spec)
+    """A tangent of bits, which only a second derivative needs."""
+    raise SecondDerivativeError(
+        f"A matmul with an operand in {spec} was differentiated twice; there is no second derivative. Take second "
+        "derivatives of the function without the recipe."
+    )
 
 
-def quantized(x: Any, spec: QuantSpec, contracted: tuple[int, ...], axis_name: Any) -> Quantized:
-    """Quantizes an operand of a matmul; ``jax.checkpoint`` policies see bits and scale under the name ``NAME``.
-
-    Args:
-        x: Floating array.
-        spec: How.
-        contracted: The contracted axes.
-        axis_name: Mapped axes whose devices agree on the scale of a whole tensor.
-    """
+def prepared(x: Any, spec: QuantSpec | None, contracted: tuple[int, ...], axis_name: Any) -> Quantized:
+    """Quantizes an operand if it has a spec; ``jax.checkpoint`` policies see bits and scale under the name ``NAME``."""
+    if spec is None:
+        return unscaled(x)
     spec.observe(x)
-    amax = amax_of(x, spec, contracted, axis_name) if spec.amax is None else jnp.asarray(spec.amax, FLOAT32)
-    if spec.amax is not None and is_integer(spec.dtype):  # integers cannot show what is not finite
-        amax = jnp.where(is_finite(x).all(), amax, jnp.nan)
+    amax = _amax(x, spec, contracted, axis_name)
     scale = absmax_scale(amax, spec.dtype, margin=spec.margin, pow2=spec.pow2)
     if spec.granularity == "tensor" and not is_integer(spec.dtype):
         scale = jnp.maximum(scale, _LEAST_SCALE)
     return Quantized(to_format(jnp.asarray(x), scale, spec), checkpoint_name(scale, NAME))
 
 
+def _amax(x: Any, spec: QuantSpec, contracted: tuple[int, ...], axis_name: Any) -> jax.Array:
+    """Largest magnitudes: fixed, of the whole array and of all devices, or along the contracted axes."""
+    if spec.amax is not None:
+        fixed = jnp.asarray(spec.amax, FLOAT32)  # integers cannot show what is not finite
+        return jnp.where(is_finite(x).all(), fixed, jnp.nan) if is_integer(spec.dtype) else fixed
+    is_tensor = spec.granularity == "tensor"
+    amax = amax_of(x, None if is_tensor else contracted, keepdims=not is_tensor, dtype=spec.dtype)
+    return lax.pmax(amax, axis_name) if is_tensor and axis_name is not None else amax
+
+
 def to_format(x: Any, scale: Any, spec: QuantSpec) -> Any:
     """Rounds an array, divided by a scale that broadcasts with it, to the numbers of a spec."""
     bits = _primitive().bind(x, scale, spec=spec, mapped=0)
     return from_bits(checkpoint_name(bits, NAME), spec.dtype)
-
-
-def refuse_second_derivative(spec: QuantSpec) -> NoReturn:
-    """Raises the error for a derivative of rounding, which only a second derivative needs."""
-    raise SecondDerivativeError(
-        f"A matmul with an operand in {spec} was differentiated twice; there is no second derivative. Take second "
-        "derivatives of the function without the recipe."
-    )
 
 
 def packed(x: Quantized) -> Quantized:
@@ -120,11 +109,6 @@ def unpacked(x: Quantized, spec: QuantSpec | None) -> Quantized:
 def unscaled(x: Any) -> Quantized:
     """An operand that is not quantized."""
     return Quantized(x, jnp.ones((), FLOAT32))
-
-
-def prepared(x: Any, spec: QuantSpec | None, contracted: tuple[int, ...], axis_name: Any) -> Quantized:
-    """Quantizes an operand if it has a spec."""
-    return unscaled(x) if spec is None else quantized(x, spec, contracted, axis_name)
 
 
 def result_dtype(lhs: Any, rhs: Any, preferred_element_type: Any) -> DType:

@@ -7,50 +7,61 @@ References:
     XLA, ``gemm_rewriter.cc``: which patterns become float8 matmuls on NVIDIA GPUs.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 
 from jmp_lite._dtypes import FLOAT32, DType
 from jmp_lite.products._dimensions import Dimensions, Transposed
-from jmp_lite.products._matmul import product
+from jmp_lite.products._matmul import Params, product
 from jmp_lite.quant._operands import Quantized
 from jmp_lite.quant._scale import is_integer
+from jmp_lite.quant._spec import QuantSpec, Specs
 
 
-def scaled_product(
-    lhs: Quantized,
-    rhs: Quantized,
-    dims: Dimensions,
-    dtype: DType,
-    *,
-    precision: Any = None,
-    out_sharding: Any = None,
-    has_exact_scales: bool = False,
-) -> Any:
-    """Multiplies two operands, of which at least one is quantized.
+class Call(NamedTuple):
+    """Everything about a matmul except its operands."""
 
-    Args:
-        lhs: Left operand.
-        rhs: Right operand. If one of the two is wide, the other is cast to its dtype, which is exact.
-        dims: Of the matmul.
-        dtype: Floating dtype of the result.
-        precision: Of the matmul. On NVIDIA GPUs float8 accumulates with fewer bits unless it is HIGHEST.
-        out_sharding: As for ``lax.dot_general``.
-        has_exact_scales: Whether scales are powers of two; bfloat16 results then need no float32 intermediate.
+    dims: Dimensions
+    specs: Specs
+    dtype: DType
+    """Of the result."""
+    operand_dtype: DType
+    """Of matmuls that are not quantized: the narrowest of operands and result has all the digits needed."""
+    precision: Any
+    """Of matmuls that are not quantized."""
+    out_sharding: Any
+
+    @property
+    def params(self) -> Params:
+        """The parameters of ``lax.dot_general``, but for the dtype of the result."""
+        given = {"dimension_numbers": self.dims, "precision": self.precision, "out_sharding": self.out_sharding}
+        return tuple(given.items())
+
+
+def plain_product(lhs: Any, rhs: Any, call: Call) -> Any:
+    """Multiplies two arrays that are not quantized, or not any more."""
+    return product(lhs, rhs, call.operand_dtype, call.params, call.dtype)
+
+
+def scaled_product(lhs: Quantized, rhs: Quantized, call: Call, specs: Sequence[QuantSpec | None]) -> Any:
+    """Multiplies two operands, of which at least one is quantized; a narrower one is cast to the other, exactly.
+
+    If the scales of all ``specs`` are powers of two, bfloat16 results need no float32 intermediate. On NVIDIA GPUs
+    float8 accumulates with fewer bits unless the precision is HIGHEST.
     """
-    params = {"dimension_numbers": dims, "precision": precision, "out_sharding": out_sharding}
     left, right = lhs.values, rhs.values
     if left.dtype.itemsize == right.dtype.itemsize == 1:
-        is_exact = has_exact_scales and dtype == jnp.bfloat16
-        added_up_in = jnp.int32 if is_integer(left.dtype) else dtype if is_exact else FLOAT32
-        result = lax.dot_general(left, right, preferred_element_type=added_up_in, **params)
+        is_exact = call.dtype == jnp.bfloat16 and all(spec is not None and spec.pow2 for spec in specs)
+        added_up_in = jnp.int32 if is_integer(left.dtype) else call.dtype if is_exact else FLOAT32
+        result = lax.dot_general(left, right, preferred_element_type=added_up_in, **dict(call.params))
         result = result if is_exact else result.astype(FLOAT32)
     else:
         wide = max(left.dtype, right.dtype, key=lambda dtype: dtype.itemsize)
-        result = product(left.astype(wide), right.astype(wide), wide, tuple(params.items()), FLOAT32)
-    return _scaled(result, lhs.scale, rhs.scale, dims, is_whole=is_integer(left.dtype)).astype(dtype)
+        result = product(left.astype(wide), right.astype(wide), wide, call.params, FLOAT32)
+    return _scaled(result, lhs.scale, rhs.scale, call.dims, is_whole=is_integer(left.dtype)).astype(call.dtype)
 
 
 def _scaled(result: Any, lhs_scale: Any, rhs_scale: Any, dims: Dimensions, *, is_whole: bool) -> Any:
@@ -75,14 +86,9 @@ def _along_result(scale: Any, ndim: int, dims: Dimensions, side: int) -> Any:
 
 
 def folded(cotangent: Any, scale: Any, found: Transposed) -> Any:
-    """Multiplies a cotangent by the scales of the other operand along axes that the two share.
+    """Multiplies a cotangent by the scale of the other operand, of its rank, along axes that the two share.
 
     Per-channel scales lie along axes that the transposed matmul contracts, so they cannot be applied to its result.
-
-    Args:
-        cotangent: Of the result.
-        scale: Of the other operand, with as many axes.
-        found: The transposed matmul.
     """
     axes = [found.dims.contracted[operand] + found.dims.batched[operand] for operand in (0, 1)]
     shared = dict(zip(axes[found.position], axes[1 - found.position], strict=True))

@@ -11,7 +11,7 @@ from jmp_lite.errors import InvalidRecipeError
 from jmp_lite.products._matmul import RoundsOperands
 from jmp_lite.quant._dot import scaled_dot
 from jmp_lite.quant._emulated import quantized_conv, quantized_ragged_dot
-from jmp_lite.quant._spec import QuantSpec, Specs
+from jmp_lite.quant._spec import Specs
 from jmp_lite.quant._tiles import has_kernel
 
 
@@ -30,7 +30,7 @@ class DotRecipe(Specs, RoundsOperands):
             the rounding of the operands (straight-through).
         axis_name: Mapped axes (``pmap``, ``shard_map``) whose devices agree on per-array scales. Under ``jit`` they
             always agree.
-        matmuls: Which matmuls ``autocast`` quantizes: ``"weights"``, those with an argument or a constant of the
+        products: Which matmuls ``autocast`` quantizes: ``"weights"``, those with an argument or a constant of the
             function, possibly cast, moved or sliced; or ``"all"``, also those of two activations, such as attention
             scores.
         sites: Recipes for single name scopes under ``autocast``, from ``calibrate``.
@@ -77,8 +77,7 @@ class DotRecipe(Specs, RoundsOperands):
 
     def at(self, scope: str) -> "DotRecipe":
         """Returns the recipe for a name scope; without calibration, the one that computes its scales at run time."""
-        found = dict(self.sites).get(scope)
-        return found or (dataclasses.replace(self, sites=()) if self.sites else self)
+        return dict(self.sites).get(scope) or (dataclasses.replace(self, sites=()) if self.sites else self)
 
     def static(self, *, lhs: float | None = None, rhs: float | None = None, grad: float | None = None) -> "DotRecipe":
         """Fixes scales, so quantizing needs no pass over the operands to find them.
@@ -149,65 +148,48 @@ class DotRecipe(Specs, RoundsOperands):
 
     def instead_of(self, primitive: str) -> Callable[..., Any] | None:
         """Returns the replacement of a primitive, with its parameters; tiles are for matmuls only."""
-        products: dict[str, Callable[..., Any]] = {
-            "dot_general": self,
-            "conv_general_dilated": self.conv,
-            "ragged_dot_general": self.ragged_dot,
-        }
-        return products.get(primitive) if primitive == "dot_general" or not self.is_tiled else None
+        if self.is_tiled:
+            return super().instead_of(primitive)
+        others: Any = {"conv_general_dilated": self.conv, "ragged_dot_general": self.ragged_dot}
+        return others.get(primitive) or super().instead_of(primitive)
 
     def speed(self, primitive: str) -> str:
         """Returns a note on the speed of the replacement of a primitive."""
         if primitive != "dot_general" or not self.is_tiled:
             return super().speed(primitive)
-        is_fast = has_kernel(self.spec(0), self.spec(1))
-        return ", at the speed of the compute dtype" + ", but on NVIDIA Blackwell" * is_fast
+        return ", at the speed of the compute dtype" + ", but on NVIDIA Blackwell" * has_kernel(*self.operands)
 
 
 #: e4m3 forward, e5m2 for gradients, one scale per tensor, which is a power of two.
-FP8 = DotRecipe(QuantSpec("e4m3", pow2=True), QuantSpec("e4m3", pow2=True), QuantSpec("e5m2", pow2=True))
+FP8 = DotRecipe("e4m3:pow2", "e4m3:pow2", "e5m2:pow2")
 #: e4m3 throughout, one scale per row of activations, per output channel of kernels.
-FP8_ROWWISE = DotRecipe(*[QuantSpec("e4m3", "channel", pow2=True)] * 3)
+FP8_ROWWISE = DotRecipe(*["e4m3:channel:pow2"] * 3)
 #: int8 forward, as in the deployed model; gradients of the compute dtype.
-INT8_QAT = DotRecipe(QuantSpec("int8", "channel"), QuantSpec("int8", "channel"))
+INT8_QAT = DotRecipe("int8:channel", "int8:channel")
 #: int8 forward and backward; gradients are rounded stochastically.
-INT8_TRAIN = DotRecipe(
-    QuantSpec("int8", "channel"), QuantSpec("int8", "channel"), QuantSpec("int8", "channel", stochastic=True)
-)
+INT8_TRAIN = DotRecipe("int8:channel", "int8:channel", "int8:channel:stochastic")
 #: int8 kernels; matmuls of the compute dtype.
-W8A16 = DotRecipe(None, QuantSpec("int8", "channel"))
+W8A16 = DotRecipe(None, "int8:channel")
 #: int8 kernels and activations: ``INT8_QAT`` under the name that deployments use.
 W8A8 = INT8_QAT
 #: The same with one scale for all activations of a matmul, which ``calibrate`` fixes.
-W8A8_STATIC = DotRecipe(QuantSpec("int8"), QuantSpec("int8", "channel"))
+W8A8_STATIC = DotRecipe("int8", "int8:channel")
 #: int4 kernels, one scale for 128 neighbors of what is added up; matmuls of the compute dtype.
-W4A16 = DotRecipe(None, QuantSpec("int4", tile=128))
+W4A16 = DotRecipe(None, "int4:tile128")
 #: The microscaling format of float8: e4m3, 32 neighbors share a power of two; multiplied as it is on Blackwell.
-MXFP8 = DotRecipe(*[QuantSpec("e4m3", tile=32, pow2=True)] * 3)
+MXFP8 = DotRecipe(*["e4m3:tile32:pow2"] * 3)
 #: NVIDIA's format of 4 bits: e2m1, 16 neighbors share a scale in e4m3; multiplied as it is on Blackwell.
-NVFP4 = DotRecipe(*[QuantSpec("e2m1", tile=16, scale_dtype="e4m3")] * 3)
+NVFP4 = DotRecipe(*["e2m1:tile16:scale_e4m3"] * 3)
 
-_NAMED = {
-    "fp8": FP8,
-    "fp8_rowwise": FP8_ROWWISE,
-    "int8_qat": INT8_QAT,
-    "int8_train": INT8_TRAIN,
-    "w8a16": W8A16,
-    "w8a8": W8A8,
-    "w8a8_static": W8A8_STATIC,
-    "w4a16": W4A16,
-    "mxfp8": MXFP8,
-    "nvfp4": NVFP4,
-}
+_NAMED = {name.lower(): recipe for name, recipe in globals().items() if isinstance(recipe, DotRecipe)}
 
 
 def get_recipe(spec: str | DotRecipe) -> DotRecipe:
     """Returns the recipe for a name, or for the text of ``str(recipe)``.
 
     Args:
-        spec: ``"fp8"``, ``"fp8_rowwise"``, ``"int8_qat"``, ``"int8_train"``, ``"w8a16"``, ``"w8a8"``,
-            ``"w8a8_static"``, ``"w4a16"``, ``"mxfp8"`` or ``"nvfp4"``, in any case; or a text; or a recipe, which is
-            returned unchanged.
+        spec: The name of a recipe of this chapter, such as ``"fp8"`` or ``"w8a16"``, in any case; or a text; or a
+            recipe, which is returned unchanged.
 
     Raises:
         InvalidRecipeError: If it is none of these.
@@ -240,16 +222,13 @@ def _parse(text: str) -> DotRecipe | None:
     except ValueError:
         return None
     parts = [part.partition("=") for part in text.split(",")]
-    fields = {name.strip(): value.strip() for name, _, value in parts}
+    fields: dict[str, Any] = {name.strip(): value.strip() for name, _, value in parts}
     is_known = {"lhs", "rhs"} <= set(fields) <= {"lhs", "rhs", "grad", "axis_name", "products"}
     if not is_known or len(fields) < len(parts) or "" in fields.values():
         return None
-    axes = tuple(fields["axis_name"].split("+")) if "axis_name" in fields else ()
-    axis_name = axes[0] if len(axes) == 1 else axes or None
-    grad = fields.get("grad", "none")
-    products = fields.get("products", "weights")
-    sites = tuple((scope, get_recipe(own)) for scope, own in found.items())
-    return DotRecipe(fields["lhs"], fields["rhs"], grad, axis_name=axis_name, products=products, sites=sites)
+    if "+" in fields.get("axis_name", ""):
+        fields["axis_name"] = tuple(fields["axis_name"].split("+"))
+    return DotRecipe(**fields, sites=tuple((scope, get_recipe(own)) for scope, own in found.items()))
 
 
 def scaled_dot_general(
@@ -325,7 +304,7 @@ def scaled_conv(
         padding: As for ``lax.conv_general_dilated``.
         recipe: A recipe or its name; ``recipe.conv`` is this function with the recipe filled in, for Flax and autocast:
             ``nn.Conv(conv_general_dilated=FP8.conv)``, ``ops={"conv_general_dilated": FP8.conv}``.
-        **params: The other parameters of ``lax.conv_general_dilated``.
+        **params: Its other parameters.
 
     Returns:
         An array of the shape that ``lax.conv_general_dilated`` returns.

@@ -42,7 +42,6 @@ def checked_format(dtype: Any) -> DType:
 
 
 def is_integer(dtype: DType) -> bool:
-    """Whether a format is an integer format."""
     return bool(jnp.issubdtype(dtype, jnp.integer))
 
 
@@ -51,16 +50,26 @@ def largest(dtype: DType) -> float:
     return float(jnp.iinfo(dtype).max if is_integer(dtype) else jnp.finfo(dtype).max)  # type: ignore[no-untyped-call]
 
 
+def amax_of(x: Any, axis: Any = None, *, keepdims: bool = False, dtype: DType | None = None) -> jax.Array:
+    """Returns the largest magnitudes along axes in float32, for scales of a format.
+
+    NaN counts as infinite: XLA on CPU loses NaN in a maximum. Floats of 8 bits show it themselves.
+    """
+    x = lax.stop_gradient(jnp.asarray(x))
+    amax = jnp.max(jnp.abs(x), axis=axis, keepdims=keepdims, initial=0).astype(FLOAT32)
+    if dtype is not None and dtype not in OF_4_BITS and not is_integer(dtype):
+        return amax
+    return jnp.where(jnp.isnan(x).any(axis=axis, keepdims=keepdims), jnp.inf, amax)
+
+
 def absmax_scale(amax: Any, dtype: Any, *, margin: int = 0, pow2: bool = False) -> jax.Array:
     """Returns the scale that maps the largest magnitude of an array to the largest number of a format.
 
     Args:
-        amax: Largest magnitudes, of any shape. Infinities and NaN give scales that are not finite, and so matmuls
-            that are not finite: a loss scale sees them.
+        amax: Largest magnitudes, of any shape. Infinities and NaN give scales and so matmuls that are not finite.
         dtype: ``float8_e4m3fn``, ``float8_e5m2``, ``int8``, ``float4_e2m1fn`` or ``int4``.
         margin: Leaves room for values ``2**margin`` times as large.
-        pow2: Rounds the scale up to a power of two, so scaling is exact. It costs no accuracy in floating formats, and
-            up to one bit in int8.
+        pow2: Rounds the scale up to a power of two: scaling is exact, and int8 loses up to one bit.
 
     Returns:
         ``float32`` of the shape of ``amax``; 1 where that is zero, or so small that the scale would be subnormal.
@@ -85,7 +94,7 @@ def absmax_scale(amax: Any, dtype: Any, *, margin: int = 0, pow2: bool = False) 
 
 
 def _power_of_two_from(x: jax.Array) -> jax.Array:
-    """Returns the least power of two not below a positive normal number, by carrying its mantissa into the exponent."""
+    """The least power of two not below a positive normal number, by carrying its mantissa into the exponent."""
     bits = lax.bitcast_convert_type(x, jnp.uint32) + np.uint32(0x007FFFFF)
     return lax.bitcast_convert_type(bits & np.uint32(0xFF800000), FLOAT32)
 
@@ -98,8 +107,7 @@ def quantize(x: Any, dtype: Any, scale: Any, *, key: jax.Array | None = None) ->
         dtype: ``float8_e4m3fn``, ``float8_e5m2``, ``int8``, ``float4_e2m1fn`` or ``int4``.
         scale: ``float32``; a scalar, or of the rank of ``x`` with size 1 along axes that share a scale, or with the
             number of tiles along a tiled axis.
-        key: A PRNG key for stochastic rounding, which makes the expected value exact; by default round to nearest, ties
-            to even.
+        key: A PRNG key for stochastic rounding, exact in expectation; by default round to nearest, ties to even.
 
     Returns:
         An array of the shape of ``x``. Infinities and NaN become NaN; integers and e2m1 cannot hold them.
@@ -119,10 +127,7 @@ def quantize(x: Any, dtype: Any, scale: Any, *, key: jax.Array | None = None) ->
 
 
 def rounded(x: jax.Array, dtype: DType, scale: Any, bits: jax.Array | None, *, saturates: bool = True) -> jax.Array:
-    """``quantize`` with random bits, ``uint32`` of the shape of ``x``, in place of a key.
-
-    Without ``saturates`` floats beyond the largest of the format become NaN.
-    """
+    """``quantize`` with ``uint32`` bits in place of a key; without ``saturates`` floats out of range become NaN."""
     scaled = x.astype(FLOAT32) / repeated(scale, x.shape)
     if is_integer(dtype):
         whole = jnp.round(scaled) if bits is None else stochastic_floor(bits, scaled)
@@ -174,8 +179,7 @@ def dequantize(q: Any, scale: Any, dtype: Any = jnp.float32) -> jax.Array:
         [  0.5 -63.5]
     """
     q = jnp.asarray(q)
-    dequantized: jax.Array = (q.astype(FLOAT32) * repeated(scale, q.shape)).astype(dtype)
-    return dequantized
+    return jnp.asarray(q.astype(FLOAT32) * repeated(scale, q.shape), dtype)
 
 
 def repeated(scale: Any, shape: tuple[int, ...]) -> Any:

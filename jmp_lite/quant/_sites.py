@@ -1,5 +1,6 @@
 """Finds matmuls of an activation and a weight without other uses in a program, to inspect the activation."""
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -120,8 +121,8 @@ class _Sites(Search):
 
 
 def _moves(eqn: Equation) -> bool:
-    is_integer = not jnp.issubdtype(getattr(eqn.outvars[0].aval, "dtype", np.void), jnp.floating)
-    return eqn.primitive.name in _MOVES and not is_integer
+    is_floating = jnp.issubdtype(getattr(eqn.outvars[0].aval, "dtype", np.void), jnp.floating)
+    return eqn.primitive.name in _MOVES and bool(is_floating)
 
 
 class Call(NamedTuple):
@@ -138,6 +139,16 @@ class Call(NamedTuple):
     def run(self, look: Look) -> Any:
         """Calls the function with each such activation replaced by the result of ``look``."""
         return self.traced.output(_evaluated(self.traced.jaxpr, self.traced.arrays, self.places, look))
+
+    def watch(self, measured: Callable[[Any], tuple[Any, ...]], note: Callable[..., None]) -> None:
+        """Calls the function, and ``note`` with what is measured of the rows of each activation."""
+
+        def look(site: Site, x: Any) -> Any:
+            jax.debug.callback(functools.partial(note, site), *measured(site.rows(x)))
+            return x
+
+        self.run(look)
+        jax.effects_barrier()
 
 
 def call(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:

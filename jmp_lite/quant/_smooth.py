@@ -16,6 +16,7 @@ from jmp_lite._tree import path_string
 from jmp_lite.errors import InvalidRecipeError
 from jmp_lite.quant._array import dequantize_tree
 from jmp_lite.quant._batches import checked
+from jmp_lite.quant._scale import amax_of
 from jmp_lite.quant._sites import Call, Site, call, not_finite
 
 T = TypeVar("T")
@@ -29,10 +30,10 @@ def smooth(
 ) -> tuple[Callable[..., Any], T]:
     """Makes the activations of a function easier to quantize by shifting their largest channels into the weights.
 
-    In real activations a few channels can be a hundred times larger than the rest, and a shared scale rounds the rest
-    to zero. ``smooth`` turns each matmul ``x @ w`` into ``(x / s) @ (s * w)``, with one factor per contracted channel.
-    Factors are powers of two, which cause no rounding: without quantization the result is the same. All matmuls of a
-    weight, and all iterations of a loop, share its factors.
+    A few channels can be a hundred times larger than the rest, and a shared scale rounds the rest to zero. ``smooth``
+    turns each matmul ``x @ w`` into ``(x / s) @ (s * w)``, with one factor per contracted channel. Factors are powers
+    of two: without quantization the result is the same. All matmuls of a weight, and all iterations of a loop, share
+    its factors.
 
     It smooths a weight if the function uses it only in matmuls or ``ragged_dot``, over the same axes. It leaves other
     weights alone: convolution kernels, lookup tables, weights that are summed or normalized first, and weights inside
@@ -77,15 +78,10 @@ def smooth(
         key = site.weight, site.contracted
         largest[key] = np.maximum(largest.get(key, 0), site.in_weight(np.asarray(amax)))
 
-    def watch(site: Site, x: Any) -> Any:
-        jax.debug.callback(functools.partial(note, site), jnp.max(jnp.abs(site.rows(x)), axis=0, initial=0))
-        return x
-
     for batch in checked(batches, "smooth", params):
         found = call(fun, (params, *batch), {})
         refused |= found.refused
-        found.run(watch)
-    jax.effects_barrier()
+        found.watch(lambda rows: (amax_of(rows, 0),), note)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
     arrays = {path_string(path): leaf for path, leaf in leaves}
     seen = collections.Counter(weight for weight, _ in largest)
@@ -110,12 +106,12 @@ def smooth(
 
 def _check_paths(params: Any, factors: Factors) -> None:
     there = {path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
-    missing = next((weight for weight, _ in factors if weight not in there), None)
-    if missing is not None:
-        raise InvalidRecipeError(
-            f"The parameters lack {quote(missing)}, which smooth scaled. Pass the tree that it returned, or what "
-            "quantize_tree makes of it."
-        )
+    for weight, _ in factors:
+        if weight not in there:
+            raise InvalidRecipeError(
+                f"The parameters lack {quote(weight)}, which smooth scaled. Pass the tree that it returned, or what "
+                "quantize_tree makes of it."
+            )
 
 
 def _check_uses(found: Call, factors: Factors) -> None:

@@ -67,10 +67,10 @@ class QuantSpec:
         if problem:
             raise InvalidRecipeError(f"{problem}.")
         if self.amax is not None:
-            object.__setattr__(self, "amax", self._checked(self.amax))
+            object.__setattr__(self, "amax", float(self.amax))
 
     def _problems(self) -> list[tuple[bool, str]]:
-        name = _NAMES[self.dtype]
+        name, granularity = _NAMES[self.dtype], self._granularity()
         return [
             (
                 self.granularity not in ("tensor", "channel"),
@@ -93,18 +93,15 @@ class QuantSpec:
                 type(self.margin) is not int or abs(self.margin) > _LARGEST_MARGIN,
                 f"margin must be a whole number of powers of two, at most {_LARGEST_MARGIN}, got {self.margin!r}",
             ),
+            (
+                self.amax is not None and not _is_positive_number(self.amax),
+                f"amax must be a positive number, got {self.amax!r}",
+            ),
+            (
+                self.amax is not None and self.granularity != "tensor",
+                f"amax={self.amax!r} is one number, and {granularity!r} asks for several: leave out one of the two",
+            ),
         ]
-
-    def _checked(self, amax: Any) -> float:
-        is_number = isinstance(amax, (int, float, np.number, np.ndarray, jax.Array)) and np.ndim(amax) == 0
-        if not is_number or not 0 < float(amax) < math.inf:
-            raise InvalidRecipeError(f"amax must be a positive number, got {amax!r}.")
-        if self.granularity != "tensor":
-            raise InvalidRecipeError(
-                f"amax={amax!r} is one number, and {self._granularity()!r} asks for several scales: leave out one of "
-                "the two."
-            )
-        return float(amax)
 
     def observe(self, x: Any) -> None:
         """Receives every array that this spec quantizes; ``calibrate`` overrides it."""
@@ -122,6 +119,11 @@ class QuantSpec:
         return ":".join(parts)
 
 
+def _is_positive_number(value: Any) -> bool:
+    is_number = isinstance(value, (int, float, np.number, np.ndarray, jax.Array)) and np.ndim(value) == 0
+    return is_number and 0 < float(value) < math.inf
+
+
 def parse_spec(text: str) -> QuantSpec | None:
     """Reads what ``str(spec)`` wrote; ``none`` is not a spec.
 
@@ -133,30 +135,26 @@ def parse_spec(text: str) -> QuantSpec | None:
     name, *options = text.split(":")
     settings: dict[str, Any] = {}
     for option in options:
-        if option in ("pow2", "stochastic"):
-            settings[option] = True
-        elif option in ("tensor", "channel"):
-            settings["granularity"] = option
-        elif option.startswith("margin") and option[6:].removeprefix("-").isdigit():
-            settings["margin"] = int(option[6:])
-        elif option.startswith("tile") and option[4:].isdigit():
-            settings["tile"] = int(option[4:])
-        elif option.startswith("scale_"):
-            settings["scale_dtype"] = option[6:]
-        elif option.startswith("amax") and (amax := _number(option[4:])) is not None:
-            settings["amax"] = amax
-        else:
+        try:
+            settings |= _setting(option)
+        except ValueError:
             raise InvalidRecipeError(
                 f"{option!r} in {text!r} is not known. Write for example 'e4m3:pow2', 'int8:channel' or 'int4:tile128'."
-            )
+            ) from None
     return QuantSpec(name, **settings)
 
 
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
+def _setting(option: str) -> dict[str, Any]:
+    if option in ("pow2", "stochastic"):
+        return {option: True}
+    if option in ("tensor", "channel"):
+        return {"granularity": option}
+    if option.startswith("scale_"):
+        return {"scale_dtype": option.removeprefix("scale_")}
+    for name, number in (("margin", int), ("tile", int), ("amax", float)):
+        if option.startswith(name):
+            return {name: number(option.removeprefix(name))}
+    raise ValueError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,10 +177,14 @@ class Specs:
         if problem:
             raise InvalidRecipeError(f"{problem}, got {self}.")
 
+    @property
+    def operands(self) -> tuple[QuantSpec | None, QuantSpec | None]:
+        """The specs of the left and the right operand."""
+        return self.lhs, self.rhs  # type: ignore[return-value]
+
     def spec(self, side: int) -> QuantSpec | None:
         """Returns the spec of the left (0) or the right (1) operand."""
-        spec: Any = (self.lhs, self.rhs)[side]
-        return spec  # type: ignore[no-any-return]
+        return self.operands[side]
 
     def kept(self, side: int) -> QuantSpec | None:
         """Returns the spec of the operand as a residual; with tiles, residuals are not quantized."""
@@ -191,17 +193,15 @@ class Specs:
     @property
     def of_gradients(self) -> QuantSpec | None:
         """The spec of cotangents."""
-        spec: Any = self.grad
-        return spec  # type: ignore[no-any-return]
+        return self.grad  # type: ignore[return-value]
 
     @property
     def is_tiled(self) -> bool:
         """Whether any scale is per tile, which is too fine to apply to the result of a matmul."""
-        specs = (self.spec(0), self.spec(1), self.of_gradients)
-        return any(spec is not None and spec.tile is not None for spec in specs)
+        return any(spec is not None and spec.tile is not None for spec in (*self.operands, self.of_gradients))
 
     def _problems(self) -> list[tuple[bool, str]]:
-        operands = [spec for spec in (self.spec(0), self.spec(1)) if spec is not None]
+        operands = [spec for spec in self.operands if spec is not None]
         grads = [spec for spec in (self.of_gradients,) if spec is not None]
         specs = operands + grads
         e5m2 = [sum(spec.dtype == FORMATS["e5m2"] for spec in group) for group in (operands, grads)]

@@ -8,7 +8,6 @@ References:
     ``jax.nn.scaled_matmul``; DeepSeek-AI, "DeepSeek-V3 Technical Report", arXiv:2412.19437, section 3.3.
 """
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -20,12 +19,11 @@ from jax import lax
 from jmp_lite._compat import mesh_is_explicit, sharding_in_type, varying_axes
 from jmp_lite._dtypes import FLOAT32, DType
 from jmp_lite.products._dimensions import Axes, Dimensions
-from jmp_lite.products._matmul import product
 from jmp_lite.quant._operands import prepared, to_format
-from jmp_lite.quant._scale import FORMATS, SMALLEST_NORMAL, absmax_scale, largest
+from jmp_lite.quant._product import Call, plain_product
+from jmp_lite.quant._scale import FORMATS, SMALLEST_NORMAL, absmax_scale, amax_of, largest
 from jmp_lite.quant._spec import QuantSpec
 
-Operand = tuple[Any, QuantSpec | None]
 _SMALLEST_E4M3 = 2.0**-9
 #: The first major compute capability with units for tiles.
 _BLACKWELL = 10
@@ -35,7 +33,7 @@ def tile_scale(amax: Any, spec: QuantSpec, axis_name: Any = None) -> tuple[jax.A
     """Returns the scales of tiles with these largest magnitudes, and a common factor."""
     if spec.scale_dtype is None:
         return absmax_scale(amax, spec.dtype, margin=spec.margin, pow2=spec.pow2), jnp.ones((), FLOAT32)
-    amax = amax.astype(FLOAT32) * (2.0**spec.margin / largest(spec.dtype))
+    amax = amax * (2.0**spec.margin / largest(spec.dtype))
     of_all = jnp.max(amax, initial=0) * (1 / largest(spec.scale_dtype))  # XLA divides by constants so
     whole = jnp.maximum(of_all if axis_name is None else lax.pmax(of_all, axis_name), SMALLEST_NORMAL)
     whole = jnp.where(jnp.isfinite(whole), whole, jnp.nan)  # neither e2m1 nor an infinite scale would show it
@@ -62,18 +60,14 @@ def _order(ndim: int, dims: Dimensions, side: int) -> list[Axes]:
     return [dims.batched[side], dims.kept(side, ndim), dims.contracted[side]]
 
 
-def _sizes(shape: Sequence[int], groups: Sequence[Axes]) -> list[int]:
-    return [math.prod(shape[axis] for axis in axes) for axes in groups]
-
-
-def _tiled(x: Any, spec: QuantSpec, dims: Dimensions, side: int, axis_name: Any) -> _Tiles:
-    groups, tile = _order(x.ndim, dims, side), spec.tile or 1
-    batch, rows, columns = _sizes(x.shape, groups)
+def _tiled(x: Any, spec: QuantSpec, side: int, call: Call) -> _Tiles:
+    groups, tile = _order(x.ndim, call.dims, side), spec.tile or 1
+    batch, rows, columns = (math.prod(x.shape[axis] for axis in axes) for axes in groups)
     matrix = lax.transpose(_gathered(x, groups[2]), sum(groups, ())).reshape(batch, rows, columns)
     padded = jnp.pad(matrix, ((0, 0), (0, 0), (0, -columns % tile)))
     tiles = padded.reshape(batch, rows, -(-columns // tile), tile)
-    amax = jnp.max(jnp.abs(lax.stop_gradient(tiles)), axis=-1, keepdims=True, initial=0).astype(FLOAT32)
-    scale, whole = tile_scale(amax, spec, axis_name)
+    amax = amax_of(tiles, -1, keepdims=True, dtype=spec.dtype)
+    scale, whole = tile_scale(amax, spec, call.specs.axis_name)
     return _Tiles(to_format(tiles, scale * whole, spec), scale, whole)
 
 
@@ -86,32 +80,22 @@ def _gathered(x: Any, axes: Axes) -> Any:
     return jax.sharding.reshard(x, jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*spec)))
 
 
-def rounded(x: Any, spec: QuantSpec | None, dims: Dimensions, side: int, *, axis_name: Any, dtype: DType) -> Any:
-    """Returns a matmul operand, quantized and dequantized."""
+def both_rounded(lhs: Any, rhs: Any, call: Call, specs: Sequence[QuantSpec | None]) -> tuple[Any, Any]:
+    """Returns both operands, quantized and dequantized."""
+    return _rounded(lhs, specs[0], 0, call), _rounded(rhs, specs[1], 1, call)
+
+
+def _rounded(x: Any, spec: QuantSpec | None, side: int, call: Call) -> Any:
     if spec is None:
-        return x.astype(dtype)
+        return x.astype(call.operand_dtype)
     if spec.tile is None:
-        return prepared(x, spec, dims.contracted[side], axis_name).dequantized(dtype)
-    tiles, groups = _tiled(x, spec, dims, side, axis_name), _order(x.ndim, dims, side)
-    numbers = (tiles.values.astype(FLOAT32) * (tiles.scale * tiles.whole)).astype(dtype)
+        whole = prepared(x, spec, call.dims.contracted[side], call.specs.axis_name)
+        return whole.dequantized(call.operand_dtype)
+    tiles, groups = _tiled(x, spec, side, call), _order(x.ndim, call.dims, side)
+    numbers = (tiles.values.astype(FLOAT32) * (tiles.scale * tiles.whole)).astype(call.operand_dtype)
     order, columns = sum(groups, ()), math.prod(x.shape[axis] for axis in groups[2])
     moved = tiles._replace(values=numbers).matrix()[:, :, :columns].reshape([x.shape[axis] for axis in order])
     return lax.transpose(moved, [order.index(axis) for axis in range(x.ndim)])
-
-
-def both_rounded(
-    lhs: Any, rhs: Any, specs: Sequence[QuantSpec | None], dims: Dimensions, *, axis_name: Any, dtype: DType
-) -> tuple[Any, Any]:
-    """Returns both operands as ``rounded``, in the narrowest dtype of the two and the result."""
-    wide = narrowest(lhs, rhs, dtype)
-    left = rounded(lhs, specs[0], dims, 0, axis_name=axis_name, dtype=wide)
-    return left, rounded(rhs, specs[1], dims, 1, axis_name=axis_name, dtype=wide)
-
-
-def narrowest(lhs: Any, rhs: Any, dtype: DType) -> DType:
-    """Returns the dtype to compute a matmul in: the narrowest of the three has all the digits needed."""
-    found: DType = min(lhs.dtype, rhs.dtype, dtype, key=lambda dtype: dtype.itemsize)
-    return found
 
 
 def has_kernel(*specs: QuantSpec | None) -> bool:
@@ -122,23 +106,25 @@ def has_kernel(*specs: QuantSpec | None) -> bool:
     return None not in specs and (is_mx or (kinds == {(16, False, FORMATS["e4m3"])} and dtypes == {FORMATS["e2m1"]}))
 
 
-def tiled_product(
-    lhs: Operand,
-    rhs: Operand,
-    dims: Dimensions,
-    dtype: DType,
-    *,
-    axis_name: Any,
-    precision: Any = None,
-    out_sharding: Any = None,
-) -> Any:
-    """Multiplies two arrays, each with its spec, of which at least one has tiles; supports any dimension numbers."""
-    (left, of_left), (right, of_right) = lhs, rhs
-    params = {"specs": (of_left, of_right), "dimension_numbers": dims, "dtype": dtype, "axis_name": axis_name}
-    is_split = mesh_is_explicit() or varying_axes(left) or varying_axes(right)
-    if is_split or out_sharding is not None or not (has_kernel(of_left, of_right) and has_units()):
-        return emulated_product(left, right, **params, precision=precision, out_sharding=out_sharding)
-    return _multiplied(left, right, **params)
+def tiled_product(lhs: Any, rhs: Any, call: Call, specs: Sequence[QuantSpec | None]) -> Any:
+    """Multiplies two arrays, at least one of which has a spec with tiles; supports any dimension numbers."""
+
+    def emulated(lhs: Any, rhs: Any) -> Any:
+        return plain_product(*both_rounded(lhs, rhs, call, specs), call)
+
+    is_split = mesh_is_explicit() or varying_axes(lhs) or varying_axes(rhs)
+    if is_split or call.out_sharding is not None or not (has_kernel(*specs) and has_units()):
+        return emulated(lhs, rhs)
+
+    @jax.custom_batching.custom_vmap
+    def multiply(lhs: Any, rhs: Any) -> Any:
+        return kernel_product(lhs, rhs, call, specs)
+
+    @multiply.def_vmap  # which JAX's matmul of tiles may not support
+    def _(_: int, is_mapped: Sequence[bool], lhs: Any, rhs: Any) -> tuple[Any, bool]:
+        return jax.vmap(emulated, in_axes=[0 if mapped else None for mapped in is_mapped])(lhs, rhs), True
+
+    return multiply(lhs, rhs)
 
 
 def has_units() -> bool:
@@ -148,50 +134,16 @@ def has_units() -> bool:
     return device.platform == "gpu" and major.isdigit() and int(major) >= _BLACKWELL
 
 
-def _multiplied(lhs: Any, rhs: Any, **params: Any) -> Any:
-    """The tiled matmul; under ``vmap``, which JAX's may not support, the matmul of dequantized operands."""
-
-    @jax.custom_batching.custom_vmap
-    def multiply(lhs: Any, rhs: Any) -> Any:
-        return kernel_product(lhs, rhs, **params)
-
-    @multiply.def_vmap
-    def _(_: int, is_mapped: Sequence[bool], lhs: Any, rhs: Any) -> tuple[Any, bool]:
-        emulated: Any = functools.partial(emulated_product, **params)
-        return jax.vmap(emulated, in_axes=[0 if mapped else None for mapped in is_mapped])(lhs, rhs), True
-
-    return multiply(lhs, rhs)
-
-
-def emulated_product(
-    lhs: Any,
-    rhs: Any,
-    *,
-    specs: Sequence[QuantSpec | None],
-    dimension_numbers: Dimensions,
-    dtype: DType,
-    axis_name: Any,
-    precision: Any = None,
-    out_sharding: Any = None,
-) -> Any:
-    """Multiplies dequantized operands, in the narrowest dtype of the two operands and the result."""
-    left, right = both_rounded(lhs, rhs, specs, dimension_numbers, axis_name=axis_name, dtype=dtype)
-    params = {"dimension_numbers": dimension_numbers, "precision": precision, "out_sharding": out_sharding}
-    return product(left, right, left.dtype, tuple(params.items()), dtype)
-
-
-def kernel_product(
-    lhs: Any, rhs: Any, *, specs: Any, dimension_numbers: Dimensions, dtype: DType, axis_name: Any
-) -> Any:
+def kernel_product(lhs: Any, rhs: Any, call: Call, specs: Any) -> Any:
     """Multiplies two arrays with ``jax.nn.scaled_matmul``, which XLA runs with cuDNN on Blackwell."""
-    dims = dimension_numbers
-    left, right = (_tiled(x, specs[side], dims, side, axis_name) for side, x in enumerate((lhs, rhs)))
+    dims = call.dims
+    left, right = (_tiled(x, specs[side], side, call) for side, x in enumerate((lhs, rhs)))
     of_scales = specs[0].scale_dtype or jnp.float8_e8m0fnu
     of_left, of_right = (tiles.scale[..., 0].astype(of_scales) for tiles in (left, right))
     result = jax.nn.scaled_matmul(left.matrix(), right.matrix(), of_left, of_right, FLOAT32)
     shape = [lhs.shape[axis] for axis in (*dims.batched[0], *dims.kept(0, lhs.ndim))]
     shape += [rhs.shape[axis] for axis in dims.kept(1, rhs.ndim)]
-    return (result * (left.whole * right.whole)).astype(dtype).reshape(shape)
+    return (result * (left.whole * right.whole)).astype(call.dtype).reshape(shape)
 
 
 # --- Arrays that are held -------------------------------------------------------------------------
@@ -212,9 +164,9 @@ def tile_lengths(shape: Sequence[int], shared: Axes, tile: int | None) -> tuple[
     return tuple(lengths)
 
 
-def amax_of_tiles(x: Any, lengths: Sequence[int]) -> Any:
+def amax_of_tiles(x: Any, lengths: Sequence[int], dtype: DType) -> Any:
     """Returns the largest magnitude of each tile; with size 1 along axes that are one tile."""
     shape = [
         size for n, length in zip(x.shape, lengths, strict=True) for size in (-(-n // length) or 1, min(n, length))
     ]
-    return jnp.max(jnp.abs(jnp.asarray(x).reshape(shape)), axis=tuple(range(1, len(shape), 2)), initial=0)
+    return amax_of(jnp.asarray(x).reshape(shape), tuple(range(1, len(shape), 2)), dtype=dtype)

@@ -97,6 +97,13 @@ def test_what_is_not_finite_stays_so(rng, name, value):
     assert_identical(np.delete(bad, 2, axis=1), np.delete(good, 2, axis=1))
 
 
+@pytest.mark.parametrize("spec", ["int8", "e4m3", quant.QuantSpec("int4", tile=2**15)], ids=str)
+def test_a_large_array_hides_no_nan(spec):
+    """XLA on CPU loses NaN in a maximum of that many."""
+    quantize = jax.jit(lambda x: quantize_array(x, spec).dequantize())
+    assert not np.isfinite(quantize(jnp.ones(2**15).at[77].set(np.nan))).all()
+
+
 # --- As a pytree ----------------------------------------------------------------------------------
 
 
@@ -262,6 +269,11 @@ def test_default_choice_is_kernels(rng):
     }
     assert quantized["Embed_0"]["embedding"] is params["Embed_0"]["embedding"]
     assert quantized["name"] == "model"
+
+
+def test_experts_and_layers_have_their_own_scales(rng):
+    """The first axis of a stack shares nothing."""
+    assert quantize_tree(normal(rng, 5, 8, 3)).scale.shape == (5, 1, 3)
 
 
 def test_choice_and_axes_by_path(rng):

@@ -373,11 +373,12 @@ def test_the_least_error_is_found(kind, rng):
 
 @pytest.mark.parametrize("method", ["absmax", "percentile", "mse"])
 def test_methods_meet_zeros_and_what_is_not_finite(method, rng):
-    w, make = jnp.ones((16, 4)), applied(lambda w, x: x @ w)
+    plain = applied(lambda w, x: x @ w)
+    w, make = jnp.ones((16, 4)), lambda dot: jax.jit(plain(dot))
     zeros = quant.calibrate(make, "w8a8_static", [(w, jnp.zeros((4, 16)))], method=method)
     assert zeros.at("").lhs.amax is None
     with pytest.raises(jmp.errors.InvalidRecipeError, match="finite numbers"):
-        quant.calibrate(make, "w8a8_static", [(w, normal(rng, 4, 16).at[1, 1].set(np.nan))], method=method)
+        quant.calibrate(make, "w8a8_static", [(w, normal(rng, 2048, 16).at[1, 1].set(np.nan))], method=method)
 
 
 @pytest.mark.parametrize(

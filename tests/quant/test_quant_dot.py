@@ -254,6 +254,23 @@ def test_fixed_scales_hide_nothing(recipe, bad, side, rng):
     assert not any(is_finite(grads[other]) for other in {0, 1} - {side})
 
 
+@pytest.mark.parametrize("name", ["fp8", "int8_train", "w8a8_static", "nvfp4", "w4a16"])
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_large_array_hides_no_nan(name, side):
+    """XLA on CPU loses NaN in a maximum of so many numbers, and integers have none."""
+    operands = [jnp.ones((1, 2**15)), jnp.ones((2**15, 1))]
+    operands[side] = operands[side].at[(0, 77) if side == 0 else (77, 0)].set(jnp.nan)
+    assert not is_finite(jax.jit(RECIPES[name], static_argnums=2)(*operands, MATMUL))
+
+
+def test_no_device_hides_nan_from_the_others():
+    """The maximum over devices loses it too."""
+    recipe = quant.W8A8_STATIC.replace(axis_name="data")
+    x = jnp.ones((8, 4, 4)).at[3, 1, 2].set(jnp.nan)
+    found = jax.pmap(lambda x: recipe(x, jnp.eye(4), MATMUL), "data")(x)
+    assert not np.isfinite(found).reshape(8, -1).any(axis=1).any()
+
+
 @pytest.mark.parametrize("name", ["fp8_rowwise", "int8_qat", "int8_train"])
 @BAD
 def test_scales_per_row_keep_it_to_the_row(name, bad, rng):

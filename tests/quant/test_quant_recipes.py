@@ -118,7 +118,8 @@ def test_the_function_takes_names_texts_and_recipes(rng):
         np.testing.assert_array_equal(quant.scaled_dot_general(x, x, MATMUL, recipe=recipe), expected)
     image = x[None, None]
     np.testing.assert_array_equal(
-        quant.scaled_conv(image, image, (1, 1), "SAME", recipe="fp8"), quant.FP8.conv(image, image, (1, 1), "SAME")
+        quant.scaled_conv(image, image, window_strides=(1, 1), padding="SAME", recipe="fp8"),
+        quant.FP8.conv(image, image, (1, 1), "SAME"),
     )
 
 

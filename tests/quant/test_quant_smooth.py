@@ -292,6 +292,7 @@ def test_weights_that_no_batch_reached_are_rounded_to_nearest(rng):
         lambda p, x: x @ p["embed"] @ p["w"], {"embed": quant.quantize_array(w), "w": w.T}, [(x,)], "int8"
     )
     assert kept["embed"].shape == (16, 4)
+    assert quant.gptq(lambda p, x: x @ p["embed"] @ p["w"], {"embed": w, "w": w.T}, [(x,)], "int8")["embed"] is w
     with pytest.raises(jmp.errors.InvalidRecipeError, match="Nothing of"):
         quant.gptq(lambda w, x: x + w.sum(), w, [(x,)], "int8")
 

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.lowbit import EXACT, FORMATS, MATMUL, normal, relative
+from jax import lax
+from support.lowbit import EXACT, FORMATS, MATMUL, PRODUCTS, normal, relative
 
 from jmp_lite import quant
 
@@ -60,6 +61,23 @@ def test_a_product_with_one_wide_operand_is_as_precise_in_any_dtype(recipe, dtyp
     lhs, rhs = normal(rng, 4, 64, dtype=dtype), normal(rng, 64, 3, dtype=dtype)
     found, expected = (product(recipe)(x, rhs, F32) for x in (lhs, lhs.astype(F32)))
     assert relative(found, expected) < EXACT
+
+
+@pytest.mark.parametrize("recipe", ["lhs=int8,rhs=int8", "lhs=e4m3,rhs=e4m3", "lhs=e4m3:pow2,rhs=e4m3:pow2"])
+@pytest.mark.parametrize(("left", "right"), [(2.0**120, 2.0**-50), (2.0**-50, 2.0**120), (2.0**-62, 2.0**-62)])
+def test_scales_meet_before_they_meet_the_sum(recipe, left, right):
+    """Nothing on the way leaves the range of float32 where the result is in it."""
+    found = product(recipe)(jnp.full((1, 16), left), jnp.full((16, 1), right))
+    np.testing.assert_allclose(found, 16 * left * right, rtol=2**-6)
+
+
+@pytest.mark.parametrize("recipe", ["lhs=int8:channel,rhs=int8", "lhs=int8,rhs=int8:channel"])
+@pytest.mark.parametrize("case", PRODUCTS)
+def test_a_scale_per_channel_beside_one_per_array(recipe, case, rng):
+    """In every layout a row of the result has the scale of its row."""
+    lhs_shape, rhs_shape, numbers = PRODUCTS[case]
+    lhs, rhs = normal(rng, *lhs_shape), normal(rng, *rhs_shape)
+    assert relative(quant.get_recipe(recipe)(lhs, rhs, numbers), lax.dot_general(lhs, rhs, numbers)) < 0.02
 
 
 # --- Settings of a spec ---------------------------------------------------------------------------

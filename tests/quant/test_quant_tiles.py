@@ -2,6 +2,7 @@
 
 import functools
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ import jmp_lite as jmp
 from jmp_lite import export, quant
 from jmp_lite.products._dimensions import dimensions
 from jmp_lite.quant import _tiles
+from jmp_lite.quant._product import Call
 
 #: Recipes beside those with names: other formats, tiles and scales.
 OTHERS = {
@@ -169,13 +171,8 @@ def test_jax_multiplies_the_same_tiles(name, case, rng):
     lhs_shape, rhs_shape, numbers = PRODUCTS[case]
     lhs, rhs = normal(rng, *lhs_shape), normal(rng, *rhs_shape)
     recipe = RECIPES[name]
-    kernel = functools.partial(
-        _tiles.kernel_product,
-        specs=(recipe.lhs, recipe.rhs),
-        dimension_numbers=dimensions(numbers),
-        dtype=jnp.float32,
-        axis_name=None,
-    )
+    call = Call(dimensions(numbers), recipe, jnp.float32, jnp.float32, None, None)
+    kernel = functools.partial(_tiles.kernel_product, call=call, specs=recipe.operands)
     by_kernel, by_recipe = jax.jit(lambda x, w: (kernel(x, w), recipe(x, w, numbers)))(lhs, rhs)
     assert relative(by_kernel, by_recipe) < EXACT
 
@@ -202,6 +199,22 @@ def test_other_gpus_multiply_what_tiles_stand_for():
         assert "block_scaled" not in text
         assert {dtype for product in products(text) for dtype in product[:2]} == {"bf16"}
     assert not _tiles.has_units()
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "expected"),
+    [
+        ("gpu", "10.0", True),
+        ("gpu", "12.1", True),
+        ("gpu", "9.0", False),
+        ("gpu", "gfx950", False),
+        ("tpu", "10.0", False),
+    ],
+)
+def test_blackwell_and_later_multiply_tiles(platform, capability, expected, monkeypatch):
+    device = types.SimpleNamespace(platform=platform, compute_capability=capability)
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    assert _tiles.has_units() == expected
 
 
 SPEEDS = {
