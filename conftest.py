@@ -29,6 +29,9 @@ for _version, _flag in _flags.items():
     if importlib.metadata.version("jaxlib").startswith(_version) and _flag.split("=")[0] not in _given:
         os.environ["XLA_FLAGS"] = f"{_given} {_flag}".strip()
 
+# Without a cache on disk, JAX would still make a key of each program that it compiles.
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
+
 # JAX makes many objects that live long; looking through them every 700 new ones takes a twentieth of the time.
 gc.set_threshold(20_000, 10, 10)
 
