@@ -82,6 +82,8 @@ QUICK = {
     *("two layers", "transposed", "one program, two weights", "scan, checkpoint", "while", "cond", "attention"),
     *("experts", "ragged", "vmap", "looked up too"),
 }
+#: Cases in which compensated rounding does what it does in others, once it has found the weights.
+ALIKE = {"two layers", "one program, two weights", "while", "vmap", "looked up too"}
 
 
 @pytest.mark.parametrize("case", slow_but_for(QUICK, CASES))
@@ -247,7 +249,7 @@ def test_compensated_weights_are_those_of_the_definition(rng):
     assert same.mean() > 0.9
 
 
-@pytest.mark.parametrize("case", slow_but_for(QUICK, CASES))
+@pytest.mark.parametrize("case", slow_but_for(QUICK - ALIKE, CASES))
 def test_every_weight_that_products_take_is_quantized(case, rng):
     fun, shapes, _ = CASES[case]
     params, x = weights(rng, shapes), wide(rng)
