@@ -100,7 +100,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.covering(2)
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("compute", ["bfloat16", "float32"])

@@ -281,7 +281,7 @@ STATIC = {
 }
 
 
-@pytest.mark.covering(2)
+@pytest.mark.covering(1)
 @runs
 @pytest.mark.parametrize("params", STATIC.values(), ids=STATIC)
 @pytest.mark.parametrize("filtered", [False, True], ids=["whole", "filtered"])
