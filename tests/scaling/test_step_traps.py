@@ -260,13 +260,18 @@ def test_a_line_search_sees_unscaled_gradients(scale):
     tx = jmp.loss_scaled(inner, jmp.StaticLossScale(scale))
     params = expected = jnp.full(4, 3.0)
     state, plain = tx.init(params), inner.init(expected)
+
+    @jax.jit
+    def both(params, state, expected, plain):
+        value, grads = jmp.scaled_value_and_grad(loss, loss_scale=state)(params)
+        params, state = jmp.apply_gradients(tx, grads, state, params, value=value, grad=grads, value_fn=loss)
+        value, grads = jax.value_and_grad(loss)(expected)
+        updates, plain = inner.update(grads, plain, expected, value=value, grad=grads, value_fn=loss)
+        return params, state, optax.apply_updates(expected, updates), plain
+
     with jax.numpy_dtype_promotion("standard"):
         for _ in range(3):
-            value, grads = jmp.scaled_value_and_grad(loss, loss_scale=state)(params)
-            params, state = jmp.apply_gradients(tx, grads, state, params, value=value, grad=grads, value_fn=loss)
-            value, grads = jax.value_and_grad(loss)(expected)
-            updates, plain = inner.update(grads, plain, expected, value=value, grad=grads, value_fn=loss)
-            expected = optax.apply_updates(expected, updates)
+            params, state, expected, plain = both(params, state, expected, plain)
     np.testing.assert_allclose(params, expected, rtol=8 * np.finfo(np.float32).eps)
 
 
