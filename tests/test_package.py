@@ -49,7 +49,7 @@ def test_frameworks_are_noticed_when_imported():
 
 
 def time_to_import(module):
-    """Processor time that importing a module takes once jax is there, of that of jax; median of five runs."""
+    """Processor time that importing a module takes once jax is there, of that of jax; median of three runs."""
     program = (
         "import time\n"
         "start = time.process_time()\n"
@@ -59,7 +59,7 @@ def time_to_import(module):
         "print((time.process_time() - there) / (there - start))"
     )
     run_python(program)  # compiles the byte code
-    return statistics.median(float(run_python(program)) for _ in range(5))
+    return statistics.median(float(run_python(program)) for _ in range(3))
 
 
 def test_import_adds_less_than_an_eighth_to_that_of_jax():

@@ -103,7 +103,8 @@ def one_verdict_for_all_replicas():
         culprits = jmp.distributed.nonfinite_leaves(grads, axis_name="batch")
         return jmp.metrics(state)["total_notfinite"][None], culprits
 
-    verdicts, culprits = jax.shard_map(step, mesh=mesh(), in_specs=P("batch"), out_specs=P("batch"))(grads)
+    sharded = jax.shard_map(step, mesh=mesh(), in_specs=P("batch"), out_specs=P("batch"))
+    verdicts, culprits = jax.jit(sharded)(grads)
     assert verdicts.tolist() == [1] * 8
     [(name, replicas)] = culprits.items()
     assert "w" in name

@@ -17,7 +17,7 @@ import jmp_lite as jmp
 # --- Finiteness -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.covering(2)
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
 @pytest.mark.parametrize("position", ["first", "last"])
 @pytest.mark.parametrize("name", ["float16", "bfloat16", "float32", "float8_e5m2", "float8_e4m3fn", "complex64"])

@@ -52,13 +52,13 @@ def weights(rng, *gains):
 
 
 @functools.cache
-def compiled_step(policy, scale):
-    fun = jmp.autocast(lambda params, x: mlp(params, x) * scale, policy)
+def compiled_step(policy):
+    fun = jmp.autocast(lambda params, x, scale: mlp(params, x) * scale, policy)
     return jax.jit(collect(jax.value_and_grad(fun)))
 
 
 def step(params, x, policy="mixed_float16", scale=1.0):
-    return compiled_step(policy, scale)(params, x)[1]
+    return compiled_step(policy)(params, x, jnp.float32(scale))[1]
 
 
 @pytest.mark.parametrize(("policy", "scale"), [("mixed_bfloat16", 1.0), ("mixed_float16", 2.0**10), ("full", 1.0)])

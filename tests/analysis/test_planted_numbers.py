@@ -3,6 +3,8 @@
 Those that the program shows are in ``test_audit``.
 """
 
+import functools
+
 import equinox as eqx
 import flax.linen as nn
 import jax
@@ -31,10 +33,15 @@ class Net(nn.Module):
         return nn.Dense(4, name="third")(x)
 
 
+@functools.cache
+def parameters():
+    return jax.jit(Net().init)(jax.random.key(0), jnp.zeros((32, WIDTH)))
+
+
 def linen(rng, scale=1.0, loss_scale=1.0):
     """A loss of Linen, parameters and data."""
     net, x = Net(scale), jnp.asarray(rng.normal(size=(32, WIDTH)).astype(np.float32))
-    params = net.init(jax.random.key(0), x)
+    params = parameters()
     return lambda params, x: jnp.mean(net.apply(params, x) ** 2) * loss_scale, params, x
 
 
@@ -87,7 +94,7 @@ def test_nnx_parameters_that_lose_their_updates(rng):
 def test_a_masked_row_of_attention(rng):
     attention = nn.MultiHeadDotProductAttention(num_heads=2)
     x = jnp.asarray(rng.normal(size=(1, 4, WIDTH)).astype(np.float32))
-    params = attention.init(jax.random.key(0), x)
+    params = jax.jit(attention.init)(jax.random.key(0), x)
 
     def apply(params, x, bias):
         with jax.named_scope("masked"):
@@ -128,8 +135,9 @@ def test_a_gradient_that_is_lost_turns(rng):
 
 def test_a_layer_of_which_nothing_comes_is_dead(rng):
     loss, params, x = linen(rng)
-    params["params"]["first"]["bias"] = jnp.full(WIDTH, -1e3)
-    found = diagnose(ranges(jax.grad(loss)(params, x), "gradient"))
+    layers = params["params"]
+    params = {"params": {**layers, "first": {**layers["first"], "bias": jnp.full(WIDTH, -1e3)}}}
+    found = diagnose(ranges(jax.jit(jax.grad(loss))(params, x), "gradient"))
     assert any("first/kernel" in place for place in places(found, "dead"))
 
 

@@ -35,10 +35,12 @@ def run_of(variant, **figures):
     return Run(work, variant, **figures)
 
 
+LEAST = _training_sizes.Images(stages=((4, 1),), classes=3, pixels=8, batch=2)
+
+
 @pytest.fixture
 def resnet_only(monkeypatch):
-    least = _training_sizes.Images(stages=((4, 1),), classes=3, pixels=8, batch=2)
-    monkeypatch.setattr(accelerator, "sizes_for", lambda *_, **__: {"ResNet": least})
+    monkeypatch.setattr(accelerator, "sizes_for", lambda *_, **__: {"ResNet": LEAST})
 
 
 @pytest.mark.usefixtures("variants", "resnet_only")
@@ -68,7 +70,7 @@ def test_a_cpu_is_refused_without_tiny():
 
 @pytest.mark.parametrize(("seconds", "expected"), [(0.0, 1), (1e6, 3)])
 def test_the_clock_drops_rounds_and_no_variants(seconds, expected, monkeypatch):
-    work = _training_turns.workload("ResNet", _training_sizes.TINY["ResNet"])
+    work = _training_turns.workload("ResNet", LEAST)
     clock = _training_turns.Clock(seconds)
     monkeypatch.setattr(_training_turns.Training, "compile", lambda *_: None)
     monkeypatch.setattr(_training_turns.Training, "advance", lambda self, *_: self.run.rates.append(1.0))

@@ -47,6 +47,7 @@ def sent(training, x, y):
     return [(name, dtype) for name, shape, dtype in re.findall(pattern, text, re.DOTALL) if shape]
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(
     ("compute", "reduce"),
     [("bfloat16", None), ("bfloat16", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float16"), ("float16", None)],
@@ -99,7 +100,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.covering(2)
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("compute", ["bfloat16", "float32"])

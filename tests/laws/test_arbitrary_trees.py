@@ -77,7 +77,7 @@ def check_cast(cast, to, named, tree, x64):
 
 
 @BOTH_WIDTHS
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_casts_keep_the_laws_on_any_tree(x64, data):
     """Casts keep structure, kind and value, reach the right dtype, pass the rest through and are idempotent."""
@@ -144,7 +144,7 @@ def dtype_after_scaling(leaf, x64):
 @pytest.mark.covering(1)
 @BOTH_WIDTHS
 @pytest.mark.parametrize("kind", SCALE_KINDS)
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(data=st.data())
 def test_scale_keeps_the_laws_on_any_tree(x64, kind, data):
     """Scaling is exact, at least in float32, undone exactly by unscaling, and passes the rest through."""
@@ -183,7 +183,7 @@ NUMBERS = (*strategies.EXACT, 1.0, 2.0, 3.0, np.inf, -np.inf, np.nan)
 
 
 @BOTH_WIDTHS
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_all_finite_is_that_of_numpy(x64, data):
     """The verdict is that of NumPy over all floating and complex leaves, whatever else is in the tree."""
@@ -213,7 +213,7 @@ def another(leaf):
 
 
 @BOTH_WIDTHS
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_select_tree_returns_the_tree_asked_for(x64, data):
     """Selection keeps structure, canonical dtype, value and shape, and hands what is not a number through."""

@@ -17,18 +17,20 @@ from support.autocast_modes import (
     in_modes,
     is_array,
     jitted,
-    lowered,
     of_arrays,
-    shapes,
+    replayed,
     to,
     together,
+    traces,
     unchanged,
+    written,
 )
 from support.comparisons import assert_identical, compilations, raw, slow_but_for
 
 import jmp_lite as jmp
 
 LOW, FULL = "mixed_bfloat16", "float32"
+PLAIN, AS_TRACED = "plain", "traced"
 #: Whole models, and cases that are long and much like others; continuous integration runs them too.
 SLOW = {
     *autocast_models.CASES,
@@ -70,6 +72,18 @@ def case(name):
 @pytest.fixture
 def args(case, rng):
     return case.args(rng)
+
+
+@pytest.fixture(scope="module")
+def program():
+    """The traced program of a case in a mode, shared by the tests of this module: tracing takes most of their time."""
+
+    @functools.cache
+    def traced_once(name, cast, mode):
+        case, args = CASES[name], CASES[name].args(np.random.default_rng(0))
+        return traces(in_modes(case, CASTS[cast])[mode])(*args, **case.kwargs)
+
+    return traced_once
 
 
 # --- Comparing ---
@@ -121,6 +135,15 @@ def assert_near(actual, expected, *, error, exact=(), whole=False, where="value"
 
 # --- Laws ---
 
+# A derivative of a program that was traced before adds up in another order than that of a Python function which holds
+# derivatives itself; autocast traces, and so does this.
+CASTS = {PLAIN: unchanged, AS_TRACED: of_arrays(functools.partial(jax.jit, inline=True)), LOW: to(LOW), FULL: to(FULL)}
+
+
+def traced_modes(case):
+    """The modes in which a case is a program."""
+    return [mode for mode in (JIT, GRAD_OF, OF_GRAD) if mode in case.modes]
+
 
 NEAR = [
     pytest.param(name, modes, marks=pytest.mark.slow if name in SLOW | TRACED or modes == [OF_GRAD] else ())
@@ -133,11 +156,11 @@ NEAR = [
 @pytest.mark.parametrize(
     ("name", "modes"), NEAR, ids=lambda value: value if isinstance(value, str) else ", ".join(value)
 )
-def test_values_and_gradients_are_near(name, modes, case, args):
+def test_values_and_gradients_are_near(name, modes, case, args, program):
     """Under jit, values and gradients are those of float32 but for roundings, with autocast in grad or around it."""
-    low, plain = (in_modes(case, cast) for cast in (to(LOW), unchanged))
-    modes = [mode for mode in modes if mode in low]
-    low, plain = (jitted(together({mode: funs[mode] for mode in modes}))(*args, **case.kwargs) for funs in (low, plain))
+    modes = [mode for mode in modes if mode in case.modes]
+    both = {cast: together({mode: replayed(program(name, cast, mode)) for mode in modes}) for cast in (LOW, PLAIN)}
+    low, plain = jitted(together(both))(*args, **case.kwargs).values()
     if JIT in modes:
         assert_near(low.pop(JIT), plain[JIT], error=case.depth * LAYER, exact=case.exact)
     exact = EVERY if case.exact is EVERY else ()
@@ -160,16 +183,11 @@ def test_eager_calls_are_near(name, case, args, rng):
 
 
 @every_case
-def test_shapes_are_those_of_the_function(name, case, args):
+def test_shapes_are_those_of_the_function(name, case, program):
     """Under eval_shape, shapes, dtypes and weak types are those of the function, and of its gradient in both orders."""
-    plain = in_modes(case, unchanged)
-    for mode, low in in_modes(case, to(LOW)).items():
-        assert_same_kind(shapes(low)(*args, **case.kwargs), shapes(plain[mode])(*args, **case.kwargs))
-
-
-# A derivative of a program that was traced before adds up in another order than that of a Python function which holds
-# derivatives itself; autocast traces, and so does this.
-traced = of_arrays(functools.partial(jax.jit, inline=True))
+    for mode in traced_modes(case):
+        low, plain = (program(name, cast, mode).out_info for cast in (LOW, PLAIN))
+        assert_same_kind(low, plain)
 
 
 def without_names(text):
@@ -179,42 +197,44 @@ def without_names(text):
 
 
 @compiled_case
-def test_float32_is_the_plain_function(name, case, args):
+def test_float32_is_the_plain_function(name, case, args, program):
     """Autocast to float32 gives the bits of the function and of its gradient, in both orders."""
-    full, plain = (in_modes(case, cast) for cast in (to(FULL), traced))
-    texts = [[without_names(lowered(f)(*args, **case.kwargs)) for f in modes.values()] for modes in (full, plain)]
-    if texts[0] != texts[1]:  # else they are the same programs, which give the same bits
-        assert_identical(*(jitted(together(modes))(*args, **case.kwargs) for modes in (full, plain)))
+    for mode in traced_modes(case):
+        full, plain = (program(name, cast, mode) for cast in (FULL, PLAIN))
+        if written(full) == written(plain):  # the same program gives the same bits
+            continue
+        plain = program(name, AS_TRACED, mode)
+        if without_names(full.lower().as_text()) != without_names(plain.lower().as_text()):
+            assert_identical(*(jitted(replayed(one))(*args, **case.kwargs) for one in (full, plain)))
 
 
-def products(fun, args, kwargs):
+def products(trace):
     """The dtypes of the two operands of every matmul, also of those in loops and calls."""
-    found = (eqn for _, eqn in equations(fun)(*args, **kwargs) if jaxprs.is_worth_16_bits(eqn))
-    return [tuple(str(x.aval.dtype) for x in eqn.invars[:2]) for eqn in found]
+    return [
+        tuple(str(x.aval.dtype) for x in eqn.invars[:2]) for eqn in equations(trace) if jaxprs.is_worth_16_bits(eqn)
+    ]
 
 
 @every_case
-def test_what_should_be_low_is_low(name, case, args):
+def test_what_should_be_low_is_low(name, case, program):
     """No matmul of a case stays in float32, forward or backward, in either order, but for exempt modes."""
-    plain, low = (in_modes(case, cast) for cast in (unchanged, to(LOW)))
-    for mode in set(low) & set(case.low):
-        before, after = (products(modes[mode], args, case.kwargs) for modes in (plain, low))
+    for mode in set(traced_modes(case)) & set(case.low):
+        before, after = (products(program(name, cast, mode)) for cast in (PLAIN, LOW))
         assert [pair for pair in after if "float32" in pair] == [], mode
         assert ("float32",) * 2 not in before or ("bfloat16",) * 2 in after, mode
 
 
 @every_case
-def test_what_should_be_float32_is_float32(name, case, args):
+def test_what_should_be_float32_is_float32(name, case, program):
     """No steep function and no sum takes or returns 16 bits that it did not take or return as written."""
-    plain, low = (in_modes(case, cast) for cast in (unchanged, to(LOW)))
-    for mode in low.keys() - {GRAD_OF}:  # there JAX takes the derivative of what autocast made
+    for mode in set(traced_modes(case)) - {GRAD_OF}:  # there JAX takes the derivative of what autocast made
         before, after = (
             {
                 (eqn.primitive.name, *sorted(jaxprs.float_dtypes(eqn)))
-                for _, eqn in equations(modes[mode])(*args, **case.kwargs)
+                for eqn in equations(program(name, cast, mode))
                 if eqn.primitive.name in jaxprs.STEEP | jaxprs.SUMS
             }
-            for modes in (plain, low)
+            for cast in (PLAIN, LOW)
         )
         assert {kinds for kinds in after - before if "bfloat16" in kinds} == set(), mode
 

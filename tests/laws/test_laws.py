@@ -82,7 +82,8 @@ def repeated(times, tree):
 
 
 def in_vmap(f):
-    return lambda *args: first(jax.vmap(lambda _, args: f(*args))(jnp.arange(2), repeated(2, args)))
+    run = jax.jit(lambda args: jax.vmap(lambda _, args: f(*args))(jnp.arange(2), args))
+    return lambda *args: first(run(repeated(2, args)))
 
 
 def in_scan(f):

@@ -177,8 +177,8 @@ def test_replicas_average_their_gradients_and_agree(mapped):
         run = jax.pmap(replica_step, axis_name="batch", in_axes=(None, None, 0))
     else:
         specs = PartitionSpec(), PartitionSpec(), PartitionSpec("batch")
-        run = jax.shard_map(
-            replica_step, mesh=mesh(), in_specs=specs, out_specs=PartitionSpec("batch"), check_vma=False
+        run = jax.jit(
+            jax.shard_map(replica_step, mesh=mesh(), in_specs=specs, out_specs=PartitionSpec("batch"), check_vma=False)
         )
     factors = jnp.arange(float(DEVICES)).reshape(DEVICES, 1)
     for bad in (False, True):

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from support.comparisons import assert_identical
+from support.comparisons import assert_identical, slow_but_for
 from support.jaxprs import contractions, dtypes
 from support.nnx_models import MODELS, Model, forward, linear
 
@@ -53,7 +53,7 @@ def everything():
 POLICIES = {"Policy": HALF, "PolicyMap": jmp.PolicyMap({"norm": "full", "layers/0": "p=f32,c=f16,o=f16"}, HALF)}
 
 
-@pytest.fixture(params=POLICIES)
+@pytest.fixture(params=slow_but_for(("PolicyMap",), POLICIES))
 def policy(request):
     return POLICIES[request.param]
 

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 from support.comparisons import apply_updates, assert_identical, slow_but_for, standard
-from support.storage import KEPT, adam, gradients, weights
+from support.storage import KEPT, SHAPES, adam, gradients, weights
 
 import jmp_lite as jmp
 from jmp_lite.optim import stored
@@ -104,7 +104,7 @@ def test_bits_depend_on_the_path_and_not_on_how_it_prints():
 def test_nnx_optimizer_stores_what_the_plain_step_stores(around, params, rng):
     """It passes variables to `init`, and the arrays in them to `update`: their paths differ."""
     tx = AROUND[around](stored(adam(), params=params, state="8bit"))
-    model = nnx.Linear(4, 3, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16)
+    model = nnx.Linear(*SHAPES["kernel"], rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16)
     leaves = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     optimizer, opt_state = nnx.Optimizer(model, tx, wrt=nnx.Param), tx.init(leaves)
     for _ in range(3):

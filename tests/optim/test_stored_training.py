@@ -70,7 +70,7 @@ def final_loss(params, state, seed=0):
     ("params", "state", "run"),
     [
         pytest.param("float32", "float32", "fp32", marks=pytest.mark.slow),
-        ("nearest", "float32", "bf16"),
+        pytest.param("nearest", "float32", "bf16", marks=pytest.mark.slow),
         pytest.param("split16", "float32", "kahan", marks=pytest.mark.slow),
         pytest.param("split8", "float32", "kahan", marks=pytest.mark.slow),
         ("stochastic", "float32", "sr1"),

@@ -57,6 +57,7 @@ def test_int8_errs_by_half_a_step(rng):
     assert error <= 0.5 / 127 * (1 + 1e-5)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("axes", [None, (0,), (1,), (0, 1), ()])
 def test_quantizing_again_finds_the_same_numbers(rng, name, axes):

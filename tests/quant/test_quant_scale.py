@@ -139,6 +139,7 @@ def test_int8_is_off_by_half_a_step_at_most(rng):
     assert float(jnp.max(error)) <= 0.004
 
 
+@pytest.mark.covering(2)
 @formats
 @pytest.mark.parametrize("pow2", [False, True])
 @pytest.mark.parametrize("recomputes", [False, True])
@@ -277,6 +278,7 @@ def lsq(x, scale, cotangent, name):
     return rounded * scale, np.where(inside, cotangent, 0), summed, norm
 
 
+@pytest.mark.covering(1)
 @formats
 @pytest.mark.parametrize("shape", [(), (1, 16), (64, 1)], ids=["scalar", "per column", "per row"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

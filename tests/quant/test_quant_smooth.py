@@ -82,6 +82,8 @@ QUICK = {
     *("two layers", "transposed", "one program, two weights", "scan, checkpoint", "while", "cond", "attention"),
     *("experts", "ragged", "vmap", "looked up too"),
 }
+#: Cases in which compensated rounding does what it does in others, once it has found the weights.
+ALIKE = {"two layers", "one program, two weights", "while", "vmap", "looked up too"}
 
 
 @pytest.mark.parametrize("case", slow_but_for(QUICK, CASES))
@@ -97,9 +99,8 @@ def test_smoothed_functions_compute_the_same(case, rng):
     assert changed == expected
     if "one program" not in case:  # compiled
         assert_identical(run(smoothed, x)[0], fun(params, x)[0])
-    for found, exact in zip(
-        *(jax.tree.leaves(jax.jit(f)(p, x)) for f, p in ((run, smoothed), (fun, params))), strict=True
-    ):
+    both = jax.jit(lambda smoothed, params, x: (run(smoothed, x), fun(params, x)))(smoothed, params, x)
+    for found, exact in zip(*map(jax.tree.leaves, both), strict=True):
         assert relative(found, exact) < 3 * 32 * 2**-24
 
 
@@ -247,7 +248,7 @@ def test_compensated_weights_are_those_of_the_definition(rng):
     assert same.mean() > 0.9
 
 
-@pytest.mark.parametrize("case", slow_but_for(QUICK, CASES))
+@pytest.mark.parametrize("case", slow_but_for(QUICK - ALIKE, CASES))
 def test_every_weight_that_products_take_is_quantized(case, rng):
     fun, shapes, _ = CASES[case]
     params, x = weights(rng, shapes), wide(rng)

@@ -51,7 +51,7 @@ def uncompiled(optimizer):
 # --- Equal to Optax, frozen when skipped ---
 
 
-@pytest.mark.covering(2)
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
 @pytest.mark.parametrize("form", [fused, two_calls])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

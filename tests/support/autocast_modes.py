@@ -9,6 +9,7 @@ import numpy as np
 import jmp_lite as jmp
 from support import jaxprs
 from support.autocast_cases_common import GRAD_OF, JIT, OF_GRAD
+from support.comparisons import raw
 
 # --- Arguments that are arrays and those that are not ---
 
@@ -56,9 +57,29 @@ def of_arrays(transform):
 
 # Which instructions LLVM picks is not at issue; whether autocast picks the right programs is.
 jitted = of_arrays(functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0}))
-shapes = of_arrays(lambda run: functools.partial(jax.eval_shape, run))
-lowered = of_arrays(lambda run: lambda arrays: jax.jit(run).lower(arrays).as_text())
-equations = of_arrays(lambda run: lambda arrays: list(jaxprs._equations(jax.make_jaxpr(run)(arrays).jaxpr, "")))
+traces = of_arrays(lambda run: jax.jit(run).trace)
+
+
+def equations(trace):
+    """The equations of a traced program, those inside loops and calls included."""
+    return [eqn for _, eqn in jaxprs._equations(trace.jaxpr.jaxpr, "")]
+
+
+def written(trace):
+    """A traced program as text, and the arrays that it and the programs in it close over."""
+    values = jax.tree.leaves([[*eqn.params.values()] for eqn in equations(trace)], is_leaf=jaxprs._is_jaxpr)
+    return str(trace.jaxpr), [raw(x) for one in (trace.jaxpr, *values) for x in getattr(one, "consts", ())]
+
+
+def replayed(trace):
+    """A traced program as a function of its arguments that nothing traces again."""
+
+    def run(*args, **kwargs):
+        arrays, _ = split(args, kwargs)
+        results = jax.core.eval_jaxpr(trace.jaxpr.jaxpr, trace.jaxpr.consts, *arrays)
+        return jax.tree.unflatten(jax.tree.structure(trace.out_info), results)
+
+    return run
 
 
 def weighed(out):

@@ -108,14 +108,21 @@ def _in_float32(step: Step, operands: Sequence[Any]) -> list[Any]:
         return bind(step.eqn, own, step.eqn.params)
 
 
-@jax.jit
 def _added(so_far: Errors, taken: list[Value], made: list[tuple[Any, Any, Any]]) -> Errors:
-    operands = [jnp.float32(0), *(_distance([(value.array, value.beside)]) for value in taken)]
-    added = _distance([(found, exact) for found, exact, _ in made])
-    carried = _distance([(found, shadow) for found, _, shadow in made])
-    return Errors(*map(jnp.add, so_far, (added, jnp.max(jnp.stack(operands)), carried, jnp.float32(1))))
+    """Adds one run to the errors of an equation; distances are compiled for an array, not for each set of operands."""
+    operands = [_distance([(value.array, value.beside)]) for value in taken]
+    is_exact = all(found is exact for found, exact, _ in made)
+    added = jnp.float32(0) if is_exact else _distance([(found, exact) for found, exact, _ in made])
+    return _with_run(so_far, added, operands, _distance([(found, shadow) for found, _, shadow in made]))
 
 
+@jax.jit
+def _with_run(so_far: Errors, added: Any, operands: list[Any], carried: Any) -> Errors:
+    taken = jnp.max(jnp.stack([jnp.float32(0), *operands]))
+    return Errors(*map(jnp.add, so_far, (added, taken, carried, jnp.float32(1))))
+
+
+@jax.jit
 def _distance(pairs: list[tuple[Any, Any]]) -> Any:
     """Square of the relative distance of arrays from their references, without elements that are not finite."""
     wide = [(_f32(found), _f32(wanted)) for found, wanted in pairs]
