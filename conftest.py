@@ -29,9 +29,6 @@ for _version, _flag in _flags.items():
     if importlib.metadata.version("jaxlib").startswith(_version) and _flag.split("=")[0] not in _given:
         os.environ["XLA_FLAGS"] = f"{_given} {_flag}".strip()
 
-# Without a cache on disk, JAX would still make a key of each program that it compiles.
-os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
-
 # JAX makes many objects that live long; looking through them every 700 new ones takes a twentieth of the time.
 gc.set_threshold(20_000, 10, 10)
 
@@ -66,9 +63,9 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
     return report
 
 
-#: Bytes above which a worker lets go of what JAX has compiled, for shapes that no later test has: its share of half of
-#: the memory, within these limits. One test takes less than 100 MB; to stop at 1.25 GB would cost a fifth more time.
-ENOUGH_MEMORY = (1.7 * 2**30, 2.7 * 2**30)
+#: Bytes above which a worker lets go of what JAX has compiled, for shapes that no later test has. One test takes
+#: less than 100 MB, so it stays below 2 GB; to stop at 1.25 GB would cost a fifth more time.
+ENOUGH_MEMORY = 1.7 * 2**30
 _finished = itertools.count(1)
 
 
@@ -76,15 +73,12 @@ def _is_full() -> bool:
     """Whether this process holds much memory; where the system does not say, it is taken to every 200 tests."""
     statm = pathlib.Path("/proc/self/statm")
     if statm.exists():
-        workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-        page, share = os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_PHYS_PAGES") / 2 / workers
-        least, most = ENOUGH_MEMORY
-        return int(statm.read_text().split()[1]) * page > min(max(share * page, least), most)
+        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > ENOUGH_MEMORY
     return next(_finished) % 200 == 0
 
 
 def pytest_runtest_logfinish() -> None:
-    """Keeps a worker below 3 GB, or 2 GB where memory is scarce."""
+    """Keeps a worker below 2 GB."""
     if _is_full():
         jax.clear_caches()
         gc.collect()
