@@ -61,6 +61,8 @@ FUNCTIONS = {
     "masked": (lambda w, x: x @ jnp.where(jnp.eye(16) > 0, w, 0), (16, 16), (0,)),
     "less its mean": (lambda w, x: x @ standardized(w), (16, 8), (0,)),
     "with its transpose": (lambda w, x: x @ (w + w.T), (16, 16), (0, 1)),
+    "with more of its transpose": (lambda w, x: x @ (w + (w + w.T)), (16, 16), (0, 1)),
+    "doubled while flat": (lambda w, x: x @ (w.reshape(-1) + w.reshape(-1)).reshape(16, 8), (16, 8), (0,)),
     "twice, otherwise": (lambda w, x: jnp.tanh(x @ w) @ w.T, (16, 8), (0, 1)),
     "convolution": (lambda w, x: conv(IMAGE * x[0, 0, 0], w), (3, 3, 4, 8), (0, 1, 2)),
     "standardized convolution": (
