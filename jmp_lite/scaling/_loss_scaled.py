@@ -1,7 +1,6 @@
 """Loss scaling as an Optax transformation around an inner one."""
 
 import dataclasses
-import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -10,9 +9,10 @@ import numpy as np
 import optax
 
 from jmp_lite._dtypes import FLOAT32
-from jmp_lite._messages import first_few, quote
+from jmp_lite._messages import quote
 from jmp_lite._tree import (
     cast_leaf,
+    cast_to_full,
     describe,
     is_array,
     is_finite,
@@ -22,9 +22,10 @@ from jmp_lite._tree import (
     leaf_key,
     path_string,
 )
-from jmp_lite.errors import InvalidLossScaleError, InvalidStepError, LossScaleNotFoundError, LostUpdatesWarning
+from jmp_lite.errors import InvalidLossScaleError, InvalidStepError, LossScaleNotFoundError
 from jmp_lite.scaling._in_state import is_loss_scale, is_stored, nodes, stored_params
 from jmp_lite.scaling._loss_scale import DynamicLossScale, LossScale, register_serialization
+from jmp_lite.scaling._lost_updates import warn_of_lost_updates
 from jmp_lite.scaling._verdict import judge, step_or_skip, unscale, watched
 
 
@@ -252,21 +253,6 @@ class LossScaledUpdate:
         return new_updates, self.next_state(state, inner_state, finite, updates_finite)
 
 
-def _warn_of_lost_updates(params: Any, inner_state: Any) -> None:
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    stored = stored_params(inner_state)
-    rest = [(path, leaf) for path, leaf in leaves if leaf_key(path) not in stored]
-    narrow = [f"{path_string(path)!r} ({leaf.dtype})" for path, leaf in rest if is_narrow(leaf)]
-    if narrow:
-        warnings.warn(
-            f"Parameters of 16 bits, {first_few(narrow)}, lose all updates below half a unit in their last place. "
-            "Write loss_scaled(jmp_lite.optim.master_weights(inner)), or optim.stochastic_rounding, or, if you mean "
-            "this, optim.stored(inner, params='nearest').",
-            LostUpdatesWarning,
-            stacklevel=3,
-        )
-
-
 def _changes(loss_scale: LossScale) -> bool:
     """Whether a loss scale can be another than 1."""
     return isinstance(loss_scale, DynamicLossScale) or loss_scale.loss_scale != 1
@@ -351,7 +337,13 @@ def loss_scaled(
                 "loss_scaled is inside loss_scaled, so gradients would be unscaled twice. Leave one out: the outer one "
                 "unscales for all that is in it."
             )
-        _warn_of_lost_updates(params, inner_state)
+        known = trainable(params)
+
+        def step(grads: Any) -> Any:
+            held = _held_in_float32(inner_state, known)
+            return inner.update(cast_to_full(grads), *held)[0]
+
+        warn_of_lost_updates(step, known, stored_params(inner_state))
         return LossScaledState(
             inner_state=inner_state,
             loss_scale=jax.tree.map(jnp.array, loss_scale),  # a copy: a step may donate its state
