@@ -53,6 +53,9 @@ TRACED = {
     *("remat saving dots without batch", "remat saving names", "jit in jit", "vmap with axis name"),
     *("sharding constraint", "callbacks", "grad of grad", "vjp", "custom_jvp", "custom_jvp, nondiff_argnums"),
     *("custom_jvp in vmap", "custom_vjp", "custom_vjp, nondiff_argnums", "custom_vjp of trees", "custom_vjp in vmap"),
+    *("attention, mask of -inf", "variance and norm", "rotary embedding", "tied embedding", "scan", "fori_loop"),
+    *("switch, exponential", "vmap over weights", "checkpoint_name", "complex product", "constants", "selection"),
+    *("custom_gradient of a closure", "linear_call with constants", "dot in the highest precision"),
     *("custom_gradient", "custom_vmap", "linear_call", "static keywords", "closed-over array", "stop_gradient"),
 }
 assert set(CASES) >= TRACED

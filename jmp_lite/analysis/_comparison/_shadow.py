@@ -113,7 +113,9 @@ def _added(so_far: Errors, taken: list[Value], made: list[tuple[Any, Any, Any]])
     operands = [_distance([(value.array, value.beside)]) for value in taken]
     is_exact = all(found is exact for found, exact, _ in made)
     added = jnp.float32(0) if is_exact else _distance([(found, exact) for found, exact, _ in made])
-    return _with_run(so_far, added, operands, _distance([(found, shadow) for found, _, shadow in made]))
+    carried = _distance([(found, shadow) for found, _, shadow in made])
+    summed: Errors = _with_run(so_far, added, operands, carried)
+    return summed
 
 
 @jax.jit
