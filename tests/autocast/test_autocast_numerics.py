@@ -187,6 +187,25 @@ def test_gradients_of_quotients_stay_in_range(quotient, order, scale, rng):
     assert relative(gradient(w, x), jax.grad(loss)(w, x)) < 5e-3
 
 
+# --- Logarithms whose results nobody uses: only their derivatives are left ---
+
+LOGARITHMS = {
+    "of 1 - p": lambda h: jnp.log(1 - jax.nn.sigmoid(h) + 1e-7),
+    "of 1 - p * p": lambda h: jnp.log(1 - jnp.tanh(h) ** 2 + 1e-6),
+    "of a clamped p": lambda h: jnp.log(1 - jnp.clip(jax.nn.sigmoid(h), 1e-6, 1 - 1e-6)),
+}
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize("logarithm", LOGARITHMS.values(), ids=LOGARITHMS)
+def test_a_gradient_has_the_digits_that_its_unused_value_needs(logarithm, policy, rng):
+    x, w = normal(rng, 64, 16), normal(rng, 16, 8)
+    loss = lambda w: -jnp.mean(logarithm(x @ w))  # noqa: E731
+    alone = jmp.autocast(jax.grad(loss), policy)(w)
+    assert_identical(alone, jmp.autocast(jax.value_and_grad(loss), policy)(w)[1])
+    assert relative(alone, jax.grad(loss)(w)) < 2e-2
+
+
 # --- Programs whose meaning hangs on a few digits ---
 
 
