@@ -1,5 +1,6 @@
 """Runs one equation, or its replacement, as decided."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,6 +33,8 @@ def apply(eqn: Equation, arrays: Sequence[Any], op: Op, precision: Precision, de
             return [_users_dot(eqn, arrays, precision, decision)]
         case How.WIDE:
             return [cast(result, precision.dtype) for result in bind(eqn, arrays, eqn.params)]
+        case How.ROUNDED:
+            return [_rounded_mul(*arrays, precision.dtype)]
         case How.SLOPE:
             return [_with_slope(eqn.params["jaxpr"], arrays[0])]
         case How.PRODUCT:
@@ -71,6 +74,21 @@ class _Multiply:
         *operands, dtype = operands_and_dtype
         params = {**_params_at(self.eqn.params, dtype), "preferred_element_type": dtype}
         return bind(self.eqn, operands, params)[0]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _rounded_mul(x: Any, y: Any, dtype: DType) -> Any:
+    """Multiplies before it rounds: an operand may be beyond the dtype, such as the slope of a logarithm in float16."""
+    return cast(lax.mul(cast(x, FLOAT32), cast(y, FLOAT32)), dtype)
+
+
+def _rounded_mul_jvp(dtype: DType, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    x, y = (cast(primal, dtype) for primal in primals)
+    terms = add_terms(tangents, lambda t: lax.mul(cast(t, dtype), y), lambda t: lax.mul(x, cast(t, dtype)))
+    return _rounded_mul(*primals, dtype), terms
+
+
+_rounded_mul.defjvp(_rounded_mul_jvp, symbolic_zeros=True)
 
 
 def _users_dot(eqn: Equation, arrays: Sequence[Any], precision: Precision, decision: Decision) -> Any:

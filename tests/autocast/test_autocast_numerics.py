@@ -30,8 +30,8 @@ def normal(rng, *shape, scale=1.0, mean=0.0):
 
 
 ORDERS = {
-    "grad(autocast)": lambda loss: jax.grad(low(loss)),
-    "autocast(grad)": lambda loss: low(jax.grad(loss)),
+    "grad(autocast)": lambda loss, policy="mixed_bfloat16": jax.grad(jmp.autocast(loss, policy)),
+    "autocast(grad)": lambda loss, policy="mixed_bfloat16": jmp.autocast(jax.grad(loss), policy),
 }
 every_order = pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
 
@@ -204,6 +204,14 @@ def test_a_gradient_has_the_digits_that_its_unused_value_needs(logarithm, policy
     alone = jmp.autocast(jax.grad(loss), policy)(w)
     assert_identical(alone, jmp.autocast(jax.value_and_grad(loss), policy)(w)[1])
     assert relative(alone, jax.grad(loss)(w)) < 2e-2
+
+
+@every_order
+def test_the_slope_of_a_logarithm_meets_that_of_a_sigmoid(order, rng):
+    """The first, times the loss scale, is beyond float16 where the second is tiny."""
+    x, w = normal(rng, 64, 16), normal(rng, 16, 8, scale=1.5)
+    loss = lambda w: -(2.0**14) * jnp.mean(jnp.log(jax.nn.sigmoid(x @ w) + 1e-7))  # noqa: E731
+    assert relative(order(loss, "mixed_float16")(w), jax.grad(loss)(w)) < 2e-2
 
 
 # --- Programs whose meaning hangs on a few digits ---
