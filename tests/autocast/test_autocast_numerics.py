@@ -187,6 +187,20 @@ def test_gradients_of_quotients_stay_in_range(quotient, order, scale, rng):
     assert relative(gradient(w, x), jax.grad(loss)(w, x)) < 5e-3
 
 
+# --- Cubes, beyond float16 above 40 ---
+
+GELUS = {"of jax.nn": jax.nn.gelu, "by hand": lambda h: h * (1 + jnp.tanh(0.8 * h + 0.036 * h**3))}
+
+
+@pytest.mark.parametrize("gelu", GELUS.values(), ids=GELUS)
+def test_a_gelu_of_large_activations_has_a_gradient(gelu):
+    """Its slope is zero or one there; the slope of the cube inside is infinite from 148."""
+    loss = lambda x: jnp.sum(gelu(x @ jnp.eye(16)) @ jnp.eye(16))  # noqa: E731
+    x = jnp.linspace(-300, 300, 256).reshape(16, 16)
+    found = jax.jit(jax.grad(jmp.autocast(loss, "mixed_float16")))(x)
+    np.testing.assert_allclose(found, jax.grad(loss)(x), atol=2e-2)
+
+
 # --- Logarithms whose results nobody uses: only their derivatives are left ---
 
 LOGARITHMS = {
