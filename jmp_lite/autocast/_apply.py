@@ -1,5 +1,6 @@
 """Runs one equation, or its replacement, as decided."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,6 +33,8 @@ def apply(eqn: Equation, arrays: Sequence[Any], op: Op, precision: Precision, de
             return [_users_dot(eqn, arrays, precision, decision)]
         case How.WIDE:
             return [cast(result, precision.dtype) for result in bind(eqn, arrays, eqn.params)]
+        case How.ROUNDED:
+            return [_rounded_mul(*arrays, precision.dtype)]
         case How.SLOPE:
             return [_with_slope(eqn.params["jaxpr"], arrays[0])]
         case How.PRODUCT:
@@ -46,6 +49,8 @@ def _lowered(eqn: Equation, arrays: Sequence[Any], precision: Precision, decisio
     params = _params_at(eqn.params, precision.dtype)
     if eqn.primitive.name == "div":
         return [_divided(*arrays)]
+    if eqn.primitive.name == "integer_pow" and params["y"] == 3:
+        return [_cubed(*arrays)]
     if not any(getattr(array, "dtype", None) == FLOAT32 for array in arrays):
         return bind(eqn, arrays, params)
     return [_of_weights(eqn, arrays, params, precision)]
@@ -71,6 +76,21 @@ class _Multiply:
         *operands, dtype = operands_and_dtype
         params = {**_params_at(self.eqn.params, dtype), "preferred_element_type": dtype}
         return bind(self.eqn, operands, params)[0]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _rounded_mul(x: Any, y: Any, dtype: DType) -> Any:
+    """Multiplies before it rounds: an operand may be beyond the dtype, such as the slope of a logarithm in float16."""
+    return cast(lax.mul(cast(x, FLOAT32), cast(y, FLOAT32)), dtype)
+
+
+def _rounded_mul_jvp(dtype: DType, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    x, y = (cast(primal, dtype) for primal in primals)
+    terms = add_terms(tangents, lambda t: lax.mul(cast(t, dtype), y), lambda t: lax.mul(x, cast(t, dtype)))
+    return _rounded_mul(*primals, dtype), terms
+
+
+_rounded_mul.defjvp(_rounded_mul_jvp, symbolic_zeros=True)
 
 
 def _users_dot(eqn: Equation, arrays: Sequence[Any], precision: Precision, decision: Decision) -> Any:
@@ -121,6 +141,20 @@ def _divided_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
 
 
 _divided.defjvp(_divided_jvp, symbolic_zeros=True)
+
+
+@jax.custom_jvp
+def _cubed(x: Any) -> Any:
+    """A 16-bit array to the third power, as in ``gelu``. JAX's derivative squares it, even where the slope is zero."""
+    return lax.integer_pow(x, 3)
+
+
+def _cubed_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
+    [x], [tangent] = primals, tangents
+    return _cubed(x), lax.mul(lax.mul(lax.mul(tangent, x), x), jnp.full_like(x, 3))
+
+
+_cubed.defjvp(_cubed_jvp)
 
 
 def _of_weights(eqn: Equation, arrays: Sequence[Any], params: dict[str, Any], precision: Precision) -> Any:

@@ -177,7 +177,8 @@ def _follow(facts: Facts) -> Decision:
     is_low = rule.is_low(facts) if callable(rule.is_low) else rule.is_low
     known = facts.known(rule.tag(facts) if callable(rule.tag) else rule.tag)
     how = _how_low(facts) if is_low else rule.how
-    return Decision(precision.dtype if is_low else FLOAT32, how, known, rule.reason, takes_weights=how is How.WEIGHTS)
+    dtype = precision.dtype if is_low else None if how is How.ROUNDED else FLOAT32
+    return Decision(dtype, how, known, rule.reason, takes_weights=how is How.WEIGHTS)
 
 
 def decide_activation(eqn: Equation, operand: Value, precision: Precision, want: Want) -> Decision | None:

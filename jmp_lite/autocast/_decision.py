@@ -15,6 +15,7 @@ class How(enum.Enum):
     WEIGHTS = "the primitive, weights rounded inside so that their gradients are not"
     PRODUCT = "a matmul of ours: weights rounded inside, its own result dtype"
     WIDE = "the primitive in float32, its result rounded"
+    ROUNDED = "multiplied in float32 and rounded; its derivative multiplies in the compute dtype"
     SLOPE = "an activation in float32, its value and its slope rounded"
     DOT = "the matmul that the user gave"
     OP = "the function that the user gave"

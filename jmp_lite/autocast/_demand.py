@@ -126,11 +126,13 @@ class Demands:
         for atom, want in zip(inner.outvars, wanted, strict=True):
             _add(wants, atom, want)
         for eqn in reversed(inner.eqns):
-            if live.isdisjoint(eqn.outvars) and not eqn.effects:
-                continue  # what reaches nothing wants nothing
-            live.update(v for v in eqn.invars if not is_literal(v))
             of_results = [wants.get(v, 0) for v in eqn.outvars]
             of_operands = self._of_operands(eqn, of_results, scope)
+            if live.isdisjoint(eqn.outvars) and not eqn.effects:
+                # What reaches nothing rounds nothing, but its derivative may need the digits that it would have needed.
+                of_operands = [want & FLOAT32 for want in of_operands]
+            else:
+                live.update(v for v in eqn.invars if not is_literal(v))
             if not sums.isdisjoint(eqn.outvars):
                 of_operands = [want & ~SUMMED | EITHER if want & FLOAT32 == SUMMED else want for want in of_operands]
             for atom, want in zip(eqn.invars, of_operands, strict=True):

@@ -158,7 +158,11 @@ FOLLOWS = (
     ),
     FollowRule("uses a number that the compute dtype cannot hold", _is_out_of_range, How.BOUND, Tag.HIGH),
     FollowRule(
-        "multiplied by a low array or a mask for a matmul", _is_multiplied_for_product, How.LOWERED, Tag.LOW, True
+        "multiplied by a low array or a mask for a matmul",
+        _is_multiplied_for_product,
+        How.ROUNDED,
+        Tag.LOW,
+        lambda facts: facts.tag is not Tag.HIGH or facts.name != "mul",
     ),
     FollowRule("follows an operand that needs float32", _is_precise, How.BOUND, Tag.HIGH),
     FollowRule("no decision has touched its operands yet", _is_neutral, How.LOWERED, Tag.NEUTRAL, _is_held_low),

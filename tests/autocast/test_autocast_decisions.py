@@ -86,11 +86,15 @@ FOLLOWING = {
     "layers added for a sum": (lambda x, w: jnp.mean(x @ w + jnp.tanh(x @ w) @ w), "add", [LOW]),
     "exponential, scaled": (lambda x, w: (jnp.exp(x @ w) * 2) @ w, "mul", [HIGH]),
     "exponential times a product": (lambda x, w: jnp.tanh(jnp.exp(h := x @ w) * h) @ w, "mul", [HIGH]),
-    "exponential times a matmul, for a matmul": (lambda x, w: (jnp.exp(h := x @ w) * h) @ w, "mul", [LOW]),
+    "exponential times a matmul, for a matmul": (
+        lambda x, w: (jnp.exp(h := x @ w) * h) @ w,
+        "mul",
+        [(f"{BF16}/{F32}", BF16)],
+    ),
     "dropout of an exponential, for a product": (
         lambda x, w: (jnp.exp(x @ w) * ((x > 0).astype(F32) / 0.9)) @ w,
         "mul",
-        [LOW],
+        [WIDE],
     ),
     "dropout of an exponential, for a sum": (
         lambda x, w: jnp.sum(jnp.exp(x @ w) * ((x > 0).astype(F32) / 0.9)),

@@ -30,8 +30,8 @@ def normal(rng, *shape, scale=1.0, mean=0.0):
 
 
 ORDERS = {
-    "grad(autocast)": lambda loss: jax.grad(low(loss)),
-    "autocast(grad)": lambda loss: low(jax.grad(loss)),
+    "grad(autocast)": lambda loss, policy="mixed_bfloat16": jax.grad(jmp.autocast(loss, policy)),
+    "autocast(grad)": lambda loss, policy="mixed_bfloat16": jmp.autocast(jax.grad(loss), policy),
 }
 every_order = pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
 
@@ -185,6 +185,47 @@ def test_gradients_of_quotients_stay_in_range(quotient, order, scale, rng):
     low = functools.partial(jmp.autocast, policy="mixed_float16")
     gradient = jax.grad(low(loss)) if order == "grad(autocast)" else low(jax.grad(loss))
     assert relative(gradient(w, x), jax.grad(loss)(w, x)) < 5e-3
+
+
+# --- Cubes, beyond float16 above 40 ---
+
+GELUS = {"of jax.nn": jax.nn.gelu, "by hand": lambda h: h * (1 + jnp.tanh(0.8 * h + 0.036 * h**3))}
+
+
+@pytest.mark.parametrize("gelu", GELUS.values(), ids=GELUS)
+def test_a_gelu_of_large_activations_has_a_gradient(gelu):
+    """Its slope is zero or one there; the slope of the cube inside is infinite from 148."""
+    loss = lambda x: jnp.sum(gelu(x @ jnp.eye(16)) @ jnp.eye(16))  # noqa: E731
+    x = jnp.linspace(-300, 300, 256).reshape(16, 16)
+    found = jax.jit(jax.grad(jmp.autocast(loss, "mixed_float16")))(x)
+    np.testing.assert_allclose(found, jax.grad(loss)(x), atol=2e-2)
+
+
+# --- Logarithms whose results nobody uses: only their derivatives are left ---
+
+LOGARITHMS = {
+    "of 1 - p": lambda h: jnp.log(1 - jax.nn.sigmoid(h) + 1e-7),
+    "of 1 - p * p": lambda h: jnp.log(1 - jax.nn.sigmoid(h) ** 2 + 1e-6),
+    "of a clamped p": lambda h: jnp.log(1 - jnp.clip(jax.nn.sigmoid(h), 1e-6, 1 - 1e-6)),
+}
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize("logarithm", LOGARITHMS.values(), ids=LOGARITHMS)
+def test_a_gradient_has_the_digits_that_its_unused_value_needs(logarithm, policy, rng):
+    x, w = normal(rng, 64, 16), normal(rng, 16, 8)
+    loss = lambda w: -jnp.mean(logarithm(x @ w))  # noqa: E731
+    alone = jmp.autocast(jax.grad(loss), policy)(w)
+    assert_identical(alone, jmp.autocast(jax.value_and_grad(loss), policy)(w)[1])
+    assert relative(alone, jax.grad(loss)(w)) < 2e-2
+
+
+@every_order
+def test_the_slope_of_a_logarithm_meets_that_of_a_sigmoid(order, rng):
+    """The first, times the loss scale, is beyond float16 where the second is tiny."""
+    x, w = normal(rng, 64, 16), normal(rng, 16, 8, scale=1.5)
+    loss = lambda w: -(2.0**14) * jnp.mean(jnp.log(jax.nn.sigmoid(x @ w) + 1e-7))  # noqa: E731
+    assert relative(order(loss, "mixed_float16")(w), jax.grad(loss)(w)) < 2e-2
 
 
 # --- Programs whose meaning hangs on a few digits ---
