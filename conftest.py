@@ -29,6 +29,9 @@ for _version, _flag in _flags.items():
     if importlib.metadata.version("jaxlib").startswith(_version) and _flag.split("=")[0] not in _given:
         os.environ["XLA_FLAGS"] = f"{_given} {_flag}".strip()
 
+# Without a cache on disk, JAX would still make a key of each program that it compiles.
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
+
 # JAX makes many objects that live long; looking through them every 700 new ones takes a twentieth of the time.
 gc.set_threshold(20_000, 10, 10)
 
@@ -65,7 +68,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
 
 #: Bytes above which a worker lets go of what JAX has compiled, for shapes that no later test has. One test takes
 #: less than 100 MB, so it stays below 2 GB; to stop at 1.25 GB would cost a fifth more time.
-ENOUGH_MEMORY = 1.7 * 2**30
+ENOUGH_MEMORY = 1.85 * 2**30
 _finished = itertools.count(1)
 
 
