@@ -1,23 +1,22 @@
 """Runs one equation, or its replacement, as decided."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from jmp_lite._compat import Equation, bind, run
+from jmp_lite._compat import Equation, bind
 from jmp_lite._dtypes import FLOAT32, DType
 from jmp_lite._tree import cast
 from jmp_lite.autocast._decision import Decision, How
+from jmp_lite.autocast._derivatives import rounded_mul, stand_in, with_slope
 from jmp_lite.autocast._ops import GATHERS, Op
 from jmp_lite.autocast._rules import Precision
 from jmp_lite.autocast._values import is_eligible
 from jmp_lite.distributed._gather import travel
 from jmp_lite.errors import InvalidOpError
-from jmp_lite.products._matmul import Matmul, add_terms, float32_result, matmul, product_of, repeat, rounded_scale
+from jmp_lite.products._matmul import Matmul, float32_result, matmul, product_of, repeat, rounded_scale
 
 
 def apply(eqn: Equation, arrays: Sequence[Any], op: Op, precision: Precision, decision: Decision) -> list[Any]:
@@ -34,9 +33,9 @@ def apply(eqn: Equation, arrays: Sequence[Any], op: Op, precision: Precision, de
         case How.WIDE:
             return [cast(result, precision.dtype) for result in bind(eqn, arrays, eqn.params)]
         case How.ROUNDED:
-            return [_rounded_mul(*arrays, precision.dtype)]
+            return [rounded_mul(*arrays, precision.dtype)]
         case How.SLOPE:
-            return [_with_slope(eqn.params["jaxpr"], arrays[0])]
+            return [with_slope(eqn.params["jaxpr"], arrays[0])]
         case How.PRODUCT:
             return [_product(eqn, arrays, precision, decision)]
         case _:
@@ -47,10 +46,8 @@ def _lowered(eqn: Equation, arrays: Sequence[Any], precision: Precision, decisio
     if decision.dtype == FLOAT32:
         return bind(eqn, arrays, eqn.params)
     params = _params_at(eqn.params, precision.dtype)
-    if eqn.primitive.name == "div":
-        return [_divided(*arrays)]
-    if eqn.primitive.name == "integer_pow" and params["y"] == 3:
-        return [_cubed(*arrays)]
+    if (function := stand_in(eqn)) is not None:
+        return [function(*arrays)]
     if not any(getattr(array, "dtype", None) == FLOAT32 for array in arrays):
         return bind(eqn, arrays, params)
     return [_of_weights(eqn, arrays, params, precision)]
@@ -78,21 +75,6 @@ class _Multiply:
         return bind(self.eqn, operands, params)[0]
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _rounded_mul(x: Any, y: Any, dtype: DType) -> Any:
-    """Multiplies before it rounds: an operand may be beyond the dtype, such as the slope of a logarithm in float16."""
-    return cast(lax.mul(cast(x, FLOAT32), cast(y, FLOAT32)), dtype)
-
-
-def _rounded_mul_jvp(dtype: DType, primals: Any, tangents: Any) -> tuple[Any, Any]:
-    x, y = (cast(primal, dtype) for primal in primals)
-    terms = add_terms(tangents, lambda t: lax.mul(cast(t, dtype), y), lambda t: lax.mul(x, cast(t, dtype)))
-    return _rounded_mul(*primals, dtype), terms
-
-
-_rounded_mul.defjvp(_rounded_mul_jvp, symbolic_zeros=True)
-
-
 def _users_dot(eqn: Equation, arrays: Sequence[Any], precision: Precision, decision: Decision) -> Any:
     dtype = decision.result_dtype or precision.dtype
     params = _params_at(eqn.params, dtype)
@@ -107,54 +89,6 @@ def _users_dot(eqn: Equation, arrays: Sequence[Any], precision: Precision, decis
     if is_eligible(eqn.outvars[0].aval):
         dtype = FLOAT32 if result.dtype == FLOAT32 else precision.dtype
     return cast(result, dtype)
-
-
-def _with_slope(jaxpr: Any, x: Any) -> Any:
-    """Computes an element-wise function in float32, and rounds its value and its derivative to the dtype of ``x``."""
-
-    def wide(x: Any) -> Any:
-        return run(jaxpr, cast(x, FLOAT32))[0]
-
-    @jax.custom_jvp
-    def function(x: Any) -> Any:
-        return cast(wide(x), x.dtype)
-
-    @function.defjvp
-    def rule(primals: Any, tangents: Any) -> tuple[Any, Any]:
-        x = cast(primals[0], FLOAT32)
-        value, slope = jax.jvp(wide, (x,), (jnp.ones_like(x),))
-        return cast(value, primals[0].dtype), tangents[0] * cast(slope, primals[0].dtype)
-
-    return function(x)
-
-
-@jax.custom_jvp
-def _divided(x: Any, y: Any) -> Any:
-    """Divides 16-bit arrays. JAX's derivative squares the divisor, which soon leaves the range of float16."""
-    return lax.div(x, y)
-
-
-def _divided_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
-    _, y = primals
-    quotient = _divided(*primals)
-    return quotient, _divided(add_terms(tangents, lambda t: t, lambda t: lax.neg(lax.mul(quotient, t))), y)
-
-
-_divided.defjvp(_divided_jvp, symbolic_zeros=True)
-
-
-@jax.custom_jvp
-def _cubed(x: Any) -> Any:
-    """A 16-bit array to the third power, as in ``gelu``. JAX's derivative squares it, even where the slope is zero."""
-    return lax.integer_pow(x, 3)
-
-
-def _cubed_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
-    [x], [tangent] = primals, tangents
-    return _cubed(x), lax.mul(lax.mul(lax.mul(tangent, x), x), jnp.full_like(x, 3))
-
-
-_cubed.defjvp(_cubed_jvp)
 
 
 def _of_weights(eqn: Equation, arrays: Sequence[Any], params: dict[str, Any], precision: Precision) -> Any:
