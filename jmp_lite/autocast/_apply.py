@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jmp_lite._compat import Equation, bind, run
+from jmp_lite._compat import INLINE, Equation, bind, run
 from jmp_lite._dtypes import FLOAT32, DType
 from jmp_lite._tree import cast
 from jmp_lite.autocast._decision import Decision, How
@@ -48,9 +48,9 @@ def _lowered(eqn: Equation, arrays: Sequence[Any], precision: Precision, decisio
         return bind(eqn, arrays, eqn.params)
     params = _params_at(eqn.params, precision.dtype)
     if eqn.primitive.name == "div":
-        return [_divided(*arrays)]
+        return [_with_its_scope(_divided, *arrays)]
     if eqn.primitive.name == "integer_pow" and params["y"] == 3:
-        return [_cubed(*arrays)]
+        return [_with_its_scope(_cubed, *arrays)]
     if not any(getattr(array, "dtype", None) == FLOAT32 for array in arrays):
         return bind(eqn, arrays, params)
     return [_of_weights(eqn, arrays, params, precision)]
@@ -128,6 +128,11 @@ def _with_slope(jaxpr: Any, x: Any) -> Any:
     return function(x)
 
 
+def _with_its_scope(function: Any, *arrays: Any) -> Any:
+    """Calls a function with a derivative of our own, whose equations ``jit`` leaves in the scope of the call."""
+    return jax.jit(function, inline=INLINE)(*arrays)
+
+
 @jax.custom_jvp
 def _divided(x: Any, y: Any) -> Any:
     """Divides 16-bit arrays. JAX's derivative squares the divisor, which soon leaves the range of float16."""
@@ -151,7 +156,7 @@ def _cubed(x: Any) -> Any:
 
 def _cubed_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
     [x], [tangent] = primals, tangents
-    return _cubed(x), lax.mul(lax.mul(lax.mul(tangent, x), x), jnp.full_like(x, 3))
+    return _cubed(x), 3 * lax.mul(lax.mul(tangent, x), x)
 
 
 _cubed.defjvp(_cubed_jvp)
