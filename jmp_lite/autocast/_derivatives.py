@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jmp_lite._compat import Equation, run
+from jmp_lite._compat import INLINE, Equation, run
 from jmp_lite._dtypes import FLOAT32, DType
 from jmp_lite._tree import cast
 from jmp_lite.products._matmul import add_terms
@@ -44,28 +44,36 @@ def _cubed(x: Any) -> Any:
 
 def _cubed_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
     [x], [tangent] = primals, tangents
-    return _cubed(x), lax.mul(lax.mul(lax.mul(tangent, x), x), jnp.full_like(x, 3))
+    return _cubed(x), 3 * lax.mul(lax.mul(tangent, x), x)
 
 
 _cubed.defjvp(_cubed_jvp)
 
 
-_IN_RANGE = {"div": _divided, "integer_pow": _cubed}
+_IN_RANGE = {
+    name: jax.jit(function, inline=INLINE)  # whose derivative stays in the name scope of the call
+    for name, function in (("div", _divided), ("integer_pow", _cubed))
+}
+
+
+@functools.partial(jax.jit, static_argnums=2, inline=INLINE)
+def rounded_mul(x: Any, y: Any, dtype: DType) -> Any:
+    """Multiplies before it rounds: an operand may be beyond the dtype, such as the slope of a logarithm in float16."""
+    return _rounded_mul(x, y, dtype)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def rounded_mul(x: Any, y: Any, dtype: DType) -> Any:
-    """Multiplies before it rounds: an operand may be beyond the dtype, such as the slope of a logarithm in float16."""
+def _rounded_mul(x: Any, y: Any, dtype: DType) -> Any:
     return cast(lax.mul(cast(x, FLOAT32), cast(y, FLOAT32)), dtype)
 
 
 def _rounded_mul_jvp(dtype: DType, primals: Any, tangents: Any) -> tuple[Any, Any]:
     x, y = (cast(primal, dtype) for primal in primals)
     terms = add_terms(tangents, lambda t: lax.mul(cast(t, dtype), y), lambda t: lax.mul(x, cast(t, dtype)))
-    return rounded_mul(*primals, dtype), terms
+    return _rounded_mul(*primals, dtype), terms
 
 
-rounded_mul.defjvp(_rounded_mul_jvp, symbolic_zeros=True)
+_rounded_mul.defjvp(_rounded_mul_jvp, symbolic_zeros=True)
 
 
 def with_slope(jaxpr: Any, x: Any) -> Any:
