@@ -121,6 +121,11 @@ def memory(found: Mapping[str, Section]) -> Iterator[Claim]:
     yield Claim(
         "scratch memory of that gradient, over bfloat16 by hand", table.figures("autocast: temp / hand"), models.command
     )
+    yield Claim(
+        "the same with `reduce=bfloat16`, which rounds gradients of weights as by hand",
+        table.figures("autocast, r=bfloat16: temp / hand"),
+        models.command,
+    )
     tpu = found["Gradients in bfloat16 compiled for TPU v5e"]
     yield Claim(
         "bytes on a TPU v5e, over bfloat16 by hand",
