@@ -38,7 +38,7 @@ class Row(NamedTuple):
     """``call``, ``checkpoint``, ``branch``, ``loop``; or, rebuilt by its handler, ``rule``, ``map``, ``references``."""
     programs: Callable[[Equation], Programs]
     rebuild: Callable[[Equation, Sequence[Any], Sequence[Jaxpr]], list[Any]] | None
-    """Applies the equation to other operands, with other programs in place of its own."""
+    """Applies the equation to other operands, with other programs in place of those it holds."""
 
 
 def _call(kind: str, *parameters: str) -> Row:
@@ -134,7 +134,7 @@ def programs_of(eqn: Equation) -> Programs:
 
 
 def rebuilt(eqn: Equation, arrays: Sequence[Any], jaxprs: Sequence[Jaxpr]) -> list[Any]:
-    """Applies an equation to other operands, with other programs in place of its own, in their order."""
+    """Applies an equation to other operands, with other programs in place of those it holds, in their order."""
     rebuild = PROGRAMS[eqn.primitive.name].rebuild
     if rebuild is None:
         raise NotImplementedError(eqn.primitive.name)

@@ -182,7 +182,7 @@ class Fusion:
         return array in self.maker and self.nodes[self.maker[array]].primitive == "relayout"
 
     def _is_filled_up(self, array: int) -> bool:
-        """Whether a copy that fills up an operand computes with an array: that is no launch that works by rows."""
+        """Whether a copy that fills up an operand computes with an array, which is not done row by row."""
         waiting, known = [array], set[int]()
         while waiting:
             for at in self.users[waiting.pop()]:
