@@ -56,7 +56,7 @@ def _sources(text: str) -> dict[str, str]:
 
 
 def launches(text: str) -> Launches:
-    """All launches of a program given as HLO text, the dearest first."""
+    """All launches of a program given as HLO text, the most expensive first."""
     module, sources, found = _hlo.parse(text), _sources(text), []
     lines = (line for computation in module.computations.values() for line in computation)
     shapes = {line.name: _LAYOUT.sub("", line.shape) for line in lines}
@@ -71,7 +71,7 @@ def launches(text: str) -> Launches:
 
 
 def text(title: str, one: Launches, other: Launches, limit: int) -> str:
-    """The dearest launches of one program that the other does not have as often."""
+    """The most expensive launches of one program that the other does not have as often."""
     left = Counter(seen for seen, _ in one) - Counter(seen for seen, _ in other)
     total = sum(seen.megabytes * count for seen, count in left.items())
     lines = [f"### {title}: {total:.0f} MB in {left.total()} own launches\n"]

@@ -175,7 +175,7 @@ class Fusion:
         needed = self.bytes(self.read([array]))
         if self.arrays[array].width <= 2 and size <= needed and self._takes_long(array):
             return True
-        return uses * needed > needed + size + uses * size or (_kinds.is_dear(node) and self._is_filled_up(array))
+        return uses * needed > needed + size + uses * size or (_kinds.is_expensive(node) and self._is_filled_up(array))
 
     def _is_moved(self, array: int) -> bool:
         """Whether an array is a copy with other axes, which is a launch."""
@@ -202,7 +202,7 @@ class Fusion:
                 continue
             known.add(other)
             node = self.nodes[self.maker[other]]
-            if _kinds.is_dear(node) and 4 * self.arrays[other].elements >= self.arrays[array].elements:
+            if _kinds.is_expensive(node) and 4 * self.arrays[other].elements >= self.arrays[array].elements:
                 return True
             if _kinds.is_pointwise(node):
                 waiting += [operand for operand in node.operands if operand not in self.held]

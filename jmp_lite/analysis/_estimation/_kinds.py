@@ -72,7 +72,7 @@ def is_product(node: Node) -> bool:
     return node.primitive in PRODUCTS
 
 
-def is_dear(node: Node) -> bool:
+def is_expensive(node: Node) -> bool:
     """Whether it is too expensive to recompute."""
     return node.primitive in _BY_FAMILY["expensive"]
 

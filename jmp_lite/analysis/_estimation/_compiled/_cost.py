@@ -124,9 +124,9 @@ def _branches(instruction: Instruction) -> tuple[str, ...]:
 
 def _conditional_cost(module: Module, instruction: Instruction) -> Cost:
     branches = [_computation_cost(module, name) for name in _branches(instruction)]
-    dearest = max(branches, key=lambda branch: branch.bytes)
+    largest = max(branches, key=lambda branch: branch.bytes)
     skipped = min(branch.skipped_bytes for branch in branches)
-    return dataclasses.replace(dearest, skipped_bytes=skipped, conditionals=dearest.conditionals + 1)
+    return dataclasses.replace(largest, skipped_bytes=skipped, conditionals=largest.conditionals + 1)
 
 
 def _transfer_cost(opcode: str, shape: str, source: str) -> Cost:
