@@ -131,7 +131,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     made = _command.parser(MODULE, __doc__, quick="one model", baseline="nothing")
     made.add_argument("--models", default=",".join(_zoo.MODELS), help="names with commas (default: all)")
     made.add_argument("--residuals", choices=("all", "low"), default="all", help="of autocast (default: all)")
-    made.add_argument("--differ", type=int, default=0, metavar="N", help="print the N most expensive launches that differ")
+    made.add_argument(
+        "--differ", type=int, default=0, metavar="N", help="print the N most expensive launches that differ"
+    )
     options = made.parse_args(argv)
     options.models = ["MoE"] if options.quick else options.models.split(",")
     if unknown := set(options.models) - set(_zoo.MODELS):

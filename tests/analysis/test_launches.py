@@ -94,7 +94,7 @@ CASES = {
         STEPS * (3 * SIZE + 2 * SIZE) + STEPS * SIZE,
         2 * STEPS + 1,
     ),
-    "of branches the dearest counts": (
+    "of branches the most expensive counts": (
         lambda branch, x: lax.switch(branch, [lambda x: jnp.tanh(x @ x), lambda x: x + 1, lambda x: x @ x], x),
         [i32(), X],
         4 * SIZE + 8,  # and the number of the branch, clamped
