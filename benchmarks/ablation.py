@@ -179,7 +179,7 @@ CHANGES: Mapping[str, Change] = {
     "matmuls of a few terms": _patched(_ops, "HANDFUL", 0),
     "inner products": _patched(_ops, "is_inner", lambda _: False),
     "precision that is asked for": _patched(_ops, "asked_precision", lambda _: ""),
-    "matmuls of libraries": _patched(_ops, "is_of_library", lambda _: False),
+    "matmuls of libraries": _patched(_ops, "library_of", lambda _: None),
     "results in float32": _patched(_decide, "_is_free", lambda _: False),
     "known numbers": _patched(_facts.Facts, "number", None),
     "activations of bounded slope": _patched(_ops, "ACTIVATIONS", frozenset()),

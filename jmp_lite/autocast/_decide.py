@@ -15,6 +15,7 @@ from jmp_lite.autocast._follow import FOLLOWS
 from jmp_lite.autocast._ops import Op, OpClass
 from jmp_lite.autocast._rules import Precision
 from jmp_lite.autocast._values import Known, Tag, Value, is_as_large, is_eligible, size
+from jmp_lite.errors import InvalidRuleError
 from jmp_lite.products._matmul import RoundsOperands, product_of
 
 
@@ -148,6 +149,11 @@ def _how_multiplied(facts: Facts, *, is_wide: bool) -> How:
 def _why_not_replaced(facts: Facts) -> str | None:
     """Why the user's matmul does not replace this one, if it does not."""
     dot: Any = facts.precision.dot
+    if "compute_dtype" in facts.eqn.params:  # of a matmul of ours
+        raise InvalidRuleError(
+            "dot= cannot replace a matmul of a function that is autocast already. Give dot= to the autocast of that "
+            "function, and leave this one out."
+        )
     if product_of(dot, facts.name) is None:
         return "dot= replaces only dot_general"
     if isinstance(dot, RoundsOperands) and not dot.takes(has_weight=any(x.is_parameter for x in facts.operands)):

@@ -263,7 +263,11 @@ def check_optimizer(tx: Any, caller: str) -> None:
     if callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None)):
         return
     name = getattr(tx, "__name__", "")
-    what = f"the function {name}; call it, such as optax.{name}(1e-3)" if name and callable(tx) else quote(tx)
+    what = (
+        f"the function {name}; call it, such as optax.{name}(1e-3)"
+        if name and callable(tx)
+        else f"{quote(tx)}; write for example optax.adam(1e-3)"
+    )
     raise InvalidStepError(f"{caller} takes an Optax optimizer, got {what}.")
 
 

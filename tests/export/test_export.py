@@ -155,7 +155,7 @@ def test_freezing_twice_gives_the_same_file(mlp, tmp_path):
 def test_train_and_serve_agree(tmp_path, frozen, asked, message):
     """What is loaded under another policy or recipe is refused, with both quoted; under its own it is not."""
     fun = jax.named_call(jnp.dot, name="a")
-    export.freeze(fun, jnp.ones((2, 2)), jnp.ones((2, 2)), path=tmp_path / "m", **frozen)
+    export.freeze(fun, jnp.ones((8, 8)), jnp.ones((8, 8)), path=tmp_path / "m", **frozen)
     with pytest.raises(jmp.errors.PolicyMismatchError, match=message):
         export.load(tmp_path / "m", **asked)
     served = export.load(tmp_path / "m", **frozen)

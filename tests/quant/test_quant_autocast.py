@@ -464,3 +464,16 @@ def test_products_for_cuda(name, rng):
     assert [pair(item) for item in found] == [kinds[name][0], kinds[name][1], kinds[name][1]]
     assert [item[3] for item in found] == ["DEFAULT", "HIGHEST", "HIGHEST"]
     assert functools.reduce(set.union, [{item[2]} for item in found]) <= {"f32", "bf16", "i32"}
+
+
+@pytest.mark.parametrize("settings", [{}, {"accumulation_dtype": jnp.float32}], ids=["", "float32 sums"])
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_a_function_that_is_autocast_already_takes_no_recipe(policy, settings):
+    """As of a user who pastes a second ``autocast`` below the first one."""
+
+    def loss(w, x):
+        return jnp.sum(jnp.tanh(x @ w))
+
+    twice = jmp.autocast(jmp.autocast(loss, policy, **settings), policy, dot=quant.FP8)
+    with pytest.raises(jmp.errors.InvalidRuleError, match=r"autocast already\. Give dot= to the autocast of that"):
+        jax.grad(twice)(jnp.full((16, 16), 0.1), jnp.ones((8, 16)))
