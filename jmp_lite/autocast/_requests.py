@@ -73,8 +73,13 @@ class Requests:
             for name, (pattern, _) in self._unmatched.items()
         }
         return [
-            f"The {name} matched no equation of the program and does nothing. The nearest name scopes are "
-            f"{scopes or 'none: the program has no name scopes'}. jmp.explain shows the scopes of all equations."
+            f"The {name} matched no equation of the program and does nothing. "
+            + (
+                f"The nearest name scopes are {scopes}. "
+                if scopes
+                else "The program has no name scopes; open one with "
+            )
+            + ("jmp.explain shows the scopes of all equations." if scopes else "jax.named_scope.")
             for name, scopes in near.items()
         ]
 

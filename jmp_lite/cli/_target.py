@@ -31,9 +31,12 @@ def with_call(verb: str, target: str, use: Callable[..., T]) -> T:
         >>> from jmp_lite.cli._target import with_call
         >>> with_call("explain", "math", lambda fun: fun)
         Traceback (most recent call last):
-        jmp_lite.errors.JmpLiteError: Cannot explain 'math': AttributeError: module 'math' has no attribute ''...
+        jmp_lite.errors.JmpLiteError: Cannot explain 'math': it names no function. Write 'module:function'...
     """
     module, _, name = target.partition(":")
+    hint = "Write 'module:function', a function without parameters that returns (fun, *args)."
+    if not (module and name):
+        raise JmpLiteError(f"Cannot {verb} {target!r}: it names no {'function' if module else 'module'}. {hint}")
     path = list(sys.path)
     sys.path.insert(0, "")
     try:
@@ -42,9 +45,6 @@ def with_call(verb: str, target: str, use: Callable[..., T]) -> T:
         check_function(fun, verb)
         return use(fun, *args)
     except (Exception, SystemExit) as error:
-        raise JmpLiteError(
-            f"Cannot {verb} {target!r}: {described(error)} Write 'module:function', a function without parameters that "
-            "returns (fun, *args)."
-        ) from error
+        raise JmpLiteError(f"Cannot {verb} {target!r}: {described(error)} {hint}") from error
     finally:
         sys.path[:] = path

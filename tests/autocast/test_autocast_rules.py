@@ -184,6 +184,13 @@ def test_a_key_of_a_policy_map_that_a_matmul_follows_is_named_where_it_decides(p
     jax.eval_shape(jmp.autocast(fun, jmp.PolicyMap({"a": policy}, default=other)), X, W)  # warnings are errors
 
 
+def test_a_program_without_scopes_is_told_how_to_open_one():
+    _api._interpreter.cache_clear()
+    run = jmp.autocast(jnp.matmul, LOW, rules=Rule("head", precision="full"))
+    with pytest.warns(jmp.errors.UnmatchedRuleWarning, match=r"no name scopes; open one with jax\.named_scope\.$"):
+        jax.eval_shape(run, X, W)
+
+
 def test_a_rule_that_one_matmul_follows_is_quiet():
     fun = lambda x, w: jnp.exp(scoped(x, w) + scoped(x, w, precision="highest"))  # noqa: E731
     assert dtypes(fun, LOW, [Rule("a", precision=jnp.float16)])[0] == F16

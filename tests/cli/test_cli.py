@@ -153,8 +153,10 @@ TARGETS = {
     "no_such_module:call": "ModuleNotFoundError: No module named 'no_such_module'.",
     "..explained_module:call": "TypeError: ",
     "os:getcwd": "explain takes a function, got ",
-    "call": "ModuleNotFoundError: No module named 'call'.",
-    "": "ValueError: Empty module name.",
+    "call": "it names no function.",
+    "explained_module:": "it names no function.",
+    ":call": "it names no module.",
+    "": "it names no module.",
 }
 
 
