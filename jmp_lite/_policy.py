@@ -143,8 +143,12 @@ class Policy:
 
     def policy_for(self, path: str) -> "Policy":
         """Returns the policy of the module or parameter at a path: this one, for all of them."""
+        return self.key_and_policy(path)[1]
+
+    def key_and_policy(self, path: str) -> "tuple[str | None, Policy]":
+        """Returns the same, after the key of a ``PolicyMap`` that chose it: here none did."""
         del path
-        return self
+        return None, self
 
     def __str__(self) -> str:
         fields = [("p", self.param_dtype), ("c", self.compute_dtype), ("o", self.output_dtype)]
@@ -356,11 +360,10 @@ class PolicyMap:
 
     def policy_for(self, path: str) -> Policy:
         """Returns the policy of the module or parameter at a path such as ``decoder/layers_3/kernel``."""
-        key = self.key_for(path)
-        return self.default if key is None else self._exact[key]
+        return self.key_and_policy(path)[1]
 
-    def key_for(self, path: str) -> str | None:
-        """Returns the key, the first of several with one policy, that decides at a path; ``None`` for the default."""
+    def key_and_policy(self, path: str) -> tuple[str | None, Policy]:
+        """Returns the key, the first of several with one policy, that decides at a path, and the policy."""
         keys = self._keys_of(path)
         self._unmatched.difference_update(keys)
         if len(keys) > 1 and len({self._exact[key] for key in keys}) > 1:
@@ -369,7 +372,7 @@ class PolicyMap:
             raise InvalidPolicyError(
                 f"Path {quote(path)} matches {listed}{more}. Make the patterns exclusive, or name the path itself."
             )
-        return keys[0] if keys else None
+        return (keys[0], self._exact[keys[0]]) if keys else (None, self.default)
 
     def _keys_of(self, path: str) -> list[str]:
         """Returns the key that is the path or its deepest ancestor, or else all that match it."""

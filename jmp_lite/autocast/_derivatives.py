@@ -16,9 +16,7 @@ from jmp_lite.products._matmul import add_terms
 
 def stand_in(eqn: Equation) -> Callable[..., Any] | None:
     """Returns what stands for an equation of 16-bit arrays if JAX's derivative would leave their range."""
-    if eqn.primitive.name == "integer_pow" and eqn.params["y"] != 3:
-        return None
-    return _IN_RANGE.get(eqn.primitive.name)
+    return _IN_RANGE.get((eqn.primitive.name, eqn.params.get("y")))
 
 
 @jax.custom_jvp
@@ -50,9 +48,10 @@ def _cubed_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
 _cubed.defjvp(_cubed_jvp)
 
 
+#: By primitive and power; ``jit`` keeps a derivative in the name scope of the call.
 _IN_RANGE = {
-    name: jax.jit(function, inline=INLINE)  # whose derivative stays in the name scope of the call
-    for name, function in (("div", _divided), ("integer_pow", _cubed))
+    ("div", None): jax.jit(_divided, inline=INLINE),
+    ("integer_pow", 3): jax.jit(_cubed, inline=INLINE),
 }
 
 

@@ -72,14 +72,11 @@ class Requests:
             name: " and ".join(map(repr, nearest_modules(pattern, sorted(self._scopes))[:3]))
             for name, (pattern, _) in self._unmatched.items()
         }
+        where = "jmp.explain shows the scopes of all equations."
+        none = "The program has no name scopes; open one with jax.named_scope."
         return [
             f"The {name} matched no equation of the program and does nothing. "
-            + (
-                f"The nearest name scopes are {scopes}. "
-                if scopes
-                else "The program has no name scopes; open one with "
-            )
-            + ("jmp.explain shows the scopes of all equations." if scopes else "jax.named_scope.")
+            + (f"The nearest name scopes are {scopes}. {where}" if scopes else none)
             for name, scopes in near.items()
         ]
 

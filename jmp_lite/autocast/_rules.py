@@ -233,8 +233,7 @@ class Settings:
 
     def precision(self, scope: str, primitive: str) -> Precision:
         """Resolves the precision of a primitive in a name scope."""
-        path = _path_in_model(scope, self.root)
-        policy, key = self.policy.policy_for(path), _key_for(self.policy, path)
+        key, policy = self.policy.key_and_policy(_path_in_model(scope, self.root))
         dtype = policy.compute_dtype
         is_full = dtype.itemsize >= FLOAT32.itemsize and not self.has_replacements
         mode, reduce_dtype = "full" if is_full else "auto", policy.reduce_dtype or FLOAT32
@@ -274,10 +273,6 @@ class Settings:
 
 def _named(key: str) -> str:
     return f"pattern {quote(key)} of the PolicyMap"
-
-
-def _key_for(policy: Policy | PolicyMap, path: str) -> str | None:
-    return policy.key_for(path) if isinstance(policy, PolicyMap) else None
 
 
 def _names(key: str, root: str) -> Callable[[str, str], bool]:

@@ -1,5 +1,7 @@
 """Parameters of 16 bits whose updates are lost in rounding."""
 
+import itertools
+import operator
 import warnings
 from collections.abc import Callable, Collection
 from typing import Any
@@ -24,11 +26,11 @@ def warn_of_lost_updates(step: Callable[[Any], Any], params: Any, stored: Collec
         LostUpdatesWarning: If there are some.
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    if not any(is_narrow(leaf) and leaf_key(path) not in stored for path, leaf in leaves):
+    may_lose = [is_narrow(leaf) and leaf_key(path) not in stored for path, leaf in leaves]
+    if not any(may_lose):
         return
-    pairs = zip(leaves, _changes(step, params, len(leaves)), strict=True)
-    rest = [(path, leaf) for (path, leaf), changes in pairs if changes and leaf_key(path) not in stored]
-    narrow = [f"{path_string(path)!r} ({leaf.dtype})" for path, leaf in rest if is_narrow(leaf)]
+    lose = map(operator.and_, may_lose, _changes(step, params, len(leaves)))
+    narrow = [f"{path_string(path)!r} ({leaf.dtype})" for path, leaf in itertools.compress(leaves, lose)]
     if narrow:
         warnings.warn(
             f"Parameters of 16 bits, {first_few(narrow)}, lose all updates below half a unit in their last place. "
