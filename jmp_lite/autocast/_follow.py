@@ -147,8 +147,8 @@ FOLLOWS = (
     FollowRule("moved in the compute dtype, which costs least", _is_moved_low, How.LOWERED, Tag.LOW, True),
     FollowRule("read in its own precision; its gradient accumulates in float32", _is_taken, How.WIDE, Tag.LOW),
     FollowRule("as precise in 16 bits as its operands", _is_as_precise_in_16_bits, How.LOWERED, Tag.LOW, True),
-    FollowRule("scaled by a number before it is rounded", _is_scaled_low, How.WIDE, Tag.LOW),
     FollowRule("all consumers want float32", _is_wanted, How.BOUND, Tag.HIGH),
+    FollowRule("scaled by a number before it is rounded", _is_scaled_low, How.WIDE, Tag.LOW),
     FollowRule("summed in float32, and as precise as its input", _is_pooled, How.BOUND, Tag.SOFT),
     FollowRule(
         "saturates, and a consumer wants float32",

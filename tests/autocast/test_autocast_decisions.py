@@ -57,7 +57,7 @@ FOLLOWING = {
     "sign for an exponential": (beside_a_product(lambda h, w: jnp.exp(-h)), "neg", [LOW]),
     "scale for an exponential": (beside_a_product(lambda h, w: jnp.exp(h * 0.5)), "mul", [LOW]),
     "bias for an exponential": (beside_a_product(lambda h, w: jnp.exp(h + w[:1])), "add", [HIGH]),
-    "scale that 16 bits round, for an exponential": (beside_a_product(lambda h, w: jnp.exp(h * 0.1)), "mul", [WIDE]),
+    "scale that 16 bits round, for an exponential": (beside_a_product(lambda h, w: jnp.exp(h * 0.1)), "mul", [HIGH]),
     "scale that 16 bits round, for a function": (lambda x, w: jnp.tanh(x @ w * 0.1) @ w, "mul", [WIDE]),
     "scale that 16 bits round, for a matmul": (lambda x, w: (x @ w * 0.1) @ w, "mul", [WIDE]),
     "scale that 16 bits hold, for a function": (lambda x, w: jnp.tanh(x @ w * 0.5) @ w, "mul", [LOW]),

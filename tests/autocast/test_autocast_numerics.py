@@ -366,3 +366,26 @@ def test_what_is_scaled_or_shifted_is_rounded_once(name, is_inside, rng):
     expected_value, expected_grad = jit(jax.value_and_grad(loss))(w)
     assert relative(value, expected_value) < of_value
     assert relative(grad, expected_grad) < of_grad
+
+
+#: Losses of the result of a matmul, in which a number scales it.
+TEMPERED = {
+    "contrast": lambda z, number: -jnp.mean(jnp.diag(jax.nn.log_softmax(z / number))),
+    "distillation": lambda z, number: divergence(z / number, jnp.roll(z, 1, 0) / number) * number**2,
+    "cap": lambda z, number: jnp.mean(jax.nn.logsumexp(jnp.tanh(z * number) / number, -1)),
+    "likelihood": lambda z, number: jnp.mean(jnp.exp(z * number)),
+}
+
+
+@pytest.mark.parametrize("name", TEMPERED)
+@pytest.mark.parametrize("is_inside", [True, False], ids=ORDERS)
+def test_a_number_scales_logits_as_precisely_as_an_array(name, is_inside, rng):
+    """An array is not rounded to 16 bits, and neither is what it scales: the consumers want float32."""
+    fun, w, x = TEMPERED[name], normal(rng, 32, 64), normal(rng, 64, 32)
+    jit = functools.partial(jax.jit, compiler_options={"xla_allow_excess_precision": False})
+    loss = lambda w, number: fun(x @ w, number)  # noqa: E731
+    exact = jit(jax.grad(loss))(w, 0.07)
+    of_array = jit(jax.grad(low(loss)) if is_inside else low(jax.grad(loss)))(w, jnp.float32(0.07))
+    loss = lambda w: fun(x @ w, 0.07)  # noqa: E731
+    of_number = jit(jax.grad(low(loss)) if is_inside else low(jax.grad(loss)))(w)
+    assert relative(of_number, exact) < 1.1 * relative(of_array, exact)
