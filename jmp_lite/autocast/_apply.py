@@ -1,6 +1,7 @@
 """Runs one equation, or its replacement, as decided."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -85,10 +86,21 @@ def _users_dot(eqn: Equation, arrays: Sequence[Any], precision: Precision, decis
     if dtype != precision.dtype and all(array.dtype == FLOAT32 for array in arrays[:2]):
         # Two arguments, and a result that is wanted in float32: nothing else would tell of the compute dtype.
         arrays = [cast(arrays[0], precision.dtype), *arrays[1:]]
-    result = dot(*arrays, *numbers, **params)
+    multiply, operands = functools.partial(dot, **params), [*arrays, *numbers]
+    result = multiply(*operands) if decision.tangent is None else _derivative(multiply, operands, decision.tangent)
     if is_eligible(eqn.outvars[0].aval):
         dtype = FLOAT32 if result.dtype == FLOAT32 else precision.dtype
     return cast(result, dtype)
+
+
+def _derivative(multiply: Callable[..., Any], operands: Sequence[Any], side: int) -> Any:
+    """Applies the derivative of a matmul to a tangent: it is linear, where one that rounds its operands is not."""
+    before, tangent, after = operands[:side], operands[side], operands[side + 1 :]
+
+    def of_tangent(x: Any) -> Any:
+        return multiply(*before, x, *after)
+
+    return jax.jvp(of_tangent, (jnp.zeros_like(tangent),), (tangent,))[1]
 
 
 def _of_weights(eqn: Equation, arrays: Sequence[Any], params: dict[str, Any], precision: Precision) -> Any:

@@ -155,7 +155,8 @@ def _scan(interpreter: Interpreter, call: Call) -> list[Value]:
         if not too_low:
             break
         for index in too_low:
-            operands[index] = Value(cast(call.operands[index].array, FLOAT32), INPUT)
+            held = operands[index]
+            operands[index] = Value(cast(call.operands[index].array, FLOAT32), Known(origin=held.known.origin))
     jaxpr = inner.jaxpr
     if interpreter.settings.residuals == "low":
         jaxpr = _saving_low(jaxpr)
@@ -170,7 +171,7 @@ def _scan(interpreter: Interpreter, call: Call) -> list[Value]:
 
 def _left(origin: Origin) -> Origin:
     """Where a result of a loop comes from, seen from outside."""
-    return origin if origin is Origin.FOUND else Origin.COMPUTED
+    return origin if origin in (Origin.FOUND, Origin.TANGENT) else Origin.COMPUTED
 
 
 @functools.lru_cache(maxsize=256)
@@ -198,15 +199,16 @@ def _constant(value: Value) -> Value:
 
 def _carry(body: Any, v: Any, value: Value, want: Want, low: DType, *, repeats: bool, stacks: bool) -> Value:
     """Returns how a carry enters a loop with the same weights in each iteration, or with stacked layers."""
+    origin = Origin.TANGENT if value.known.origin is Origin.TANGENT else Origin.INPUT
     if not is_eligible(v.aval):
-        return Value(value.array, Known(value.tag, Origin.INPUT))
+        return Value(value.array, Known(value.tag, origin))
     if _adds_up(body, v):
-        return Value(cast(value.array, FLOAT32), Known(Tag.HIGH, Origin.INPUT))
+        return Value(cast(value.array, FLOAT32), Known(Tag.HIGH, origin))
     if (want == LOW or (stacks and not repeats and value.is_activation)) and low != FLOAT32:
-        return Value(cast(value.array, low), Known(Tag.LOW, Origin.INPUT))
+        return Value(cast(value.array, low), Known(Tag.LOW, origin))
     if value.tag is Tag.LOW and not repeats and not want & AS_WRITTEN:
-        return Value(value.array, Known(Tag.LOW, Origin.INPUT))
-    return Value(cast(value.array, FLOAT32), INPUT)
+        return Value(value.array, Known(Tag.LOW, origin))
+    return Value(cast(value.array, FLOAT32), Known(origin=origin))
 
 
 def _adds_up(jaxpr: Any, v: Any) -> bool:

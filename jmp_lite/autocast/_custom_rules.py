@@ -18,7 +18,7 @@ from jmp_lite._compat import run, symbolic_zero
 from jmp_lite._tree import cast
 from jmp_lite.autocast._interpreter import Call, Handler, Interpreter, Retyped
 from jmp_lite.autocast._programs import programs_of
-from jmp_lite.autocast._values import Known, Tag, Value
+from jmp_lite.autocast._values import Known, Origin, Tag, Value
 
 
 class _Parts(NamedTuple):
@@ -105,7 +105,8 @@ def _custom_jvp(interpreter: Interpreter, call: Call) -> list[Value]:
             return [*outs, *tangents_out]
 
         avals = [*parts.avals, *(aval.to_tangent_aval() for aval in live.of(parts.avals[n:]))]
-        results = parts.evaluate(jvp, avals, [*parts.operands(primals), *map(Value, live.of(tangents))])
+        moved = [Value(tangent, Known(origin=Origin.TANGENT)) for tangent in live.of(tangents)]
+        results = parts.evaluate(jvp, avals, [*parts.operands(primals), *moved])
         dtypes = parts.inner.dtypes
         return _like(results[: len(dtypes)], dtypes), _like(results[len(dtypes) :], dtypes)
 

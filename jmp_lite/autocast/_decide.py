@@ -104,7 +104,8 @@ def _product(facts: Facts, why: str) -> Decision:
     takes_weights = isinstance(precision.dot, RoundsOperands) if how is How.DOT else precision.widens_gradients
     known = facts.known(Tag.HIGH if is_wide else Tag.LOW)
     result_dtype = FLOAT32 if is_wide else precision.dtype
-    return Decision(precision.dtype, how, known, reason, result_dtype, takes_weights and how in (How.DOT, How.PRODUCT))
+    takes_weights = takes_weights and how in (How.DOT, How.PRODUCT)
+    return Decision(precision.dtype, how, known, reason, result_dtype, takes_weights, facts.tangent)
 
 
 def _product_as_written(facts: Facts) -> Decision:
@@ -116,7 +117,7 @@ def _product_as_written(facts: Facts) -> Decision:
     why_not = _why_not_replaced(facts)
     if why_not:
         return _float32(facts, Tag.HIGH, f"{reason}; {why_not}")
-    return Decision(None, How.DOT, facts.known(Tag.HIGH), _replaced(facts), dtypes[-1])
+    return Decision(None, How.DOT, facts.known(Tag.HIGH), _replaced(facts), dtypes[-1], tangent=facts.tangent)
 
 
 def _replaced(facts: Facts) -> str:

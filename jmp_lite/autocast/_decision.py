@@ -33,3 +33,5 @@ class Decision(NamedTuple):
     """Of a matmul: the dtype that its result leaves in."""
     takes_weights: bool = False
     """Whether weights go in as they are, to be rounded inside, so that their gradients are not."""
+    tangent: int | None = None
+    """Of a user's matmul: the operand in which it must be linear."""

@@ -60,6 +60,11 @@ class Facts:
         return any(value.known.origin is Origin.SOLVED for value in self.arrays)
 
     @functools.cached_property
+    def tangent(self) -> int | None:
+        """The operand of a matmul that is a tangent, in which the matmul must be linear."""
+        return next((i for i, value in enumerate(self.operands) if value.known.origin is Origin.TANGENT), None)
+
+    @functools.cached_property
     def is_between_solutions(self) -> bool:
         """Whether a matmul takes a result of linear algebra to make an operand of linear algebra, as Kalman gains."""
         return self.op is OpClass.ALLOW and self.takes_solution and bool(self.want & SOLVED)
@@ -84,6 +89,8 @@ class Facts:
         """Where the results come from."""
         origins = {value.known.origin for value in self.arrays}
         of_whole = {value.known.origin for value in self.whole}
+        if self.tangent is not None:
+            return Origin.TANGENT
         if self.op is OpClass.AS_WRITTEN:
             if self.name in _ops.PRODUCTS:
                 library = library_of(self.eqn)

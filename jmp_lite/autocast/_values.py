@@ -45,6 +45,8 @@ class Origin(enum.Enum):
     """Linear algebra, moved or scaled perhaps: a matmul that takes it belongs to it."""
     FOUND = "found"
     """A loop that iterates until what matmuls make is good enough: whoever takes its steps again must take the same."""
+    TANGENT = "tangent"
+    """A tangent in a derivative that the user wrote, or what is linear in one."""
     AS_WRITTEN = "as written"
     """An operation that runs as written, such as a random number, or arithmetic on nothing else."""
     COMPUTED = "computed"

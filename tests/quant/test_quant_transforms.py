@@ -24,10 +24,14 @@ from support.lowbit import (
     mesh,
     normal,
     products,
+    relative,
     stablehlo,
     value_and_gradients,
     whole,
 )
+
+import jmp_lite as jmp
+from jmp_lite import quant
 
 ROWS, IN, OUT = 16, 64, 32
 VECTOR = (((0,), (0,)), ((), ()))
@@ -286,3 +290,49 @@ def test_scales_of_sharded_arrays_take_one_maximum_each(name, data):
     text = jax.jit(jax.grad(functools.partial(loss, RECIPES[name]))).lower(*args).compile().as_text()
     maxima = [line for line in text.splitlines() if "all-reduce(" in line and "f32[]" in line.split("all-reduce(")[0]]
     assert len(maxima) <= (3 if name == "fp8" else 1)
+
+
+#: Bilinear functions, in each of which a rule of the user's multiplies tangents.
+MULTIPLIES = {
+    "matmul": lambda x, w: x @ w,
+    "jit": jax.jit(lambda x, w: x @ w),
+    "checkpoint": jax.checkpoint(lambda x, w: x @ w),
+    "cond": lambda x, w: lax.cond(jnp.float32(1) > 0, lambda x, w: x @ w, lambda x, w: w[: len(x)], x, w),
+    "map": lambda x, w: lax.map(lambda row: row @ w, x),
+    "convolution": lambda x, w: lax.conv(x[..., None], w.T[..., None], (1,), "SAME")[..., 0],
+}
+
+
+def with_rule(multiply):
+    function = jax.custom_jvp(multiply)
+    function.defjvp(lambda p, t: (function(*p), multiply(t[0], p[1]) + multiply(p[0], t[1])))
+    return function
+
+
+@pytest.mark.parametrize("name", MULTIPLIES)
+def test_a_rule_of_the_user_multiplies_tangents_as_ours_does(name, rng):
+    """What rounds its operands is not linear: a tangent gets the derivative of the recipe."""
+    x, w = normal(rng, 16, 32), normal(rng, 32, 32)
+    recipe = quant.FP8.replace(products="all")
+
+    def gradients(multiply):
+        fun = jmp.autocast(lambda *a: jnp.sum(jnp.sin(multiply(*a))), "full", dot=recipe)
+        return jax.grad(fun, (0, 1))(x, w)
+
+    assert_same(gradients(with_rule(MULTIPLIES[name])), gradients(MULTIPLIES[name]))
+
+
+def test_a_rule_of_the_user_carries_tangents_through_a_loop(rng):
+    x, w = normal(rng, 16, 32), normal(rng, 32, 32) / 6
+    power = jax.custom_jvp(lambda x, w: x @ w @ w)
+
+    @power.defjvp
+    def rule(primals, tangents):
+        (x, w), (dx, dw) = primals, tangents
+        step = lambda c, _: ((c[0] @ w, c[1] @ w + c[0] @ dw), None)  # noqa: E731
+        return lax.scan(step, (x, dx), None, length=2)[0]
+
+    fun = lambda x, w: jnp.sum(jnp.sin(power(x, w)))  # noqa: E731
+    found = jax.grad(jmp.autocast(fun, "mixed_bfloat16", dot=quant.FP8), (0, 1))(x, w)
+    for gradient, exact in zip(found, jax.grad(fun, (0, 1))(x, w), strict=True):
+        assert relative(gradient, exact) < 2 * BOUNDS["fp8"]
