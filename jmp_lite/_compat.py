@@ -178,7 +178,8 @@ def is_transposed(name_stack: Any) -> bool:
 
 
 #: Packages whose layers users call: their lines are none that users can change.
-_OF_LAYERS = re.compile(r"site-packages[/\\](flax|haiku|equinox|optax)[/\\]")
+FRAMEWORKS = ("flax", "haiku", "equinox", "optax")
+_OF_LAYERS = re.compile(rf"site-packages[/\\]({'|'.join(FRAMEWORKS)})[/\\]")
 _OWN = str(pathlib.Path(__file__).parent)
 #: So many frames are searched for the line of the user that calls a layer.
 _FRAMES = 64

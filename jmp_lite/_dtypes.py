@@ -2,7 +2,6 @@
 
 import functools
 import re
-import warnings
 from collections.abc import Collection
 from typing import Any
 
@@ -10,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jmp_lite._messages import nearest, quote
+from jmp_lite._messages import nearest, quote, warn
 from jmp_lite.errors import SlowDtypeWarning, UnknownDtypeError
 
 DType = np.dtype[Any]
@@ -185,9 +184,8 @@ def warn_if_slow(dtype: DType) -> None:
     device = jax.local_devices()[0]
     better = faster_dtype(dtype, device.platform, getattr(device, "compute_capability", None))
     if better is not None:
-        warnings.warn(
+        warn(
             f"{device.device_kind} has no fast units for compute dtype {dtype.name}; use {better} instead, for example "
             f"jmp_lite.get_policy('mixed_{better}').",
             SlowDtypeWarning,
-            stacklevel=3,
         )

@@ -1,8 +1,9 @@
 """Functions that users give: anything else is refused, with what to give instead."""
 
+import contextlib
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -25,8 +26,10 @@ def check_function(fun: Any, caller: str) -> None:
             "as model.apply, or a loss function that calls it."
         )
     if not callable(fun):
-        with_apply = " Give its function apply." if callable(getattr(fun, "apply", None)) else ""
-        raise InvalidFunctionError(f"{caller} takes a function, got {quote(fun)}.{with_apply}")
+        advice = " Give its function apply." if callable(getattr(fun, "apply", None)) else ""
+        if isinstance(fun, str) or hasattr(fun, "policy_for"):
+            advice = f" The function comes first: write {caller}(fun, ...)(*args); {caller} is no context manager."
+        raise InvalidFunctionError(f"{caller} takes a function, got {quote(fun)}.{advice}")
 
 
 def require_arrays(values: Any, caller: str) -> None:
@@ -99,3 +102,16 @@ def refuse_modules(fun: Callable[..., Any], args: Any, kwargs: Any, caller: str,
                 f"{caller} was called with the NNX module {type(leaf).__name__}, whose statistics and random counts "
                 f"would stay as they are. {advice}"
             )
+
+
+@contextlib.contextmanager
+def without_captured_modules() -> Iterator[None]:
+    """Around a call of a user's function: says what to do with an NNX module that it changes and does not take."""
+    try:
+        yield
+    except getattr(sys.modules.get("flax.errors"), "TraceContextError", ()) as error:
+        said = str(error).partition(" (http")[0]
+        raise InvalidFunctionError(
+            f"The function uses an NNX module that is none of its arguments: {said}. Make the module an argument, and "
+            "wrap the function in jmp_lite.nnx.autocast or jmp_lite.nnx.scaled_value_and_grad."
+        ) from error

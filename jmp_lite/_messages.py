@@ -1,18 +1,38 @@
 """What a user wrote, as messages quote it, and the name that comes nearest to it."""
 
 import contextlib
+import inspect
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import jax
+import numpy as np
+
+from jmp_lite._compat import FRAMEWORKS
 from jmp_lite.errors import JmpLiteError
 
 #: How many of several things a message names.
 _NAMED = 3
+#: Packages whose lines are none that users can change.
+_NOT_THE_USERS = frozenset({"jmp_lite", "jax", "contextlib", "functools", *FRAMEWORKS})
+
+
+class _Type(str):
+    __slots__ = ()
+    __repr__ = str.__str__
+
+
+def _shown(leaf: Any) -> Any:
+    is_array = isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))
+    return _Type(f"{leaf.dtype}{list(leaf.shape)}") if is_array else leaf
 
 
 def quote(value: Any, limit: int = 200) -> str:
-    """Returns what a user gave on one line, cut where it is long."""
+    """Returns what a user gave on one line, arrays as ``float32[2, 3]``, cut where it is long."""
+    with contextlib.suppress(Exception):  # of trees that cannot be flattened, or hold nothing but arrays
+        value = jax.tree.map(_shown, value)
     text = re.sub(r"\n\s*", " ", repr(value))
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
@@ -76,3 +96,24 @@ def first_few(items: list[str]) -> str:
     """Names some, and counts the others."""
     more = f" and {len(items) - _NAMED} more" if len(items) > _NAMED else ""
     return ", ".join(items[:_NAMED]) + more
+
+
+def _users_frame() -> tuple[Any, int]:
+    """Returns the innermost frame of the user's code, and its distance from the caller of this function."""
+    frame, distance = inspect.currentframe(), -1
+    while frame is not None and frame.f_back is not None:
+        if frame.f_globals.get("__name__", "").partition(".")[0] not in _NOT_THE_USERS:
+            break
+        frame, distance = frame.f_back, distance + 1
+    return frame, distance
+
+
+def users_line() -> tuple[str, int]:
+    """Returns the file and line where the user's code called something that led here."""
+    frame, _ = _users_frame()
+    return frame.f_code.co_filename, frame.f_lineno
+
+
+def warn(text: str, category: type[Warning]) -> None:
+    """Warns at the line where the user's code called something that led here."""
+    warnings.warn(text, category, stacklevel=_users_frame()[1] + 1)

@@ -6,7 +6,6 @@ A ``Policy`` is a triple of dtypes with three pure casts. A ``PolicyMap`` gives 
 
 import contextlib
 import dataclasses
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, overload
 
@@ -25,7 +24,7 @@ from jmp_lite._dtypes import (
     parse_dtype,
     warn_if_slow,
 )
-from jmp_lite._messages import nearest, quote
+from jmp_lite._messages import nearest, quote, warn
 from jmp_lite._patterns import (
     compile_pattern,
     is_misspelt,
@@ -270,8 +269,8 @@ def get_policy(spec: "PolicyLike") -> "Policy | PolicyMap":
         return spec
     if not isinstance(spec, str):
         raise InvalidPolicyError(
-            f"A policy must be a string, a Policy or a PolicyMap, got {quote(spec)}. "
-            "Write for example get_policy('mixed_bfloat16')."
+            f"A policy must be a string, a Policy or a PolicyMap, got {quote(spec)}. Write for example "
+            + ("PolicyMap({...}, default='full')." if isinstance(spec, Mapping) else "get_policy('mixed_bfloat16').")
         )
     if "=" in spec:
         return _parse_parts(spec)
@@ -413,11 +412,10 @@ class PolicyMap:
         if misspelt:
             listed = " and ".join(f"{quote(key)} (nearest: {module!r})" for key, module in [*misspelt.items()][:5])
             more = f" and {len(misspelt) - 5} more" if len(misspelt) > 5 else ""
-            warnings.warn(
+            warn(
                 f"No path matches {listed}{more} of the PolicyMap. Write keys as the segments of paths are written, "
                 f"such as {paths[0]!r}.",
                 UnmatchedRuleWarning,
-                stacklevel=4,
             )
 
     def _misspelt_keys(self, paths: list[str]) -> dict[str, str]:

@@ -6,6 +6,7 @@ one that the caller names. Everything else is handed through as the same object.
 
 import functools
 import itertools
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -91,13 +92,36 @@ def path_string(path: Path) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def leaf_key(path: Path) -> str:
-    """Writes the path of a leaf so that no two are alike, as ``['decoder'].layers[3]['kernel']``.
-
-    Boxes of Flax are left out: ``nnx.Optimizer`` passes variables to ``init``, and the arrays in them to ``update``.
-    """
+def _unboxed(path: Path) -> Path:
+    """Leaves out a box of Flax: ``nnx.Optimizer`` gives variables to ``init``, and the arrays in them to ``update``."""
     is_boxed = path[-1:] in ((jax.tree_util.GetAttrKey("value"),), (jax.tree_util.GetAttrKey("raw_value"),))
-    return jax.tree_util.keystr(path[:-1] if is_boxed else path)
+    return path[:-1] if is_boxed else path
+
+
+def leaf_key(path: Path) -> str:
+    """Writes the path of a leaf so that no two are alike, as ``['decoder'].layers[3]['kernel']``, without boxes."""
+    return jax.tree_util.keystr(_unboxed(path))
+
+
+def difference(trees: dict[str, Any]) -> str:
+    """Says where two trees, given by what they hold, differ: in paths, or else in a shape; empty if in neither."""
+
+    def leaves(tree: Any) -> dict[str, Any]:
+        named = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: node is None)
+        return {path_string(_unboxed(path)): leaf for path, leaf in named}
+
+    (first, second), (these, those) = trees, map(leaves, trees.values())
+    alone = [
+        f"{path!r} is only in the {name}" if path else f"the {name} are {quote(mine[path])}"
+        for name, mine, other in ((first, these, those), (second, those, these))
+        for path in [path for path in mine if path not in other][:1]
+    ]
+    unlike = [
+        f"{path!r} is {quote(leaf)} in the {first} and {quote(those[path])} in the {second}"
+        for path, leaf in these.items()
+        if path in those and np.shape(leaf) != np.shape(those[path])
+    ]
+    return " and ".join(alone) or (unlike or [""])[0]
 
 
 def cast(array: Any, dtype: Any) -> Any:
@@ -207,14 +231,9 @@ def scalar_predicate(value: Any) -> jax.Array:
     is_boolean = isinstance(value, bool) or (is_array(value) and value.shape == () and value.dtype == np.bool_)
     if not is_boolean:
         raise InvalidSelectionError(
-            f"expected boolean scalar, got {describe(value)}. Reduce it first, for example with jmp_lite.all_finite."
+            f"expected boolean scalar, got {quote(value)}. Reduce it first, for example with jmp_lite.all_finite."
         )
     return jnp.asarray(value)
-
-
-def describe(leaf: Any) -> str:
-    """Writes an array as ``float32[2, 3]``, anything else as Python does."""
-    return f"{leaf.dtype}{list(leaf.shape)}" if is_array(leaf) else repr(leaf)
 
 
 def mapped_axes(axis_name: Any) -> Any:
@@ -305,7 +324,7 @@ def _select_leaf(pred: jax.Array, path: Path, on_true: Any, on_false: Any) -> An
     if not numeric and (on_true is on_false or np.array_equal(on_true, on_false)):
         return on_true
     raise InvalidSelectionError(
-        f"Leaf {path_string(path)!r} is {describe(on_true)} in one tree and {describe(on_false)} in the other: only "
+        f"Leaf {path_string(path)!r} is {quote(on_true)} in one tree and {quote(on_false)} in the other: only "
         "arrays of one shape and compatible dtypes can be selected. Make the two alike, or keep them out of the tree."
     )
 
@@ -331,6 +350,10 @@ def select_tree(pred: Any, on_true: T, on_false: T) -> T:
         {'step': Array(0, dtype=int32)}
     """
     scalar = scalar_predicate(pred)
+    structures: Any = map(jax.tree.structure, (on_true, on_false))
+    if operator.ne(*structures):
+        where = difference({"first one": on_true, "second one": on_false}) or "they are made of other classes"
+        raise InvalidSelectionError(f"The two trees differ: {where}. Select between trees of one structure.")
     selected: T = jax.tree_util.tree_map_with_path(
         lambda path, a, b: _select_leaf(scalar, path, a, b), on_true, on_false
     )

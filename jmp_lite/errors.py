@@ -129,7 +129,7 @@ class InvalidFunctionError(JmpLiteError, TypeError):
 
         >>> jmp.autocast(jnp.ones(2), "mixed_bfloat16")
         Traceback (most recent call last):
-        jmp_lite.errors.InvalidFunctionError: autocast takes a function, got Array([1., 1.], dtype=float32).
+        jmp_lite.errors.InvalidFunctionError: autocast takes a function, got float32[2].
         >>> double = jmp.autocast(lambda x: 2 * x, "mixed_bfloat16")
         >>> jmp.scaled_value_and_grad(lambda w: 3, loss_scale=jmp.NoOpLossScale())(1.0)
         Traceback (most recent call last):

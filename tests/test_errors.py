@@ -113,10 +113,11 @@ class Transformed:
 
 
 NO_FUNCTIONS = {
-    "array": (jnp.ones(2), "got Array([1., 1.], dtype=float32)."),
-    "long array": (np.arange(999.0), "..."),
+    "array": (jnp.ones(2), "got float32[2]."),
+    "parameters": ({"w": np.arange(999.0)}, "got {'w': float64[999]}."),
     "None": (None, "got None."),
-    "name": ("sin", "got 'sin'."),
+    "policy string": ("bf16", "got 'bf16'. The function comes first: "),
+    "policy": (jmp.get_policy("bf16"), "The function comes first: "),
     "functions": ((jnp.sin, jnp.cos), "got (<"),
     "Linen module": (nn.Dense(3), "got the Linen module 'Dense'. Give its method apply, such as model.apply"),
     "object with apply": (Transformed(), "Give its function apply."),

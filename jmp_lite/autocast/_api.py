@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from jmp_lite._dtypes import FLOAT32, dtype_or_none, warn_if_slow
-from jmp_lite._functions import check_function, refuse_modules
+from jmp_lite._functions import check_function, refuse_modules, without_captured_modules
 from jmp_lite._policy import Policy, PolicyMap
 from jmp_lite._tree import combine, is_array, partition
 from jmp_lite.autocast import _control_flow, _custom_rules
@@ -27,7 +27,7 @@ HANDLERS = {**_control_flow.HANDLERS, **_custom_rules.HANDLERS}
 
 def autocast(
     fun: Callable[P, R],
-    policy: str | Policy | PolicyMap,
+    policy: str | Policy | PolicyMap = None,  # type: ignore[assignment]  # to answer "with autocast(policy)"
     *,
     rules: Rule | Sequence[Rule] = (),
     ops: Mapping[str, Op] | None = None,
@@ -91,6 +91,7 @@ def autocast(
         ``torch.autocast``; TensorFlow's ``auto_mixed_precision``. Micikevicius et al., "Mixed Precision Training",
         arXiv:1710.03740.
     """
+    check_function(fun, "autocast")
     run = wrap(
         fun, settings_from(policy, rules=rules, ops=ops, dot=dot, accumulation_dtype=accumulation_dtype), residuals
     )
@@ -129,7 +130,6 @@ def _interpreter(settings: Settings) -> Interpreter:
 
 def wrap(fun: Callable[P, R], settings: Settings, residuals: str) -> Callable[P, R]:
     """Wraps a function under checked settings."""
-    check_function(fun, "autocast")
     if residuals not in ("all", "low"):
         raise InvalidRuleError(f"residuals must be 'all' or 'low', got {residuals!r}.")
     settings = dataclasses.replace(settings, residuals=residuals)
@@ -180,7 +180,8 @@ def trace(
 
     def on_arrays(*arrays: Any) -> list[Any]:
         call_args, call_kwargs = combine(arrays, others, layout)
-        output = fun(*call_args, **call_kwargs)
+        with without_captured_modules():
+            output = fun(*call_args, **call_kwargs)
         results, constants, layout_of_results = partition(output, lambda leaf: isinstance(leaf, jax.Array))
         rest[:] = constants, layout_of_results
         return results

@@ -1,12 +1,12 @@
-"""What the user asked for, and whether the program had any use for it: what had none warns once."""
+"""What the user asked for, and whether the program had any use for it: the lines that call it are told once if not."""
 
-import warnings
+import re
 
-from jmp_lite._messages import first_few, nearest
+from jmp_lite._messages import first_few, nearest, users_line, warn
 from jmp_lite._patterns import nearest_modules
 from jmp_lite.autocast._decision import Decision, How
 from jmp_lite.autocast._ops import PRODUCTS
-from jmp_lite.autocast._rules import Precision, Settings
+from jmp_lite.autocast._rules import Pattern, Precision, Settings
 from jmp_lite.errors import UnmatchedRuleWarning
 
 #: How many letters of the name of a primitive may be wrong for another name to be suggested.
@@ -30,11 +30,13 @@ class Requests:
         """Why the first matmul does not run as a rule, or ``dot=``, asks."""
         self._scopes: set[str] = set()
         self._primitives: set[str] = set()
+        self._told: set[tuple[str, int]] = set()
+        """Lines of the user that have been warned."""
 
     def resolved(self, scope: str, primitive: str) -> None:
         """Notes that the precision of a primitive in a scope was asked for."""
         self._scopes.add(scope)
-        for name in [name for name, (_, holds) in self._unmatched.items() if holds(scope, primitive)]:
+        for name in [name for name, pattern in self._unmatched.items() if pattern.holds(scope, primitive)]:
             del self._unmatched[name]
         rule = self._settings.rule_for(scope, primitive)
         self._overruled = [other for other in self._overruled if other is not rule]
@@ -62,23 +64,32 @@ class Requests:
         Warns:
             UnmatchedRuleWarning: About each of them.
         """
+        line = users_line()
+        if line in self._told:
+            return
+        self._told.add(line)
         for text in [*self._of_patterns(), *self._of_rules(), *self._of_ops(), *self._of_matmuls()]:
-            warnings.warn(text, UnmatchedRuleWarning, stacklevel=2)
-        self._unmatched, self._overruled, self._ops = {}, [], set()
-        self._followed.update(self._dots, self._refused)  # said once
+            warn(text, UnmatchedRuleWarning)
 
     def _of_patterns(self) -> list[str]:
-        near = {
-            name: " and ".join(map(repr, nearest_modules(pattern, sorted(self._scopes))[:3]))
-            for name, (pattern, _) in self._unmatched.items()
-        }
-        where = "jmp.explain shows the scopes of all equations."
-        none = "The program has no name scopes; open one with jax.named_scope."
         return [
-            f"The {name} matched no equation of the program and does nothing. "
-            + (f"The nearest name scopes are {scopes}. {where}" if scopes else none)
-            for name, scopes in near.items()
+            f"The {name} matched no equation of the program and does nothing. {self._meant(pattern)}"
+            for name, pattern in self._unmatched.items()
         ]
+
+    def _meant(self, pattern: Pattern) -> str:
+        """Says what comes near a pattern that matched nothing."""
+        known, (scope, primitive) = sorted(self._primitives), (pattern.scope or "", pattern.primitive)
+        if primitive is not None and not any(re.fullmatch(primitive, name) for name in known):
+            return _nearest_primitive(primitive, known)
+        # As many typing errors as would make of another name a primitive are too many.
+        for name in nearest(scope, known, len(scope) // 5)[:1]:
+            return f"Did you mean the primitive? Write Rule(primitive={name!r}, ...)."
+        paths = sorted({pattern.path(path) for path in self._scopes})
+        near = " and ".join(map(repr, nearest_modules(scope, paths)[:3]))
+        if not near:
+            return "The program has no name scopes; open one with jax.named_scope."
+        return f"The nearest name scopes are {near}. jmp.explain shows the scopes of all equations."
 
     def _of_rules(self) -> list[str]:
         overruled = [str(rule) for rule in self._overruled if str(rule) not in self._unmatched]
@@ -92,11 +103,9 @@ class Requests:
         if any(name.startswith("custom_vjp") for name in self._primitives):
             return []  # its backward rule, which is traced later if at all, may hold them
         known = sorted(self._primitives)
-        near = {name: nearest(name, known, _TYPOS) for name in sorted(self._ops - self._primitives)}
         return [
-            f"ops= names {name!r}, and the program has no such primitive. "
-            + (f"Did you mean {names[0]!r}?" if names else f"It has {first_few(known)}.")
-            for name, names in near.items()
+            f"ops= names {name!r}, and the program has no such primitive. {_nearest_primitive(name, known)}"
+            for name in sorted(self._ops - self._primitives)
         ]
 
     def _of_matmuls(self) -> list[str]:
@@ -107,3 +116,8 @@ class Requests:
             for name, reason in reasons.items()
             if name not in settled
         ]
+
+
+def _nearest_primitive(name: str, known: list[str]) -> str:
+    near = nearest(name, known, _TYPOS)
+    return f"Did you mean {near[0]!r}?" if near else f"The program has {first_few(known)}."

@@ -60,14 +60,14 @@ class Rule:
             matches all.
         precision: ``"full"``, float32; ``"low"``, the compute dtype, for exponentials and sums too; ``"auto"``, the
             classes of the primitives; or a dtype or policy as ``get_policy`` takes it, whose 16-bit compute dtype then
-            replaces the one of the policy.
+            replaces the one of the policy. ``None`` is ``"auto"`` for a rule with ``dot`` or ``result``.
         dot: Replaces ``lax.dot_general`` and has the same signature; for matmuls that run in the compute dtype.
         result: ``jnp.float32`` makes matmuls return float32 from operands in the compute dtype, even if the result
             takes more bytes than they do. By default, matmuls return float32 if all their consumers want that and it
             costs nothing.
 
     Raises:
-        InvalidRuleError: If the precision or the result is invalid.
+        InvalidRuleError: If the precision or the result is invalid, or neither they nor ``dot`` are given.
         InvalidPatternError: If a pattern is not a regular expression.
 
     Example:
@@ -82,7 +82,7 @@ class Rule:
 
     scope: str | None = None
     primitive: str | None = None
-    precision: Any = "auto"
+    precision: Any = None
     dot: Callable[..., Any] | None = dataclasses.field(default=None, kw_only=True)
     result: Any = dataclasses.field(default=None, kw_only=True)
 
@@ -92,13 +92,15 @@ class Rule:
                 f"primitive is {self.primitive!r}, which is a precision. Write Rule({self.scope!r}, "
                 f"precision={self.primitive!r})."
             )
-        object.__setattr__(self, "precision", _checked_precision(self.precision))
         for field in ("scope", "primitive"):
             pattern = getattr(self, field)
             if not (pattern is None or isinstance(pattern, str)):
                 raise InvalidRuleError(f"{field} must be a regular expression or None, got {quote(pattern)}.")
             if pattern is not None:
                 compile_pattern(pattern)
+        if self.precision is None and self.dot is None and self.result is None:
+            raise InvalidRuleError(f"The {self} asks for nothing. Give it precision='full', 'low' or a dtype, or dot=.")
+        object.__setattr__(self, "precision", _checked_precision("auto" if self.precision is None else self.precision))
         if self.result is not None and dtype_or_none(self.result) != FLOAT32:
             raise InvalidRuleError(f"result must be float32 or None, got {self.result!r}.")
         object.__setattr__(self, "result", None if self.result is None else FLOAT32)
@@ -193,6 +195,17 @@ def _readings(scope: str) -> tuple[str, ...]:
     return (scope,) if plain == scope else (scope, plain)
 
 
+class Pattern(NamedTuple):
+    """What the user wrote for a part of the program."""
+
+    scope: str | None
+    primitive: str | None
+    holds: Callable[[str, str], bool]
+    """Whether it stands for a primitive in a name scope."""
+    path: Callable[[str], str]
+    """What the scope pattern is compared with, of a name scope."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """All settings of the user, checked; equal settings share their interpreter."""
@@ -259,11 +272,12 @@ class Settings:
         return next((rule for rule in self.rules if rule.matches(scope, primitive)), None)
 
     @functools.cached_property
-    def patterns(self) -> Mapping[str, tuple[str, Callable[[str, str], bool]]]:
-        """The user's patterns for parts of the program, each with a test of a name scope and a primitive."""
-        rules = {str(rule): (rule.scope or rule.primitive or "", rule.matches) for rule in self.rules}
+    def patterns(self) -> Mapping[str, Pattern]:
+        """The user's patterns for parts of the program, by how messages name them."""
+        rules = {str(rule): Pattern(rule.scope, rule.primitive, rule.matches, str) for rule in self.rules}
         policies = self.policy.policies if isinstance(self.policy, PolicyMap) else ()
-        keys = {_named(key): (key, _names(key, self.root)) for key, _ in policies}
+        inside = functools.partial(_path_in_model, root=self.root)
+        keys = {_named(key): Pattern(key, None, _names(key, self.root), inside) for key, _ in policies}
         return rules | keys
 
     def is_in_range(self, number: float) -> bool:

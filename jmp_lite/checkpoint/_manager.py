@@ -2,7 +2,6 @@
 
 import operator
 import re
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -11,6 +10,7 @@ from typing import Any, Self, TypeVar
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jmp_lite._messages import warn
 from jmp_lite._policy import PolicyLike, get_policy
 from jmp_lite.checkpoint._directory import absolute, items, restore
 from jmp_lite.checkpoint._lock import WriterLock
@@ -337,4 +337,4 @@ def _warn(tried: dict[int, str], *, after: int | None = None) -> None:
     back = "to the beginning" if after is None else f"to step {after}"
     for step in sorted((step for step in tried if after is None or step > after), reverse=True):
         message = f"Step {step} cannot be restored, going back {back}. {tried[step]}"
-        warnings.warn(message, CorruptCheckpointWarning, stacklevel=3)
+        warn(message, CorruptCheckpointWarning)

@@ -10,8 +10,9 @@ import numpy as np
 from jax.export import export
 
 from jmp_lite._functions import check_function
+from jmp_lite._messages import quote
 from jmp_lite._policy import Policy, PolicyLike, PolicyMap, get_policy
-from jmp_lite._tree import describe, is_array, path_string
+from jmp_lite._tree import is_array, path_string
 from jmp_lite.autocast import autocast
 from jmp_lite.errors import InvalidExportError
 from jmp_lite.export._compat import without_source_lines
@@ -174,14 +175,12 @@ def _split(params: Any) -> tuple[dict[str, Any], Callable[[dict[str, Any]], Any]
             continue
         if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
             raise InvalidExportError(
-                f"Leaf {name!r} is {describe(leaf)}, which no safetensors file can hold. Keep it out of the "
+                f"Leaf {name!r} is {quote(leaf)}, which no safetensors file can hold. Keep it out of the "
                 "parameters (of NNX: nnx.split(model, nnx.Param, ...)), or store jax.random.key_data(leaf)."
             )
         name = name or "params"
         if name in weights or name in (PROGRAM, RESERVED):
-            raise InvalidExportError(
-                f"Two things would be stored as {name!r}, one of them {describe(leaf)}. Rename one."
-            )
+            raise InvalidExportError(f"Two things would be stored as {name!r}, one of them {quote(leaf)}. Rename one.")
         weights[name] = _as_jax_would(name, np.asarray(leaf))
         places.append((name, None))
 
@@ -197,7 +196,7 @@ def _as_jax_would(name: str, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any
     narrow = native.astype(jax.dtypes.canonicalize_dtype(native.dtype), copy=False)
     if jnp.issubdtype(native.dtype, jnp.integer) and (narrow != native).any():
         raise InvalidExportError(
-            f"Leaf {name!r} is {describe(array)} with numbers that {narrow.dtype} cannot hold. Enable 64-bit types "
+            f"Leaf {name!r} is {quote(array)} with numbers that {narrow.dtype} cannot hold. Enable 64-bit types "
             "with jax_enable_x64, or store smaller numbers."
         )
     return narrow

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jmp_lite._functions import check_function
+from jmp_lite._functions import check_function, without_captured_modules
 from jmp_lite._tree import combine, partition
 from jmp_lite.errors import InvalidFunctionError
 from jmp_lite.nnx._modules import is_leaf, is_node, wraps
@@ -26,7 +26,7 @@ def scaled_value_and_grad(
     argnums: Argnums = 0,
     has_aux: bool = False,
     *,
-    loss_scale: Any,
+    loss_scale: Any = None,
     name: str | None = None,
 ) -> Callable[..., Any]:
     """Like ``nnx.value_and_grad``, for the loss times the current loss scale.
@@ -71,7 +71,8 @@ def scaled_value_and_grad(
 
     def scaled(*args_and_kwargs: Any) -> tuple[jax.Array, Any]:
         *args, kwargs = args_and_kwargs
-        loss, aux = checked_loss(fn(*args, **kwargs), has_aux)
+        with without_captured_modules():
+            loss, aux = checked_loss(fn(*args, **kwargs), has_aux)
         return scale.scale(loss), (loss, aux)
 
     @wraps(fn)
@@ -115,7 +116,7 @@ def accumulate_gradients(
     argnums: Argnums = 0,
     has_aux: bool = False,
     *,
-    loss_scale: Any,
+    loss_scale: Any = None,
     batch_argnums: int | Sequence[int] | None = None,
     on_nonfinite: str = _accumulate.SKIP_WINDOW,
     axis_name: Any = None,

@@ -8,9 +8,9 @@ import numpy as np
 import optax
 
 from jmp_lite._dtypes import FLOAT32
-from jmp_lite._messages import described, first_few
+from jmp_lite._messages import described, first_few, quote
 from jmp_lite._policy import PolicyLike, get_policy
-from jmp_lite._tree import describe, is_narrow, leaf_key
+from jmp_lite._tree import is_narrow, leaf_key
 from jmp_lite.errors import InvalidStorageError
 from jmp_lite.optim._stored import decoded, encoded_at_first, stored_states
 from jmp_lite.optim._weights import format_of
@@ -139,7 +139,7 @@ def _like(tree: Any, other: Any) -> Any:
 
     def same(leaf: Any, wanted: Any) -> Any:
         if np.shape(leaf) != np.shape(wanted):
-            raise ValueError(f"{describe(leaf)} in place of {describe(wanted)}")
+            raise ValueError(f"{quote(leaf)} in place of {quote(wanted)}")
         return leaf
 
     return jax.tree.map(same, tree, other)

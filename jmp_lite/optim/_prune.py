@@ -6,7 +6,6 @@ sharded leaf stays in place and devices exchange one number per bit.
 
 import functools
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,8 +15,8 @@ import numpy as np
 import optax
 
 from jmp_lite._dtypes import at_least_float32
-from jmp_lite._messages import first_few, quote
-from jmp_lite._tree import NOT_WEIGHTS, describe, is_array, path_string
+from jmp_lite._messages import first_few, quote, warn
+from jmp_lite._tree import NOT_WEIGHTS, is_array, path_string
 from jmp_lite.errors import InvalidPruningError, LeftDenseWarning
 from jmp_lite.scaling._loss_scaled import check_step
 
@@ -142,7 +141,7 @@ def _axes_by_path(axes: Any) -> Callable[[str, Any], Sequence[int] | None]:
     def look_up(path: str, leaf: Any) -> Sequence[int]:
         if path not in found:
             raise InvalidPruningError(
-                f"axes has nothing for {path!r}, which is {describe(leaf)}. Give a number, or what "
+                f"axes has nothing for {path!r}, which is {quote(leaf)}. Give a number, or what "
                 "quant.contracted_axes(fun)(params, *args) returns for these parameters."
             )
         return found[path] or ()
@@ -156,7 +155,7 @@ _UNKNOWN = "which of their axes matmuls contract is not known"
 def _problem(name: str, leaf: Any, m: int, axes: Sequence[int] | None) -> str:
     problem = _UNKNOWN if axes is None else f"none of its axes {tuple(axes)} can be cut into groups of {m}"
     return (
-        f"{name!r} is {describe(leaf)}: {problem}. Leave it out by where, or pass "
+        f"{name!r} is {quote(leaf)}: {problem}. Leave it out by where, or pass "
         "axes=quant.contracted_axes(fun)(params, *args)."
     )
 
@@ -212,7 +211,7 @@ def _warn_of_dense(unknown: list[str], params: Any, masks: Any, where: Any) -> N
         message = f"prune leaves all parameters dense: {by} chooses none of {first_few(names)}. Choose leaves by where."
     else:
         return
-    warnings.warn(message, LeftDenseWarning, stacklevel=3)
+    warn(message, LeftDenseWarning)
 
 
 def _is_integer(value: Any) -> bool:

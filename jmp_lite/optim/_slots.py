@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import warnings
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jmp_lite._messages import first_few, nearest, quote
+from jmp_lite._messages import first_few, nearest, quote, warn
 from jmp_lite._patterns import compile_pattern, matches
 from jmp_lite._tree import Path, is_array, is_inexact, leaf_key, path_string
 from jmp_lite.errors import InvalidStorageError, UncompressedStateWarning
@@ -257,12 +256,11 @@ def _warn_of_the_rest(name: str, chosen: list[tuple[Slot, StateFormat]], inner_s
         fields = [path for path in itertools.accumulate((entry,) for entry in largest) if _is_field(path[-1])]
         field = fields[-1] if fields else largest
         node = type(_node_at(inner_state, field[:-1])).__name__
-        warnings.warn(
+        warn(
             f"state={name!r} leaves {path_string(field)!r} of {node} as the optimizer made it: no moment of Optax that "
             "would train as well in fewer bits. If it would, name a format: "
             f"state={{{path_string(field[-1:])!r}: 'slog'}}.",
             UncompressedStateWarning,
-            stacklevel=4,
         )
 
 

@@ -14,7 +14,7 @@ from jmp_lite._compat import register_flax_serialization, varying_axes
 from jmp_lite._dtypes import FLOAT32
 from jmp_lite._messages import nearest, quote
 from jmp_lite._rounding import counted_bits, key_at, step_key
-from jmp_lite._tree import cast_to_full, describe, is_array, is_inexact, is_narrow, leaf_key, path_string
+from jmp_lite._tree import cast_to_full, is_array, is_inexact, is_narrow, leaf_key, path_string
 from jmp_lite.errors import InvalidStorageError, MissingAxisError
 from jmp_lite.optim._moments import StateFormat
 from jmp_lite.optim._slots import Formats, Layout, check_formats, choose
@@ -161,12 +161,12 @@ class _Stored:
         name = path_string(path)
         if self.name == "float32" and is_narrow(leaf):
             raise InvalidStorageError(
-                f"Parameter {name!r} is {describe(leaf)}, and params='float32' takes what is float32: updates would be "
+                f"Parameter {name!r} is {quote(leaf)}, and params='float32' takes what is float32: updates would be "
                 "lost in its rounding. Choose params='split8', 'split16' or 'stochastic'."
             )
         if leaf.dtype.itemsize < 2:
             raise InvalidStorageError(
-                f"Parameter {name!r} is {describe(leaf)}, and params={self.name!r} takes bfloat16, float16 and "
+                f"Parameter {name!r} is {quote(leaf)}, and params={self.name!r} takes bfloat16, float16 and "
                 "float32. Cast it, or keep it out with optax.masked."
             )
 
@@ -219,7 +219,7 @@ def _check_some_narrow(params: Any, name: str) -> None:
     leaves = [leaf for leaf in jax.tree.leaves(params) if is_inexact(leaf)]
     if name != "float32" and leaves and not any(map(is_narrow, leaves)):
         raise InvalidStorageError(
-            f"params={name!r} keeps parameters of 16 bits, and these are all {describe(leaves[0])} or the like. Write "
+            f"params={name!r} keeps parameters of 16 bits, and these are all {quote(leaves[0])} or the like. Write "
             "params, opt_state = jmp_lite.optim.from_full_precision(tx, params)."
         )
 

@@ -12,8 +12,8 @@ import numpy as np
 
 from jmp_lite._compat import register_flax_serialization
 from jmp_lite._dtypes import FLOAT32, OF_4_BITS, canonical
-from jmp_lite._messages import first_few
-from jmp_lite._tree import NOT_WEIGHTS, Opaque, describe, is_array, path_string
+from jmp_lite._messages import first_few, quote
+from jmp_lite._tree import NOT_WEIGHTS, Opaque, is_array, path_string
 from jmp_lite.errors import InvalidRecipeError
 from jmp_lite.quant._scale import dequantize, quantize
 from jmp_lite.quant._spec import QuantSpec
@@ -131,7 +131,7 @@ class QuantizedArray(Opaque):
         return -self.dequantize()
 
     def __repr__(self) -> str:
-        return f"QuantizedArray({describe(self.values)}, scale={describe(self.scale)}, dtype={self.dtype})"
+        return f"QuantizedArray({quote(self.values)}, scale={quote(self.scale)}, dtype={self.dtype})"
 
 
 def _nbytes(array: Any) -> int:
@@ -158,7 +158,7 @@ def _state_dict(array: QuantizedArray) -> dict[str, Any]:
 def _from_state_dict(array: QuantizedArray, state: Any) -> QuantizedArray:
     saved = state if isinstance(state, dict) and state.keys() == {"values", "scale"} else None
     if saved is None or np.dtype(saved["values"].dtype) != np.dtype(array.values.dtype):
-        was = describe(state if saved is None else saved["values"])
+        was = quote(state if saved is None else saved["values"])
         raise InvalidRecipeError(
             f"The template has {array!r}, but {was} was saved. Quantize the template as what was saved was quantized."
         )
@@ -202,14 +202,14 @@ def _quantize(name: str, x: Any, spec: QuantSpec, axes: Sequence[int] | None) ->
         )
     if not is_array(x) or not jnp.issubdtype(x.dtype, jnp.floating):
         raise InvalidRecipeError(
-            f"{name} is {describe(x)}; only floating arrays can be quantized. Leave it out with where=."
+            f"{name} is {quote(x)}; only floating arrays can be quantized. Leave it out with where=."
         )
     shared = _shared_axes(axes, x.ndim, name)
     lengths = tile_lengths(x.shape, shared, spec.tile)
     if lengths is None:
         n = math.prod(x.shape[axis] for axis in shared)
         raise InvalidRecipeError(
-            f"{name} is {describe(x)}: tiles of {spec.tile} do not divide the {n} numbers along axes {list(shared)}. "
+            f"{name} is {quote(x)}: tiles of {spec.tile} do not divide the {n} numbers along axes {list(shared)}. "
             "Choose a tile that does, or leave it out with where=."
         )
     scale, whole = tile_scale(amax_of_tiles(x, lengths, spec.dtype), spec)

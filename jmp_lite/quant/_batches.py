@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from jmp_lite._tree import describe
+from jmp_lite._messages import quote
 from jmp_lite.errors import InvalidRecipeError
 
 
@@ -20,7 +20,7 @@ def checked(batches: Iterable[Sequence[Any]], caller: str, params: Any = ()) -> 
     for batch in batches:
         if not isinstance(batch, (tuple, list)):
             raise InvalidRecipeError(
-                f"{caller} takes a tuple of arguments for each batch, such as (x,), got {describe(batch)}."
+                f"{caller} takes a tuple of arguments for each batch, such as (x,), got {quote(batch)}."
             )
         if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((params, batch))):
             raise InvalidRecipeError(

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmp_lite._functions import check_function, refuse_modules
+from jmp_lite._messages import quote
 from jmp_lite._tree import (
     cast_to_at_least_float32,
-    describe,
     is_array,
     is_inexact,
     path_string,
@@ -74,14 +74,14 @@ def _check_leaves(named: list[tuple[str, Any]], parts: int) -> None:
     for where, leaf in named:
         if not is_array(leaf) or leaf.ndim == 0:
             raise InvalidMicrobatchError(
-                f"{where} is {describe(leaf)}, which has no leading axis to split. Leave its argument out of "
+                f"{where} is {quote(leaf)}, which has no leading axis to split. Leave its argument out of "
                 "batch_argnums, so that every microbatch gets the same; or pass a value per row; or, for a PRNG key, "
                 f"jax.random.split(key, {parts}), of which each microbatch gets one as key[0]."
             )
         rows = leaf.shape[0] // _shards(leaf)
         if not rows:
             raise InvalidMicrobatchError(
-                f"{where} is {describe(leaf)}, which has no rows to split into num_microbatches={parts}. Leave empty "
+                f"{where} is {quote(leaf)}, which has no rows to split into num_microbatches={parts}. Leave empty "
                 "batches out."
             )
         if rows % parts:
@@ -89,7 +89,7 @@ def _check_leaves(named: list[tuple[str, Any]], parts: int) -> None:
             whose = "rows" if rows == leaf.shape[0] else "rows on each device"
             remedy = f"Drop {rows % parts} of them, or take" if rows > parts else "Take"
             raise InvalidMicrobatchError(
-                f"{where} is {describe(leaf)}: {rows} {whose} do not divide into num_microbatches={parts}. {remedy} "
+                f"{where} is {quote(leaf)}: {rows} {whose} do not divide into num_microbatches={parts}. {remedy} "
                 f"num_microbatches from {possible}."
             )
     # Only keys may be one per microbatch: a label that is shared by several rows would broadcast in silence.
@@ -98,7 +98,7 @@ def _check_leaves(named: list[tuple[str, Any]], parts: int) -> None:
         first, rows = bound[0][0], bound[0][1].shape[0]
         if leaf.shape[0] != rows:
             raise InvalidMicrobatchError(
-                f"{where} is {describe(leaf)}, but {first} has {rows} rows. All arrays of the batch need the same "
+                f"{where} is {quote(leaf)}, but {first} has {rows} rows. All arrays of the batch need the same "
                 "leading axis; leave arguments that are not part of the batch out of batch_argnums."
             )
 
@@ -195,7 +195,7 @@ def accumulate_gradients(
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
     *,
-    loss_scale: Any,
+    loss_scale: Any = None,
     batch_argnums: int | Sequence[int] | None = None,
     on_nonfinite: str = SKIP_WINDOW,
     axis_name: Any = None,

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jmp_lite._functions import check_function, refuse_modules
+from jmp_lite._functions import check_function, refuse_modules, without_captured_modules
+from jmp_lite._messages import quote
 from jmp_lite._tree import all_finite, cast_to_at_least_float32, is_array, is_inexact
 from jmp_lite.errors import InvalidFunctionError, InvalidLossScaleError, InvalidStepError
 from jmp_lite.scaling._in_state import find_loss_scale, replace_loss_scale
@@ -25,7 +26,7 @@ def positions_among(args: tuple[Any, ...], argnums: int | Sequence[int], name: s
     try:
         numbers = tuple(map(operator.index, argnums if isinstance(argnums, Sequence) else (argnums,)))
     except TypeError:
-        raise TypeError(f"{name} must be an integer or a sequence of integers, got {argnums!r}.") from None
+        raise TypeError(f"{name} must be an integer or a sequence of integers, got {quote(argnums)}.") from None
     if not all(-len(args) <= i < len(args) for i in numbers):
         raise TypeError(f"{name}={argnums} does not fit a call with {len(args)} positional arguments.")
     positions = tuple(i % len(args) for i in numbers)
@@ -38,13 +39,13 @@ def checked_loss(output: Any, has_aux: bool) -> tuple[jax.Array, Any]:
     """Splits what the loss function returned into a float32 loss and the auxiliary output."""
     if has_aux and not (isinstance(output, (tuple, list)) and len(output) == 2):
         raise InvalidFunctionError(
-            f"With has_aux=True the function must return (loss, aux), got {type(output).__name__}. "
+            f"With has_aux=True the function must return (loss, aux), got {quote(output)}. "
             "Return a pair, or drop has_aux."
         )
     loss, aux = output if has_aux else (output, None)
     if not is_array(loss) and not isinstance(loss, (bool, int, float, complex)):
         raise InvalidFunctionError(
-            f"The loss must be a real floating-point scalar, got {type(loss).__name__}. Return a number, or "
+            f"The loss must be a real floating-point scalar, got {quote(loss)}. Return a number, or "
             "(loss, aux) with has_aux=True."
         )
     dtype, shape = jnp.result_type(loss), np.shape(loss)
@@ -81,7 +82,8 @@ def differentiate(
         new_args = list(args)
         for argnum, value in zip(argnums, jax.tree.unflatten(treedef, merged), strict=True):
             new_args[argnum] = value
-        loss, aux = checked_loss(fun(*new_args), has_aux)
+        with without_captured_modules():
+            loss, aux = checked_loss(fun(*new_args), has_aux)
         return loss_scale.scale(loss), (loss, aux)
 
     def gradient(loss_scale: LossScale) -> Gradient:
@@ -147,7 +149,7 @@ def scaled_value_and_grad(
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
     *,
-    loss_scale: Any,
+    loss_scale: Any = None,
     max_retries: int = 0,
     axis_name: Any = None,
     name: str | None = None,
@@ -168,8 +170,8 @@ def scaled_value_and_grad(
         fun: Returns a real floating-point scalar, or ``(scalar, aux)`` with ``has_aux``.
         argnums: Which positional arguments to differentiate.
         has_aux: Whether ``fun`` returns auxiliary output.
-        loss_scale: A loss scale, or any pytree that holds one: an Optax state, a Flax ``TrainState``, an
-            ``nnx.Optimizer``.
+        loss_scale: Required: a loss scale, or any pytree that holds one, such as an Optax state, a Flax ``TrainState``
+            or an ``nnx.Optimizer``.
         max_retries: How often to recompute at a halved scale, within the step, while gradients are not finite. Needs a
             ``DynamicLossScale``, and ``aux`` made of arrays. The lowered scale is returned in a third result.
         axis_name: Mapped axes whose replicas must retry together; only used with ``max_retries``.

@@ -55,11 +55,30 @@ def find_loss_scale(state: Any, name: str | None = None) -> tuple[str, LossScale
         raise LossScaleNotFoundError(
             f"{len(found)} loss scales in the state: {paths}. Pass name= with a segment that only one path has."
         )
+    if not scales:
+        _refuse_what_is_no_state(state)
     named = f" named {name!r} (there are: {paths})" if scales else ""
     raise LossScaleNotFoundError(
         f"No loss scale in the state{named}, which is of type {type(state).__name__}. Pass a loss scale, or the state "
         "of an optimizer wrapped in jmp_lite.loss_scaled."
     )
+
+
+def _refuse_what_is_no_state(given: Any) -> None:
+    """Raises for what users write in the place of a loss scale or a state."""
+    advice = ""
+    if given is None:
+        advice = "missing. Say it where the gradient function is made, not called: (fun, loss_scale=opt_state)(params)"
+    elif isinstance(given, type):
+        advice = f"the class {given.__name__}. Call it: {given.__name__}()"
+    elif callable(getattr(given, "init", None)):
+        advice = "the optimizer. Its state has the scale: opt_state = tx.init(params)"
+    elif isinstance(given, (int, float)):
+        advice = f"a number. Write DynamicLossScale({given!r}), or StaticLossScale({given!r})"
+    if advice:
+        raise LossScaleNotFoundError(
+            f"loss_scale= is {advice}. Pass a loss scale, or the state of an optimizer wrapped in jmp_lite.loss_scaled."
+        )
 
 
 def replace_loss_scale(state: T, at: str, loss_scale: LossScale) -> T:

@@ -13,7 +13,7 @@ from jmp_lite._messages import quote
 from jmp_lite._tree import (
     cast_leaf,
     cast_to_full,
-    describe,
+    difference,
     is_array,
     is_finite,
     is_inexact,
@@ -22,7 +22,7 @@ from jmp_lite._tree import (
     leaf_key,
     path_string,
 )
-from jmp_lite.errors import InvalidLossScaleError, InvalidStepError, LossScaleNotFoundError
+from jmp_lite.errors import InvalidLossScaleError, InvalidStepError, JmpLiteError, LossScaleNotFoundError
 from jmp_lite.scaling._in_state import is_loss_scale, is_stored, nodes, stored_params
 from jmp_lite.scaling._loss_scale import DynamicLossScale, LossScale, register_serialization
 from jmp_lite.scaling._lost_updates import warn_of_lost_updates
@@ -94,6 +94,8 @@ def _held_in_float32(inner_state: Any, params: Any) -> tuple[Any, Any]:
 
 def _like_old(new: Any, old: Any) -> Any:
     """Keeps the dtype that a state leaf had, so that a step never changes the type of the state."""
+    if np.shape(new) != np.shape(old):
+        raise ValueError(f"A step makes {quote(new)} of {quote(old)} in the state.")
     dtype = getattr(old, "dtype", None)
     return new if dtype is None or getattr(new, "dtype", None) == dtype else jnp.asarray(new, dtype)
 
@@ -109,15 +111,20 @@ def _finite_or_nothing(update: Any) -> tuple[Any, jax.Array]:
 
 
 def check_gradient(path: Any, param: Any, grad: Any) -> None:
-    """Raises for an integer gradient of a trained parameter: nothing would unscale it.
+    """Raises for an integer gradient of a trained parameter, which nothing would unscale, and for another shape.
 
     If the parameter is ``None``, it is unknown and may be trained.
     """
     if (param is None or is_inexact(param)) and is_array(grad) and is_number(grad) and not is_inexact(grad):
-        parameter = "and params are not given" if param is None else f"and the parameter {describe(param)}"
+        parameter = "and params are not given" if param is None else f"and the parameter {quote(param)}"
         raise InvalidStepError(
-            f"The gradient of {path_string(path)!r} is {describe(grad)}, {parameter}: no step would reach it. Pass "
+            f"The gradient of {path_string(path)!r} is {quote(grad)}, {parameter}: no step would reach it. Pass "
             "gradients, as scaled_value_and_grad returns them."
+        )
+    if is_inexact(param) and is_array(grad) and grad.shape != np.shape(param):
+        raise InvalidStepError(
+            f"The gradient of {path_string(path)!r} is {quote(grad)}, but the parameter is {quote(param)}. Pass "
+            "gradients of these parameters, and before the state."
         )
 
 
@@ -152,23 +159,19 @@ def check_trees(grads: Any, params: Any, call: str) -> None:
 
     def check(path: Any, param: Any, grad: Any) -> None:
         if not jax.tree_util.all_leaves([grad], is_leaf=is_hidden):
-            raise ValueError(f"{path_string(path)!r} is one leaf of the parameters, and a tree of gradients")
+            raise ValueError
         check_gradient(path, param, grad)
-        if is_inexact(param) and is_array(grad) and grad.shape != np.shape(param):
-            raise InvalidStepError(
-                f"The gradient of {path_string(path)!r} is {describe(grad)}, but the parameter is {describe(param)}. "
-                f"Pass gradients of these parameters, in the order {call}."
-            )
 
     try:
         jax.tree_util.tree_map_with_path(check, params, grads)
     except (ValueError, TypeError) as error:
         if isinstance(error, InvalidStepError):
             raise
+        where = difference({"gradients": grads, "parameters": params}) or "they are made of other classes"
         raise InvalidStepError(
-            f"Gradients and parameters are different trees: {quote(str(error).splitlines()[0])}. Pass gradients of "
-            f"these parameters, in the order {call}."
-        ) from error
+            f"Gradients and parameters are different trees: {where}. Pass gradients of these parameters, in the order "
+            f"{call}."
+        ) from None
 
 
 def _of_hidden(grad: Any) -> Any:
@@ -203,8 +206,23 @@ class LossScaledUpdate:
         held = state.inner_state, trainable(params)
         if any(map(is_narrow, jax.tree.leaves(params))):
             held = _held_in_float32(*held)
-        updates, inner_state = self.inner.update(unscaled, *held, **extra_args)
-        return updates, jax.tree.map(_like_old, inner_state, state.inner_state)
+        try:
+            updates, inner_state = self.inner.update(unscaled, *held, **extra_args)
+            return updates, jax.tree.map(_like_old, inner_state, state.inner_state)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            if params is not None and not isinstance(error, JmpLiteError):
+                self._check_state(state.inner_state, params)
+            raise
+
+    def _check_state(self, inner_state: Any, params: Any) -> None:
+        """Raises for a state of other parameters, or of another optimizer."""
+        fresh = jax.eval_shape(self.inner.init, trainable(params))
+        where = difference({"given state": inner_state, "state that init makes": fresh})
+        if where:
+            raise InvalidStepError(
+                f"The state is that of another optimizer or of other parameters: {where}. Make a new one, opt_state = "
+                "tx.init(params), or pass what the last step returned."
+            )
 
     def next_state(
         self, state: LossScaledState, inner_state: Any, finite: jax.Array, updates_finite: jax.Array
@@ -226,11 +244,10 @@ class LossScaledUpdate:
         self, updates: Any, state: LossScaledState, params: Any = None, **extra_args: Any
     ) -> tuple[Any, LossScaledState]:
         """Unscales, checks, updates or skips, adjusts; the signature is Optax's."""
-        structure: Any = jax.tree.structure(updates)
         if params is None:
             jax.tree_util.tree_map_with_path(lambda path, grad: check_gradient(path, None, grad), updates)
-        elif structure == jax.tree.structure(params):
-            jax.tree_util.tree_map_with_path(check_gradient, params, updates)
+        else:
+            check_trees(updates, params, "update(grads, opt_state, params)")
 
         def step() -> tuple[tuple[Any, Any], jax.Array]:
             new, inner_state = self.inner_update(updates, state, params, extra_args)

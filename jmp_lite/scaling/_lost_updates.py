@@ -2,14 +2,13 @@
 
 import itertools
 import operator
-import warnings
 from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
 
 from jmp_lite._compat import is_literal
-from jmp_lite._messages import first_few
+from jmp_lite._messages import first_few, warn
 from jmp_lite._tree import is_narrow, leaf_key, path_string
 from jmp_lite.errors import LostUpdatesWarning
 
@@ -32,12 +31,11 @@ def warn_of_lost_updates(step: Callable[[Any], Any], params: Any, stored: Collec
     lose = map(operator.and_, may_lose, _changes(step, params, len(leaves)))
     narrow = [f"{path_string(path)!r} ({leaf.dtype})" for path, leaf in itertools.compress(leaves, lose)]
     if narrow:
-        warnings.warn(
+        warn(
             f"Parameters of 16 bits, {first_few(narrow)}, lose all updates below half a unit in their last place. "
             "Write loss_scaled(jmp_lite.optim.master_weights(inner)), or optim.stochastic_rounding, or, if you mean "
             "this, optim.stored(inner, params='nearest').",
             LostUpdatesWarning,
-            stacklevel=3,
         )
 
 

@@ -1,13 +1,12 @@
 """Metrics and checks of the loss scale for a training loop."""
 
-import warnings
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jmp_lite._messages import quote
+from jmp_lite._messages import quote, warn
 from jmp_lite._tree import is_array, is_finite, is_inexact, path_string
 from jmp_lite.errors import (
     InvalidStepError,
@@ -178,7 +177,7 @@ def _check_updates(state: LossScaledState, max_skips: int, where: str) -> None:
     )
     if steps.max() >= max_skips:
         raise LossScaleStalledError(message)
-    warnings.warn(message, NonFiniteUpdateWarning, stacklevel=3)
+    warn(message, NonFiniteUpdateWarning)
 
 
 def _members(chosen: Any, of: Any) -> str:

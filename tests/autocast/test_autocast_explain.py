@@ -243,7 +243,7 @@ def test_products_that_dot_was_not_applied_to():
         lines, _ = lines_of(found)
         assert sum("dot= not applied" in line for line in lines) == len(skipped)
         assert sum(line.startswith("  float32, dot= not applied, ") for line in lines) == len(wide)
-    for options in ({}, {"accumulation_dtype": jnp.float32}, {"rules": jmp.Rule("head", "dot_general")}):
+    for options in ({}, {"accumulation_dtype": jnp.float32}, {"rules": jmp.Rule("head", "dot_general", "auto")}):
         assert jmp.explain(model, LOW, **options)(*args).summary.not_replaced == ()
 
 

@@ -203,6 +203,21 @@ class Collecting(nnx.Module):
         return jnp.mean(x)
 
 
+CLOSED_OVER = {
+    "autocast": lambda fun: jmp.autocast(fun, "mixed_bfloat16"),
+    "nnx.autocast": lambda fun: jmp.nnx.autocast(fun, "mixed_bfloat16"),
+    "scaled_value_and_grad": lambda fun: jmp.scaled_value_and_grad(fun, loss_scale=jmp.NoOpLossScale()),
+    "nnx.scaled_value_and_grad": lambda fun: jmp.nnx.scaled_value_and_grad(fun, loss_scale=jmp.NoOpLossScale()),
+}
+
+
+@pytest.mark.parametrize("wrap", CLOSED_OVER.values(), ids=CLOSED_OVER)
+def test_a_module_that_the_function_closes_over_cannot_change(wrap):
+    model = Net(0)
+    with pytest.raises(errors.InvalidFunctionError, match=r"none of its arguments: Cannot .* Make the module"):
+        wrap(lambda x: of_model(model, x))(jnp.ones((4, 8)))
+
+
 @pytest.mark.filterwarnings("ignore:Using 'Module.sow:DeprecationWarning")  # flax 0.12.12, 2026-11
 def test_what_grows_with_every_call_is_refused_however_often_it_was_called():
     model, x = Collecting(), jnp.ones((8, 4))

@@ -232,7 +232,7 @@ INVALID = {
     "period must be a number, got 'often'.": {"period": "often"},
     "factor must be a number, got None.": {"factor": None},
     "min_loss_scale must be a number, got '1'.": {"min_loss_scale": "1"},
-    "backoff_factor must be a number, got array([0.5, 0.5]).": {"backoff_factor": np.full(2, 0.5)},
+    "backoff_factor must be a number, got float64[2].": {"backoff_factor": np.full(2, 0.5)},
     "hysteresis must be a number, got [1].": {"hysteresis": [1]},
 }
 

@@ -83,6 +83,8 @@ def test_numbers_that_an_optimizer_returns_for_its_state_take_the_dtype_of_the_s
 
 TX = sgd()
 STATE = TX.init(PARAMS)
+ADAM = jmp.loss_scaled(optax.adam(1e-3))
+OTHER = PARAMS | {"b": jnp.ones(5)}
 WRONG = {
     "an optimizer that was not called": (lambda: jmp.loss_scaled(optax.adam), r"the function adam; call it"),
     "no optimizer": (lambda: jmp.loss_scaled(3e-4), r"got 0\.0003"),
@@ -91,7 +93,10 @@ WRONG = {
         "the function sgd; call it",
     ),
     "gradients first": (lambda: jmp.apply_gradients(PARAMS, TX, STATE, PARAMS), "apply_gradients takes an Optax"),
-    "another tree": (lambda: jmp.apply_gradients(TX, {"c": jnp.ones(2)}, STATE, PARAMS), "are different trees"),
+    "another tree": (
+        lambda: jmp.apply_gradients(TX, {"c": jnp.ones(2)}, STATE, PARAMS),
+        "'c' is only in the gradients and 'a' is",
+    ),
     "another depth": (lambda: jmp.apply_gradients(TX, PARAMS | {"b": None}, STATE, PARAMS["a"]), "are different trees"),
     "another shape": (
         lambda: jmp.apply_gradients(TX, PARAMS | {"b": jnp.ones(5)}, STATE, PARAMS),
@@ -99,7 +104,25 @@ WRONG = {
     ),
     "parameters and gradients of one name swapped": (
         lambda: jmp.apply_gradients(TX, [jnp.ones(2)], STATE, (jnp.ones(2),)),
-        "are different trees",
+        "'0' is only|they are made of other classes",
+    ),
+    "a state of another optimizer": (
+        lambda: jmp.apply_gradients(ADAM, PARAMS, STATE, PARAMS),
+        r"another optimizer or of other parameters: .*'0/count' is only in the state that init makes",
+    ),
+    "a state of other parameters": (
+        lambda: jmp.apply_gradients(ADAM, PARAMS, ADAM.init(OTHER), PARAMS),
+        r"'0/mu/b' is float32\[5\] in the given state and float32\[4\] in the state that init makes",
+    ),
+    "a state of parameters that broadcast": (
+        lambda: jmp.apply_gradients(ADAM, PARAMS, ADAM.init(PARAMS | {"b": jnp.ones(())}), PARAMS),
+        r"'0/mu/b' is float32\[\] in the given state",
+    ),
+    "another tree, in two calls": (lambda: ADAM.update({"b": OTHER["b"]}, ADAM.init(PARAMS), PARAMS), "'a' is only in"),
+    "another shape, in two calls": (lambda: TX.update(OTHER, STATE, PARAMS), "but the parameter is float32"),
+    "a state of other parameters, in two calls": (
+        lambda: optax.chain(ADAM).update(PARAMS, (ADAM.init(OTHER),), PARAMS),
+        "or pass what the last step returned",
     ),
     "loss scaling twice": (lambda: jmp.loss_scaled(sgd(2.0)).init(PARAMS), "unscaled twice"),
     "loss scaling twice, far apart": (

@@ -1,7 +1,6 @@
 """``assert_compute_dtype``: a test that fails where a matmul is wider than it should be."""
 
 import re
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 
 from jmp_lite._dtypes import dtype_or_none
 from jmp_lite._functions import check_function
-from jmp_lite._messages import quote
+from jmp_lite._messages import quote, warn
 from jmp_lite._patterns import compile_pattern
 from jmp_lite._policy import Policy, PolicyMap
 from jmp_lite.analysis._audit._audit import settings_of
@@ -103,11 +102,10 @@ def _described(node: Node) -> str:
 def _warn_of_unused(allowed: Sequence[str], wide: Sequence[Node]) -> None:
     for pattern in allowed:
         if not any(re.search(pattern, _described(node)) for node in wide):
-            warnings.warn(
+            warn(
                 f"allow={quote(pattern)} allows nothing: no matmul or kernel that it matches is too wide. Delete it, "
                 f"or correct it; the operands that are too wide are {quote([_described(node) for node in wide])}.",
                 UnmatchedRuleWarning,
-                stacklevel=3,
             )
 
 

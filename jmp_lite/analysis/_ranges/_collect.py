@@ -1,7 +1,6 @@
 """``collect``: the ranges of arguments, results and matmuls, as extra results of a function."""
 
 import functools
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
@@ -12,7 +11,7 @@ import numpy as np
 from jmp_lite._compat import run
 from jmp_lite._dtypes import is_floating
 from jmp_lite._functions import check_function, refuse_modules, require_arrays
-from jmp_lite._messages import quote
+from jmp_lite._messages import quote, warn
 from jmp_lite._patterns import matches
 from jmp_lite.analysis._evaluate import Analysis, Evaluator, State, Value
 from jmp_lite.analysis._ranges._copies import Axes, Copies
@@ -143,12 +142,11 @@ def _roles(step: Step) -> tuple[str, ...]:
 
 
 def _warn(where: str) -> None:
-    warnings.warn(
+    warn(
         f"where={quote(where)} matches no equation: only arguments and results are counted. Patterns are searched "
         "for in name scopes followed by the primitive, such as 'encoder/layer_0/dot_general'; jmp_lite.explain lists "
         "both.",
         UnmatchedRuleWarning,
-        stacklevel=3,
     )
 
 
