@@ -181,6 +181,8 @@ def is_transposed(name_stack: Any) -> bool:
 FRAMEWORKS = ("flax", "haiku", "equinox", "optax")
 _OF_LAYERS = re.compile(rf"site-packages[/\\]({'|'.join(FRAMEWORKS)})[/\\]")
 _OWN = str(pathlib.Path(__file__).parent)
+#: What ``nnx.autocast`` puts around the methods of modules.
+_OF_SCOPES = re.compile(rf"^{re.escape(_OWN)}.*scoped_method")
 #: So many frames are searched for the line of the user that calls a layer.
 _FRAMES = 64
 
@@ -193,7 +195,8 @@ def source_line(eqn: Equation) -> str:
     if not _OF_LAYERS.search(line):
         return line
     frames = reversed(source_info_util.summarize(eqn.source_info, num_frames=_FRAMES).splitlines())
-    inside = itertools.takewhile(lambda frame: not frame.startswith(_OWN), frames)
+    called = itertools.filterfalse(_OF_SCOPES.search, frames)
+    inside = itertools.takewhile(lambda frame: not frame.startswith(_OWN), called)
     return next((frame for frame in inside if not _OF_LAYERS.search(frame)), line)
 
 

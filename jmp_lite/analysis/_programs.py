@@ -69,7 +69,7 @@ def traced_program(
         plain = traced(runs, args, kwargs)
         found = Program(plain.jaxpr, _names(args, kwargs), explanation=explanation)
         found = found._replace(asks_16_bits=bool(settings and settings.dtypes))
-        if is_loss(plain, args):
+        if is_loss(plain, args, aux=True):
             found = _differentiated(found, runs, args, kwargs)
     return found._replace(said=tuple(said or said_again), overflowed=frozenset(overflowed | overflowed_again))
 
@@ -133,16 +133,20 @@ def _caught() -> Iterator[tuple[list[warnings.WarningMessage], set[str]]]:
         warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
-def is_loss(plain: Traced, args: tuple[Any, ...]) -> bool:
-    """Whether a call returns one floating scalar and nothing else, and has floating arrays in its first argument."""
-    return _returns_scalar(plain) and bool(_floats(args[:1])[0])
+def is_loss(plain: Traced, args: tuple[Any, ...], *, aux: bool = False) -> bool:
+    """Whether a call returns one floating scalar and nothing else, and has floating arrays in its first argument.
 
-
-def _returns_scalar(plain: Traced) -> bool:
+    With ``aux`` it may also return a pair of that and auxiliary output.
+    """
     avals = plain.jaxpr.out_avals
-    if len(avals) != 1 or avals[0].shape or not jnp.issubdtype(avals[0].dtype, jnp.floating):
-        return False
-    return plain.output([avals[0]]) is avals[0]
+    output = plain.output(avals)
+    loss = _loss(output) if aux else output
+    is_scalar = any(loss is aval for aval in avals) and not loss.shape and jnp.issubdtype(loss.dtype, jnp.floating)
+    return bool(is_scalar and _floats(args[:1])[0])
+
+
+def _loss(output: Any) -> Any:
+    return output[0] if isinstance(output, tuple) and len(output) == 2 else output
 
 
 def _floats(tree: Any) -> tuple[list[Any], list[Any], Any]:
@@ -165,18 +169,28 @@ def _of_floats(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
 
 
 def with_gradient(fun: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a function that returns a loss and a list: its gradient in the floating arrays of the first argument."""
+    """Returns a function that returns what a loss does, and its gradient in the floating arrays of the first argument.
+
+    The gradient is a list.
+    """
 
     def value_and_grad(*args: Any, **kwargs: Any) -> Any:
-        loss, floats = _of_floats(fun, args, kwargs)
-        return jax.value_and_grad(loss)(floats)
+        of_floats, floats = _of_floats(fun, args, kwargs)
+
+        def with_output(floats: list[Any]) -> tuple[Any, Any]:
+            output = of_floats(floats)
+            return _loss(output), output
+
+        (_, output), grads = jax.value_and_grad(with_output, has_aux=True)(floats)
+        return output, grads
 
     return value_and_grad
 
 
 def _residual_bytes(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, int]:
     def residuals(*args: Any, **kwargs: Any) -> list[Any]:
-        _, pullback = jax.vjp(*_of_floats(fun, args, kwargs))
+        of_floats, floats = _of_floats(fun, args, kwargs)
+        _, pullback = jax.vjp(lambda floats: _loss(of_floats(floats)), floats)
         return list(jax.tree.leaves(pullback))
 
     inner, _ = program(traced(residuals, args, kwargs).jaxpr)

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from jmp_lite._policy import Policy, get_policy
@@ -85,12 +84,13 @@ def analyze(target: str, spec: str, *, html: str | None, json: str | None, png: 
 def _parts(fun: Any, args: tuple[Any, ...], policy: Policy, spec: str) -> Iterator[Any]:
     """Yields what the analyses return."""
     from jmp_lite import analysis
+    from jmp_lite.analysis._programs import with_gradient
     from jmp_lite.autocast import autocast
 
     audited = analysis.audit(fun, policy)(*args)
     yield audited
     low = autocast(fun, policy)
-    runs = jax.value_and_grad(low, allow_int=True) if audited.is_loss else low
+    runs = with_gradient(low) if audited.is_loss else low
     results, ranges = analysis.collect(runs)(*args)
     yield ranges
     if all_finite(results):

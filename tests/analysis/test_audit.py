@@ -225,10 +225,15 @@ def two_layers(params, x):
     return jnp.square(x @ params[1]).mean()
 
 
-def test_tables_of_a_loss():
+def two_layers_and_more(params, x):
+    return two_layers(params, x), {"rows": x[:, 0], "name": "layer"}
+
+
+@pytest.mark.parametrize("loss", [two_layers, two_layers_and_more])
+def test_tables_of_a_loss(loss):
     """Two matmuls forward, three backward: the first layer needs no gradient of its input."""
     params, x = [array(F32, 16, 32), array(F32, 32, 8)], array(F32, 64, 16)
-    found = analysis.audit(two_layers, "mixed_bfloat16")(params, x)
+    found = analysis.audit(loss, "mixed_bfloat16")(params, x)
     count = {back: sum(row.times for row in found.matmuls if row.is_backward is back) for back in (False, True)}
     assert count == {False: 2, True: 3}
     assert {row.operands for row in found.matmuls} == {("bfloat16", "bfloat16")}

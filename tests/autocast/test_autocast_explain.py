@@ -290,6 +290,20 @@ def test_code_of_jax_has_the_line_of_the_call():
     assert jmp.explain(jax.jit(jnp.exp), LOW)(X)[0].source == ""
 
 
+class Normed(nnx.Module):
+    def __init__(self):
+        self.norm = nnx.BatchNorm(K, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return self.norm(x)
+
+
+@pytest.mark.parametrize("explain", [jmp.nnx.explain, jmp.explain])
+def test_code_of_a_layer_of_nnx_has_the_line_of_the_call(explain):
+    found = explain(lambda model, x: model(x), LOW)(Normed(), X)
+    assert all(re.search(r"test_autocast_explain\.py:.*\(Normed\.__call__\)", record.source) for record in found)
+
+
 # --- Records ---
 
 

@@ -98,8 +98,9 @@ def audit(
     """Reports which precision a function runs in, and what is wrong with it. Compiles and computes nothing.
 
     With a policy, it audits the program that ``autocast`` runs; without one, the program as written, with the casts and
-    dtypes of its author. A function that returns one floating scalar counts as a loss and is audited together with its
-    gradient in the floating arrays of its first argument; any other function is audited alone.
+    dtypes of its author. A function that returns one floating scalar, or a pair of one and auxiliary output, counts as
+    a loss and is audited together with its gradient in the floating arrays of its first argument; any other function is
+    audited alone.
 
     The audit follows values through loops, branches and calls, from producers to consumers: a softmax is a problem
     where its exponentials and their sum are rounded to 16 bits, not at every ``exp``.
