@@ -16,7 +16,7 @@ from jmp_lite.errors import JmpLiteError
 #: How many of several things a message names.
 _NAMED = 3
 #: Packages whose lines are none that users can change.
-_NOT_THE_USERS = frozenset({"jmp_lite", "jax", "contextlib", "functools", *FRAMEWORKS})
+_NOT_THE_USERS = frozenset({"jmp_lite", "jax", "contextlib", "functools", "importlib", *FRAMEWORKS})
 
 
 class _Type(str):
@@ -98,11 +98,16 @@ def first_few(items: list[str]) -> str:
     return ", ".join(items[:_NAMED]) + more
 
 
+def is_users(frame: Any) -> bool:
+    """Whether a frame belongs to the user's code."""
+    return frame.f_globals.get("__name__", "").partition(".")[0] not in _NOT_THE_USERS
+
+
 def _users_frame() -> tuple[Any, int]:
     """Returns the innermost frame of the user's code, and its distance from the caller of this function."""
     frame, distance = inspect.currentframe(), -1
     while frame is not None and frame.f_back is not None:
-        if frame.f_globals.get("__name__", "").partition(".")[0] not in _NOT_THE_USERS:
+        if is_users(frame):
             break
         frame, distance = frame.f_back, distance + 1
     return frame, distance

@@ -1,5 +1,6 @@
 """The command line prints what the library knows."""
 
+import re
 import runpy
 import subprocess
 import sys
@@ -109,6 +110,7 @@ def module(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken_module.py").write_text("def (")
     (tmp_path / "leaving_module.py").write_text("import sys\nsys.exit('bye')")
+    (tmp_path / "importing_module.py").write_text("import no_such_module")
     yield "explained_module"
     for name in ("explained_module", "broken_module", "leaving_module"):
         sys.modules.pop(name, None)
@@ -152,21 +154,37 @@ TARGETS = {
     "leaving_module:call": "SystemExit: bye.",
     "no_such_module:call": "ModuleNotFoundError: No module named 'no_such_module'.",
     "..explained_module:call": "TypeError: ",
+    "explained_module.py:call": "it names a file, not a module. Write 'explained_module:call'.",
+    "./tools/train.py:call": "it names a file, not a module. Write 'tools.train:call'.",
+    "/tools/train:call": "it names a file, not a module. Write 'tools.train:call'.",
+    "importing_module:call": "ModuleNotFoundError: No module named 'no_such_module'.",
     "os:getcwd": "explain takes a function, got ",
     "call": "it names no function.",
     "explained_module:": "it names no function.",
     ":call": "it names no module.",
     "": "it names no module.",
 }
+ADVICE = {
+    "raises_at_once": r"explained_module\.py:12, in raises_at_once",
+    "raises_inside": r"explained_module\.py:16, in fun",
+    "leaves": r"explained_module\.py:20, in leaves",
+    "for_ever": r"explained_module\.py:23, in for_ever",
+    "leaving_module": r"leaving_module\.py:2, in <module>",
+    "importing_module": r"Raised at .*importing_module\.py:1, in <module>",
+    "no_such_module": r"Modules are looked for in .* installed",
+    r"\.py|/": r"Write '.*:call'",
+}
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_whatever_goes_wrong_in_explain_is_one_line(capsys, module, target):
-    """The line quotes the target, says what was raised, and shows the form."""
+    """The line quotes the target, says what was raised, and where in the user's code, or shows the form."""
     path = list(sys.path)
     said = complaint(capsys, "explain", target)
     assert f"Cannot explain {target!r}: {TARGETS[target]}" in said
-    assert said.endswith(". Write 'module:function', a function without parameters that returns (fun, *args).\n")
+    form = r" Write 'module:function', a function without parameters that returns \(fun, \*args\)"
+    advice = next((advice for key, advice in ADVICE.items() if re.search(key, target)), form)
+    assert re.search(f"{advice}\\.\n$", said)
     assert len(said) < 600
     assert sys.path == path
 
