@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmp_lite._messages import nearest, quote, warn
-from jmp_lite.errors import SlowDtypeWarning, UnknownDtypeError
+from jmp_lite.errors import InvalidPolicyError, SlowDtypeWarning, UnknownDtypeError
 
 DType = np.dtype[Any]
 
@@ -189,3 +189,13 @@ def warn_if_slow(dtype: DType) -> None:
             f"jmp_lite.get_policy('mixed_{better}').",
             SlowDtypeWarning,
         )
+
+
+def refuse_8_bits(dtypes: Iterable[DType], caller: str) -> None:
+    """Raises for compute dtypes of fewer than 16 bits, which need scales."""
+    for dtype in dtypes:
+        if dtype.itemsize < 2:
+            raise InvalidPolicyError(
+                f"{caller} computes in at least 16 bits, got the compute dtype {dtype}. Name one of 16; for matmuls "
+                f"in {dtype} write autocast(fun, policy, dot=jmp_lite.quant.FP8). Accepted names: {ACCEPTED_NAMES}."
+            )

@@ -149,6 +149,10 @@ class Policy:
         del path
         return None, self
 
+    def all_policies(self) -> "list[Policy]":
+        """Returns this one, where a ``PolicyMap`` returns all that it holds."""
+        return [self]
+
     def __str__(self) -> str:
         fields = [("p", self.param_dtype), ("c", self.compute_dtype), ("o", self.output_dtype)]
         if self.reduce_dtype is not None:

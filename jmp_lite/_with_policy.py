@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from jmp_lite._dtypes import refuse_8_bits
 from jmp_lite._functions import check_function, refuse_modules
 from jmp_lite._policy import PolicyLike, get_policy
 
@@ -23,6 +24,7 @@ def with_policy(fun: Callable[..., Any], policy: PolicyLike) -> Callable[..., An
         A function with the signature of ``fun``.
 
     Raises:
+        InvalidPolicyError: If the compute dtype has fewer than 16 bits.
         InvalidFunctionError: If ``fun`` is not a function, or is called with a module of NNX.
         UnknownDtypeError: If the policy string cannot be parsed.
 
@@ -37,6 +39,7 @@ def with_policy(fun: Callable[..., Any], policy: PolicyLike) -> Callable[..., An
     """
     check_function(fun, "with_policy")
     resolved = get_policy(policy)
+    refuse_8_bits((one.compute_dtype for one in resolved.all_policies()), "with_policy")
 
     @functools.wraps(fun)
     def wrapped(*args: Any, **kwargs: Any) -> Any:

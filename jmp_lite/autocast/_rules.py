@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from jmp_lite._dtypes import ACCEPTED_NAMES, FLOAT32, DType, dtype_or_none
+from jmp_lite._dtypes import FLOAT32, DType, dtype_or_none, refuse_8_bits
 from jmp_lite._messages import quote
 from jmp_lite._patterns import compile_pattern, matches
 from jmp_lite._policy import Policy, PolicyMap, get_policy
 from jmp_lite.autocast import _regions
 from jmp_lite.autocast._ops import PRODUCTS, Op, OpClass, is_kernel
 from jmp_lite.autocast._values import is_in_range
-from jmp_lite.errors import InvalidPolicyError, InvalidRuleError, UnknownDtypeError
+from jmp_lite.errors import InvalidRuleError, UnknownDtypeError
 from jmp_lite.products._matmul import RoundsOperands
 
 #: ``Module.method``, as Linen names the scope of any method but ``__call__``.
@@ -227,8 +227,7 @@ class Settings:
     @functools.cached_property
     def dtypes(self) -> frozenset[DType]:
         """The compute dtypes that values may be held in."""
-        policies = [self.policy] if isinstance(self.policy, Policy) else self.policy.all_policies()
-        named = [policy.compute_dtype for policy in policies]
+        named = [policy.compute_dtype for policy in self.policy.all_policies()]
         named += [rule.precision for rule in self.rules if not isinstance(rule.precision, str)]
         return frozenset(dtype for dtype in named if dtype.itemsize < FLOAT32.itemsize)
 
@@ -317,11 +316,5 @@ def checked_settings(policy: Any, rules: Any, ops: Mapping[str, Op], **settings:
         )
     by_name = tuple(sorted(ops.items(), key=lambda item: item[0]))
     checked = Settings(get_policy(policy), tuple(rules), by_name, **settings)
-    for dtype in checked.dtypes:
-        if dtype.itemsize < 2:
-            raise InvalidPolicyError(
-                f"autocast computes in 16 bits, got the compute dtype {dtype}. Name a 16-bit dtype, and "
-                f"give the matmuls in {dtype} as dot=, such as dot=jmp_lite.quant.FP8. Accepted names: "
-                f"{ACCEPTED_NAMES}."
-            )
+    refuse_8_bits(checked.dtypes, "autocast")
     return checked

@@ -607,6 +607,11 @@ INVALID = {
     "policy": (lambda: jmp.autocast(in_scopes, "fp99"), jmp.errors.UnknownDtypeError, "'fp99'"),
     "no policy": (lambda: jmp.autocast(in_scopes, None), jmp.errors.InvalidPolicyError, "None"),
     "8 bits": (lambda: jmp.explain(in_scopes, "c=float8_e4m3fn"), jmp.errors.InvalidPolicyError, "float8_e4m3fn"),
+    "8 bits at the boundary": (
+        lambda: jmp.with_policy(in_scopes, "c=float8_e4m3fn"),
+        jmp.errors.InvalidPolicyError,
+        "with_policy computes in at least 16 bits",
+    ),
     "8 bits in a map": (
         lambda: jmp.linen.autocast(Tied().apply, jmp.PolicyMap({"a": "c=float8_e5m2"}, default=LOW)),
         jmp.errors.InvalidPolicyError,
