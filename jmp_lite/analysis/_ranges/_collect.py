@@ -161,9 +161,11 @@ class _Collecting(Analysis):
     def __init__(self, roles: Mapping[int, tuple[str, ...]], copies: Copies) -> None:
         self.roles = roles
         self.copies = copies
+        self.nothing: Tally | None = None
 
     def start(self) -> dict[_Key, Tally]:
-        return {_Key(index, role): empty() for index, roles in self.roles.items() for role in roles}
+        self.nothing = empty()
+        return {_Key(index, role): self.nothing for index, roles in self.roles.items() for role in roles}
 
     def equation(
         self, step: Step, operands: list[Value], results: list[Any], state: State
@@ -176,7 +178,7 @@ class _Collecting(Analysis):
             key = _Key(index, role)
             for array, copies in {"lhs": taken[:1], "rhs": taken[1:2], "out": made}[role]:
                 if is_floating(array):
-                    found[key] = merged(found.get(key, state[key]), _once(tally(array), copies))
+                    found[key] = self._added(found.get(key, state[key]), _once(tally(array), copies))
         return list(map(Value, results)), {**state, **found}
 
     def entered(self, state: State) -> State:
@@ -184,7 +186,11 @@ class _Collecting(Analysis):
         return self.start()
 
     def left(self, before: State, after: State, axes: tuple[Any, ...]) -> State:
-        return {key: merged(before[key], across(after[key], axes)) for key in before}
+        return {key: self._added(before[key], across(after[key], axes)) for key in before}
+
+    def _added(self, before: Tally, more: Tally) -> Tally:
+        """Adds two tallies; most equations run once, and to add to nothing would be a fifth of what XLA compiles."""
+        return more if before is self.nothing else merged(before, more)
 
 
 def _once(found: Tally, copies: Axes) -> Tally:
