@@ -102,10 +102,8 @@ class Evaluator:
         return Value(array, self._varied(self.analysis.literal(array)))
 
     def _step(self, step: Step, operands: list[Value], state: State) -> tuple[list[Value], State]:
-        row = PROGRAMS.get(step.eqn.primitive.name)
-        name = step.eqn.primitive.name if row and row.kind == "loop" else row.kind if row else ""
-        if name in _HANDLERS:
-            handled: tuple[list[Value], State] = _HANDLERS[name](self, step, operands, state)
+        if step.eqn.primitive.name in HANDLERS:
+            handled: tuple[list[Value], State] = HANDLERS[step.eqn.primitive.name](self, step, operands, state)
             return handled
         arrays = [v.val if is_literal(v) else value.array for v, value in zip(step.eqn.invars, operands, strict=True)]
         results, state = self.analysis.equation(step, operands, bind(step.eqn, arrays, step.eqn.params), state)
@@ -219,11 +217,17 @@ def _like(result: Value, before: Value) -> Value:
     return Value(result.array, jax.tree.map(cast, result.beside, before.beside))
 
 
-_HANDLERS: Mapping[str, Any] = {
+_BY_KIND: Mapping[str, Any] = {
     "call": Evaluator.call,
+    "checkpoint": Evaluator.call,
     "rule": Evaluator.call,
     "branch": Evaluator.branch,
-    "scan": Evaluator.scan,
-    "while": Evaluator.loop,
     "map": Evaluator.map,
+}
+_LOOPS: Mapping[str, Any] = {"scan": Evaluator.scan, "while": Evaluator.loop}
+
+#: By primitive; programs on references are not entered.
+HANDLERS: Mapping[str, Any] = {
+    **{name: _BY_KIND[row.kind] for name, row in PROGRAMS.items() if row.kind in _BY_KIND},
+    **_LOOPS,
 }

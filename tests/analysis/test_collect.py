@@ -12,6 +12,8 @@ from support.comparisons import assert_identical, slow_but_for
 
 import jmp_lite as jmp
 from jmp_lite.analysis import collect, ranges
+from jmp_lite.analysis._evaluate import HANDLERS
+from jmp_lite.autocast._programs import PROGRAMS
 
 
 def product(x, w):
@@ -50,6 +52,10 @@ def made_by_products(x, w, construct):
         made.append(c @ one)
         c = jnp.tanh(made[-1])
     return np.concatenate([np.ravel(m) for m in made])
+
+
+def test_analyses_enter_all_that_holds_programs():
+    assert PROGRAMS.keys() - {"run_state"} == HANDLERS.keys()  # a program on references returns nothing
 
 
 @pytest.mark.parametrize("construct", slow_but_for(CONSTRUCTS.keys() - {"plain", "checkpoint", "scan"}, CONSTRUCTS))
