@@ -24,15 +24,15 @@ class _Type(str):
     __repr__ = str.__str__
 
 
-def _shown(leaf: Any) -> Any:
-    is_array = isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))
-    return _Type(f"{leaf.dtype}{list(leaf.shape)}") if is_array else leaf
+def type_of(leaf: Any) -> str:
+    """Writes an array, or a shape in its place, as ``float32[2, 3]``."""
+    return f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "dtype") else quote(leaf)
 
 
 def quote(value: Any, limit: int = 200) -> str:
     """Returns what a user gave on one line, arrays as ``float32[2, 3]``, cut where it is long."""
     with contextlib.suppress(Exception):  # of trees that cannot be flattened, or hold nothing but arrays
-        value = jax.tree.map(_shown, value)
+        value = jax.tree.map(lambda x: _Type(type_of(x)) if isinstance(x, (jax.Array, np.ndarray)) else x, value)
     text = re.sub(r"\n\s*", " ", repr(value))
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
@@ -103,22 +103,17 @@ def is_users(frame: Any) -> bool:
     return frame.f_globals.get("__name__", "").partition(".")[0] not in _NOT_THE_USERS
 
 
-def _users_frame() -> tuple[Any, int]:
-    """Returns the innermost frame of the user's code, and its distance from the caller of this function."""
-    frame, distance = inspect.currentframe(), -1
-    while frame is not None and frame.f_back is not None:
-        if is_users(frame):
-            break
-        frame, distance = frame.f_back, distance + 1
-    return frame, distance
-
-
-def users_line() -> tuple[str, int]:
-    """Returns the file and line where the user's code called something that led here."""
-    frame, _ = _users_frame()
-    return frame.f_code.co_filename, frame.f_lineno
+def users_frame() -> Any:
+    """Returns the innermost frame of the user's code; the outermost of all if none is the user's."""
+    frame: Any = inspect.currentframe()
+    while frame.f_back is not None and not is_users(frame):
+        frame = frame.f_back
+    return frame
 
 
 def warn(text: str, category: type[Warning]) -> None:
     """Warns at the line where the user's code called something that led here."""
-    warnings.warn(text, category, stacklevel=_users_frame()[1] + 1)
+    frame = users_frame()
+    names, place = frame.f_globals, (frame.f_code.co_filename, frame.f_lineno)
+    known = names.setdefault("__warningregistry__", {})
+    warnings.warn_explicit(text, category, *place, names.get("__name__"), known)

@@ -24,7 +24,7 @@ from jmp_lite._dtypes import (
     canonical,
     half_dtype,
 )
-from jmp_lite._messages import quote
+from jmp_lite._messages import quote, type_of
 from jmp_lite.errors import InvalidSelectionError, MissingAxisError
 
 T = TypeVar("T")
@@ -112,12 +112,12 @@ def difference(trees: dict[str, Any]) -> str:
 
     (first, second), (these, those) = trees, map(leaves, trees.values())
     alone = [
-        f"{path!r} is only in the {name}" if path else f"the {name} are {quote(mine[path])}"
+        f"{path!r} is only in the {name}" if path else f"there is only {quote(mine[path])} in the {name}"
         for name, mine, other in ((first, these, those), (second, those, these))
         for path in [path for path in mine if path not in other][:1]
     ]
     unlike = [
-        f"{path!r} is {quote(leaf)} in the {first} and {quote(those[path])} in the {second}"
+        f"{path!r} is {type_of(leaf)} in the {first} and {type_of(those[path])} in the {second}"
         for path, leaf in these.items()
         if path in those and np.shape(leaf) != np.shape(those[path])
     ]

@@ -210,7 +210,7 @@ SPEC = jax.ShapeDtypeStruct((), jnp.bool_)
         (np.array([True]), "bool[1]"),
         (jnp.ones((2, 3), bool), "bool[2, 3]"),
         (jnp.int32(1), "int32[]"),
-        (np.float32(1), "float32[]"),
+        (np.float32(1), "np.float32(1.0)"),
         (jax.random.key(0), "key<fry>[]"),
         (1, "1"),
         (0.0, "0.0"),
@@ -266,10 +266,20 @@ def test_leaves_that_cannot_be_selected(on_true, on_false, first, second):
             jmp.select_tree(True, {"block": [on_true]}, {"block": [on_false]})
 
 
-def test_select_tree_of_different_structures_names_the_place():
-    """Trees of different structures are refused by JAX, which says where they differ."""
-    with pytest.raises(ValueError, match="'b'"):
-        jmp.select_tree(True, {"a": 1.0, "b": None}, {"a": 1.0, "b": jnp.ones(2)})
+UNLIKE = {
+    "'b' is only in the second one": ({"a": 1.0}, {"a": 1.0, "b": jnp.ones(2)}),
+    "'0' is only in the first one and 'a' is only in the second one": ([1.0], {"a": 1.0}),
+    "there is only float32[2] in the first one and 'a' is only in the second one": (jnp.ones(2), {"a": 1.0}),
+    "they are made of other classes": ([1.0], (1.0,)),
+}
+
+
+@pytest.mark.parametrize(("where", "trees"), UNLIKE.items(), ids=UNLIKE)
+def test_select_tree_of_different_structures_names_the_place(where, trees):
+    text = f"The two trees differ: {where}. Select between trees of one structure."
+    for error in (jmp.errors.InvalidSelectionError, ValueError):
+        with pytest.raises(error, match=f"^{re.escape(text)}$"):
+            jmp.select_tree(True, *trees)
 
 
 def test_select_tree_keeps_weak_types():

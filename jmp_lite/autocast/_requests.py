@@ -2,7 +2,7 @@
 
 import re
 
-from jmp_lite._messages import first_few, nearest, users_line, warn
+from jmp_lite._messages import first_few, nearest, users_frame, warn
 from jmp_lite._patterns import nearest_modules
 from jmp_lite.autocast._decision import Decision, How
 from jmp_lite.autocast._ops import PRODUCTS
@@ -64,7 +64,8 @@ class Requests:
         Warns:
             UnmatchedRuleWarning: About each of them.
         """
-        line = users_line()
+        frame = users_frame()
+        line = frame.f_code.co_filename, frame.f_lineno
         if line in self._told:
             return
         self._told.add(line)

@@ -142,6 +142,15 @@ def test_arguments_that_do_not_belong_together_are_quoted(call, message):
         call()
 
 
+def test_what_an_optimizer_itself_raises_is_not_explained_away():
+    def fail(updates, state, params=None):
+        raise TypeError("its own")
+
+    tx = jmp.loss_scaled(optax.GradientTransformation(optax.adam(0.1).init, fail))
+    with pytest.raises(TypeError, match=r"^its own"):
+        jmp.apply_gradients(tx, PARAMS, tx.init(PARAMS), PARAMS)
+
+
 BARE = {
     "sgd": optax.sgd(0.1),
     "chain": optax.chain(optax.clip(1.0), optax.adam(1e-3)),
