@@ -50,8 +50,8 @@ def autocast(
 
     Args:
         fun: The function.
-        policy: A policy, a policy string, or a ``PolicyMap`` whose patterns match name scopes. Only ``compute_dtype``
-            matters: 16 bits, or float32 to leave everything as written.
+        policy: Required: a policy, a policy string, or a ``PolicyMap`` whose patterns match name scopes. Only
+            ``compute_dtype`` matters: 16 bits, or float32 to leave everything as written.
         rules: Precisions for scopes and primitives, tried in order before the policy.
         ops: Maps names of primitives to an ``OpClass``, or to a function ``op(*operands, **params)`` that replaces the
             primitive; for this function only (see ``register_op``).

@@ -99,7 +99,9 @@ class Rule:
             if pattern is not None:
                 compile_pattern(pattern)
         if self.precision is None and self.dot is None and self.result is None:
-            raise InvalidRuleError(f"The {self} asks for nothing. Give it precision='full', 'low' or a dtype, or dot=.")
+            raise InvalidRuleError(
+                f"The {self} asks for nothing. Give it precision='full', 'low', a dtype, dot= or result=."
+            )
         object.__setattr__(self, "precision", _checked_precision("auto" if self.precision is None else self.precision))
         if self.result is not None and dtype_or_none(self.result) != FLOAT32:
             raise InvalidRuleError(f"result must be float32 or None, got {self.result!r}.")
