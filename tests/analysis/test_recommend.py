@@ -1,5 +1,7 @@
 """What is recommended is measured: it keeps what needs float32, and nothing else, within the tolerance."""
 
+import contextlib
+import itertools
 import os
 
 import jax
@@ -11,6 +13,7 @@ from support.comparisons import slow_but_for
 import jmp_lite as jmp
 from benchmarks import _models
 from jmp_lite.analysis import perturb, recommend
+from jmp_lite.analysis._recommendation._choices import Choice, Plan
 
 WIDTH = 32
 
@@ -158,6 +161,27 @@ def test_what_a_recipe_does_not_apply_to_is_said(rng):
     assert len(found.plan.rules) == 1  # a rule for scores would change nothing
     before, after = found.cost.rows
     assert after.bytes < before.bytes
+
+
+SCOPES = ("", "a", "a/b", "ab")
+
+
+@pytest.mark.parametrize("formats", [*itertools.product(["float32", "bfloat16"], repeat=4)], ids="-".join)
+def test_each_group_runs_in_its_format_and_no_other_in_it(formats):
+    """Also what is in no scope, or in a scope whose name begins that of another."""
+    plan = Plan({scope: Choice(name, name) for scope, name in zip(SCOPES, formats, strict=True)})
+
+    def chain(x):
+        for scope in SCOPES:
+            with contextlib.ExitStack() as stack:
+                for name in filter(None, scope.split("/")):
+                    stack.enter_context(jax.named_scope(name))
+                x = jnp.tanh(x @ x)
+        return x
+
+    records = jmp.explain(chain, plan.policy, rules=plan.rules)(jnp.ones((8, 8)))
+    found = {r.scope: r.in_dtypes[0] for r in records if r.primitive == "dot_general"}
+    assert found == dict(zip(SCOPES, formats, strict=True))
 
 
 @pytest.mark.slow

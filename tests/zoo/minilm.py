@@ -105,6 +105,44 @@ def with_fixed_scales(lm: MiniLM, method: str) -> MiniLM:
     return with_recipe(lm, found)
 
 
+#: The dense layers of a block, in the order in which they run.
+DENSE = (
+    *(f"attention/self/{name}" for name in ("query", "key", "value")),
+    *("attention/output/dense", "intermediate/dense", "output/dense"),
+)
+
+
+def contrast(lm: MiniLM) -> Callable[..., jax.Array]:
+    """A loss that asks which second half belongs to the first half of a text."""
+
+    def loss(params: Any, ids: jax.Array, mask: jax.Array) -> jax.Array:
+        half = ids.shape[1] // 2
+        first, second = (lm.encode(params, ids[:, part], mask[:, part]) for part in (slice(half), slice(half, None)))
+        return -jnp.mean(jnp.diag(jax.nn.log_softmax(first @ second.T / 0.05)))
+
+    return loss
+
+
+def texts_in_batches(lm: MiniLM, size: int = 16, batches: int = 4) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Texts that fill their row."""
+    ids, mask = (array[lm.mask.all(1)] for array in (lm.ids, lm.mask))
+    return [(ids[i : i + size], mask[i : i + size]) for i in range(0, size * batches, size)]
+
+
+def peaks(lm: MiniLM, ids: np.ndarray, mask: np.ndarray) -> dict[str, float]:
+    """The largest number of a row over the root mean square of the row, on average, by layer that takes it."""
+    found: list[float] = []
+
+    def dot(lhs: jax.Array, rhs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+        if lhs.ndim == 3 and rhs.ndim == 2:
+            found.append(float(jnp.mean(jnp.max(jnp.abs(lhs), -1) * jax.lax.rsqrt(jnp.mean(lhs * lhs, -1)))))
+        return jax.lax.dot_general(lhs, rhs, *args, **kwargs)
+
+    with jax.disable_jit():
+        jmp.autocast(lm.encode, "full", dot=dot)(lm.params, ids, mask)
+    return {f"{i // len(DENSE)}/{DENSE[i % len(DENSE)]}": peak for i, peak in enumerate(found)}
+
+
 class Likeness(NamedTuple):
     """How like float32's the vectors of an encoder are."""
 

@@ -117,8 +117,8 @@ class Plan:
         )
 
 
-def _pattern(scope: str) -> str | None:
-    return re.escape(scope).replace("\\-", "-") if scope else None
+def _pattern(scope: str) -> str:
+    return re.escape(scope).replace("\\-", "-") if scope else "^$"
 
 
 def _rule(scope: str, choice: Choice) -> Rule:
