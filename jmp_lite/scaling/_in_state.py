@@ -68,7 +68,7 @@ def _refuse_what_is_no_state(given: Any) -> None:
     """Raises for what users write in the place of a loss scale or a state."""
     advice = ""
     if given is None:
-        advice = "missing. Say it where the gradient function is made, not called: (fun, loss_scale=opt_state)(params)"
+        advice = "missing. Give it with the function: scaled_value_and_grad(fun, loss_scale=opt_state)(params)"
     elif isinstance(given, type):
         advice = f"the class {given.__name__}. Call it: {given.__name__}()"
     elif callable(getattr(given, "init", None)):

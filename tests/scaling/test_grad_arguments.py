@@ -251,7 +251,7 @@ def test_no_scale_in_the_state():
 
 
 NO_SCALES = {
-    "loss_scale= is missing. Say it where the gradient function is made, not called": {},
+    "loss_scale= is missing. Give it with the function": {},
     "which is of type dict": {"loss_scale": {}},
     "a number. Write DynamicLossScale(1024.0)": {"loss_scale": 1024.0},
     "the class DynamicLossScale. Call it: DynamicLossScale()": {"loss_scale": jmp.DynamicLossScale},
