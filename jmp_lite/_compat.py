@@ -256,12 +256,7 @@ def bilinear_primitive(
     def of_rhs(cotangent: Any, lhs: Any, rhs: Any, **params: Any) -> Any:
         return transpose(cotangent, lhs, rhs.aval, **params)
 
-    def evaluate(lhs: Any, rhs: Any, **params: Any) -> Any:
-        [platform] = {device.platform for device in lhs.devices()}
-        return impls_by_platform.get(platform, impl)(lhs, rhs, **params)
-
     primitive = composed_primitive(name, impl, batch=batch)
-    primitive.def_impl(evaluate)
     ad.defbilinear(primitive, of_lhs, of_rhs)
     for platform, other in impls_by_platform.items():
         mlir.register_lowering(primitive, mlir.lower_fun(other, multiple_results=False), platform=platform)
@@ -311,7 +306,7 @@ def composed_primitive(
     jvp: Callable[..., Any] | None = None,
     batch: Callable[..., Any] | None = None,
 ) -> Any:
-    """Makes a primitive that is evaluated and compiled as what it is composed of; ``jvp``, ``batch``: its rules."""
+    """Makes a primitive that is compiled as what it is composed of, for one call too; ``jvp``, ``batch``: its rules."""
     from jax.extend.core import Primitive
     from jax.interpreters import ad, batching, mlir
 
@@ -320,7 +315,7 @@ def composed_primitive(
         return result
 
     primitive = Primitive(name)
-    primitive.def_impl(impl)
+    primitive.def_impl(lambda *operands, **params: _inlined(primitive, tuple(params.items()))(*operands))
     primitive.def_abstract_eval(abstract_eval)
     mlir.register_lowering(primitive, mlir.lower_fun(impl, multiple_results=False))
     if jvp is not None:

@@ -1,5 +1,6 @@
 """Float32 weights behind 16-bit parameters: read from the state of ``stored``, and written into it."""
 
+import functools
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from jmp_lite._policy import PolicyLike, get_policy
 from jmp_lite._tree import is_narrow, leaf_key
 from jmp_lite.errors import InvalidStorageError
 from jmp_lite.optim._stored import decoded, encoded_at_first, stored_states
-from jmp_lite.optim._weights import format_of
+from jmp_lite.optim._weights import WeightFormat, format_of
 from jmp_lite.scaling._in_state import is_stored
 from jmp_lite.scaling._loss_scaled import check_optimizer
 
@@ -53,7 +54,7 @@ def full_precision_params(opt_state: Any, params: Any) -> Any:
 
     def decode(path: Any, param: Any) -> Any:
         low = low_bits.get(leaf_key(path))
-        return format_of(low).decode(param, low) if is_narrow(param) else param
+        return _whole(param, low) if is_narrow(param) else param
 
     return jax.tree_util.tree_map_with_path(decode, params)
 
@@ -110,10 +111,20 @@ def from_full_precision(
     return seen, jax.tree.map(fill, state, is_leaf=is_stored)
 
 
+@jax.jit
+def _whole(seen: Any, low: Any) -> jax.Array:
+    return format_of(low).decode(seen, low)
+
+
 def halves(full: Any, low: Any, dtype: Any) -> tuple[jax.Array, Any]:
     """Splits float32 into a number of this dtype, rounded to nearest, and low bits as ``Split`` stores them."""
-    to_nearest = jnp.full(low.shape, 2**31, jnp.uint32)
-    return format_of(low).encode(jnp.asarray(full, FLOAT32), to_nearest, dtype)
+    split: tuple[jax.Array, Any] = _nearest(jnp.asarray(full, FLOAT32), format_of(low), dtype)
+    return split
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _nearest(full: jax.Array, weights: WeightFormat, dtype: Any) -> tuple[jax.Array, Any]:
+    return weights.encode(full, jnp.full(full.shape, 2**31, jnp.uint32), dtype)
 
 
 def _filled(state: Any, opt_state: Any) -> Any:

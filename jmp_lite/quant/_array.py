@@ -1,6 +1,7 @@
 """Weights stored in 8 or 4 bits: one array, or all kernels of a tree."""
 
 import dataclasses
+import functools
 import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jmp_lite._compat import register_flax_serialization
+from jmp_lite._compat import INLINE, register_flax_serialization
 from jmp_lite._dtypes import FLOAT32, OF_4_BITS, canonical
 from jmp_lite._messages import first_few, quote
 from jmp_lite._tree import NOT_WEIGHTS, Opaque, is_array, path_string
@@ -212,8 +213,14 @@ def _quantize(name: str, x: Any, spec: QuantSpec, axes: Sequence[int] | None) ->
             f"{name} is {quote(x)}: tiles of {spec.tile} do not divide the {n} numbers along axes {list(shared)}. "
             "Choose a tile that does, or leave it out with where=."
         )
+    values, scale = _values_and_scale(x, spec, lengths)
+    return QuantizedArray(values, scale, canonical(x.dtype))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2), inline=INLINE)
+def _values_and_scale(x: Any, spec: QuantSpec, lengths: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
     scale, whole = tile_scale(amax_of_tiles(x, lengths, spec.dtype), spec)
-    return QuantizedArray(quantize(x, spec.dtype, scale * whole), scale * whole, canonical(x.dtype))
+    return quantize(x, spec.dtype, scale * whole), scale * whole
 
 
 def quantize_array(x: Any, dtype: Any = jnp.int8, axes: Sequence[int] | None = None) -> QuantizedArray:

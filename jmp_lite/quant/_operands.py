@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from jmp_lite._compat import composed_primitive
+from jmp_lite._compat import INLINE, composed_primitive
 from jmp_lite._dtypes import FLOAT32, DType
 from jmp_lite._rounding import counted_bits
 from jmp_lite._tree import is_finite
@@ -73,6 +73,12 @@ def prepared(x: Any, spec: QuantSpec | None, contracted: tuple[int, ...], axis_n
     if spec is None:
         return unscaled(x)
     spec.observe(x)
+    found: Quantized = _prepared(x, spec, contracted, axis_name)
+    return found
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3), inline=INLINE)
+def _prepared(x: Any, spec: QuantSpec, contracted: tuple[int, ...], axis_name: Any) -> Quantized:
     amax = _amax(x, spec, contracted, axis_name)
     scale = absmax_scale(amax, spec.dtype, margin=spec.margin, pow2=spec.pow2)
     if spec.granularity == "tensor" and not is_integer(spec.dtype):
@@ -86,7 +92,7 @@ def _amax(x: Any, spec: QuantSpec, contracted: tuple[int, ...], axis_name: Any) 
         fixed = jnp.asarray(spec.amax, FLOAT32)  # integers cannot show what is not finite
         return jnp.where(is_finite(x).all(), fixed, jnp.nan) if is_integer(spec.dtype) else fixed
     is_tensor = spec.granularity == "tensor"
-    amax = amax_of(x, None if is_tensor else contracted, keepdims=not is_tensor, dtype=spec.dtype)
+    amax: jax.Array = amax_of(x, None if is_tensor else contracted, keepdims=not is_tensor, dtype=spec.dtype)
     return lax.pmax(amax, axis_name) if is_tensor and axis_name is not None else amax
 
 

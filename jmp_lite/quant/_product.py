@@ -7,12 +7,15 @@ References:
     XLA, ``gemm_rewriter.cc``: which patterns become float8 matmuls on NVIDIA GPUs.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jmp_lite._compat import INLINE
 from jmp_lite._dtypes import FLOAT32, DType
 from jmp_lite.products._dimensions import Dimensions, Transposed
 from jmp_lite.products._matmul import Params, product
@@ -46,6 +49,7 @@ def plain_product(lhs: Any, rhs: Any, call: Call) -> Any:
     return product(lhs, rhs, call.operand_dtype, call.params, call.dtype)
 
 
+@functools.partial(jax.jit, static_argnums=(2, 3), inline=INLINE)
 def scaled_product(lhs: Quantized, rhs: Quantized, call: Call, specs: Sequence[QuantSpec | None]) -> Any:
     """Multiplies two operands, of which at least one is quantized; a narrower one is cast to the other, exactly.
 

@@ -1,5 +1,6 @@
 """Scales, and 8-bit and 4-bit numbers: ``x`` is stored as ``q`` with ``x ~ q * scale``. Scales are float32."""
 
+import functools
 from typing import Any
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jmp_lite._compat import INLINE
 from jmp_lite._dtypes import FLOAT32, OF_4_BITS, DType
 from jmp_lite._rounding import nearest_round, stochastic_floor, stochastic_round
 from jmp_lite.errors import InvalidRecipeError
@@ -50,6 +52,7 @@ def largest(dtype: DType) -> float:
     return float(jnp.iinfo(dtype).max if is_integer(dtype) else jnp.finfo(dtype).max)  # type: ignore[no-untyped-call]
 
 
+@functools.partial(jax.jit, static_argnames=("axis", "keepdims", "dtype"), inline=INLINE)
 def amax_of(x: Any, axis: Any = None, *, keepdims: bool = False, dtype: DType | None = None) -> jax.Array:
     """Returns the largest magnitudes along axes in float32, for scales of a format.
 
@@ -86,7 +89,13 @@ def absmax_scale(amax: Any, dtype: Any, *, margin: int = 0, pow2: bool = False) 
     References:
         Micikevicius et al., "FP8 Formats for Deep Learning", arXiv:2209.05433.
     """
-    scale = jnp.asarray(amax).astype(FLOAT32) * (2.0**margin / largest(checked_format(dtype)))
+    found: jax.Array = _absmax_scale(jnp.asarray(amax), 2.0**margin / largest(checked_format(dtype)), pow2)
+    return found
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2), inline=INLINE)
+def _absmax_scale(amax: jax.Array, factor: float, pow2: bool) -> jax.Array:
+    scale = amax.astype(FLOAT32) * factor
     is_tiny = scale < SMALLEST_NORMAL  # false for NaN, which stays
     if pow2:
         scale = jnp.where(jnp.isfinite(scale), _power_of_two_from(scale), scale)
@@ -123,9 +132,12 @@ def quantize(x: Any, dtype: Any, scale: Any, *, key: jax.Array | None = None) ->
         [0.101562 -0.25 448]
     """
     x = jnp.asarray(x)
-    return rounded(x, checked_format(dtype), scale, None if key is None else jax.random.bits(key, x.shape))
+    bits = None if key is None else jax.random.bits(key, x.shape)
+    found: jax.Array = rounded(x, checked_format(dtype), scale, bits)
+    return found
 
 
+@functools.partial(jax.jit, static_argnames=("dtype", "saturates"), inline=INLINE)
 def rounded(x: jax.Array, dtype: DType, scale: Any, bits: jax.Array | None, *, saturates: bool = True) -> jax.Array:
     """``quantize`` with ``uint32`` bits in place of a key; without ``saturates`` floats out of range become NaN."""
     scaled = x.astype(FLOAT32) / repeated(scale, x.shape)
@@ -178,7 +190,12 @@ def dequantize(q: Any, scale: Any, dtype: Any = jnp.float32) -> jax.Array:
         >>> print(jmp.quant.dequantize(jnp.array([1, -127], jnp.int8), jnp.float32(0.5)))
         [  0.5 -63.5]
     """
-    q = jnp.asarray(q)
+    found: jax.Array = _dequantized(jnp.asarray(q), scale, jnp.dtype(dtype))
+    return found
+
+
+@functools.partial(jax.jit, static_argnums=2, inline=INLINE)
+def _dequantized(q: jax.Array, scale: Any, dtype: DType) -> jax.Array:
     return jnp.asarray(q.astype(FLOAT32) * repeated(scale, q.shape), dtype)
 
 

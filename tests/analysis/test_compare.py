@@ -63,7 +63,7 @@ def test_gradients_are_those_of_plain_runs(rng):
     params = {"w": w, "b": jnp.ones(4)}
     low = jmp.autocast(loss, "mixed_bfloat16")
     [result] = [r for r in compare(loss, low)(params, x)["loss"].results if r.path == "w"]
-    a, b = (np.asarray(jax.grad(f)(params, x)["w"], np.float64).ravel() for f in (low, loss))
+    a, b = (np.asarray(jax.jit(jax.grad(f))(params, x)["w"], np.float64).ravel() for f in (low, loss))
     assert result.norm_ratio == pytest.approx(np.linalg.norm(a) / np.linalg.norm(b), rel=1e-3)
     assert result.cosine == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b), rel=1e-4)
     assert result.error == pytest.approx(np.linalg.norm(a - b) / np.linalg.norm(b), rel=0.1)

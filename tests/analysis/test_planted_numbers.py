@@ -24,12 +24,10 @@ WIDTH = 16
 class Net(nn.Module):
     """Three layers, the second of which is scaled."""
 
-    scale: float = 1.0
-
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, scale=1.0):
         x = nn.relu(nn.Dense(WIDTH, name="first")(x))
-        x = nn.relu(nn.Dense(WIDTH, name="second")(x * self.scale))
+        x = nn.relu(nn.Dense(WIDTH, name="second")(x * scale))
         return nn.Dense(4, name="third")(x)
 
 
@@ -38,15 +36,26 @@ def parameters():
     return jax.jit(Net().init)(jax.random.key(0), jnp.zeros((32, WIDTH)))
 
 
-def linen(rng, scale=1.0, loss_scale=1.0):
+def linen(rng):
     """A loss of Linen, parameters and data."""
-    net, x = Net(scale), jnp.asarray(rng.normal(size=(32, WIDTH)).astype(np.float32))
-    params = parameters()
-    return lambda params, x: jnp.mean(net.apply(params, x) ** 2) * loss_scale, params, x
+    x = jnp.asarray(rng.normal(size=(32, WIDTH)).astype(np.float32))
+
+    def loss(params, x, scale=1.0, loss_scale=1.0):
+        return jnp.mean(Net().apply(params, x, scale) ** 2) * loss_scale
+
+    return loss, parameters(), x
 
 
-def counted(loss, policy, params, x):
-    return collect(jax.value_and_grad(jmp.autocast(loss, policy)))(params, x)[1]
+@functools.cache
+def counting(policy):
+    """One program for all scales."""
+    loss = linen(np.random.default_rng(0))[0]
+    return jax.jit(collect(jax.value_and_grad(jmp.autocast(loss, policy))))
+
+
+def counted(policy, rng, scale=1.0, loss_scale=1.0):
+    """The ranges of a step of Linen."""
+    return counting(policy)(*linen(rng)[1:], np.float32(scale), np.float32(loss_scale))[1]
 
 
 def places(findings, kind):
@@ -55,18 +64,18 @@ def places(findings, kind):
 
 @pytest.mark.slow
 def test_linen_gradients_that_need_a_loss_scale(rng):
-    found = diagnose(counted(linen(rng, loss_scale=1e-8)[0], "mixed_float16", *linen(rng)[1:]))
+    found = diagnose(counted("mixed_float16", rng, loss_scale=1e-8))
     assert any("a loss scale" in place for place in places(found, "gradient-underflow"))
-    assert not places(diagnose(counted(linen(rng)[0], "mixed_float16", *linen(rng)[1:])), "gradient-underflow")
+    assert not places(diagnose(counted("mixed_float16", rng)), "gradient-underflow")
 
 
 def test_linen_layer_that_overflows(rng):
-    found = diagnose(counted(linen(rng, scale=1e6)[0], "mixed_bfloat16", *linen(rng)[1:]), format="float16")
+    found = diagnose(counted("mixed_bfloat16", rng, scale=1e6), format="float16")
     assert any("second" in place for place in places(found, "overflow"))
 
 
 def test_zeros_of_relu_are_no_fault(rng):
-    assert diagnose(counted(linen(rng)[0], "mixed_bfloat16", *linen(rng)[1:]), format="bfloat16") == ()
+    assert diagnose(counted("mixed_bfloat16", rng), format="bfloat16") == ()
 
 
 def test_equinox_layer_that_explodes(rng):
@@ -123,13 +132,13 @@ def test_variance_of_data_with_a_large_mean(rng):
 
 @pytest.mark.slow
 def test_a_gradient_that_is_lost_turns(rng):
-    loss, params, x = linen(rng, loss_scale=1e-10)
+    loss, params, x = linen(rng)
 
     def in_float16(params, x):
         low = jax.tree.map(lambda p: p.astype(jnp.float16), (params, x))
         return (jnp.mean(Net().apply(*low) ** 2) * jnp.float16(1e-5)).astype(jnp.float32) * 1e-5
 
-    found = compare(loss, {"by hand": in_float16})(params, x)
+    found = compare(functools.partial(loss, loss_scale=1e-10), {"by hand": in_float16})(params, x)
     assert {finding.kind for finding in found.findings} >= {"gradient-turned"}
 
 

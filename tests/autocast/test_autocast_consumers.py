@@ -13,14 +13,13 @@ import optax
 import pytest
 from jax import lax
 from support import jaxprs
-from support.comparisons import slow_but_for
+from support.comparisons import jit_as_written, slow_but_for
 
 import jmp_lite as jmp
 
 POLICIES = {"mixed_bfloat16": 2.0**-8, "mixed_float16": 2.0**-11}
 every_policy = pytest.mark.parametrize("policy", POLICIES)
 either_policy = pytest.mark.parametrize("policy", slow_but_for({"mixed_bfloat16"}, POLICIES))
-jit = functools.partial(jax.jit, compiler_options={"xla_allow_excess_precision": False})
 
 
 def draw(seed, *shape):
@@ -37,9 +36,10 @@ def relative(found, expected):
 
 def errors(fun, policy, *args):
     """Relative errors of value and gradient with autocast inside of grad and around it."""
-    expected = jit(jax.value_and_grad(fun))(*args)
-    inside = jit(jax.value_and_grad(jmp.autocast(fun, policy)))(*args)
-    around = jit(jmp.autocast(jax.value_and_grad(fun), policy))(*args)
+    expected = jax.value_and_grad(fun)
+    inside = jax.value_and_grad(jmp.autocast(fun, policy))
+    around = jmp.autocast(expected, policy)
+    expected, inside, around = jit_as_written(lambda *args: [run(*args) for run in (expected, inside, around)])(*args)
     pairs = [(found[part], expected[part]) for found in (inside, around) for part in (0, 1)]
     return [relative(*pair) for pair in pairs]
 
@@ -256,7 +256,7 @@ def test_scores_of_a_router_are_those_of_16_bit_operands(policy):
     dtype = jmp.get_policy(policy).compute_dtype
     route = lambda x, r: lax.top_k(jax.nn.softmax(x @ r), 4)[1]  # noqa: E731
     expected = lax.top_k(jax.nn.softmax(low_operands(H.astype(dtype), R.astype(dtype))), 4)[1]
-    np.testing.assert_array_equal(jit(jmp.autocast(route, policy))(H, R), expected)
+    np.testing.assert_array_equal(jit_as_written(jmp.autocast(route, policy))(H, R), expected)
 
 
 def two_consumers(h, w):
@@ -371,7 +371,7 @@ def test_operands_of_products_in_full_precision_are_not_rounded(name):
     fun, rules = IN_FULL[name]
     x, w = draw(15, 64, 16), draw(16, 16, 16)
     np.testing.assert_allclose(
-        jit(jmp.autocast(fun, "mixed_bfloat16", rules=rules))(x, w), fun(x, w), rtol=1e-4, atol=1e-4
+        jit_as_written(jmp.autocast(fun, "mixed_bfloat16", rules=rules))(x, w), fun(x, w), rtol=1e-4, atol=1e-4
     )
 
 

@@ -249,8 +249,6 @@ EVERY_MODEL = slow_but_for(
 def random_variables(model, x, rng):
     """Variables of a model without running it: normal parameters, everything else one."""
     shapes = jax.eval_shape(model.init, jax.random.key(0), x)
-    params = jax.tree.map(
-        lambda leaf: jnp.asarray(rng.normal(scale=0.5, size=leaf.shape), leaf.dtype), shapes["params"]
-    )
-    rest = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), shapes)
+    params = jax.tree.map(lambda leaf: rng.normal(scale=0.5, size=leaf.shape).astype(leaf.dtype), shapes["params"])
+    rest = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes)
     return {**rest, "params": params}
