@@ -1,6 +1,7 @@
 """Moments in 8 bits: their bytes mean nothing without their format, so a checkpoint holds that too."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -37,11 +38,19 @@ def optimizer(formats, params="split8"):
     return jmp.loss_scaled(jmp.optim.stored(standard(optax.adam(1e-2)), params=params, state=formats))
 
 
+@functools.cache
+def compiled(formats):
+    """An optimizer and its step, for a name or for pairs of a pattern and a format."""
+    tx = optimizer(formats if isinstance(formats, str) else dict(formats))
+    return tx, jax.jit(functools.partial(jmp.apply_gradients, tx))
+
+
 def trained(formats, rng, steps=2):
-    tx, params = optimizer(formats), weights(rng)
+    tx, step = compiled(formats if isinstance(formats, str) else (*formats.items(),))
+    params = weights(rng)
     opt_state = tx.init(params)
     for _ in range(steps):
-        params, opt_state = jmp.apply_gradients(tx, gradients(rng, 2.0**15), opt_state, params)
+        params, opt_state = step(gradients(rng, 2.0**15), opt_state, params)
     return {"params": params, "opt": opt_state, "step": steps}
 
 
