@@ -191,6 +191,16 @@ def test_the_ranges_of_an_autocast_step_name_parameters_and_gradients():
     assert "dot_general backward out" in list(found)
 
 
+def test_what_runs_once_is_not_added_to_nothing(rng):
+    """A sum of tallies rescales both by powers of two."""
+    x, w = (jnp.asarray(rng.normal(size=(4, 4)).astype(np.float32)) for _ in range(2))
+    once, often = (
+        jax.jit(collect(CONSTRUCTS[name])).trace(x, w).lower().as_text().count("exponential")
+        for name in ("plain", "scan")
+    )
+    assert once == 0 < often
+
+
 def test_nothing_is_called_back_and_a_second_call_compiles_nothing(rng):
     fun = jax.jit(collect(product))
     x, w = (jnp.asarray(rng.normal(size=(4, 4)).astype(np.float32)) for _ in range(2))

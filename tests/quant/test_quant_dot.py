@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from jax import lax
-from support.comparisons import slow_but_for
+from support.comparisons import compilations, slow_but_for
 from support.lowbit import BOUNDS, FORMATS, MATMUL, PRODUCTS, RECIPES, STRAIGHT, grid, normal, relative
 
 import jmp_lite as jmp
@@ -45,6 +45,15 @@ def operands(rng, dtype):
 
 def as_float32(tree):
     return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+
+def test_outside_of_jit_each_operand_is_one_program(rng):
+    """Where nothing is traced, each operation of its own would be compiled for every new shape."""
+    lhs, rhs = normal(rng, 13, 17), normal(rng, 17, 19)
+    with compilations() as found:
+        RECIPES["fp8"](lhs, rhs, MATMUL)
+        quant.quantize_array(lhs, axes=[0])
+    assert len(found) <= 4  # the matmul is one, too
 
 
 # --- Errors ---------------------------------------------------------------------------------------
