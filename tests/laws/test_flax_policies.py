@@ -5,6 +5,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from support import linen_models, nnx_models
@@ -37,7 +38,7 @@ def linen_model(name):
     """A model, its statistics, and its parameters before any policy."""
     model = linen_models.MODELS[name]()
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((2, 16)))
-    variables = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), shapes)
+    variables = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes)
     return model, {key: value for key, value in variables.items() if key != "params"}, variables["params"]
 
 
