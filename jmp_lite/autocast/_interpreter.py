@@ -33,7 +33,7 @@ from jmp_lite.autocast._apply import apply
 from jmp_lite.autocast._decide import decide, decide_activation
 from jmp_lite.autocast._decision import Decision
 from jmp_lite.autocast._demand import EITHER, HIGH, TESTED, Demands, Want, Wants, is_float32, joined
-from jmp_lite.autocast._ops import OpClass, classify, is_activation
+from jmp_lite.autocast._ops import PRODUCTS, OpClass, classify, is_activation
 from jmp_lite.autocast._record import Record, as_count, records_of
 from jmp_lite.autocast._requests import Requests
 from jmp_lite.autocast._rules import Precision, Settings
@@ -294,6 +294,7 @@ class Interpreter:
         self._requests.met(name)
         op, why = classify(eqn, self.settings.ops_by_name)
         operands = [frame.read(v) for v in eqn.invars]
+        precision = precision.turned(operands) if name in PRODUCTS else precision
         takes_steps_again = name == "while" and any(value.known.origin is Origin.FOUND for value in operands)
         why = "takes the steps of a search again, and must take the same: as written" if takes_steps_again else why
         position = len(self.records)

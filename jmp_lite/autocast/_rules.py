@@ -14,7 +14,7 @@ from jmp_lite._patterns import compile_pattern, matches
 from jmp_lite._policy import Policy, PolicyMap, get_policy
 from jmp_lite.autocast import _regions
 from jmp_lite.autocast._ops import PRODUCTS, Op, OpClass, is_kernel
-from jmp_lite.autocast._values import is_in_range
+from jmp_lite.autocast._values import Value, is_in_range
 from jmp_lite.errors import InvalidRuleError, UnknownDtypeError
 from jmp_lite.products._matmul import RoundsOperands
 
@@ -39,6 +39,12 @@ class Precision(NamedTuple):
     """What gradients of weights are added up in, over devices."""
     asked: str = ""
     """What a rule or a ``PolicyMap`` asks of matmuls: a ``dot`` that replaces them, or a ``dtype`` for operands."""
+
+    def turned(self, operands: Sequence[Value]) -> "Precision":
+        """Returns the precision of a matmul of these operands, where it matters which of them is a weight."""
+        dot: Any = self.dot
+        is_ours = isinstance(dot, RoundsOperands)
+        return self._replace(dot=dot.turned([x.is_parameter for x in operands[:2]])) if is_ours else self
 
     @property
     def widens_gradients(self) -> bool:

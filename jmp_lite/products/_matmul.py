@@ -45,6 +45,11 @@ class RoundsOperands:
         del has_weight
         return True
 
+    def turned(self, are_weights: Sequence[bool]) -> "RoundsOperands":
+        """Returns what multiplies operands of which these are weights, as it stands or with its sides swapped."""
+        del are_weights
+        return self
+
     def speed(self, primitive: str) -> str:
         """Returns what there is to say about the speed of what takes the place of a primitive; empty if nothing."""
         return "" if primitive == "dot_general" else ", at the speed of the compute dtype"

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,9 +23,12 @@ class DotRecipe(Specs, RoundsOperands):
     ``jmp.Rule("mlp", dot=FP8)``, ``nn.Dense(dot_general=FP8)``, ``nnx.Linear(dot_general=FP8)``, ``jnp.einsum(...,
     _dot_general=FP8)``. ``scaled_dot_general`` describes what it computes.
 
+    Under ``autocast`` a matmul of one weight and one activation quantizes the weight as ``rhs``, or as the only spec of
+    the recipe, wherever it stands; all other matmuls go by sides.
+
     Args:
         lhs: How to quantize the left operand, as a ``QuantSpec`` or its text; ``None``: not at all.
-        rhs: The same for the right operand, which in Flax is the kernel.
+        rhs: The same for the right operand, which in layers of Flax is the kernel.
         grad: The same for the cotangent in the backward matmuls. ``None``: these matmuls are not quantized, and ignore
             the rounding of the operands (straight-through).
         axis_name: Mapped axes (``pmap``, ``shard_map``) whose devices agree on per-array scales. Under ``jit`` they
@@ -69,6 +72,12 @@ class DotRecipe(Specs, RoundsOperands):
     def takes(self, *, has_weight: bool) -> bool:
         """Whether it replaces a matmul with, or without, a weight among its operands."""
         return has_weight or self.products == "all"
+
+    def turned(self, are_weights: Sequence[bool]) -> "DotRecipe":
+        """Returns the recipe for a matmul with these weights: ``rhs``, or the only spec, is for a weight alone."""
+        of_weight = 1 if self.rhs else 0
+        is_other = sum(are_weights) == 1 and not are_weights[of_weight]
+        return dataclasses.replace(self, lhs=self.rhs, rhs=self.lhs) if is_other else self
 
     def replace(self, **changes: Any) -> "DotRecipe":
         """Returns the recipe with other fields, in all its sites too, such as ``FP8.replace(products="all")``."""
@@ -224,6 +233,7 @@ def _parse(text: str) -> DotRecipe | None:
     parts = [part.partition("=") for part in text.split(",")]
     fields: dict[str, Any] = {name.strip(): value.strip() for name, _, value in parts}
     is_known = {"lhs", "rhs"} <= set(fields) <= {"lhs", "rhs", "grad", "axis_name", "products"}
+    is_known = is_known and isinstance(found, dict)
     if not is_known or len(fields) < len(parts) or "" in fields.values():
         return None
     if "+" in fields.get("axis_name", ""):

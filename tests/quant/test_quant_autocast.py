@@ -223,6 +223,34 @@ def test_names_will_do_where_functions_are_wanted(rng):
 # --- Weights --------------------------------------------------------------------------------------
 
 
+#: Matmuls of a weight and an activation, by the axes of the weight that are contracted.
+ROLES = {
+    "kernel on the right": (lambda w, h: h @ w, [0]),
+    "kernel on the left": (lambda w, h: (w @ h.T).T, [1]),
+    "einsum that swaps": (lambda w, h: jnp.einsum("bd,dh->hb", h, w).T, [0]),
+    "mapped": (lambda w, h: jax.vmap(lambda h: w @ h)(h), [1]),
+    "in a loop": (lambda w, h: lax.scan(lambda _, h: (None, w @ h), None, h)[1], [1]),
+}
+
+
+@pytest.mark.parametrize(
+    "recipe", [quant.W8A16, quant.DotRecipe("int8:channel", None), quant.DotRecipe("int8", "int8:channel")], ids=str
+)
+@pytest.mark.parametrize("place", ROLES)
+def test_the_spec_of_the_weight_goes_to_the_weight(place, recipe, rng):
+    """On either side: the right spec of a recipe, or its only one."""
+    multiply, axes = ROLES[place]
+    w, x = normal(rng, 16, 16), normal(rng, 8, 16)
+    found = jmp.autocast(lambda w, x: multiply(w, jnp.tanh(x)), "full", dot=recipe)(w, x)
+    h, of_activation = jnp.tanh(x), recipe.lhs if recipe.rhs else None
+    if of_activation and place != "in a loop":
+        h = quant.quantize_array(h, of_activation).dequantize()
+    elif of_activation:
+        h = jnp.stack([quant.quantize_array(row, of_activation).dequantize() for row in h])
+    expected = multiply(quant.quantize_array(w, axes=axes).dequantize(), h)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def of_a_stack(w, x):
     return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, jnp.stack([w, w]))[0]
 
