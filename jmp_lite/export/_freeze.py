@@ -158,7 +158,7 @@ def _held(apply: Callable[..., Any], params: Any, args: tuple[Any, ...], recipe:
     if recipe is None or any(map(is_quantized, jax.tree.leaves(params, is_leaf=is_quantized))):
         return params
     spec: Any = recipe.rhs or recipe.lhs
-    plain = dataclasses.replace(spec, stochastic=False, amax=None)
+    plain = dataclasses.replace(spec, stochastic=False)
     axes = None if plain.granularity == "tensor" else contracted_axes(apply)(params, *args)
     return quantize_tree(params, plain, axes=axes)
 

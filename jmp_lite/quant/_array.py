@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -16,8 +16,8 @@ from jmp_lite._dtypes import FLOAT32, OF_4_BITS, canonical
 from jmp_lite._messages import first_few, quote
 from jmp_lite._tree import NOT_WEIGHTS, Opaque, is_array, path_string
 from jmp_lite.errors import InvalidRecipeError
-from jmp_lite.quant._scale import dequantize, quantize
-from jmp_lite.quant._spec import QuantSpec
+from jmp_lite.quant._scale import dequantize, rounded
+from jmp_lite.quant._spec import QuantSpec, Specs, parse_spec
 from jmp_lite.quant._tiles import amax_of_tiles, tile_lengths, tile_scale
 
 T = TypeVar("T")
@@ -25,9 +25,15 @@ T = TypeVar("T")
 #: What code does with a weight by way of attributes: moves and sums.
 _OF_ARRAYS = frozenset(
     {
-        *("T", "mT", "at", "diagonal", "flatten", "max", "mean", "min", "ravel", "repeat", "reshape", "squeeze", "std"),
-        *("sum", "swapaxes", "take", "transpose", "var"),
+        *("T", "mT", "at", "clip", "diagonal", "dot", "flatten", "max", "mean", "min", "ravel", "repeat", "reshape"),
+        *("squeeze", "std", "sum", "swapaxes", "take", "transpose", "var"),
     }
+)
+
+_OPERATORS = (
+    *("getitem", "iter", "neg", "pos", "abs", "eq", "ne", "lt", "le", "gt", "ge"),
+    *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"),
+    *("radd", "rsub", "rmul", "rtruediv", "rfloordiv", "rmod", "rpow", "rmatmul"),
 )
 
 #: Which axes share a scale: numbers of axes, ``None`` for all of them, a function of path and leaf, or a tree.
@@ -71,6 +77,7 @@ class QuantizedArray(Opaque):
     values: Any
     scale: Any
     dtype: Any = FLOAT32
+    __array_priority__ = 100  # operators of NumPy arrays leave it to those of this class
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", np.dtype(self.dtype))
@@ -111,12 +118,6 @@ class QuantizedArray(Opaque):
         del copy
         return np.asarray(self.dequantize(), dtype)
 
-    def __getitem__(self, index: Any) -> jax.Array:
-        return self.dequantize()[index]
-
-    def __iter__(self) -> Iterator[jax.Array]:
-        return iter(self.dequantize())
-
     def __len__(self) -> int:
         return len(self.values)
 
@@ -128,11 +129,17 @@ class QuantizedArray(Opaque):
             "quant.dequantize_tree(params) for a whole tree."
         )
 
-    def __neg__(self) -> jax.Array:
-        return -self.dequantize()
-
     def __repr__(self) -> str:
         return f"QuantizedArray({quote(self.values)}, scale={quote(self.scale)}, dtype={self.dtype})"
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    """An operator on the array that a quantized one stands for."""
+    return lambda array, *others: getattr(array.dequantize(), name)(*others)
+
+
+for _name in _OPERATORS:
+    setattr(QuantizedArray, f"__{_name}__", _operator(f"__{_name}__"))
 
 
 def _nbytes(array: Any) -> int:
@@ -186,6 +193,9 @@ def _shared_axes(axes: Sequence[int] | None, ndim: int, name: str) -> tuple[int,
 
 
 def _checked_spec(dtype: Any) -> QuantSpec:
+    """A spec, its text, that of the weight in a recipe, or a format with one scale per channel."""
+    dtype = (dtype.rhs or dtype.lhs) if isinstance(dtype, Specs) else dtype
+    dtype = parse_spec(dtype) if isinstance(dtype, str) and ":" in dtype else dtype
     spec = dtype if isinstance(dtype, QuantSpec) else QuantSpec(dtype, "channel")
     if spec.stochastic:
         raise InvalidRecipeError(
@@ -211,7 +221,7 @@ def _quantize(name: str, x: Any, spec: QuantSpec, axes: Sequence[int] | None) ->
         n = math.prod(x.shape[axis] for axis in shared)
         raise InvalidRecipeError(
             f"{name} is {quote(x)}: tiles of {spec.tile} do not divide the {n} numbers along axes {list(shared)}. "
-            "Choose a tile that does, or leave it out with where=."
+            "Choose a tile that does, or leave it out with quantize_tree(where=)."
         )
     values, scale = _values_and_scale(x, spec, lengths)
     return QuantizedArray(values, scale, canonical(x.dtype))
@@ -219,8 +229,9 @@ def _quantize(name: str, x: Any, spec: QuantSpec, axes: Sequence[int] | None) ->
 
 @functools.partial(jax.jit, static_argnums=(1, 2), inline=INLINE)
 def _values_and_scale(x: Any, spec: QuantSpec, lengths: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    scale, whole = tile_scale(amax_of_tiles(x, lengths, spec.dtype), spec)
-    return quantize(x, spec.dtype, scale * whole), scale * whole
+    amax = amax_of_tiles(x, lengths, spec.dtype)
+    scale, whole = tile_scale(amax if spec.amax is None else jnp.where(jnp.isfinite(amax), spec.amax, amax), spec)
+    return rounded(x, spec.dtype, scale * whole, None, saturates=spec.amax is None), scale * whole
 
 
 def quantize_array(x: Any, dtype: Any = jnp.int8, axes: Sequence[int] | None = None) -> QuantizedArray:
@@ -228,8 +239,9 @@ def quantize_array(x: Any, dtype: Any = jnp.int8, axes: Sequence[int] | None = N
 
     Args:
         x: Floating array of any shape.
-        dtype: ``int8``, ``float8_e4m3fn`` (``"e4m3"``) or ``float8_e5m2`` (``"e5m2"``); or a ``QuantSpec``, such as a
-            recipe's kernel spec (``FP8.rhs``, ``W4A16.rhs``), including its ``margin``, ``pow2`` and ``tile``.
+        dtype: ``int8``, ``float8_e4m3fn`` (``"e4m3"``) or ``float8_e5m2`` (``"e5m2"``); a ``QuantSpec``, including its
+            ``margin``, ``pow2``, ``tile`` and ``amax``, or its text (``"int4:tile32"``); or a recipe such as ``W4A16``,
+            for its kernel spec.
         axes: Axes that share a scale; ``None`` for all of them, one scale for the whole array.
 
     Returns:
@@ -253,8 +265,8 @@ def quantize_array(x: Any, dtype: Any = jnp.int8, axes: Sequence[int] | None = N
 # --- Trees -------------------------------------------------------------------------------------------
 
 
-def _is_kernel(path: str, leaf: Any) -> bool:
-    """The default of ``where``."""
+def is_kernel(path: str, leaf: Any) -> bool:
+    """The default of ``where`` in ``quantize_tree``."""
     is_floating = is_quantized(leaf) or (is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating))
     name = path.rpartition("/")[2].lower()
     return is_floating and leaf.ndim >= 2 and name not in NOT_WEIGHTS and "embed" not in path.lower()
@@ -278,15 +290,16 @@ def _of_leaves(axes: Axes, treedef: Any) -> list[Axes]:
     try:
         listed = treedef.flatten_up_to(axes)
     except (ValueError, TypeError) as error:
+        said = str(error).splitlines()[0].rstrip(".")
         raise InvalidRecipeError(
-            f"axes is a tree of another structure than the parameters: {str(error).splitlines()[0]}. Give what "
-            "contracted_axes(fun)(params, *args) returns for these parameters."
+            f"axes is a tree of another structure than the parameters: {said}. Give what contracted_axes(fun)(params, "
+            "*args) returns for these parameters."
         ) from None
     return [_NO_PRODUCT if axes is None else axes for axes in listed]
 
 
 def quantize_tree(
-    params: T, dtype: Any = jnp.int8, *, where: Callable[[str, Any], bool] = _is_kernel, axes: Axes = _inner
+    params: T, dtype: Any = jnp.int8, *, where: Callable[[str, Any], bool] = is_kernel, axes: Axes = _inner
 ) -> T:
     """Quantizes the weights of a trained model: in 8 bits they take a quarter of the float32 bytes.
 
@@ -334,9 +347,9 @@ def quantize_tree(
     results = list(map(quantized, paths, leaves, _of_leaves(axes, treedef)))
     if leaves and all(map(operator.is_, results, leaves)):
         raise InvalidRecipeError(
-            f"Nothing of {first_few([path or 'the array' for path in paths])} is quantized: by "
-            "default floating arrays of two or more axes are that a matmul uses and that are not embeddings. Choose "
-            "others by where and axes, or leave out the recipe."
+            f"Nothing of {first_few([path or 'the array' for path in paths])} is quantized: quantize_tree takes by "
+            "default floating arrays of two or more axes that a matmul uses, and no embeddings. Choose others by where "
+            "and axes, or leave out the recipe."
         )
     tree: T = jax.tree.unflatten(treedef, results)
     return tree

@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 
 from jmp_lite._dtypes import FLOAT32
+from jmp_lite._functions import check_function
 from jmp_lite._messages import quote
 from jmp_lite.errors import InvalidRecipeError
 from jmp_lite.quant._batches import checked
@@ -69,7 +70,13 @@ def calibrate(
     chosen = get_recipe(recipe)
     _check(chosen, method, percentile)
     journal = _Journal(method, float(percentile) / 100)
+    check_function(make, "calibrate")
     function = make(_Watching(**_fields(chosen, DotRecipe), journal=journal))
+    if not callable(function):
+        raise InvalidRecipeError(
+            f"make must return the function to calibrate, such as lambda dot: jmp.autocast(apply, policy, dot=dot), "
+            f"and returned {quote(function)}."
+        )
     for batch in checked(batches, "calibrate"):
         jax.block_until_ready(function(*batch))
     jax.effects_barrier()

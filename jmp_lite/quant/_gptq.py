@@ -12,12 +12,11 @@ from jax import lax
 from jmp_lite._dtypes import FLOAT32
 from jmp_lite._functions import check_function
 from jmp_lite._tree import path_string
-from jmp_lite.quant._array import QuantizedArray, is_quantized, quantize_tree
+from jmp_lite.quant._array import QuantizedArray, is_kernel, is_quantized, quantize_tree
 from jmp_lite.quant._axes import contracted_axes
 from jmp_lite.quant._batches import checked
 from jmp_lite.quant._scale import amax_of, dequantize, quantize, repeated
 from jmp_lite.quant._sites import Site, call, not_finite
-from jmp_lite.quant._spec import parse_spec
 
 T = TypeVar("T")
 
@@ -37,7 +36,7 @@ def gptq(fun: Callable[..., Any], params: T, batches: Iterable[Sequence[Any]], d
         fun: Function of parameters and other arguments, such as ``model.apply``.
         params: Its parameters.
         batches: Its other arguments, once per batch: a hundred texts or pictures are plenty.
-        dtype: The format, as a ``QuantSpec`` such as ``W4A16.rhs``, its text, or as ``quantize_tree`` takes it.
+        dtype: The format, as ``quantize_tree`` takes it.
 
     Returns:
         The tree with a ``QuantizedArray`` in place of each weight.
@@ -68,8 +67,8 @@ def gptq(fun: Callable[..., Any], params: T, batches: Iterable[Sequence[Any]], d
 
     for batch in checked(batches, "gptq", params):
         call(fun, (params, *batch), {}).watch(_moment, note)
-    spec = parse_spec(dtype) if isinstance(dtype, str) and ":" in dtype else dtype
-    [tree] = quantize_tree([params], spec, axes=[contracted_axes(fun)(params, *batch)])
+    axes = contracted_axes(fun)(params, *batch)  # None: params is one array, which no matmul takes
+    tree = quantize_tree(params, dtype, where=lambda *leaf: axes is not None and is_kernel(*leaf), axes=axes)
 
     def compensated(path: Any, leaf: Any, original: Any) -> Any:
         name = path_string(path)

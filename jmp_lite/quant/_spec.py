@@ -1,7 +1,6 @@
 """How to quantize one operand, and the three matmuls of a matmul and its gradient."""
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -9,7 +8,7 @@ import numpy as np
 
 from jmp_lite._dtypes import OF_4_BITS
 from jmp_lite.errors import InvalidRecipeError
-from jmp_lite.quant._scale import FORMATS, checked_format, is_integer
+from jmp_lite.quant._scale import FORMATS, SMALLEST_NORMAL, checked_format, is_integer
 
 #: The operands of a matmul, and the cotangent of its result.
 SIDES = ("lhs", "rhs", "grad")
@@ -121,7 +120,7 @@ class QuantSpec:
 
 def _is_positive_number(value: Any) -> bool:
     is_number = isinstance(value, (int, float, np.number, np.ndarray, jax.Array)) and np.ndim(value) == 0
-    return is_number and 0 < float(value) < math.inf
+    return is_number and SMALLEST_NORMAL <= float(value) <= float(np.finfo(np.float32).max)
 
 
 def parse_spec(text: str) -> QuantSpec | None:

@@ -152,10 +152,12 @@ def kernel_product(lhs: Any, rhs: Any, call: Call, specs: Any) -> Any:
 def tile_lengths(shape: Sequence[int], shared: Axes, tile: int | None) -> tuple[int, ...] | None:
     """Returns how many neighbors along each axis share a scale; ``None`` if tiles do not divide the shared axes.
 
-    Without a tile, all neighbors along the shared axes share one. A tile is filled from the last shared axis on.
+    Without a tile, or with one that is longer, all neighbors along the shared axes share one. A tile is filled from the
+    last shared axis on.
     """
     sizes, lengths = [max(n, 1) for n in shape], [1] * len(shape)
-    missing = tile or math.prod(sizes[axis] for axis in shared)
+    total = math.prod(sizes[axis] for axis in shared)
+    missing = min(tile or total, total)
     for axis in sorted(shared, reverse=True):
         lengths[axis] = min(sizes[axis], missing)
         if sizes[axis] % lengths[axis] or missing % lengths[axis]:

@@ -198,6 +198,10 @@ METHODS = {
     "sum": lambda w: w.sum(0),
     "at": lambda w: w.at[0].set(1.0),
     "neg": lambda w: -w,
+    "times a number": lambda w: 2 * w / 3 + 1 - w**2,
+    "of NumPy": lambda w: np.ones((2, 16), np.float32) @ w,
+    "compared": lambda w: (w == 0.0) | (w > 1.0) | (w != 0.5),
+    "dot": lambda w: w.clip(-1, 1).dot(jnp.ones(8)),
 }
 
 
@@ -205,6 +209,27 @@ METHODS = {
 def test_methods_are_those_of_the_array_it_stands_for(method, rng):
     w = quantize_array(normal(rng, 16, 8), axes=[0])
     assert_identical(METHODS[method](w), METHODS[method](w.dequantize()))
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["int8", "int8:channel", quant.QuantSpec("int8", "channel"), quant.W8A16, quant.DotRecipe("int8:channel", None)],
+    ids=str,
+)
+def test_a_format_is_a_name_a_spec_its_text_or_that_of_a_recipe(given, rng):
+    w = normal(rng, 16, 8)
+    assert_identical(quantize_array(w, given, axes=[0]), quantize_array(w, axes=[0]))
+
+
+@pytest.mark.parametrize("name", ["int8", "e4m3"])
+def test_a_fixed_magnitude_is_the_one_that_is_used(name):
+    """Larger numbers saturate in int8 and are NaN in float8, and NaN stays visible in both, as in matmuls."""
+    spec = quant.QuantSpec(name, amax=2.0)
+    q = quantize_array(jnp.array([2.0, 1.0, 8.0]), spec)
+    assert_identical(
+        np.asarray(q), np.array([2.0, np.round(63.5) / 63.5, 2.0] if name == "int8" else [2.0, 1.0, np.nan], np.float32)
+    )
+    assert jnp.isnan(quantize_array(jnp.array([1.0, jnp.nan]), spec).dequantize()).any()
 
 
 def test_other_attributes_name_the_remedy(rng):
@@ -325,7 +350,7 @@ def test_containers_stay(rng, kind):
         (lambda w: quantize_array(w, axes=[0, -2]), r"axes=\[0, -2\]"),
         (lambda w: quantize_array(w, axes=1), "axes=1 of x"),
         (lambda w: quantize_tree({"a": w}, axes=[5]), "Leaf 'a' with 2 axes"),
-        (lambda w: quantize_tree({"a": w}, "e4m3:tile3"), "dtype must be one of"),
+        (lambda w: quantize_tree({"a": w}, "e4m3:tiles"), "'tiles' in 'e4m3:tiles' is not known"),
         (
             lambda w: quantize_tree({"a": w}, quant.QuantSpec("e4m3", tile=3)),
             r"Leaf 'a' is float32\[4, 3\]: tiles of 3 do not",

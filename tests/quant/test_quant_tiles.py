@@ -278,6 +278,13 @@ def test_tiles_that_do_not_divide_are_refused(shape):
         quant.quantize_tree({"a": {"w": jnp.ones(shape)}}, quant.QuantSpec("int4", tile=64), axes=axes)
 
 
+def test_a_tile_longer_than_a_channel_is_the_channel(rng):
+    w = spread(rng, 3, 16, 8)
+    short, whole = (quant.quantize_array(w, f"int4:tile{n}", axes=[0, 1]) for n in (128, 48))
+    assert short.scale.shape == (1, 1, 8)
+    np.testing.assert_array_equal(short, whole)
+
+
 def test_a_model_whose_layers_tiles_do_not_divide_is_not_frozen(tmp_path):
     params = {"dense": jnp.ones((100, 16))}
     with pytest.raises(jmp.errors.InvalidRecipeError, match=r"Leaf 'dense'.*tiles of 64 do not divide the 100"):
