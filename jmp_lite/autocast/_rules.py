@@ -285,7 +285,13 @@ class Settings:
         policies = self.policy.policies if isinstance(self.policy, PolicyMap) else ()
         inside = functools.partial(_path_in_model, root=self.root)
         keys = {_named(key): Pattern(key, None, _names(key, self.root), inside) for key, _ in policies}
-        return rules | keys
+        dots: dict[str, Any] = {"dot=": self.dot} | {f"dot= of the {rule}": rule.dot for rule in self.rules}
+        calibrated = {
+            f"calibration of {name}": Pattern(min(dot.scopes), None, lambda scope, _, dot=dot: scope in dot.scopes, str)
+            for name, dot in dots.items()
+            if isinstance(dot, RoundsOperands) and dot.scopes
+        }
+        return rules | keys | calibrated
 
     def is_in_range(self, number: float) -> bool:
         """Whether all compute dtypes hold a number to within their rounding error."""

@@ -16,7 +16,7 @@ import optax
 
 from jmp_lite._dtypes import at_least_float32
 from jmp_lite._messages import first_few, quote, warn
-from jmp_lite._tree import NOT_WEIGHTS, is_array, path_string
+from jmp_lite._tree import NOT_WEIGHTS, Opaque, is_array, path_string
 from jmp_lite.errors import InvalidPruningError, LeftDenseWarning
 from jmp_lite.scaling._loss_scaled import check_step
 
@@ -144,7 +144,8 @@ def _axes_by_path(axes: Any) -> Callable[[str, Any], Sequence[int] | None]:
                 f"axes has nothing for {path!r}, which is {quote(leaf)}. Give a number, or what "
                 "quant.contracted_axes(fun)(params, *args) returns for these parameters."
             )
-        return found[path] or ()
+        own = found[path]
+        return (own,) if _is_integer(own) else own or ()
 
     return look_up
 
@@ -196,7 +197,7 @@ def _check_where(where: Any) -> None:
         )
 
 
-def _warn_of_dense(unknown: list[str], params: Any, masks: Any, where: Any) -> None:
+def _warn_of_dense(unknown: list[str], params: Any, masks: Any, where: Any, nm: tuple[int, int] | None) -> None:
     """Warns of leaves whose contracted axes are unknown, or if no leaf at all is chosen."""
     names = [
         repr(path_string(path)) for path, leaf in jax.tree_util.tree_leaves_with_path(params) if _is_floating(leaf)
@@ -207,7 +208,8 @@ def _warn_of_dense(unknown: list[str], params: Any, masks: Any, where: Any) -> N
             "*args), or choose leaves by where."
         )
     elif names and not jax.tree.leaves(masks):
-        by = "where" if where else "the default of where, which takes large weights,"
+        divided = f" with a contracted axis that {nm[1]} divides" if nm else ""
+        by = "where" if where else f"the default of where, which takes large weights{divided},"
         message = f"prune leaves all parameters dense: {by} chooses none of {first_few(names)}. Choose leaves by where."
     else:
         return
@@ -314,7 +316,7 @@ def prune(
     def init(params: Any) -> PruneState:
         dense: list[str] = []
         masks = jax.tree_util.tree_map_with_path(functools.partial(initial_mask, dense=dense), params)
-        _warn_of_dense(dense, params, masks, where)
+        _warn_of_dense(dense, params, masks, where, nm)
         return PruneState(jnp.zeros((), jnp.int32), masks)
 
     def renewed(state: PruneState, updates: Any, params: Any) -> Any:
@@ -364,10 +366,19 @@ def sparsity(params: Any) -> Any:
         params: Parameters of any framework.
 
     Returns:
-        A tree like ``params``: ``float32[]`` for floating arrays, ``None`` for other leaves.
+        A tree like ``params``: ``float32[]`` for floating and quantized arrays, ``None`` for other leaves.
 
     Example:
         >>> print(jmp.optim.sparsity({"w": jnp.array([0.0, 1.0, 0.0, 2.0]), "step": 3})["w"])
         0.5
     """
-    return jax.tree.map(lambda leaf: jnp.mean(jnp.asarray(leaf) == 0) if _is_floating(leaf) else None, params)
+
+    def share(leaf: Any) -> Any:
+        return jnp.mean(jnp.asarray(leaf) == 0) if _is_floating(leaf) or _is_held(leaf) else None
+
+    return jax.tree.map(share, params, is_leaf=_is_held)
+
+
+def _is_held(node: Any) -> bool:
+    """Whether a node stands for an array, as a ``QuantizedArray`` does."""
+    return isinstance(node, Opaque) and hasattr(node, "__jax_array__")

@@ -35,6 +35,11 @@ class RoundsOperands:
         """Whether ``at`` gives other matmuls in other name scopes."""
         return False
 
+    @property
+    def scopes(self) -> frozenset[str]:
+        """The name scopes that ``at`` knows, if they come from another run of the program."""
+        return frozenset()
+
     def instead_of(self, primitive: str) -> Callable[..., Any] | None:
         """Returns what takes the place of a primitive, with its parameters; ``None`` if nothing does."""
         product: Any = self

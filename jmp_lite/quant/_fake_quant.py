@@ -23,9 +23,10 @@ def fake_quant(x: Any, scale: Any, dtype: Any = jnp.int8) -> jax.Array:
         dtype: ``int8``, ``float8_e4m3fn`` or ``float8_e5m2``.
 
     Returns:
-        An array like ``x``. Its gradient passes where ``x`` was within the range of the format and is zero where it was
-        clipped. The gradient of the scale is the rounding error within the range and the largest number outside,
-        divided by the root of the number of elements per scale times the largest number.
+        An array like ``x``. Its gradient passes where ``x`` was within the range of the format and is zero
+        where it was clipped. Infinities and NaN become NaN. The gradient of the scale is the rounding error
+        within the range and the largest number outside, divided by the root of the number of elements per scale
+        times the largest number.
 
     Raises:
         InvalidRecipeError: If the format is unknown, or the shapes do not match.
@@ -57,7 +58,7 @@ def fake_quant(x: Any, scale: Any, dtype: Any = jnp.int8) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _fake_quant(x: Any, scale: Any, dtype: DType) -> jax.Array:
-    return dequantize(quantize(x, dtype, scale), scale, x.dtype)
+    return dequantize(quantize(x, dtype, scale), scale, x.dtype) + (x - x)  # integers lose what is not finite
 
 
 def _forward(x: Any, scale: Any, dtype: DType) -> tuple[jax.Array, tuple[Any, Any]]:

@@ -27,10 +27,10 @@ _DAMPING = 0.01
 def gptq(fun: Callable[..., Any], params: T, batches: Iterable[Sequence[Any]], dtype: Any = "int4:tile128") -> T:
     """Quantizes weights to minimize the change in a function's matmuls on data, rather than in the weights.
 
-    It uses the same scales as ``quantize_tree(params, dtype, axes=contracted_axes(fun)(params, ...))``. But the rows
-    after each row of a weight compensate for its rounding error, as far as their activations correlate: in weights that
-    ``smooth`` supports; others are rounded to nearest. All iterations of a loop, and all experts, share one correlation
-    of activations.
+    It uses the same scales as ``quantize_tree(params, dtype, axes=contracted_axes(fun)(params, ...))``. But the
+    rows after each row of a weight compensate for its rounding error, as far as their activations correlate: in
+    weights that ``smooth`` supports; others are rounded to nearest. Zeros, such as pruned weights, stay zero. All
+    iterations of a loop, and all experts, share one correlation of activations.
 
     Args:
         fun: Function of parameters and other arguments, such as ``model.apply``.
@@ -108,12 +108,12 @@ def _rounded(weight: Any, scale: Any, upper: Any, dtype: Any) -> Any:
     """Rounds one row after the other, and spreads what it loses over the rows below, by the Cholesky factor."""
 
     def round_row(weight: Any, row: Any) -> tuple[Any, Any]:
-        index, factors, scale = row
+        index, factors, scale, is_kept = row
         exact = weight[index]
-        rounded = quantize(exact, dtype, scale)
+        rounded = quantize(jnp.where(is_kept, exact, 0), dtype, scale)
         lost = (exact - dequantize(rounded, scale)) / factors[index]
         return weight - jnp.outer(factors, lost), rounded
 
-    rows = (jnp.arange(len(weight)), upper, scale)
+    rows = (jnp.arange(len(weight)), upper, scale, weight != 0)
     _, rounded = lax.scan(round_row, weight, rows)
     return rounded

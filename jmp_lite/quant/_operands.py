@@ -40,7 +40,8 @@ def _primitive() -> Any:
 
 def _quantize_to_bits(x: Any, scale: Any, *, spec: QuantSpec, mapped: int = 0) -> Any:
     """Quantizes an array, or several along the first ``mapped`` axes, each separately."""
-    bits = counted_bits(_seed(x, mapped), x.shape) if spec.stochastic else None
+    has_free_scale = spec.amax is None and not spec.pow2  # it changes whenever the array does, and is much smaller
+    bits = counted_bits(_seed(scale if has_free_scale else x, mapped), x.shape) if spec.stochastic else None
     return as_bits(rounded(x, spec.dtype, scale, bits, saturates=spec.amax is None))
 
 
@@ -81,7 +82,7 @@ def prepared(x: Any, spec: QuantSpec | None, contracted: tuple[int, ...], axis_n
 def _prepared(x: Any, spec: QuantSpec, contracted: tuple[int, ...], axis_name: Any) -> Quantized:
     amax = _amax(x, spec, contracted, axis_name)
     scale = absmax_scale(amax, spec.dtype, margin=spec.margin, pow2=spec.pow2)
-    if spec.granularity == "tensor" and not is_integer(spec.dtype):
+    if not scale.ndim and not is_integer(spec.dtype):
         scale = jnp.maximum(scale, _LEAST_SCALE)
     return Quantized(to_format(jnp.asarray(x), scale, spec), checkpoint_name(scale, NAME))
 

@@ -69,6 +69,11 @@ class DotRecipe(Specs, RoundsOperands):
         """Whether it has been calibrated."""
         return bool(self.sites)
 
+    @property
+    def scopes(self) -> frozenset[str]:
+        """Those that it was calibrated in."""
+        return frozenset(scope for scope, _ in self.sites)
+
     def takes(self, *, has_weight: bool) -> bool:
         """Whether it replaces a matmul with, or without, a weight among its operands."""
         return has_weight or self.products == "all"

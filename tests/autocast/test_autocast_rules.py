@@ -223,6 +223,10 @@ IDLE = {
         "scope 'a' decides",
     ),
     "misspelt op": ({"ops": {"expp": jmp.OpClass.ALLOW}}, "no such primitive. Did you mean 'exp'?"),
+    "calibrated on another program": (
+        {"dot": FP8.replace(sites=(("z", FP8),))},
+        "calibration of dot= matched no equation",
+    ),
     "absent op": ({"ops": {"erf_inv": jnp.tanh}}, "no such primitive. The program has dot_general, exp"),
 }
 IDLE_DOTS = {

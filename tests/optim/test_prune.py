@@ -128,6 +128,30 @@ def test_a_choice_of_nothing_is_said():
     prune(0.5).init({"count": jnp.zeros((), jnp.int32)})
 
 
+@pytest.mark.parametrize("settings", [{"nm": (2, 4), "axes": 9}, {"nm": (2, 3)}], ids=str)
+def test_axes_that_fit_nothing_are_said(settings):
+    said = f"large weights with a contracted axis that {settings['nm'][1]} divides, chooses none of 'w'"
+    with pytest.warns(jmp.errors.LeftDenseWarning, match=said):
+        prune(**settings).init({"w": jnp.ones((64, 64))})
+
+
+def test_axes_may_be_a_tree_of_numbers(rng):
+    """One contracted axis each, as ``axes=0`` is one for all."""
+    params = {name: jnp.asarray(rng.standard_normal((64, n)), jnp.float32) for name, n in (("w", 64), ("v", 32))}
+    found = masks_after(prune(nm=(2, 4), axes={"w": 0, "v": 1}), params)
+    expected = {
+        name: masks_after(prune(nm=(2, 4), axes=axis), {name: params[name]}) for name, axis in (("w", 0), ("v", 1))
+    }
+    for name, mask in expected.items():
+        np.testing.assert_array_equal(found[name], mask[name])
+
+
+def test_sparsity_of_quantized_weights_is_that_of_their_numbers():
+    params = {"kernel": jnp.eye(4), "bias": jnp.ones(4)}
+    shares = jmp.optim.sparsity(jmp.quant.quantize_tree(params))
+    assert (float(shares["kernel"]), float(shares["bias"])) == (0.75, 0.0)
+
+
 def test_what_is_not_known_to_be_contracted_stays_dense_and_is_named():
     """Kernels of convolutions, attention, experts and stacked layers."""
     params = {"dense": jnp.ones((64, 32)), "conv": jnp.ones((3, 3, 32, 32)), "query": jnp.ones((64, 8, 8))}

@@ -300,6 +300,13 @@ def test_gradients_of_fake_quant_follow_lsq(name, shape, dtype, rng):
 
 
 @formats
+def test_fake_quant_hides_nothing_that_is_not_finite(name):
+    """Integers hold neither; a loss scale must see it."""
+    x = jnp.array([1.0, jnp.nan, jnp.inf, -jnp.inf])
+    assert not jnp.isfinite(quant.fake_quant(x, jnp.float32(0.5), name))[1:].any()
+
+
+@formats
 def test_scales_of_the_largest_magnitude_clip_nothing(name, rng):
     x = normal(rng, 500)
     scale = quant.absmax_scale(jnp.max(jnp.abs(x)) * (1 + ULP), name)

@@ -239,6 +239,13 @@ def reference(w, x, scale):
     return rounded
 
 
+def test_pruned_weights_stay_pruned(rng):
+    x, w = correlated(rng), jnp.where(jnp.arange(32)[:, None] % 4 < 2, 0, normal(rng, 32, 8))
+    found = quant.gptq(lambda w, x: x @ w, w, [(x,)], "int8")
+    assert not jnp.any((w == 0) & (found != 0))
+    assert relative(x @ found, x @ w) < relative(x @ quant.quantize_tree(w), x @ w)
+
+
 def test_compensated_weights_are_those_of_the_definition(rng):
     """But for ties that float32 breaks otherwise, of which each changes the rows below."""
     x, w = correlated(rng, 16), normal(rng, 16, 64)
