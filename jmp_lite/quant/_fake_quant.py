@@ -58,7 +58,8 @@ def fake_quant(x: Any, scale: Any, dtype: Any = jnp.int8) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _fake_quant(x: Any, scale: Any, dtype: DType) -> jax.Array:
-    return dequantize(quantize(x, dtype, scale), scale, x.dtype) + (x - x)  # integers lose what is not finite
+    rounded: jax.Array = dequantize(quantize(x, dtype, scale), scale, x.dtype) + (x - x)  # which keeps NaN
+    return rounded
 
 
 def _forward(x: Any, scale: Any, dtype: DType) -> tuple[jax.Array, tuple[Any, Any]]:
