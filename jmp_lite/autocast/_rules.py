@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -214,6 +214,11 @@ class Pattern(NamedTuple):
     """What the scope pattern is compared with, of a name scope."""
 
 
+def _is_among(scopes: Collection[str], scope: str, primitive: str) -> bool:
+    del primitive
+    return scope in scopes
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """All settings of the user, checked; equal settings share their interpreter."""
@@ -287,7 +292,7 @@ class Settings:
         keys = {_named(key): Pattern(key, None, _names(key, self.root), inside) for key, _ in policies}
         dots: dict[str, Any] = {"dot=": self.dot} | {f"dot= of the {rule}": rule.dot for rule in self.rules}
         calibrated = {
-            f"calibration of {name}": Pattern(min(dot.scopes), None, lambda scope, _, dot=dot: scope in dot.scopes, str)
+            f"calibration of {name}": Pattern(min(dot.scopes), None, functools.partial(_is_among, dot.scopes), str)
             for name, dot in dots.items()
             if isinstance(dot, RoundsOperands) and dot.scopes
         }
