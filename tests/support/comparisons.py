@@ -192,7 +192,7 @@ def with_bad_element(grads, rng, value=None):
     bad = rng.choice([np.nan, np.inf, -np.inf]) if value is None else value
     changed = np.array(leaves[i])
     changed[position] = bad
-    leaves[i] = jax.device_put(changed, leaves[i].sharding)
+    leaves[i] = jax.device_put(changed, leaves[i].sharding if leaves[i].committed else None)
     return jax.tree.unflatten(treedef, leaves)
 
 
