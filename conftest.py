@@ -40,6 +40,8 @@ gc.set_threshold(20_000, 10, 10)
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+# Where a plugin of pytest imported JAX before, it has not seen the variable.
+jax.config.update("jax_disable_most_optimizations", os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "true")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
