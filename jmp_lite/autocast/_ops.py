@@ -206,8 +206,8 @@ ADDS = frozenset({"add", "sub", "add_any"})
 #: Primitives that gather over devices: their gradient is a sum over devices.
 GATHERS = frozenset({"all_gather", "all_gather_reduced"})
 
-#: Primitives that move parts of arrays.
-MOVES_PARTS = frozenset({"dynamic_slice", "concatenate", "split", "stack", "unstack"})
+#: Primitives that move parts of arrays, or leave them where they are.
+MOVES_PARTS = frozenset({"dynamic_slice", "concatenate", "split", "stack", "unstack", "name", "optimization_barrier"})
 
 #: Results that say where something is or what it is like, which does not hang on digits.
 PLACES = frozenset({"argmax", "argmin", "is_finite"})

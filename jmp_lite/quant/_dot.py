@@ -32,7 +32,8 @@ def scaled_dot(
     """Multiplies two arrays as ``scaled_dot_general`` documents."""
     lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)
     dims = dimensions(dimension_numbers)
-    if not (_is_quantizable(lhs) and _is_quantizable(rhs)):
+    is_floating = jnp.issubdtype(preferred_element_type or lhs.dtype, jnp.floating)
+    if not (is_floating and _is_quantizable(lhs) and _is_quantizable(rhs)):
         return lax.dot_general(lhs, rhs, dims, precision, preferred_element_type, out_sharding=out_sharding)
     dtype = result_dtype(lhs, rhs, preferred_element_type)
     lhs, rhs = (_as_wide(x, spec, dtype) for x, spec in zip((lhs, rhs), specs.operands, strict=True))

@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jmp_lite._compat import INLINE, composed_primitive
 from jmp_lite._dtypes import FLOAT32, DType
 from jmp_lite._rounding import counted_bits
-from jmp_lite._tree import is_finite
+from jmp_lite._tree import is_finite, mapped_axes
 from jmp_lite.errors import SecondDerivativeError
 from jmp_lite.quant._scale import absmax_scale, amax_of, as_bits, dequantize, from_bits, is_integer, rounded
 from jmp_lite.quant._spec import QuantSpec
@@ -94,7 +94,7 @@ def _amax(x: Any, spec: QuantSpec, contracted: tuple[int, ...], axis_name: Any) 
         return jnp.where(is_finite(x).all(), fixed, jnp.nan) if is_integer(spec.dtype) else fixed
     is_tensor = spec.granularity == "tensor"
     amax: jax.Array = amax_of(x, None if is_tensor else contracted, keepdims=not is_tensor, dtype=spec.dtype)
-    return lax.pmax(amax, axis_name) if is_tensor and axis_name is not None else amax
+    return lax.pmax(amax, mapped_axes(axis_name)) if is_tensor and axis_name is not None else amax
 
 
 def to_format(x: Any, scale: Any, spec: QuantSpec) -> Any:

@@ -286,6 +286,7 @@ def scaled_dot_general(
 
     Raises:
         InvalidRecipeError: If the name of the recipe is unknown.
+        MissingAxisError: If an axis that the recipe names is not mapped.
         SecondDerivativeError: If it is differentiated twice.
 
     Example:

@@ -94,7 +94,7 @@ class QuantSpec:
             ),
             (
                 self.amax is not None and not _is_positive_number(self.amax),
-                f"amax must be a positive number, got {self.amax!r}",
+                f"amax must be, in float32, a positive number, got {self.amax!r}",
             ),
             (
                 self.amax is not None and self.granularity != "tensor",

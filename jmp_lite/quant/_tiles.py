@@ -18,6 +18,7 @@ from jax import lax
 
 from jmp_lite._compat import mesh_is_explicit, sharding_in_type, varying_axes
 from jmp_lite._dtypes import FLOAT32, DType
+from jmp_lite._tree import mapped_axes
 from jmp_lite.products._dimensions import Axes, Dimensions
 from jmp_lite.quant._operands import prepared, to_format
 from jmp_lite.quant._product import Call, plain_product
@@ -35,7 +36,7 @@ def tile_scale(amax: Any, spec: QuantSpec, axis_name: Any = None) -> tuple[jax.A
         return absmax_scale(amax, spec.dtype, margin=spec.margin, pow2=spec.pow2), jnp.ones((), FLOAT32)
     amax = amax * (2.0**spec.margin / largest(spec.dtype))
     of_all = jnp.max(amax, initial=0) * (1 / largest(spec.scale_dtype))  # XLA divides by constants so
-    whole = jnp.maximum(of_all if axis_name is None else lax.pmax(of_all, axis_name), SMALLEST_NORMAL)
+    whole = jnp.maximum(of_all if axis_name is None else lax.pmax(of_all, mapped_axes(axis_name)), SMALLEST_NORMAL)
     whole = jnp.where(jnp.isfinite(whole), whole, jnp.nan)  # neither e2m1 nor an infinite scale would show it
     return jnp.maximum((amax / whole).astype(spec.scale_dtype).astype(FLOAT32), _SMALLEST_E4M3), whole
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from support.comparisons import slow_but_for
@@ -281,6 +282,8 @@ OF_WEIGHTS = {
     "in a checkpoint": (jax.checkpoint(lambda w, x: jnp.tanh(x) @ w), 1, 1),
     "tied embeddings": (of_tied_embeddings, 1, 1),
     "two layers and their scores": (scores, 3, 2),
+    "named for a checkpoint": (lambda w, x: jnp.tanh(x) @ checkpoint_name(w, "w"), 1, 1),
+    "behind a barrier": (lambda w, x: jnp.tanh(x) @ lax.optimization_barrier(w), 1, 1),
     "activations alone": (lambda w, x: jnp.tanh(x) @ jnp.tanh(w), 1, 0),
 }
 

@@ -239,6 +239,13 @@ def test_what_was_always_zero_is_not_fixed(rng):
 WRONG = {
     "no batches": (applied(zero), "w8a8_static", [], "no batches"),
     "no products": (applied(lambda w, x: x), "w8a8_static", None, "No matmul used recipe lhs=int8"),
+    "no function": (lambda dot: None, "w8a8_static", None, "make must return the function to calibrate.*returned None"),
+    "a dict": (
+        applied(zero),
+        "w8a8_static",
+        [{"x": 1}],
+        r"tuple of arguments for each batch, such as \(x,\), got {'x': 1}",
+    ),
     "channels": (applied(zero), "w8a8", None, "nothing to calibrate"),
     "not finite": (applied(lambda w, x: (x / 0) @ w), "w8a8_static", None, "In scope '' lhs has inf"),
     "NaN": (applied(lambda w, x: (0 * x / 0) @ w), "w8a8_static", None, "In scope '' lhs has nan"),
@@ -305,6 +312,8 @@ def test_fixed_scales_look_at_nothing(rng):
         (quant.W8A16, {"lhs": 2.0}, r"lhs=2\.0 was given.*does not quantize it"),
         (quant.INT8_QAT, {"lhs": 2.0}, r"amax=2\.0 is one number.*'channel'"),
         (quant.FP8, {"grad": 0.0}, r"positive number, got 0\.0"),
+        (quant.FP8, {"grad": 1e39}, r"positive number, got 1e\+39"),
+        (quant.FP8, {"grad": 1e-45}, "positive number, got 1e-45"),
         (quant.FP8, {"rhs": "2"}, "positive number, got '2'"),
         (quant.FP8, {"rhs": jnp.ones(2)}, "positive number, got Array"),
     ],

@@ -193,6 +193,18 @@ def test_what_is_not_real_is_multiplied_as_it_is(name, dtype, rng):
     np.testing.assert_array_equal(found, expected)
 
 
+def test_what_is_to_be_an_integer_is_multiplied_as_it_is():
+    x = jnp.full((2, 4), 3.5, jnp.bfloat16)
+    found, expected = (dot(x, x.T, MATMUL, None, jnp.int32) for dot in (quant.FP8, lax.dot_general))
+    np.testing.assert_array_equal(found, expected, strict=True)
+
+
+@pytest.mark.parametrize("recipe", [quant.FP8, quant.W8A8_STATIC, quant.NVFP4], ids=str)
+def test_an_axis_that_is_not_mapped_is_named(recipe):
+    with pytest.raises(jmp.errors.MissingAxisError, match="axis_name='data' is not an axis that"):
+        recipe.replace(axis_name="data")(jnp.ones((2, 4)), jnp.ones((4, 2)), MATMUL)
+
+
 def test_float64_is_multiplied_as_it_is(rng):
     with jax.enable_x64(True):
         arrays = [jnp.asarray(rng.standard_normal(shape)) for shape in ((4, 8), (8, 3))]

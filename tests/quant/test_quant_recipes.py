@@ -196,6 +196,7 @@ def test_recipes_that_mean_nothing(case):
         "lhs=e4m3,rhs=e4m3,history=4",
         "lhs=e4m3,rhs=e4m3,fast",
         "lhs=e4m3,lhs=e4m3,rhs=e4m3",
+        "lhs=e4m3,rhs=e4m3,sites=[]",
         None,
         8,
     ],

@@ -278,6 +278,11 @@ def test_tiles_that_do_not_divide_are_refused(shape):
         quant.quantize_tree({"a": {"w": jnp.ones(shape)}}, quant.QuantSpec("int4", tile=64), axes=axes)
 
 
+def test_a_parameter_that_no_matmul_takes_is_not_frozen_in_8_bits(tmp_path):
+    with pytest.raises(jmp.errors.InvalidRecipeError, match="Nothing of the array"):
+        export.freeze(lambda w, x: x + w, jnp.ones((4, 4)), jnp.ones((4, 4)), path=tmp_path / "m", recipe="w8a16")
+
+
 def test_a_tile_longer_than_a_channel_is_the_channel(rng):
     w = spread(rng, 3, 16, 8)
     short, whole = (quant.quantize_array(w, f"int4:tile{n}", axes=[0, 1]) for n in (128, 48))
