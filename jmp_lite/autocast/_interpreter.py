@@ -48,6 +48,7 @@ class Retyped(NamedTuple):
     jaxpr: Jaxpr
     results: tuple[Known, ...]
     records: tuple[Record, ...]
+    requests: Requests
 
     @property
     def dtypes(self) -> list[Any]:
@@ -167,16 +168,18 @@ class Interpreter:
         self.keeps_records = keeps_records
         self.records: list[Record] = []
         self.demands = Demands(settings.ops_by_name, self._is_low)
-        self._requests = Requests(settings, is_explained=keeps_records)
+        self._requests = self._no_requests()
+        self._told: set[tuple[str, int]] = set()
         self._precisions: dict[tuple[str, str], Precision] = {}
         self._retyped: Any = weakref.WeakKeyDictionary()
 
     def run(self, jaxpr: Jaxpr, arrays: Sequence[Any]) -> list[Any]:
         """Evaluates a whole program and returns results in their written dtypes."""
         operands = [Value(array, INPUT) for array in arrays]
+        self._requests = self._no_requests()
         results = program(jaxpr)[0].outvars
         values = self.evaluate(jaxpr, operands, scope="", wants=(HIGH,) * len(results))
-        self._requests.warn()
+        self._requests.warn(self._told)
         return [_restore(value.array, v.aval) for value, v in zip(values, results, strict=True)]
 
     def evaluate(self, jaxpr: Jaxpr, operands: Sequence[Value], scope: str, wants: Wants | None = None) -> list[Value]:
@@ -228,6 +231,7 @@ class Interpreter:
             avals = [_with_dtype(v.aval, dtype) for v, dtype in zip(inner.invars, dtypes, strict=True)]
             found[key] = self._trace(evaluate, avals, forced or (None,) * len(inner.outvars))
         retyped: Retyped = found[key]
+        self._requests.include(retyped.requests)
         return retyped
 
     def _trace(self, evaluate: Callable[..., list[Value]], avals: Sequence[Any], forced: Sequence[Any]) -> Retyped:
@@ -238,11 +242,15 @@ class Interpreter:
             results[:] = [value.known for value in values]
             return [v.array if dtype is None else cast(v.array, dtype) for v, dtype in zip(values, forced, strict=True)]
 
-        outer, self.records = self.records, []
+        outer = self.records, self._requests
+        self.records, self._requests = [], self._no_requests()
         try:
-            return Retyped(jax.make_jaxpr(run)(*avals), tuple(results), tuple(self.records))
+            return Retyped(jax.make_jaxpr(run)(*avals), tuple(results), tuple(self.records), self._requests)
         finally:
-            self.records = outer
+            self.records, self._requests = outer
+
+    def _no_requests(self) -> Requests:
+        return Requests(self.settings, is_explained=self.keeps_records)
 
     def _scope(self, scope: str) -> str:
         """Returns the part of a name scope that decisions depend on."""
@@ -257,7 +265,7 @@ class Interpreter:
         key = (scope, primitive if self.settings.rules else "")
         if key not in self._precisions:
             self._precisions[key] = self.settings.precision(scope, primitive)
-            self._requests.resolved(scope, primitive)
+        self._requests.resolved(scope, primitive)
         return self._precisions[key]
 
     def through(self, call: Call) -> tuple[list[Want], Wants]:
@@ -291,7 +299,6 @@ class Interpreter:
         name = eqn.primitive.name
         scope = "/".join(filter(None, (scope, scope_names(eqn.source_info.name_stack))))
         precision = self.precision(scope, name)
-        self._requests.met(name)
         op, why = classify(eqn, self.settings.ops_by_name)
         operands = [frame.read(v) for v in eqn.invars]
         precision = precision.turned(operands) if name in PRODUCTS else precision

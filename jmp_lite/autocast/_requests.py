@@ -15,7 +15,7 @@ CHANGES_NONE = "changes no matmul"
 
 
 class Requests:
-    """The settings that have changed nothing so far."""
+    """The settings that have changed nothing so far, in one function or in a program of one."""
 
     def __init__(self, settings: Settings, *, is_explained: bool) -> None:
         """Starts with all settings; where decisions are explained, what matmuls do not follow is said there."""
@@ -28,22 +28,17 @@ class Requests:
         self._followed: set[str] = set()
         self._refused: dict[str, str] = {}
         """Why the first matmul does not run as a rule, or ``dot=``, asks."""
-        self._scopes: set[str] = set()
-        self._primitives: set[str] = set()
-        self._told: set[tuple[str, int]] = set()
-        """Lines of the user that have been warned."""
+        self._resolved: set[tuple[str, str]] = set()
 
     def resolved(self, scope: str, primitive: str) -> None:
         """Notes that the precision of a primitive in a scope was asked for."""
-        self._scopes.add(scope)
+        if (scope, primitive) in self._resolved:
+            return
+        self._resolved.add((scope, primitive))
         for name in [name for name, pattern in self._unmatched.items() if pattern.holds(scope, primitive)]:
             del self._unmatched[name]
         rule = self._settings.rule_for(scope, primitive)
         self._overruled = [other for other in self._overruled if other is not rule]
-
-    def met(self, primitive: str) -> None:
-        """Notes that the program has a primitive."""
-        self._primitives.add(primitive)
 
     def weigh(self, primitive: str, precision: Precision, decision: Decision) -> None:
         """Notes whether a matmul runs as it is asked to."""
@@ -58,17 +53,28 @@ class Requests:
         for name in follows:
             self._refused.setdefault(name, f"{primitive} does not run as it asks: {decision.reason}")
 
-    def warn(self) -> None:
+    def include(self, inner: "Requests") -> None:
+        """Notes what a program inside has any use for."""
+        self._unmatched = {name: self._unmatched[name] for name in inner._unmatched if name in self._unmatched}
+        self._overruled = [rule for rule in self._overruled if any(rule is other for other in inner._overruled)]
+        self._followed |= inner._followed
+        self._refused = inner._refused | self._refused
+        self._resolved |= inner._resolved
+
+    def warn(self, told: set[tuple[str, int]]) -> None:
         """Warns about what changed nothing.
+
+        Args:
+            told: Lines of the user that have been warned; this one is added.
 
         Warns:
             UnmatchedRuleWarning: About each of them.
         """
         frame = users_frame()
         line = frame.f_code.co_filename, frame.f_lineno
-        if line in self._told:
+        if line in told:
             return
-        self._told.add(line)
+        told.add(line)
         for text in [*self._of_patterns(), *self._of_rules(), *self._of_ops(), *self._of_matmuls()]:
             warn(text, UnmatchedRuleWarning)
 
@@ -78,15 +84,19 @@ class Requests:
             for name, pattern in self._unmatched.items()
         ]
 
+    @property
+    def _primitives(self) -> list[str]:
+        return sorted({primitive for _, primitive in self._resolved})
+
     def _meant(self, pattern: Pattern) -> str:
         """Says what comes near a pattern that matched nothing."""
-        known, (scope, primitive) = sorted(self._primitives), (pattern.scope or "", pattern.primitive)
+        known, (scope, primitive) = self._primitives, (pattern.scope or "", pattern.primitive)
         if primitive is not None and not any(re.fullmatch(primitive, name) for name in known):
             return _nearest_primitive(primitive, known)
         # As many typing errors as would make of another name a primitive are too many.
         for name in nearest(scope, known, len(scope) // 5)[:1]:
             return f"Did you mean the primitive? Write Rule(primitive={name!r}, ...)."
-        paths = sorted({pattern.path(path) for path in self._scopes})
+        paths = sorted({pattern.path(path) for path, _ in self._resolved})
         near = " and ".join(map(repr, nearest_modules(scope, paths)[:3]))
         if not near:
             return "The program has no name scopes; open one with jax.named_scope."
@@ -101,12 +111,12 @@ class Requests:
         ]
 
     def _of_ops(self) -> list[str]:
-        if any(name.startswith("custom_vjp") for name in self._primitives):
+        known = self._primitives
+        if any(name.startswith("custom_vjp") for name in known):
             return []  # its backward rule, which is traced later if at all, may hold them
-        known = sorted(self._primitives)
         return [
             f"ops= names {name!r}, and the program has no such primitive. {_nearest_primitive(name, known)}"
-            for name in sorted(self._ops - self._primitives)
+            for name in sorted(self._ops.difference(known))
         ]
 
     def _of_matmuls(self) -> list[str]:

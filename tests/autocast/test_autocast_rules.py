@@ -261,6 +261,22 @@ def test_recipe_that_replaces_nothing_is_named_once(fun, settings, named):
     assert [named in str(warning.message) for warning in caught].count(True) == 1
 
 
+@jax.jit
+def shared(x, w):
+    with jax.named_scope("shared"):
+        return x @ w
+
+
+@pytest.mark.parametrize("settings", [{"rules": [Rule("shared", precision="full")]}, {"dot": FP8}], ids=["rule", "dot"])
+def test_functions_with_the_same_settings_are_told_apart(settings):
+    """One has a use for them, in a program that both have, which is traced once; another, on another line, has none."""
+    _api._interpreter.cache_clear()
+    jax.eval_shape(jmp.autocast(lambda x, w: shared(x, w), LOW, **settings), X, W)
+    jax.eval_shape(jmp.autocast(lambda x, w: 2 * shared(x, w), LOW, **settings), X, W)
+    with pytest.warns(jmp.errors.UnmatchedRuleWarning):
+        jax.eval_shape(jmp.autocast(lambda x, w: jnp.exp(x), LOW, **settings), X, W)
+
+
 def test_an_op_of_a_backward_rule_is_not_named():
     """The rule is traced when the function is differentiated, if it is."""
     doubled = jax.custom_vjp(lambda x: 2 * x)
