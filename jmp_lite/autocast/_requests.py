@@ -21,24 +21,24 @@ class Requests:
         """Starts with all settings; where decisions are explained, what matmuls do not follow is said there."""
         self._settings = settings
         self._is_explained = is_explained
-        self._unmatched = dict(settings.patterns)
-        self._overruled = list(settings.rules)
+        self.unmatched = dict(settings.patterns)
+        self.overruled = list(settings.rules)
         self._ops = set(settings.ops_by_name)
         self._dots = [f"The {rule}" for rule in settings.rules if rule.dot] + ["dot="] * (settings.dot is not None)
-        self._followed: set[str] = set()
-        self._refused: dict[str, str] = {}
+        self.followed: set[str] = set()
+        self.refused: dict[str, str] = {}
         """Why the first matmul does not run as a rule, or ``dot=``, asks."""
-        self._resolved: set[tuple[str, str]] = set()
+        self.asked: set[tuple[str, str]] = set()
 
     def resolved(self, scope: str, primitive: str) -> None:
         """Notes that the precision of a primitive in a scope was asked for."""
-        if (scope, primitive) in self._resolved:
+        if (scope, primitive) in self.asked:
             return
-        self._resolved.add((scope, primitive))
-        for name in [name for name, pattern in self._unmatched.items() if pattern.holds(scope, primitive)]:
-            del self._unmatched[name]
+        self.asked.add((scope, primitive))
+        for name in [name for name, pattern in self.unmatched.items() if pattern.holds(scope, primitive)]:
+            del self.unmatched[name]
         rule = self._settings.rule_for(scope, primitive)
-        self._overruled = [other for other in self._overruled if other is not rule]
+        self.overruled = [other for other in self.overruled if other is not rule]
 
     def weigh(self, primitive: str, precision: Precision, decision: Decision) -> None:
         """Notes whether a matmul runs as it is asked to."""
@@ -49,17 +49,17 @@ class Requests:
             follows[rule] = is_replaced if precision.asked == "dot" else decision.dtype == precision.dtype
         if precision.asked != "dot" and precision.dot is not None:
             follows["dot="] = is_replaced
-        self._followed.update(name for name, does in follows.items() if does)
+        self.followed.update(name for name, does in follows.items() if does)
         for name in follows:
-            self._refused.setdefault(name, f"{primitive} does not run as it asks: {decision.reason}")
+            self.refused.setdefault(name, f"{primitive} does not run as it asks: {decision.reason}")
 
     def include(self, inner: "Requests") -> None:
         """Notes what a program inside has any use for."""
-        self._unmatched = {name: self._unmatched[name] for name in inner._unmatched if name in self._unmatched}
-        self._overruled = [rule for rule in self._overruled if any(rule is other for other in inner._overruled)]
-        self._followed |= inner._followed
-        self._refused = inner._refused | self._refused
-        self._resolved |= inner._resolved
+        self.unmatched = {name: self.unmatched[name] for name in inner.unmatched if name in self.unmatched}
+        self.overruled = [rule for rule in self.overruled if any(rule is other for other in inner.overruled)]
+        self.followed |= inner.followed
+        self.refused = inner.refused | self.refused
+        self.asked |= inner.asked
 
     def warn(self, told: set[tuple[str, int]]) -> None:
         """Warns about what changed nothing.
@@ -81,12 +81,12 @@ class Requests:
     def _of_patterns(self) -> list[str]:
         return [
             f"The {name} matched no equation of the program and does nothing. {self._meant(pattern)}"
-            for name, pattern in self._unmatched.items()
+            for name, pattern in self.unmatched.items()
         ]
 
     @property
     def _primitives(self) -> list[str]:
-        return sorted({primitive for _, primitive in self._resolved})
+        return sorted({primitive for _, primitive in self.asked})
 
     def _meant(self, pattern: Pattern) -> str:
         """Says what comes near a pattern that matched nothing."""
@@ -96,14 +96,14 @@ class Requests:
         # As many typing errors as would make of another name a primitive are too many.
         for name in nearest(scope, known, len(scope) // 5)[:1]:
             return f"Did you mean the primitive? Write Rule(primitive={name!r}, ...)."
-        paths = sorted({pattern.path(path) for path, _ in self._resolved})
+        paths = sorted({pattern.path(path) for path, _ in self.asked})
         near = " and ".join(map(repr, nearest_modules(scope, paths)[:3]))
         if not near:
             return "The program has no name scopes; open one with jax.named_scope."
         return f"The nearest name scopes are {near}. jmp.explain shows the scopes of all equations."
 
     def _of_rules(self) -> list[str]:
-        overruled = [str(rule) for rule in self._overruled if str(rule) not in self._unmatched]
+        overruled = [str(rule) for rule in self.overruled if str(rule) not in self.unmatched]
         return [
             f"The {rule} decides nothing: wherever it matches, an earlier rule or a region decides. Put it first, or "
             "delete it."
@@ -120,8 +120,8 @@ class Requests:
         ]
 
     def _of_matmuls(self) -> list[str]:
-        settled = self._followed | {f"The {name}" for name in self._unmatched}
-        reasons = {} if self._is_explained else dict.fromkeys(self._dots, "there is none for it") | self._refused
+        settled = self.followed | {f"The {name}" for name in self.unmatched}
+        reasons = {} if self._is_explained else dict.fromkeys(self._dots, "there is none for it") | self.refused
         return [
             f"{name} {CHANGES_NONE}: {reason}. jmp.explain shows all decisions."
             for name, reason in reasons.items()

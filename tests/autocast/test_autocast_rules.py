@@ -271,7 +271,7 @@ def shared(x, w):
 def test_functions_with_the_same_settings_are_told_apart(settings):
     """One has a use for them, in a program that both have, which is traced once; another, on another line, has none."""
     _api._interpreter.cache_clear()
-    jax.eval_shape(jmp.autocast(lambda x, w: shared(x, w), LOW, **settings), X, W)
+    jax.eval_shape(jmp.autocast(shared, LOW, **settings), X, W)
     jax.eval_shape(jmp.autocast(lambda x, w: 2 * shared(x, w), LOW, **settings), X, W)
     with pytest.warns(jmp.errors.UnmatchedRuleWarning):
         jax.eval_shape(jmp.autocast(lambda x, w: jnp.exp(x), LOW, **settings), X, W)
