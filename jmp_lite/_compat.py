@@ -315,7 +315,12 @@ def composed_primitive(
         return result
 
     primitive = Primitive(name)
-    primitive.def_impl(lambda *operands, **params: _inlined(primitive, tuple(params.items()))(*operands))
+
+    def evaluate(*operands: Any, **params: Any) -> Any:
+        with jax.disable_jit(False):
+            return _inlined(primitive, tuple(params.items()))(*operands)
+
+    primitive.def_impl(evaluate)
     primitive.def_abstract_eval(abstract_eval)
     mlir.register_lowering(primitive, mlir.lower_fun(impl, multiple_results=False))
     if jvp is not None:

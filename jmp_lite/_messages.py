@@ -31,9 +31,10 @@ def type_of(leaf: Any) -> str:
 
 def quote(value: Any, limit: int = 200) -> str:
     """Returns what a user gave on one line, arrays as ``float32[2, 3]``, cut where it is long."""
-    with contextlib.suppress(Exception):  # of trees that cannot be flattened, or hold nothing but arrays
-        value = jax.tree.map(lambda x: _Type(type_of(x)) if isinstance(x, (jax.Array, np.ndarray)) else x, value)
-    text = re.sub(r"\n\s*", " ", repr(value))
+    text = ""
+    with contextlib.suppress(Exception):  # of trees that cannot be flattened, or written without their arrays
+        text = repr(jax.tree.map(lambda x: _Type(type_of(x)) if isinstance(x, (jax.Array, np.ndarray)) else x, value))
+    text = re.sub(r"\n\s*", " ", text or repr(value))
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
@@ -100,7 +101,7 @@ def first_few(items: list[str]) -> str:
 
 def is_users(frame: Any) -> bool:
     """Whether a frame belongs to the user's code."""
-    return frame.f_globals.get("__name__", "").partition(".")[0] not in _NOT_THE_USERS
+    return str(frame.f_globals.get("__name__")).partition(".")[0] not in _NOT_THE_USERS
 
 
 def users_frame() -> Any:

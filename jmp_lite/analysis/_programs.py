@@ -13,7 +13,7 @@ from jmp_lite._compat import is_literal, program
 from jmp_lite._dtypes import is_floating
 from jmp_lite._messages import described, first_few, quote
 from jmp_lite._tree import combine, partition, path_string
-from jmp_lite.analysis._sites import traced, traced_on_host
+from jmp_lite.analysis._sites import flat, steps_of, traced, traced_on_host
 from jmp_lite.autocast._api import Traced, is_array_or_shape, wrap
 from jmp_lite.autocast._explain import Explanation, explained
 from jmp_lite.autocast._record import as_count
@@ -69,7 +69,8 @@ def traced_program(
         plain = traced(runs, args, kwargs)
         found = Program(plain.jaxpr, _names(args, kwargs), explanation=explanation)
         found = found._replace(asks_16_bits=bool(settings and settings.dtypes))
-        if is_loss(plain, args, aux=True):
+        is_forward = not any(step.site.is_backward for step in flat(steps_of(plain.jaxpr)))
+        if is_loss(plain, args, aux=is_forward):
             found = _differentiated(found, runs, args, kwargs)
     return found._replace(said=tuple(said or said_again), overflowed=frozenset(overflowed | overflowed_again))
 

@@ -6,6 +6,7 @@ here through ``retype``.
 """
 
 import dataclasses
+import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -159,6 +160,13 @@ class Frame:
                 self.casts.pop((v, dtype), None)
 
 
+class _Current(threading.local):
+    """What the function that a thread evaluates has asked for."""
+
+    def __init__(self, requests: Requests) -> None:
+        self.requests = requests
+
+
 class Interpreter:
     """Evaluates programs under fixed settings, and caches the programs that it retyped."""
 
@@ -168,7 +176,7 @@ class Interpreter:
         self.keeps_records = keeps_records
         self.records: list[Record] = []
         self.demands = Demands(settings.ops_by_name, self._is_low)
-        self._requests = self._no_requests()
+        self._current = _Current(self._no_requests())
         self._told: set[tuple[str, int]] = set()
         self._precisions: dict[tuple[str, str], Precision] = {}
         self._retyped: Any = weakref.WeakKeyDictionary()
@@ -176,10 +184,13 @@ class Interpreter:
     def run(self, jaxpr: Jaxpr, arrays: Sequence[Any]) -> list[Any]:
         """Evaluates a whole program and returns results in their written dtypes."""
         operands = [Value(array, INPUT) for array in arrays]
-        self._requests = self._no_requests()
         results = program(jaxpr)[0].outvars
-        values = self.evaluate(jaxpr, operands, scope="", wants=(HIGH,) * len(results))
-        self._requests.warn(self._told)
+        outer, self._current.requests = self._current.requests, self._no_requests()
+        try:
+            values = self.evaluate(jaxpr, operands, scope="", wants=(HIGH,) * len(results))
+            self._current.requests.warn(self._told)
+        finally:
+            self._current.requests = outer
         return [_restore(value.array, v.aval) for value, v in zip(values, results, strict=True)]
 
     def evaluate(self, jaxpr: Jaxpr, operands: Sequence[Value], scope: str, wants: Wants | None = None) -> list[Value]:
@@ -231,7 +242,7 @@ class Interpreter:
             avals = [_with_dtype(v.aval, dtype) for v, dtype in zip(inner.invars, dtypes, strict=True)]
             found[key] = self._trace(evaluate, avals, forced or (None,) * len(inner.outvars))
         retyped: Retyped = found[key]
-        self._requests.include(retyped.requests)
+        self._current.requests.include(retyped.requests)
         return retyped
 
     def _trace(self, evaluate: Callable[..., list[Value]], avals: Sequence[Any], forced: Sequence[Any]) -> Retyped:
@@ -242,12 +253,12 @@ class Interpreter:
             results[:] = [value.known for value in values]
             return [v.array if dtype is None else cast(v.array, dtype) for v, dtype in zip(values, forced, strict=True)]
 
-        outer = self.records, self._requests
-        self.records, self._requests = [], self._no_requests()
+        outer = self.records, self._current.requests
+        self.records, self._current.requests = [], self._no_requests()
         try:
-            return Retyped(jax.make_jaxpr(run)(*avals), tuple(results), tuple(self.records), self._requests)
+            return Retyped(jax.make_jaxpr(run)(*avals), tuple(results), tuple(self.records), self._current.requests)
         finally:
-            self.records, self._requests = outer
+            self.records, self._current.requests = outer
 
     def _no_requests(self) -> Requests:
         return Requests(self.settings, is_explained=self.keeps_records)
@@ -265,7 +276,7 @@ class Interpreter:
         key = (scope, primitive if self.settings.rules else "")
         if key not in self._precisions:
             self._precisions[key] = self.settings.precision(scope, primitive)
-        self._requests.resolved(scope, primitive)
+        self._current.requests.resolved(scope, primitive)
         return self._precisions[key]
 
     def through(self, call: Call) -> tuple[list[Want], Wants]:
@@ -316,7 +327,7 @@ class Interpreter:
             call = Call(eqn, [_as_array(v, value) for v, value in zip(eqn.invars, operands, strict=True)], scope, wants)
             arrays, values, reason = call.arrays, self.handlers[name](self, call), self._reason_of_call(call, why)
         else:
-            self._requests.weigh(name, precision, decision)
+            self._current.requests.weigh(name, precision, decision)
             read = frame.weight_or_array if decision.takes_weights else frame.array
             arrays, reason = [read(v, decision.dtype) for v in eqn.invars], decision.reason
             results = apply(eqn, arrays, op, precision, decision)

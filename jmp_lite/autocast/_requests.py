@@ -74,8 +74,8 @@ class Requests:
         line = frame.f_code.co_filename, frame.f_lineno
         if line in told:
             return
-        told.add(line)
         for text in [*self._of_patterns(), *self._of_rules(), *self._of_ops(), *self._of_matmuls()]:
+            told.add(line)
             warn(text, UnmatchedRuleWarning)
 
     def _of_patterns(self) -> list[str]:

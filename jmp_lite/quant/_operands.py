@@ -40,8 +40,7 @@ def _primitive() -> Any:
 
 def _quantize_to_bits(x: Any, scale: Any, *, spec: QuantSpec, mapped: int = 0) -> Any:
     """Quantizes an array, or several along the first ``mapped`` axes, each separately."""
-    has_free_scale = spec.amax is None and not spec.pow2  # it changes whenever the array does, and is much smaller
-    bits = counted_bits(_seed(scale if has_free_scale else x, mapped), x.shape) if spec.stochastic else None
+    bits = counted_bits(_seed(x, mapped), x.shape) if spec.stochastic else None
     return as_bits(rounded(x, spec.dtype, scale, bits, saturates=spec.amax is None))
 
 

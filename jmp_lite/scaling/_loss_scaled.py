@@ -94,10 +94,12 @@ def _held_in_float32(inner_state: Any, params: Any) -> tuple[Any, Any]:
 
 def _like_old(new: Any, old: Any) -> Any:
     """Keeps the dtype that a state leaf had, so that a step never changes the type of the state."""
-    if np.shape(new) != np.shape(old):
-        raise ValueError(f"A step makes {quote(new)} of {quote(old)} in the state.")
     dtype = getattr(old, "dtype", None)
     return new if dtype is None or getattr(new, "dtype", None) == dtype else jnp.asarray(new, dtype)
+
+
+def _shapes(tree: Any) -> list[Any]:
+    return [np.shape(leaf) for leaf in jax.tree.leaves(tree)]
 
 
 def nothing(like: Any) -> jax.Array:
@@ -147,13 +149,14 @@ def check_step(state: Any, params: Any, kind: type, caller: str, error: type[Exc
         raise error(f"{caller} needs the parameters: call update(updates, state, params).")
 
 
-def check_trees(grads: Any, params: Any, call: str) -> None:
+def check_trees(grads: Any, params: Any, call: str, *, lenient: bool = False) -> None:
     """Raises for gradients that do not belong to these parameters.
 
     Args:
         grads: A tree like the parameters, or like the fast ones of ``optax.lookahead``.
         params: The parameters.
         call: How to write the call.
+        lenient: Whether the trees may be made of other classes, such as ``FrozenDict`` and ``dict``.
     """
     params = params.fast if isinstance(params, optax.LookaheadParams) else params
 
@@ -167,7 +170,10 @@ def check_trees(grads: Any, params: Any, call: str) -> None:
     except (ValueError, TypeError) as error:
         if isinstance(error, InvalidStepError):
             raise
-        where = difference({"gradients": grads, "parameters": params}) or "they are made of other classes"
+        where = difference({"gradients": grads, "parameters": params})
+        if not where and lenient:
+            return
+        where = where or "they are made of other classes"
         raise InvalidStepError(
             f"Gradients and parameters are different trees: {where}. Pass gradients of these parameters, in the order "
             f"{call}."
@@ -208,13 +214,15 @@ class LossScaledUpdate:
             held = _held_in_float32(*held)
         try:
             updates, inner_state = self.inner.update(unscaled, *held, **extra_args)
+            if params is not None and _shapes(inner_state) != _shapes(state.inner_state):
+                self._check_state(state.inner_state, params)
             return updates, jax.tree.map(_like_old, inner_state, state.inner_state)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             if params is not None and not isinstance(error, JmpLiteError):
-                self._check_state(state.inner_state, params)
+                self._check_state(state.inner_state, params, error)
             raise
 
-    def _check_state(self, inner_state: Any, params: Any) -> None:
+    def _check_state(self, inner_state: Any, params: Any, cause: Exception | None = None) -> None:
         """Raises for a state of other parameters, or of another optimizer."""
         fresh = jax.eval_shape(self.inner.init, trainable(params))
         where = difference({"given state": inner_state, "state that init makes": fresh})
@@ -222,7 +230,7 @@ class LossScaledUpdate:
             raise InvalidStepError(
                 f"The state is that of another optimizer or of other parameters: {where}. Make a new one, opt_state = "
                 "tx.init(params), or pass what the last step returned."
-            )
+            ) from cause
 
     def next_state(
         self, state: LossScaledState, inner_state: Any, finite: jax.Array, updates_finite: jax.Array
@@ -247,7 +255,7 @@ class LossScaledUpdate:
         if params is None:
             jax.tree_util.tree_map_with_path(lambda path, grad: check_gradient(path, None, grad), updates)
         else:
-            check_trees(updates, params, "update(grads, opt_state, params)")
+            check_trees(updates, params, "update(grads, opt_state, params)", lenient=True)
 
         def step() -> tuple[tuple[Any, Any], jax.Array]:
             new, inner_state = self.inner_update(updates, state, params, extra_args)

@@ -101,3 +101,12 @@ def test_other_warnings_are_passed_on():
 
     with pytest.warns(UserWarning, match="of the user's own"):
         analysis.audit(fun)(array(F32, 3))
+
+
+def test_what_has_its_gradient_is_not_differentiated_again():
+    """A gradient, or a step, looks like a loss with auxiliary output."""
+    w = jnp.ones((4, 4))
+    gradient = jax.value_and_grad(lambda w: jnp.sum(jnp.tanh(w @ w)))
+    for fun in (gradient, lambda w: (gradient(w)[0], w - 0.1 * gradient(w)[1])):
+        assert not analysis.audit(fun)(w).is_loss
+    assert analysis.audit(lambda w: (jnp.sum(jnp.tanh(w @ w)), {"n": 1}))(w).is_loss

@@ -336,3 +336,20 @@ def test_a_rule_of_the_user_carries_tangents_through_a_loop(rng):
     found = jax.grad(jmp.autocast(fun, "mixed_bfloat16", dot=quant.FP8), (0, 1))(x, w)
     for gradient, exact in zip(found, jax.grad(fun, (0, 1))(x, w), strict=True):
         assert relative(gradient, exact) < 2 * BOUNDS["fp8"]
+
+
+@pytest.mark.parametrize("settings", [{"dot": quant.FP8}, {"accumulation_dtype": jnp.float32}], ids=["recipe", "sum"])
+def test_primitives_run_where_jit_is_disabled(settings, rng):
+    x, w = normal(rng, 16, 32), normal(rng, 32, 32)
+    fun = jmp.autocast(lambda x, w: jnp.tanh(x @ w) @ w, "mixed_bfloat16", **settings)
+    with jax.disable_jit():
+        found = fun(x, w)
+    assert relative(found, jax.jit(fun)(x, w)) < 2**-6
+
+
+def test_random_bits_change_where_the_scale_does_not(rng):
+    """A clipped gradient has the same scale in every step: with the same bits, roundings would never average out."""
+    x = jnp.abs(normal(rng, 64, 64)).clip(0, 0.5).at[0, 0].set(1.0)
+    dot = quant.DotRecipe(lhs="int8:tensor:stochastic", rhs=None)
+    first, second = (dot(x.at[0, 1].set(value), jnp.eye(64), MATMUL)[1:] for value in (0.25, 0.375))
+    assert (first != second).any()

@@ -1,8 +1,10 @@
 """What a training step must not do in silence: each slip is an error of ours, or changes nothing and is counted."""
 
+import collections
 import functools
 import re
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -507,3 +509,12 @@ def test_a_step_traces_its_optimizer_once_and_its_check_once_per_shape(form, mon
         jax.jit(functools.partial(step_of(tx, form))).trace(params, tx.init(params), params)
     assert len(updates) == 1
     assert sorted(checks) == [(n, 256) for n in rows]
+
+
+@pytest.mark.parametrize("made", [collections.OrderedDict, flax.core.freeze], ids=["OrderedDict", "FrozenDict"])
+def test_parameters_may_be_of_another_class_than_gradients(made):
+    """Optax takes them, and restored checkpoints mix them."""
+    params, grads = {"w": jnp.ones(2)}, {"w": jnp.ones(2)}
+    tx = jmp.loss_scaled(optax.sgd(0.5), jmp.StaticLossScale(1.0))
+    updates, _ = tx.update(grads, tx.init(params), made(params))
+    np.testing.assert_array_equal(updates["w"], [-0.5, -0.5])
