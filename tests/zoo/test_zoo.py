@@ -10,6 +10,7 @@ from zoo import decoding, measure, minilm
 from zoo.table import MODELS
 
 import jmp_lite as jmp
+from jmp_lite import analysis
 
 # Packages warn of what they will remove; such warnings are theirs to heed.
 pytestmark = [pytest.mark.zoo, pytest.mark.filterwarnings("ignore")]
@@ -111,6 +112,19 @@ def test_vectors_of_quantized_weights():
     compensated = found(minilm.compensated(lm, "int4:tile128"))
     assert compensated.mean_cosine >= 0.97
     assert compensated.mean_cosine >= found(minilm.with_recipe(lm, "w4a16")).mean_cosine + 0.02
+
+
+@pytest.mark.skipif(not minilm.installed(), reason=f"needs {minilm.PACKAGE}, which `nox -s zoo` installs")
+def test_layers_with_outliers_are_kept_from_8_bits():
+    lm = minilm.load()
+    batches = minilm.texts_in_batches(lm)
+    found = analysis.recommend(minilm.contrast(lm), lm.params, batches, tolerance=0.05, formats=("w8a8", "bfloat16"))
+    formats = {line.scope.partition("layer/")[2]: line.format for line in found.lines}
+    peaks = minilm.peaks(lm, *batches[0])
+    layers = sorted(peaks, key=peaks.__getitem__)
+    assert {formats[layer] for layer in layers[-4:]} == {"bfloat16"}
+    assert {formats[layer] for layer in layers[:4]} == {"w8a8"}
+    assert found.error <= 0.05
 
 
 # --- Arrays of qwix ---
