@@ -28,7 +28,7 @@ def check_function(fun: Any, caller: str) -> None:
     if not callable(fun):
         advice = " Give its function apply." if callable(getattr(fun, "apply", None)) else ""
         if isinstance(fun, str) or hasattr(fun, "policy_for"):
-            advice = f" The function comes first: write {caller}(fun, ...)(*args); {caller} is no context manager."
+            advice = f" The function comes first: write {caller}(fun, ...)(*args); {caller} is not a context manager."
         raise InvalidFunctionError(f"{caller} takes a function, got {quote(fun)}.{advice}")
 
 
@@ -112,6 +112,6 @@ def without_captured_modules() -> Iterator[None]:
     except getattr(sys.modules.get("flax.errors"), "TraceContextError", ()) as error:
         said = str(error).partition(" (http")[0]
         raise InvalidFunctionError(
-            f"The function uses an NNX module that is none of its arguments: {said}. Make the module an argument, and "
-            "wrap the function in jmp_lite.nnx.autocast or jmp_lite.nnx.scaled_value_and_grad."
+            f"The function uses an NNX module that is not one of its arguments: {said}. Make the module an argument, "
+            "and wrap the function in jmp_lite.nnx.autocast or jmp_lite.nnx.scaled_value_and_grad."
         ) from error

@@ -49,7 +49,7 @@ def _say(one: StateFormat) -> str:
 
 
 def formats_of(state: Any) -> dict[str, dict[str, Any]]:
-    """Returns the formats of what is stored in bytes that are no numbers by themselves."""
+    """Returns the formats of what is stored in bytes that are not numbers by themselves."""
     found = _low_bits(state)
     for path, node in _stored_nodes(state):
         names = _names(path, node)

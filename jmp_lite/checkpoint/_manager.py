@@ -51,8 +51,8 @@ class CheckpointManager:
             coming preemption.
 
     Raises:
-        InvalidCheckpointError: If ``max_to_keep`` or ``save_interval_steps`` is not an int >= 1, or ``directory`` is no
-            directory.
+        InvalidCheckpointError: If ``max_to_keep`` or ``save_interval_steps`` is not an int >= 1, or ``directory`` is
+            not a directory.
         UnknownDtypeError: If the policy string cannot be parsed.
 
     Example:

@@ -214,7 +214,7 @@ CLOSED_OVER = {
 @pytest.mark.parametrize("wrap", CLOSED_OVER.values(), ids=CLOSED_OVER)
 def test_a_module_that_the_function_closes_over_cannot_change(wrap):
     model = Net(0)
-    with pytest.raises(errors.InvalidFunctionError, match=r"none of its arguments: Cannot .* Make the module"):
+    with pytest.raises(errors.InvalidFunctionError, match=r"not one of its arguments: Cannot .* Make the module"):
         wrap(lambda x: of_model(model, x))(jnp.ones((4, 8)))
 
 

@@ -11,7 +11,7 @@ def differentiated_by(flow: Flow, products: Sequence[Node]) -> Mapping[int, Node
 
     A matmul of ``a`` and ``b`` has two transposes: one takes the cotangent and ``b`` and has the size of ``a``; the
     other takes ``a`` and has the size of ``b``. A recomputed matmul counts like the one that it repeats. Of several
-    that fit, such as three projections of one array, first come those that are no derivatives themselves, as two
+    that fit, such as three projections of one array, first come those that are not derivatives themselves, as two
     derivatives take the same cotangent; then those on the same line; then the last.
     """
     takers = collections.defaultdict[Value, list[tuple[Node, int]]](list)
