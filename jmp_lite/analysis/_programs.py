@@ -69,8 +69,7 @@ def traced_program(
         plain = traced(runs, args, kwargs)
         found = Program(plain.jaxpr, _names(args, kwargs), explanation=explanation)
         found = found._replace(asks_16_bits=bool(settings and settings.dtypes))
-        is_forward = not any(step.site.is_backward for step in flat(steps_of(plain.jaxpr)))
-        if is_loss(plain, args, aux=is_forward):
+        if is_loss(plain, args) or (is_loss(plain, args, aux=True) and not _has_gradient(plain)):
             found = _differentiated(found, runs, args, kwargs)
     return found._replace(said=tuple(said or said_again), overflowed=frozenset(overflowed | overflowed_again))
 
@@ -144,6 +143,11 @@ def is_loss(plain: Traced, args: tuple[Any, ...], *, aux: bool = False) -> bool:
     loss = _loss(output) if aux else output
     is_scalar = any(loss is aval for aval in avals) and not loss.shape and jnp.issubdtype(loss.dtype, jnp.floating)
     return bool(is_scalar and _floats(args[:1])[0])
+
+
+def _has_gradient(plain: Traced) -> bool:
+    """Whether a call holds a backward pass already, as a training step does."""
+    return any(step.site.is_backward for step in flat(steps_of(plain.jaxpr)))
 
 
 def _loss(output: Any) -> Any:

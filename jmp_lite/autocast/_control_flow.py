@@ -155,8 +155,8 @@ def _scan(interpreter: Interpreter, call: Call) -> list[Value]:
         if not too_low:
             break
         for index in too_low:
-            held = operands[index]
-            operands[index] = Value(cast(call.operands[index].array, FLOAT32), Known(origin=held.known.origin))
+            known = Known(origin=operands[index].known.origin)
+            operands[index] = Value(cast(call.operands[index].array, FLOAT32), known)
     jaxpr = inner.jaxpr
     if interpreter.settings.residuals == "low":
         jaxpr = _saving_low(jaxpr)

@@ -87,10 +87,10 @@ class Facts:
     @functools.cached_property
     def origin(self) -> Origin:
         """Where the results come from."""
-        origins = {value.known.origin for value in self.arrays}
-        of_whole = {value.known.origin for value in self.whole}
         if self.tangent is not None:
             return Origin.TANGENT
+        origins = {value.known.origin for value in self.arrays}
+        of_whole = {value.known.origin for value in self.whole}
         if self.op is OpClass.AS_WRITTEN:
             if self.name in _ops.PRODUCTS:
                 library = library_of(self.eqn)

@@ -19,7 +19,7 @@ from jmp_lite.export._compat import without_source_lines
 from jmp_lite.export._file import PathLike, write
 from jmp_lite.export._header import PROGRAM, RESERVED
 from jmp_lite.quant import DotRecipe, contracted_axes, get_recipe
-from jmp_lite.quant._array import dequantize_tree, is_kernel, is_quantized, quantize_tree
+from jmp_lite.quant._array import dequantize_tree, is_quantized, kernels_of, quantize_tree
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
@@ -159,9 +159,9 @@ def _held(apply: Callable[..., Any], params: Any, args: tuple[Any, ...], recipe:
         return params
     spec: Any = recipe.rhs or recipe.lhs
     plain = dataclasses.replace(spec, stochastic=False)
-    found = contracted_axes(apply)(params, *args)  # None: params is one array, which no matmul takes
+    found = contracted_axes(apply)(params, *args)
     axes = None if plain.granularity == "tensor" else found
-    return quantize_tree(params, plain, where=lambda *leaf: found is not None and is_kernel(*leaf), axes=axes)
+    return quantize_tree(params, plain, where=kernels_of(found), axes=axes)
 
 
 def _split(params: Any) -> tuple[dict[str, Any], Callable[[dict[str, Any]], Any]]:

@@ -265,7 +265,12 @@ def quantize_array(x: Any, dtype: Any = jnp.int8, axes: Sequence[int] | None = N
 # --- Trees -------------------------------------------------------------------------------------------
 
 
-def is_kernel(path: str, leaf: Any) -> bool:
+def kernels_of(axes: Any) -> Callable[[str, Any], bool]:
+    """Returns a ``where`` by what ``contracted_axes`` found: ``None`` for an array that no matmul takes."""
+    return lambda path, leaf: axes is not None and _is_kernel(path, leaf)
+
+
+def _is_kernel(path: str, leaf: Any) -> bool:
     """The default of ``where`` in ``quantize_tree``."""
     is_floating = is_quantized(leaf) or (is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating))
     name = path.rpartition("/")[2].lower()
@@ -299,7 +304,7 @@ def _of_leaves(axes: Axes, treedef: Any) -> list[Axes]:
 
 
 def quantize_tree(
-    params: T, dtype: Any = jnp.int8, *, where: Callable[[str, Any], bool] = is_kernel, axes: Axes = _inner
+    params: T, dtype: Any = jnp.int8, *, where: Callable[[str, Any], bool] = _is_kernel, axes: Axes = _inner
 ) -> T:
     """Quantizes the weights of a trained model: in 8 bits they take a quarter of the float32 bytes.
 

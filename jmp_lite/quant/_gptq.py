@@ -12,7 +12,7 @@ from jax import lax
 from jmp_lite._dtypes import FLOAT32
 from jmp_lite._functions import check_function
 from jmp_lite._tree import path_string
-from jmp_lite.quant._array import QuantizedArray, is_kernel, is_quantized, quantize_tree
+from jmp_lite.quant._array import QuantizedArray, is_quantized, kernels_of, quantize_tree
 from jmp_lite.quant._axes import contracted_axes
 from jmp_lite.quant._batches import checked
 from jmp_lite.quant._scale import amax_of, dequantize, quantize, repeated
@@ -67,8 +67,8 @@ def gptq(fun: Callable[..., Any], params: T, batches: Iterable[Sequence[Any]], d
 
     for batch in checked(batches, "gptq", params):
         call(fun, (params, *batch), {}).watch(_moment, note)
-    axes = contracted_axes(fun)(params, *batch)  # None: params is one array, which no matmul takes
-    tree = quantize_tree(params, dtype, where=lambda *leaf: axes is not None and is_kernel(*leaf), axes=axes)
+    axes = contracted_axes(fun)(params, *batch)
+    tree = quantize_tree(params, dtype, where=kernels_of(axes), axes=axes)
 
     def compensated(path: Any, leaf: Any, original: Any) -> Any:
         name = path_string(path)

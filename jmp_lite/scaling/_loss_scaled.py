@@ -171,13 +171,11 @@ def check_trees(grads: Any, params: Any, call: str, *, lenient: bool = False) ->
         if isinstance(error, InvalidStepError):
             raise
         where = difference({"gradients": grads, "parameters": params})
-        if not where and lenient:
-            return
-        where = where or "they are made of other classes"
-        raise InvalidStepError(
-            f"Gradients and parameters are different trees: {where}. Pass gradients of these parameters, in the order "
-            f"{call}."
-        ) from None
+        if where or not lenient:
+            raise InvalidStepError(
+                f"Gradients and parameters are different trees: {where or 'they are made of other classes'}. Pass "
+                f"gradients of these parameters, in the order {call}."
+            ) from None
 
 
 def _of_hidden(grad: Any) -> Any:
