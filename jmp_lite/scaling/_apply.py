@@ -15,7 +15,6 @@ from jmp_lite.scaling._loss_scaled import (
     check_trees,
     is_hidden,
     loss_scaled_states,
-    nothing,
 )
 from jmp_lite.scaling._verdict import step_or_skip, watched
 
@@ -42,11 +41,11 @@ def _apply(params: P, updates: Any, stored: frozenset[str]) -> tuple[P, jax.Arra
             return None
         param, update = jnp.asarray(leaf), jnp.asarray(update)
         is_stored = leaf_key(path) in stored
+        new = _sum(param, update)
         # What ``stored`` makes of a finite update is finite.
-        is_good = is_finite(update) if is_stored else is_finite(_sum(param, update)) | ~is_finite(param)
-        seen.append((FLOAT32 if is_stored else param.dtype, is_good))
-        # The update is selected and not the sum, which XLA on TPU would make in its own kernel.
-        return _sum(param, jnp.where(is_good, update, nothing(update)))
+        is_good = is_finite(update) if is_stored else is_finite(new)
+        seen.append((FLOAT32 if is_stored else param.dtype, is_good | ~is_finite(param)))
+        return jnp.where(is_good, new, param)
 
     applied: P = jax.tree_util.tree_map_with_path(apply, params, updates)
     return applied, watched(seen)
