@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jmp_lite._compat import leaves_are_local, varying_axes
+from jmp_lite._compat import INLINE, leaves_are_local, varying_axes
 from jmp_lite._dtypes import FLOAT32
 from jmp_lite._tree import agree, cast_to_at_least_float32, cast_to_full, is_inexact, mapped_axes, select_tree
 from jmp_lite.errors import MissingAxisError
@@ -31,6 +31,8 @@ T = TypeVar("T")
 SMALL_LEAF = 1 << 16
 #: Parts into which small leaves that were concatenated are folded, so that they are not written out.
 PARTS = 32
+#: Larger leaves of one size that a GPU checks in one kernel, of all those that a kernel can read.
+ALIKE = 32
 
 
 def unscale(grads: T, loss_scale: LossScale) -> T:
@@ -38,6 +40,7 @@ def unscale(grads: T, loss_scale: LossScale) -> T:
     return cast_to_full(loss_scale.unscale(grads))
 
 
+@functools.partial(jax.jit, static_argnames="elements", inline=INLINE)
 def _is_below(leaf: jax.Array, scale: jax.Array, elements: int) -> jax.Array:
     """Returns, for each element of a leaf, whether its unscaled magnitude leaves room for ``elements`` squares."""
     wide = cast_to_at_least_float32(leaf)
@@ -46,15 +49,24 @@ def _is_below(leaf: jax.Array, scale: jax.Array, elements: int) -> jax.Array:
     return jnp.abs(wide * (1 / scale).astype(wide.dtype)) < limit
 
 
+def _grouped(leaves: list[jax.Array], key: Callable[[jax.Array], Any], most: int) -> list[list[jax.Array]]:
+    """Groups leaves of one key, at most so many in a group."""
+    groups: dict[Any, list[jax.Array]] = {}
+    for x in leaves:
+        groups.setdefault(key(x), []).append(x)
+    return [group[i : i + most] for group in groups.values() for i in range(0, len(group), most)]
+
+
 def _all_as_bytes(elementwise: jax.Array) -> jax.Array:
     """``jnp.all``, in a form that XLA on CPU reduces many elements at a time."""
     return elementwise.astype(jnp.int8).min(initial=1) > 0
 
 
 @functools.partial(jax.jit, static_argnames=("elements", "holds"))
-def _are_below(leaf: jax.Array, scale: jax.Array, elements: int, holds: Callable[..., jax.Array]) -> jax.Array:
-    """Checks a leaf; traced once per shape, however many leaves have it."""
-    return holds(_is_below(leaf, scale, elements))
+def _are_below(leaves: list[jax.Array], scale: jax.Array, elements: int, holds: Callable[..., jax.Array]) -> jax.Array:
+    """Checks leaves of one size; traced once per shape, however many leaves have it."""
+    below = [_is_below(x.reshape(leaves[0].shape), scale, elements=elements) for x in leaves]
+    return holds(all_of(below))
 
 
 def _are_small_below(leaves: list[jax.Array], scale: jax.Array, elements: int) -> jax.Array:
@@ -62,8 +74,8 @@ def _are_small_below(leaves: list[jax.Array], scale: jax.Array, elements: int) -
     flat = jnp.concatenate([x.ravel() for x in leaves])
     parts = PARTS if flat.size >= PARTS else 1
     whole, rest = jnp.split(flat, [flat.size // parts * parts])
-    below = [_is_below(part, scale, elements) for part in jnp.split(whole, parts)]
-    return functools.reduce(operator.and_, below).all() & _is_below(rest, scale, elements).all()
+    below = all_of([_is_below(part, scale, elements=elements) for part in jnp.split(whole, parts)])
+    return all_of([below.all(), _is_below(rest, scale, elements=elements).all()])
 
 
 def judge(grads: Any, loss_scale: LossScale, axis_name: Any) -> jax.Array:
@@ -72,22 +84,28 @@ def judge(grads: Any, loss_scale: LossScale, axis_name: Any) -> jax.Array:
     scale = jnp.asarray(loss_scale.loss_scale, jnp.float32)
     replicas = 1 if axis_name is None else jax.lax.axis_size(mapped_axes(axis_name))
     elements = max(1, replicas * sum(x.size for x in leaves))
+    one_by_one = [[x] for x in leaves]
 
-    def each(leaves: list[jax.Array], holds: Callable[..., jax.Array] = jnp.all) -> list[jax.Array]:
-        return [_are_below(x, scale, elements=elements, holds=holds) for x in leaves]
+    def each(groups: list[list[jax.Array]], holds: Callable[..., jax.Array] = jnp.all) -> list[jax.Array]:
+        return [_are_below(group, scale, elements=elements, holds=holds) for group in groups]
 
     def on_cpu() -> jax.Array:
-        return all_of(each(leaves, _all_as_bytes))
+        return all_of(each(one_by_one, _all_as_bytes))
 
-    def in_few_kernels() -> jax.Array:
-        small = [x for x in leaves if x.size <= SMALL_LEAF]
-        dtypes = dict.fromkeys(x.dtype for x in small)
-        together = [_are_small_below([x for x in small if x.dtype == dtype], scale, elements) for dtype in dtypes]
-        return all_of([*each([x for x in leaves if x.size > SMALL_LEAF]), *together])
+    def in_few_kernels(alike: int) -> jax.Array:
+        small = _grouped([x for x in leaves if x.size <= SMALL_LEAF], lambda x: x.dtype, len(leaves))
+        large = _grouped([x for x in leaves if x.size > SMALL_LEAF], lambda x: (x.size, x.dtype), alike)
+        return all_of([*each(large), *(_are_small_below(group, scale, elements) for group in small)])
+
+    def on_tpu() -> jax.Array:
+        return in_few_kernels(1)  # where the check of a leaf shares a read with its update
+
+    def on_gpu() -> jax.Array:
+        return in_few_kernels(ALIKE)
 
     # Parts of sharded leaves would have to move, and eager calls would compile the choice each time.
     choose = leaves_are_local() and any(isinstance(x, jax.core.Tracer) for x in leaves)
-    below = jax.lax.platform_dependent(cpu=on_cpu, default=in_few_kernels) if choose else all_of(each(leaves))
+    below = jax.lax.platform_dependent(cpu=on_cpu, tpu=on_tpu, default=on_gpu) if choose else all_of(each(one_by_one))
     usable = (scale >= np.float32(SMALLEST_SCALE)) & (scale <= np.float32(LARGEST_SCALE))
     verdict = agree(below & usable, axis_name)
     refuse_forgotten_axes(verdict, scale, "skip a step", "loss_scaled(inner, axis_name={})")

@@ -144,8 +144,8 @@ PLATFORMS = ["cpu", "cuda", "tpu"]
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_no_element_is_overlooked(platform, rng):
     """First, last or in between, in leaves of any size and dtype, one bad element decides, on every kind of device."""
-    sizes = [1, 7, 8, 33, 1000, 70_001]
-    grads = {f"{i}": jnp.ones(n, jnp.float16 if i % 2 else jnp.float32) for i, n in enumerate(sizes)}
+    shapes = [1, 7, 8, 33, 1000, 70_000, (700, 100), (100, 700), 70_001]
+    grads = {f"{i}": jnp.ones(shape, jnp.float16 if i % 2 else jnp.float32) for i, shape in enumerate(shapes)}
     tx = jmp.loss_scaled(optax.identity(), jmp.NoOpLossScale())
 
     def verdict(grads):
@@ -156,11 +156,24 @@ def test_no_element_is_overlooked(platform, rng):
         check = jax.jit(jax.shard_map(verdict, mesh=mesh(), in_specs=P(), out_specs=P()))
         assert bool(check(grads))
     assert len(choices) > 1
-    for i, size in enumerate(sizes):
-        for position in {0, size - 1, size // 2, int(rng.integers(size))}:
-            leaf = np.ones(size, grads[f"{i}"].dtype)
-            leaf[position] = rng.choice([np.nan, np.inf, -np.inf])
-            assert not bool(check({**grads, f"{i}": leaf})), (size, position)
+    for name, good in grads.items():
+        for position in {0, good.size - 1, good.size // 2, int(rng.integers(good.size))}:
+            leaf = np.ones(good.shape, good.dtype)
+            leaf.flat[position] = rng.choice([np.nan, np.inf, -np.inf])
+            assert not bool(check({**grads, name: leaf})), (good.shape, position)
+
+
+@pytest.mark.parametrize(("platform", "reductions"), [("cpu", 41), ("cuda", 4), ("tpu", 41)])
+def test_a_gpu_checks_large_leaves_of_one_size_together(platform, reductions):
+    """34 of one size, more than a kernel reads, 6 of another shape and size, and one of another dtype."""
+    wide, other, half = jnp.ones((256, 300)), jnp.ones((300, 257)), jnp.ones((256, 300), jnp.bfloat16)
+    grads = {"wide": [wide, wide.T] * 17, "other": [other] * 6, "half": half}
+    tx = jmp.loss_scaled(optax.identity(), jmp.NoOpLossScale())
+    check = jax.shard_map(
+        lambda grads: tx.update(grads, tx.init(None))[1].last_finite, mesh=mesh(), in_specs=P(), out_specs=P()
+    )
+    program = jax.jit(check).trace(grads).lower(lowering_platforms=(platform,)).as_text()
+    assert program.count("call @_are_below") == reductions
 
 
 # --- Two forms of a skip ---

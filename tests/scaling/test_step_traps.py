@@ -500,8 +500,8 @@ def test_a_step_traces_its_optimizer_once_and_its_check_once_per_shape(form, mon
         updates.append(args)
         return inner.update(*args, **kwargs)
 
-    original = _verdict._is_below
-    monkeypatch.setattr(_verdict, "_is_below", lambda leaf, *rest: checks.append(leaf.shape) or original(leaf, *rest))
+    original = _verdict.cast_to_at_least_float32
+    monkeypatch.setattr(_verdict, "cast_to_at_least_float32", lambda leaf: checks.append(leaf.shape) or original(leaf))
     tx = jmp.loss_scaled(optax.GradientTransformation(inner.init, update))
     rows = (300, 301) if form is fused else (302, 303)  # JAX remembers shapes that it has traced
     params = {f"w{i}": jnp.ones((rows[i % 2], 256)) for i in range(6)}
