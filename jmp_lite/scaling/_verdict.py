@@ -31,8 +31,9 @@ T = TypeVar("T")
 SMALL_LEAF = 1 << 16
 #: Parts into which small leaves that were concatenated are folded, so that they are not written out.
 PARTS = 32
-#: Larger leaves of one size that a GPU checks in one kernel, of all those that a kernel can read.
-ALIKE = 32
+#: Leaves that a kernel checks together at most: small ones, and larger ones of one size. On TPU, more small ones would
+#: be copied first, and the check of a large one alone shares a read with its update.
+TOGETHER_ON_TPU, TOGETHER_ON_GPU = (16, 1), (1024, 32)
 
 
 def unscale(grads: T, loss_scale: LossScale) -> T:
@@ -92,16 +93,16 @@ def judge(grads: Any, loss_scale: LossScale, axis_name: Any) -> jax.Array:
     def on_cpu() -> jax.Array:
         return all_of(each(one_by_one, _all_as_bytes))
 
-    def in_few_kernels(alike: int) -> jax.Array:
-        small = _grouped([x for x in leaves if x.size <= SMALL_LEAF], lambda x: x.dtype, len(leaves))
-        large = _grouped([x for x in leaves if x.size > SMALL_LEAF], lambda x: (x.size, x.dtype), alike)
+    def in_few_kernels(most_small: int, most_large: int) -> jax.Array:
+        small = _grouped([x for x in leaves if x.size <= SMALL_LEAF], lambda x: x.dtype, most_small)
+        large = _grouped([x for x in leaves if x.size > SMALL_LEAF], lambda x: (x.size, x.dtype), most_large)
         return all_of([*each(large), *(_are_small_below(group, scale, elements) for group in small)])
 
     def on_tpu() -> jax.Array:
-        return in_few_kernels(1)  # where the check of a leaf shares a read with its update
+        return in_few_kernels(*TOGETHER_ON_TPU)
 
     def on_gpu() -> jax.Array:
-        return in_few_kernels(ALIKE)
+        return in_few_kernels(*TOGETHER_ON_GPU)
 
     # Parts of sharded leaves would have to move, and eager calls would compile the choice each time.
     choose = leaves_are_local() and any(isinstance(x, jax.core.Tracer) for x in leaves)
