@@ -3,16 +3,18 @@
 python .ci/mutate.py                                  10 changes in each chapter, drawn at random
 python .ci/mutate.py --mutants 60 scaling/_verdict.py  60 changes in one module, by the tests of its chapter
 
-A chapter's tests are its folder in tests/ and its doctests. Changes that none of them notices are printed: each is
-either a law that the tests lack or a change without a meaning, which a reader must tell apart. All happens in a copy of
-the files that Git tracks. Needs the extra `mutation`; settings are in pyproject.toml under `tool.cosmic-ray`.
+A chapter's tests are its folder in tests/ and its doctests. Those that are about the changed module run first, and the
+first that fails ends the run. Changes that none of them notices are printed: each is either a law that the tests lack
+or a change without a meaning, which a reader must tell apart. All happens in a copy of the files that Git tracks. Needs
+the extra `mutation`; settings are in pyproject.toml under `tool.cosmic-ray`.
 """
 
 import argparse
-import collections
 import os
 import pathlib
 import random
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -41,39 +43,57 @@ def run(copy: pathlib.Path, *command: str) -> None:
     subprocess.run(command, cwd=copy, env=os.environ | {"PYTHONPATH": str(copy)}, check=True)
 
 
-def draw(session: str, mutants: int, rng: random.Random) -> None:
-    """Leaves so many changes of a session to be tried."""
-    with use_db(session, WorkDB.Mode.open) as db:
-        pending = [item.job_id for item in db.pending_work_items]
-        left_out = rng.sample(pending, max(0, len(pending) - mutants))
-        db.set_multiple_results(left_out, WorkResult(WorkerOutcome.SKIPPED))
+def tests_of(copy: pathlib.Path, chapter: str, module: pathlib.Path) -> list[str]:
+    """Command that runs the tests of a chapter: first those with the name of a module, then those that import it."""
+    files = sorted(copy.glob(f"tests/{chapter}/test_*.py")) + sorted(copy.glob(f"jmp_lite/{chapter}/*.py"))
+
+    def distance(file: pathlib.Path) -> tuple[bool, bool]:
+        return module.stem.strip("_") not in file.stem, not re.search(rf"\b{module.stem}\b", file.read_text())
+
+    ordered = [str(file.relative_to(copy)) for file in sorted(files, key=distance)]
+    return [sys.executable, "-m", "pytest", "-x", "-q", "-n0", "-p", "no:randomly", *ordered]
 
 
-def outcomes(session: str) -> dict[str, list[tuple[bool, str]]]:
-    """For each module, whether a change was noticed and the change as a diff."""
-    found = collections.defaultdict(list)
+def draw(sessions: list[str], mutants: int, rng: random.Random) -> None:
+    """Leaves so many changes, of all those in some sessions, to be tried."""
+    pending = []
+    for session in sessions:
+        with use_db(session, WorkDB.Mode.open) as db:
+            pending += [(session, item.mutations[0], item.job_id) for item in db.pending_work_items]
+    pending.sort(key=lambda entry: (entry[0], entry[1].operator_name, str(entry[1].operator_args), entry[1].occurrence))
+    left_out = rng.sample(pending, max(0, len(pending) - mutants))
+    for session in sessions:
+        with use_db(session, WorkDB.Mode.open) as db:
+            jobs = [job for of, _, job in left_out if of == session]
+            db.set_multiple_results(jobs, WorkResult(WorkerOutcome.SKIPPED))
+
+
+def outcomes(session: str) -> list[tuple[bool, str]]:
+    """For each change that was tried, whether it was noticed and the change as a diff."""
     with use_db(session, WorkDB.Mode.open) as db:
-        modules = {item.job_id: str(item.mutations[0].module_path) for item in db.work_items}
-        for job, result in db.results:
-            if result.worker_outcome is WorkerOutcome.NORMAL:
-                found[modules[job]].append((result.test_outcome is TestOutcome.KILLED, result.diff))
-    return found
+        results = [result for _, result in db.results if result.worker_outcome is WorkerOutcome.NORMAL]
+    return [(result.test_outcome is TestOutcome.KILLED, result.diff) for result in results]
 
 
 def mutate(chapter: str, modules: list[str], mutants: int, rng: random.Random) -> dict[str, list[tuple[bool, str]]]:
     """Tries changes in modules of one chapter."""
     with tempfile.TemporaryDirectory() as folder:
-        copy, config, session = pathlib.Path(folder) / "copy", f"{folder}/config.toml", f"{folder}/session.sqlite"
+        copy, configs = pathlib.Path(folder) / "copy", {}
         copy_tracked_files(copy)
-        tests = f"{sys.executable} -m pytest -x -q tests/{chapter} jmp_lite/{chapter}"
-        settings = {**SETTINGS, "module-path": modules, "test-command": tests}
-        pathlib.Path(config).write_text(serialize_config(settings))
-        run(copy, "cosmic-ray", "baseline", config)  # without a change they pass
-        run(copy, "cosmic-ray", "init", config, session)
-        run(copy, "cr-filter-operators", session, config)
-        draw(session, mutants, rng)
-        run(copy, "cosmic-ray", "exec", config, session)
-        return outcomes(session)
+        for module in modules:
+            config, session = (f"{folder}/{pathlib.Path(module).stem}.{kind}" for kind in ("toml", "sqlite"))
+            tests = tests_of(copy, chapter, pathlib.Path(module))
+            if not configs:
+                run(copy, *tests)  # without a change they pass
+            settings = {**SETTINGS, "module-path": [module], "test-command": shlex.join(tests)}
+            pathlib.Path(config).write_text(serialize_config(settings))
+            run(copy, "cosmic-ray", "init", config, session)
+            run(copy, "cr-filter-operators", session, config)
+            configs[module] = session, config
+        draw([session for session, _ in configs.values()], mutants, rng)
+        for session, config in configs.values():
+            run(copy, "cosmic-ray", "exec", config, session)
+        return {module: outcomes(session) for module, (session, _) in configs.items()}
 
 
 def main() -> None:
