@@ -1,0 +1,56 @@
+"""Who is warned at `init` that an optimizer loses updates of parameters of 16 bits, and who is not."""
+
+import jax.numpy as jnp
+import optax
+import pytest
+from support.storage import WEIGHTS, adam, dtypes, weights
+
+import jmp_lite as jmp
+from jmp_lite.optim import stored
+
+
+@dtypes
+def test_lost_updates_are_said(dtype, rng):
+    """Once, at `init`, with the wrapper that helps; not under that wrapper."""
+    leaves = weights(rng, dtype)
+    with pytest.warns(jmp.errors.LostUpdatesWarning, match=rf"'bias' \({dtype}\).*optim.master_weights"):
+        jmp.loss_scaled(adam()).init(leaves)
+    for params in WEIGHTS:
+        jmp.loss_scaled(stored(adam(), params=params)).init(leaves)
+    jmp.loss_scaled(adam()).init(weights(rng, jnp.float32))
+
+
+LABELS = {"kernel": "trained", "bias": "frozen", "gain": "frozen"}
+TRAINED = {"kernel": True, "bias": False, "gain": False}
+NOT_TRAINED = {name: not is_trained for name, is_trained in TRAINED.items()}
+FROZEN = {
+    "multi_transform": lambda tx: optax.multi_transform({"trained": tx, "frozen": optax.set_to_zero()}, LABELS),
+    "masked, then set to zero": lambda tx: optax.chain(
+        optax.masked(tx, TRAINED), optax.masked(optax.set_to_zero(), NOT_TRAINED)
+    ),
+    "set to zero, scaled": lambda tx: optax.chain(
+        optax.multi_transform({"trained": tx, "frozen": optax.set_to_zero()}, LABELS), optax.scale(-1.0)
+    ),
+}
+
+
+@pytest.mark.parametrize("frozen", FROZEN.values(), ids=FROZEN)
+@pytest.mark.parametrize("tx", [optax.sgd(0.1), adam(), stored(adam(), params="split8")], ids=["sgd", "adam", "stored"])
+def test_parameters_that_never_change_lose_no_updates(tx, frozen, rng):
+    """As under low-rank adapters: the frozen ones may well have 16 bits."""
+    leaves = weights(rng, "bfloat16")
+    is_stored = hasattr(tx.init(leaves), "low")
+    if is_stored:
+        jmp.loss_scaled(frozen(tx)).init(leaves)  # warnings are errors
+    else:
+        jmp.loss_scaled(frozen(tx)).init({**leaves, "kernel": leaves["kernel"].astype(jnp.float32)})
+        with pytest.warns(jmp.errors.LostUpdatesWarning, match="'kernel'") as caught:
+            jmp.loss_scaled(frozen(tx)).init(leaves)
+        assert "'bias'" not in str(caught[0].message)
+
+
+@pytest.mark.parametrize("tx", [optax.masked(optax.sgd(0.1), TRAINED), optax.polyak_sgd()], ids=["left alone", "value"])
+def test_parameters_that_may_change_are_said(tx, rng):
+    """Gradients pass `masked` as they are; an optimizer that takes more than gradients is not looked into."""
+    with pytest.warns(jmp.errors.LostUpdatesWarning, match="'bias'"):
+        jmp.loss_scaled(tx).init(weights(rng, "bfloat16"))
