@@ -81,6 +81,7 @@ def test_sum_is_that_by_hand_to_the_bit(dtype, policy, rng):
 
     with jax.enable_x64(dtype == "float64"):
         x = jnp.asarray(rng.standard_normal((steps, 3)) * 2.0 ** rng.integers(-4, 4, (steps, 3)), complex_or_real)
+        x = x * jnp.asarray(1 + 3j, x.dtype) if dtype == "complex64" else x
         params, state = {"w": jnp.ones(3).astype(dtype)}, jmp.StaticLossScale(SCALE)
         grad_fn = jmp.accumulate_gradients(loss_fn, steps, on_nonfinite=policy, loss_scale=state)
         for run in (jax.jit, lambda f: f):
