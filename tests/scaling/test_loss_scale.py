@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import sys
+import types
 
 import flax.serialization
 import jax
@@ -37,6 +39,7 @@ IDIOMS = {
     "jnp int counter": lambda: jmp.DynamicLossScale(2.0**15, jnp.asarray(0), 3),
 }
 
+BEFORE = jmp.loss_scaled(optax.sgd(0.1))
 every_idiom = pytest.mark.parametrize("make", IDIOMS.values(), ids=IDIOMS)
 
 
@@ -118,6 +121,25 @@ def test_flax_serialization_round_trip(make, rng):
     assert_identical(on_device(restored), middle)
     verdicts = rng.choice(["+", "-"], 10)
     assert_identical(on_device(run(restored, verdicts)), run(middle, verdicts))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        jmp.NoOpLossScale,
+        lambda: jmp.StaticLossScale(2.0),
+        jmp.DynamicLossScale,
+        lambda: BEFORE.init({"w": jnp.ones(2)}),
+    ],
+    ids=["none", "static", "dynamic", "state"],
+)
+def test_flax_may_be_imported_last(make, monkeypatch):
+    """It learns of scales when one is made, and also of one that was made before, in the state of an optimizer."""
+    known = set()
+    late = types.SimpleNamespace(register_serialization_state=lambda kind, *_, **__: known.add(kind))
+    monkeypatch.setitem(sys.modules, "flax.serialization", late)
+    make()
+    assert known == {jmp.NoOpLossScale, jmp.StaticLossScale, jmp.DynamicLossScale}
 
 
 def test_key_paths_have_names():
