@@ -58,7 +58,7 @@ def without_stored(saved: Any, template: Any) -> tuple[Any, Callable[[Any], Any]
         return sharded_like(jax.ShapeDtypeStruct(node.shape, FLOAT32), node) if path in own_of else node
 
     def put_back(read: Any) -> Any:
-        numbers = dict(jax.tree_util.tree_leaves_with_path(read, is_leaf=lambda _: False))
+        numbers = dict(jax.tree_util.tree_leaves_with_path(read))
         given = {
             param: halves(jnp.asarray(numbers[param]), low[own], leaves[param].dtype) for param, own in own_of.items()
         }
