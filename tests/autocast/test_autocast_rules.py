@@ -613,6 +613,11 @@ INVALID = {
         jmp.errors.InvalidRuleError,
         "('a', 'full')",
     ),
+    "rules that run out": (
+        lambda: jmp.autocast(in_scopes, LOW, rules=iter([FULL_B])),
+        jmp.errors.InvalidRuleError,
+        "must be a sequence",
+    ),
     "sums": (
         lambda: jmp.autocast(in_scopes, LOW, accumulation_dtype=jnp.bfloat16),
         jmp.errors.InvalidRuleError,
