@@ -84,6 +84,11 @@ FOLLOWING = {
     "bias for a function": (beside_a_product(lambda h, w: jnp.tanh(h + w[:1]) @ w), "add", [LOW]),
     "layers added for an exponential": (lambda x, w: jnp.exp(x @ w + jnp.tanh(x @ w) @ w), "add", [HIGH]),
     "layers added for a sum": (lambda x, w: jnp.mean(x @ w + jnp.tanh(x @ w) @ w), "add", [LOW]),
+    "layers added for linear algebra and a sum": (
+        lambda x, w: (jnp.mean(h := x @ w + jnp.tanh(x @ w) @ w), jnp.linalg.qr(h)),
+        "dot_general",
+        [HIGH, HIGH, HIGH],
+    ),
     "exponential, scaled": (lambda x, w: (jnp.exp(x @ w) * 2) @ w, "mul", [HIGH]),
     "exponential times a product": (lambda x, w: jnp.tanh(jnp.exp(h := x @ w) * h) @ w, "mul", [HIGH]),
     "exponential times a matmul, for a matmul": (
@@ -282,6 +287,16 @@ THROUGH = {
         lambda x, w: lax.while_loop(is_large, lambda c: (c[0] * 0.5,), (x @ w,)),
         "dot_general",
         [LOW],
+    ),
+    "a shift before the loop of a test alone": (
+        lambda x, w: lax.while_loop(is_large, lambda c: (c[0] * 0.5, c[1] + 1), (x @ w - w[:1], 0))[1],
+        "sub",
+        [HIGH],
+    ),
+    "what levels off, before the loop of a test": (
+        lambda x, w: lax.while_loop(is_large, lambda c: (c[0] * 0.5,), (jax.nn.sigmoid(x @ w),))[0] @ w,
+        "logistic",
+        [HIGH],
     ),
     "a norm that a scan takes": (lambda x, w: scanned_beside(rms_norm(x @ w), x, w) @ w, "tanh", [LOW, LOW]),
 }
