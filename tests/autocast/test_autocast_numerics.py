@@ -190,6 +190,14 @@ def test_gradients_of_quotients_stay_in_range(quotient, order, scale, rng):
     assert relative(found, expected) < 5e-3
 
 
+def test_a_fixed_divisor_adds_nothing_to_the_derivative_of_an_infinite_quotient():
+    """Forward, zero times what is beyond float16 would be NaN; the function behind it is flat there."""
+    fun = lambda h, divisor: jnp.tanh((h @ jnp.eye(16)) / (divisor @ jnp.eye(16))) @ jnp.eye(16)  # noqa: E731
+    h, divisor = jnp.full((16, 16), 100.0), jnp.full((16, 16), 1e-3)
+    _, slope = jax.jvp(lambda h: jmp.autocast(fun, "mixed_float16")(h, divisor), (h,), (jnp.ones_like(h),))
+    np.testing.assert_array_equal(slope, 0)
+
+
 # --- Cubes, beyond float16 above 40 ---
 
 GELUS = {"of jax.nn": jax.nn.gelu, "by hand": lambda h: h * (1 + jnp.tanh(0.8 * h + 0.036 * h**3))}
