@@ -613,6 +613,7 @@ INVALID = {
         jmp.errors.InvalidRuleError,
         "('a', 'full')",
     ),
+    "a matmul by its place": (lambda: Rule("a", None, "low", FP8), TypeError, "positional arguments"),
     "rules that run out": (
         lambda: jmp.autocast(in_scopes, LOW, rules=iter([FULL_B])),
         jmp.errors.InvalidRuleError,
