@@ -84,6 +84,11 @@ FOLLOWING = {
     "bias for a function": (beside_a_product(lambda h, w: jnp.tanh(h + w[:1]) @ w), "add", [LOW]),
     "layers added for an exponential": (lambda x, w: jnp.exp(x @ w + jnp.tanh(x @ w) @ w), "add", [HIGH]),
     "layers added for a sum": (lambda x, w: jnp.mean(x @ w + jnp.tanh(x @ w) @ w), "add", [LOW]),
+    "layers behind one barrier, added for a sum": (
+        lambda x, w: jnp.mean(jnp.add(*lax.optimization_barrier((h := x.T @ x, jnp.tanh(h) @ w)))),
+        "dot_general",
+        [LOW, LOW],
+    ),
     "layers added for linear algebra and a sum": (
         lambda x, w: (jnp.mean(h := x @ w + jnp.tanh(x @ w) @ w), jnp.linalg.qr(h)),
         "dot_general",

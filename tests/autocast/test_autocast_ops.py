@@ -236,6 +236,11 @@ def test_what_cannot_stand_for_a_primitive_is_refused(op):
         jmp.autocast(jnp.tanh, "mixed_bfloat16", ops={"tanh": op})
 
 
+def test_ops_are_given_by_name():
+    with pytest.raises(jmp.errors.InvalidOpError, match="ops must map names"):
+        jmp.autocast(jnp.tanh, "mixed_bfloat16", ops=[("tanh", jmp.OpClass.DENY)])
+
+
 @pytest.mark.parametrize("name", ["pallas_call", "ffi_call", "pure_callback"])
 @pytest.mark.parametrize("op", [jmp.OpClass.ALLOW, jmp.OpClass.DENY, jmp.OpClass.FOLLOW])
 def test_kernels_and_callbacks_run_as_written_or_are_replaced(name, op):
