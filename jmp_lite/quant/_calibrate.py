@@ -67,6 +67,11 @@ def calibrate(
         Wu et al., "Integer Quantization for Deep Learning Inference", arXiv:2004.09602, for the three methods; its
         least-error methods use entropy and mean squared error.
     """
+    if not isinstance(recipe, (str, DotRecipe)):
+        raise InvalidRecipeError(
+            f"recipe is {quote(recipe)}, and must be a recipe or its name. Write calibrate(lambda dot: "
+            "jmp.autocast(apply, policy, dot=dot), 'w8a8_static', batches)."
+        )
     chosen = get_recipe(recipe)
     _check(chosen, method, percentile)
     journal = _Journal(method, float(percentile) / 100)

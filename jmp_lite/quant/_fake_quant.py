@@ -9,7 +9,9 @@ import jax.numpy as jnp
 
 from jmp_lite._compat import varying_axes
 from jmp_lite._dtypes import FLOAT32, DType
+from jmp_lite._messages import quote
 from jmp_lite.errors import InvalidRecipeError
+from jmp_lite.products._matmul import add_terms
 from jmp_lite.quant._scale import checked_format, dequantize, largest, quantize
 
 
@@ -26,7 +28,7 @@ def fake_quant(x: Any, scale: Any, dtype: Any = jnp.int8) -> jax.Array:
         An array like ``x``. Its gradient passes where ``x`` was within the range of the format and is zero
         where it was clipped. Infinities and NaN become NaN. The gradient of the scale is the rounding error
         within the range and the largest number outside, divided by the root of the number of elements per scale
-        times the largest number.
+        times the largest number. Second derivatives are zero.
 
     Raises:
         InvalidRecipeError: If the format is unknown, or the shapes do not match.
@@ -42,6 +44,10 @@ def fake_quant(x: Any, scale: Any, dtype: Any = jnp.int8) -> jax.Array:
         Bengio et al., "Estimating or Propagating Gradients Through Stochastic Neurons", arXiv:1308.3432
         (straight-through); Esser et al., "Learned Step Size Quantization", arXiv:1902.08153.
     """
+    if isinstance(scale, str):
+        raise InvalidRecipeError(
+            f"scale is {quote(scale)}, and must be a number. Write fake_quant(x, scale, {scale!r})."
+        )
     x, scale = jnp.asarray(x), jnp.asarray(scale, FLOAT32)
     fits = scale.ndim == 0 or (
         scale.ndim == x.ndim and all(n in (1, size) for n, size in zip(scale.shape, x.shape, strict=True))
@@ -56,26 +62,25 @@ def fake_quant(x: Any, scale: Any, dtype: Any = jnp.int8) -> jax.Array:
     return _fake_quant(x, scale, checked_format(dtype))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _fake_quant(x: Any, scale: Any, dtype: DType) -> jax.Array:
     rounded: jax.Array = dequantize(quantize(x, dtype, scale), scale, x.dtype) + (x - x)  # which keeps NaN
     return rounded
 
 
-def _forward(x: Any, scale: Any, dtype: DType) -> tuple[jax.Array, tuple[Any, Any]]:
-    return _fake_quant(x, scale, dtype), (x, scale)
-
-
-def _backward(dtype: DType, operands: tuple[Any, Any], cotangent: Any) -> tuple[Any, Any]:
-    x, scale = operands
-    scaled, limit = x.astype(FLOAT32) / scale, largest(dtype)
+def _jvp(dtype: DType, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    x, scale = primals
+    scaled, limit = jax.lax.stop_gradient(x.astype(FLOAT32) / scale), largest(dtype)
     is_inside = jnp.abs(scaled) <= limit
-    error = dequantize(quantize(scaled, dtype, 1.0), 1.0) - scaled
-    of_scale = jnp.where(is_inside, error, jnp.sign(scaled) * limit) * cotangent.astype(FLOAT32)
-    shared = tuple(axis for axis in range(x.ndim) if scale.ndim == 0 or scale.shape[axis] == 1)
-    n = math.prod(x.shape[axis] for axis in shared)
-    summed = jnp.sum(of_scale, axis=shared, keepdims=scale.ndim > 0) / math.sqrt(max(n, 1) * limit)
-    return jnp.where(is_inside, cotangent, 0), summed
+
+    def of_scale(tangent: Any) -> Any:
+        error = dequantize(quantize(scaled, dtype, 1.0), 1.0) - scaled
+        slope = jnp.where(is_inside, error, jnp.sign(scaled) * limit)
+        sharing = max(x.size // max(scale.size, 1), 1)
+        return (slope * (tangent / math.sqrt(sharing * limit))).astype(x.dtype)
+
+    tangent = add_terms(tangents, lambda tangent: jnp.where(is_inside, tangent, 0), of_scale)
+    return _fake_quant(*primals, dtype), tangent
 
 
-_fake_quant.defvjp(_forward, _backward)
+_fake_quant.defjvp(_jvp, symbolic_zeros=True)

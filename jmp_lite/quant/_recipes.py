@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from jmp_lite._messages import quote
 from jmp_lite.errors import InvalidRecipeError
 from jmp_lite.products._matmul import RoundsOperands
 from jmp_lite.quant._dot import scaled_dot
@@ -222,7 +223,7 @@ def get_recipe(spec: str | DotRecipe) -> DotRecipe:
     recipe = _parse(spec) if text else None
     if recipe is None:
         raise InvalidRecipeError(
-            f"Unknown recipe {spec!r}. Accepted: {', '.join(_NAMED)}, or a text such as "
+            f"Unknown recipe {quote(spec)}. Accepted: {', '.join(_NAMED)}, or a text such as "
             "'lhs=e4m3:pow2,rhs=e4m3:pow2,grad=e5m2:pow2'."
         )
     return recipe

@@ -246,6 +246,7 @@ WRONG = {
         [{"x": 1}],
         r"tuple of arguments for each batch, such as \(x,\), got {'x': 1}",
     ),
+    "parameters for a recipe": (applied(zero), {"w": jnp.ones(3)}, None, r"recipe is {'w': float32\[3\]}.*lambda dot"),
     "channels": (applied(zero), "w8a8", None, "nothing to calibrate"),
     "not finite": (applied(lambda w, x: (x / 0) @ w), "w8a8_static", None, "In scope '' lhs has inf"),
     "NaN": (applied(lambda w, x: (0 * x / 0) @ w), "w8a8_static", None, "In scope '' lhs has nan"),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from support.lowbit import FORMATS, grid, normal, relative
 
-from jmp_lite import quant
+from jmp_lite import errors, quant
 from jmp_lite._rounding import counted_bits, stochastic_round
 
 formats = pytest.mark.parametrize("name", FORMATS)
@@ -297,6 +297,28 @@ def test_gradients_of_fake_quant_follow_lsq(name, shape, dtype, rng):
     np.testing.assert_allclose(np.float64(value), expected[0], rtol=2 * float(jnp.finfo(dtype).eps))
     np.testing.assert_array_equal(np.float64(of_x), expected[1])
     assert np.all(np.abs(of_scale - expected[2]) <= 1024 * ULP * expected[3])
+
+
+@formats
+def test_fake_quant_has_one_derivative_forward_and_backward(name, rng):
+    """Tangents are what the gradients say, also of a function that squares; the gradient has none."""
+    x, dx, scale, dscale = (
+        normal(rng, 8, 4),
+        normal(rng, 8, 4),
+        jnp.full((1, 4), 1 / FORMATS[name][1]),
+        jnp.ones((1, 4)),
+    )
+    loss = lambda x, s: jnp.sum(quant.fake_quant(x, s, name) ** 2)  # noqa: E731
+    _, tangent = jax.jvp(loss, (x, scale), (dx, dscale))
+    of_x, of_scale = jax.grad(loss, (0, 1))(x, scale)
+    np.testing.assert_allclose(tangent, jnp.sum(of_x * dx) + jnp.sum(of_scale * dscale), rtol=1e-5, atol=1e-5)
+    slope = jax.grad(lambda x: jnp.sum(quant.fake_quant(x, scale, name)))
+    assert not jnp.any(jax.jvp(slope, (x,), (dx,))[1])
+
+
+def test_a_format_in_place_of_a_scale():
+    with pytest.raises(errors.InvalidRecipeError, match=r"scale is 'int8'.*Write fake_quant\(x, scale, 'int8'\)"):
+        quant.fake_quant(jnp.ones(3), "int8")
 
 
 @formats
