@@ -1,7 +1,9 @@
 """Finds the moments in an optimizer state and chooses a format for each."""
 
 import dataclasses
+import functools
 import itertools
+import math
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -40,6 +42,13 @@ EIGHT_BIT: dict[str, dict[str, StateFormat]] = {
 _ATTRIBUTES = ("encode", "decode", "dtype", "relative_to", "largest")
 #: Formats that ``stored`` takes for all moments.
 PRESETS = ("8bit", "bfloat16", "float32")
+#: Of a parameter on which an optimizer is tried, the most numbers.
+_SAMPLE = 2**16
+#: Steps that it is tried for: ``optax.MultiSteps`` inside takes the first one late.
+_TRIES = 8
+#: A power of the gradient that is not zero.
+_LEAST_POWER = 2.0**-10
+_NO_LOSS = np.zeros((), np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,26 +229,30 @@ def _preset(name: str, found: Mapping[Path, Slot], inner: Any, params: Any) -> l
     chosen = [(slot, one) for slot, one in moments if one is not None]
     adams = [slot for slot, _ in chosen if slot.owner == "ScaleByAdamState"]
     if adams:
-        own = _growth(inner, params, {slot.path[: slot.field]: slot.param for slot in adams})
+        sizes = {path: np.size(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+        # Of each state the smallest parameter is the last; one number alone cannot be normalized.
+        adams.sort(key=lambda slot: sizes[slot.param] if sizes[slot.param] > 1 else math.inf, reverse=True)
+        own = _powers(inner, params, {slot.path[: slot.field]: slot.param for slot in adams})
         fitting = [(slot, _adams(slot, one, own.get(slot.path[: slot.field]))) for slot, one in chosen]
         chosen = [(slot, one) for slot, one in fitting if one is not None]
     return chosen if name == "8bit" else [(slot, FORMATS[name]) for slot, _ in chosen]
 
 
-def _adams(slot: Slot, one: StateFormat, growth: tuple[float, float] | None) -> StateFormat | None:
+def _adams(slot: Slot, one: StateFormat, powers: tuple[float, float] | None) -> StateFormat | None:
     """The format of a moment in the state class that Adam shares with related optimizers.
 
     Args:
         slot: The moment.
         one: The format that it has in Adam.
-        growth: The factors by which ``mu`` and ``nu`` grow when gradients double; ``None``: unknown.
+        powers: Of the gradient, which ``mu`` and ``nu`` grow as; ``None``: unknown.
     """
     if slot.owner != "ScaleByAdamState":
         return one
-    of_mu, of_nu = growth or (1.0, 4.0)
+    of_mu, of_nu = powers or (0.0, 2.0)
+    is_square = abs(of_mu) > _LEAST_POWER and abs(of_nu / of_mu - 2) < 1 / 8
     if slot.kind == "nu":
-        return one if abs(of_nu / 4 - 1) < 1 / 8 else None  # a maximum in Adamax, not only squares in Yogi
-    return one if abs(of_mu**2 / of_nu - 1) < 1 / 8 else FORMATS["slog"]  # of normalized gradients in ADOPT
+        return one if is_square or abs(of_nu - 2) < 1 / 8 else None  # a maximum in Adamax, not only squares in Yogi
+    return one if is_square else FORMATS["slog"]  # of normalized gradients in ADOPT
 
 
 def _warn_of_the_rest(name: str, chosen: list[tuple[Slot, StateFormat]], inner_state: Any, params: Any) -> None:
@@ -290,36 +303,55 @@ def _by_pattern(formats: Mapping[str, Any], found: Mapping[Path, Slot]) -> list[
     return [(slot, one) for slot, one in chosen if one != FORMATS["float32"]]
 
 
-def _growth(inner: Any, params: Any, nodes: Mapping[Path, Path]) -> dict[Path, tuple[float, float]]:
-    """Tries an optimizer on one number for one parameter of each state, to see how moments grow with gradients.
+def _powers(inner: Any, params: Any, nodes: Mapping[Path, Path]) -> dict[Path, tuple[float, float]]:
+    """Tries an optimizer on a few numbers for one parameter of each state, to see how moments grow with gradients.
+
+    Of two tries one number of the gradient is twice as large and the others are not, so that the optimizer may center
+    gradients or normalize them first.
 
     Args:
         inner: The optimizer.
         params: Its parameters.
-        nodes: Paths of its states, and of a parameter that each has moments of. The others are masked.
+        nodes: Paths of its states, and of a parameter that each has moments of. The others are masked, unless the
+            optimizer cannot do without them.
 
     Returns:
-        By path of a state, the factors by which ``mu`` and ``nu`` grow when gradients double; empty for an optimizer
-        that cannot be tried.
+        By path of a state, the powers of the gradient that ``mu`` and ``nu`` grow as, where that can be tried.
     """
     tried_on = set(nodes.values())
-    small = jax.tree_util.tree_map_with_path(
-        lambda path, x: np.ones((1,) * np.ndim(x), np.float32) if path in tried_on else optax.MaskedNode(), params
-    )
+    paths = [(*node, jax.tree_util.GetAttrKey(kind), *param) for node, param in nodes.items() for kind in ("mu", "nu")]
 
-    def tried(size: float) -> dict[Path, tuple[Slot, float]]:
-        grads = jax.tree.map(lambda x: x * np.float32(size), small)
-        state = inner.init(small)
-        for _ in range(2):
-            _, state = inner.update(grads, state, small, value=0.0)
-        leaves = dict(jax.tree_util.tree_leaves_with_path(state))
-        return {path: (slot, float(np.ravel(leaves[path])[0])) for path, slot in slots(state, small).items()}
+    def small(path: Path, x: Any, others: bool) -> Any:
+        return np.full(_sample(np.shape(x)), 2.0**-6, np.float32) if others or path in tried_on else optax.MaskedNode()
 
-    try:
-        with jax.ensure_compile_time_eval(), jax.numpy_dtype_promotion("standard"):
-            once, twice = tried(2.0**-10), tried(2.0**-9)
-    except Exception:  # noqa: BLE001 (in code that is not ours)
-        return {}
-    grown = {path: twice[path][1] / value for path, (_, value) in once.items() if value}
-    pairs = [(slot.path[: slot.field], path, slot.neighbor("nu")) for path, (slot, _) in once.items()]
-    return {node: (grown[mu], grown[nu]) for node, mu, nu in pairs if once[mu][0].kind == "mu" and {mu, nu} <= {*grown}}
+    def tried(params: Any, first: float, as_in_searches: bool) -> np.ndarray:
+        def grad(x: Any) -> Any:
+            sizes = np.linspace(1.0, 2.0, x.size, dtype=np.float32)
+            return np.float32(np.where(np.arange(x.size) == 0, first, sizes) * 2.0**-10).reshape(x.shape)
+
+        grads, state = jax.tree.map(grad, params), inner.init(params)
+        extra_args = {"value": _NO_LOSS, "grad": grads, "value_fn": lambda _: _NO_LOSS} if as_in_searches else {}
+        for _ in range(_TRIES):
+            _, state = inner.update(grads, state, params, **extra_args)
+            leaves = dict(jax.tree_util.tree_leaves_with_path(state))
+            found = np.array([float(np.ravel(leaves[path])[0]) for path in paths])
+            if found.all():
+                break
+        return found
+
+    for others, extra in itertools.product((False, True), (True, False)):
+        sample = jax.tree_util.tree_map_with_path(functools.partial(small, others=others), params)
+        try:
+            with jax.ensure_compile_time_eval(), jax.numpy_dtype_promotion("standard"), np.errstate(all="ignore"):
+                powers = np.log2(np.abs(tried(sample, 2.0, extra) / tried(sample, 1.0, extra)))
+        except Exception:  # noqa: BLE001, S112 (in code that is not ours)
+            continue
+        pairs = zip(nodes, powers.reshape(-1, 2).tolist(), strict=True)
+        return {node: (mu, nu) for node, (mu, nu) in pairs if np.isfinite(mu + nu)}
+    return {}
+
+
+def _sample(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape, cut to ``_SAMPLE`` numbers."""
+    most = int(_SAMPLE ** (1 / max(len(shape), 1)))
+    return tuple(min(n, most) or 1 for n in shape)
