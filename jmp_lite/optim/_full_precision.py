@@ -69,7 +69,8 @@ def from_full_precision(
         params: Weights in float32.
         policy: Its ``param_dtype`` sets which leaves the model sees in 16 bits: a dtype, a ``Policy`` or a
             ``PolicyMap``, for example to keep norms in float32.
-        opt_state: State of the same optimizer without ``stored``, to resume from a float32 run.
+        opt_state: State of the same optimizer without ``stored``, to resume from a float32 run, or with ``stored`` in
+            other formats.
 
     Returns:
         ``(params, opt_state)``. Without ``opt_state``, an optimizer that copies parameters at ``init`` copies the
@@ -128,11 +129,12 @@ def _nearest(full: jax.Array, weights: WeightFormat, dtype: Any) -> tuple[jax.Ar
 
 
 def _filled(state: Any, opt_state: Any) -> Any:
-    """Fills a state from a float32 one, which has the inner optimizer's state in place of ``stored``'s."""
+    """Fills a state from one in other formats, or from that of the inner optimizer in place of ``stored``'s."""
 
     def fill(node: Any, given: Any) -> Any:
         if not is_stored(node):
             return given
+        given = decoded(given.inner_state, given.layout) if is_stored(given) else given
         inner_state = _like(given, decoded(node.inner_state, node.layout))
         return node._replace(inner_state=encoded_at_first(inner_state, node.layout))
 

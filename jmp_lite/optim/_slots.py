@@ -178,6 +178,11 @@ def check_formats(formats: Any) -> None:
 def _format(key: str, value: Any) -> StateFormat:
     found = FORMATS.get(value) if isinstance(value, str) else value
     if not isinstance(found, type) and all(hasattr(found, name) for name in _ATTRIBUTES):
+        if type(found).__hash__ is None:
+            raise InvalidStorageError(
+                f"The format {quote(found)} of {key!r} has no hash, by which steps are compiled once. Make its class a "
+                "dataclass with frozen=True."
+            )
         made: StateFormat = found  # type: ignore[assignment]
         return made
     meant = nearest(value, FORMATS, 3) if isinstance(value, str) else []

@@ -75,13 +75,23 @@ def _encoded_weight(weights: WeightFormat, full: jax.Array, key: jax.Array, spec
 
 @functools.partial(jax.jit, static_argnums=0)
 def _decoded(one: Any, stored: jax.Array, beside: Any) -> jax.Array:
-    decoded: jax.Array = one.decode(stored, beside)
-    return decoded
+    return _returned(one, "decode", one.decode(stored, beside), stored.shape, FLOAT32)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def _encoded_moment(one: StateFormat, value: jax.Array, other: Any, key: jax.Array, spec: Any) -> jax.Array:
-    return one.encode(value, counted_bits(key, value.shape, spec), other)
+    made = one.encode(value, counted_bits(key, value.shape, spec), other)
+    return _returned(one, "encode", made, value.shape, one.dtype)
+
+
+def _returned(one: Any, method: str, array: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """What a format made, or an error if it is something else."""
+    if (array.shape, array.dtype) != (shape, dtype):
+        raise InvalidStorageError(
+            f"{method} of the format {quote(one)} returned {quote(array)}, and must return {np.dtype(dtype)} of the "
+            f"shape {list(shape)}, that of the moment."
+        )
+    return array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,7 +220,8 @@ def _check_step(updates: Any, state: Any, params: Any) -> None:
     for path in sorted(path for path in was.keys() | now.keys() if was.get(path) != now.get(path)):
         raise InvalidStorageError(
             f"The 16-bit parameters are not those of init: {path} was {was.get(path, 'not one')} and is "
-            f"{now.get(path, 'not one')}. Pass what the last step returned, or make a new state."
+            f"{now.get(path, 'not one')}. Pass what the last step returned, from optax.apply_updates, which keeps "
+            "dtypes, unlike equinox.apply_updates; or make a new state."
         )
     check_trees(updates, params, "update(updates, state, params)")
 
@@ -226,7 +237,7 @@ def _check_some_narrow(params: Any, name: str) -> None:
 
 def encoded(inner_state: Any, layout: Layout, bits: _Bits) -> Any:
     """Encodes the float32 moments of a state."""
-    leaves, treedef = jax.tree.flatten(inner_state)
+    leaves, treedef = _flattened(inner_state, layout)
     all_kept = layout.kept or ()
     read_again, known = {kept.other for kept in all_kept}, dict(enumerate(leaves))
     for kept in all_kept:
@@ -236,6 +247,20 @@ def encoded(inner_state: Any, layout: Layout, bits: _Bits) -> Any:
         if kept.leaf in read_again:
             known[kept.leaf] = _decoded(kept.format, leaves[kept.leaf], beside)
     return jax.tree.unflatten(treedef, leaves)
+
+
+def _flattened(inner_state: Any, layout: Layout) -> tuple[list[Any], Any]:
+    """Leaves and structure of a state that has its moments where ``init`` made them."""
+    found, treedef = jax.tree_util.tree_flatten_with_path(inner_state)
+    names = [leaf_key(path) for path, _ in found]
+    moved = [kept.key for kept in layout.kept or () if names[kept.leaf : kept.leaf + 1] != [kept.key]]
+    if moved:
+        gone = [key for key in moved if key not in names] or moved
+        raise InvalidStorageError(
+            f"The state of the optimizer has no moment {gone[0]} any more, which init made. Pass gradients of all "
+            "parameters, and the state that the last step returned."
+        )
+    return [leaf for _, leaf in found], treedef
 
 
 def encoded_at_first(inner_state: Any, layout: Layout) -> Any:
@@ -280,8 +305,13 @@ def saturated(opt_state: Any) -> dict[str, jax.Array]:
 
 def decoded(inner_state: Any, layout: Layout) -> Any:
     """Undoes ``encoded``."""
-    leaves, treedef = jax.tree.flatten(inner_state)
+    leaves, treedef = _flattened(inner_state, layout)
     for kept in layout.kept or ():
+        if leaves[kept.leaf].dtype != kept.format.dtype:
+            raise InvalidStorageError(
+                f"The moment {kept.key} of the state is {quote(leaves[kept.leaf])}, and is stored in the format "
+                f"{quote(kept.format)}. Write float32 moments with from_full_precision(tx, weights, opt_state=...)."
+            )
         beside = None if kept.other is None else leaves[kept.other].astype(FLOAT32)
         leaves[kept.leaf] = _decoded(kept.format, leaves[kept.leaf], beside)
     return jax.tree.unflatten(treedef, leaves)
@@ -330,7 +360,8 @@ def stored(
 
     Returns:
         A transformation whose state is a ``StoredState``. ``optax.apply_updates`` gives exactly the stored parameters.
-        Wrap ``chain``, ``masked`` and ``inject_hyperparams`` in it; wrap it in ``loss_scaled`` and ``MultiSteps``.
+        Wrap ``chain``, ``masked`` and ``inject_hyperparams`` in it; wrap it in ``loss_scaled`` and ``MultiSteps``. What
+        follows it in a chain must not change updates: parameters would no longer be those that it stores.
 
     Raises:
         InvalidStorageError: For an unknown format; in ``init`` for a pattern that matches nothing, and for parameters

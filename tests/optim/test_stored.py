@@ -121,6 +121,39 @@ def test_eight_bit_formats(inner, formats, rng):
     assert found == formats
 
 
+BY_RANK = {"mask": lambda params: {name: leaf.ndim > 1 for name, leaf in params.items()}}
+ADAM_AMONG_OTHERS = {
+    "L2 decay before": lambda: optax.chain(optax.add_decayed_weights(0.1), optax.adam(RATE)),
+    "centered": lambda: optax.chain(optax.centralize(), optax.adam(RATE)),
+    "normalized": lambda: optax.chain(optax.normalize_by_update_norm(), optax.adam(RATE)),
+    "noise": lambda: optax.chain(optax.add_noise(0.1, 0.5, key=0), optax.adam(RATE)),
+    "a mask that reads ranks": lambda: optax.adamw(RATE, **BY_RANK),
+    "a mask that reads sizes": lambda: optax.masked(
+        optax.adam(RATE), lambda params: jax.tree.map(lambda leaf: leaf.size > 8, params)
+    ),
+    "line search": lambda: optax.chain(optax.adam(RATE), optax.scale_by_backtracking_linesearch(10)),
+    "MultiSteps": lambda: optax.MultiSteps(optax.adam(RATE), 4).gradient_transformation(),
+    "SAM": lambda: optax.contrib.sam(optax.adam(RATE), optax.sgd(0.05), sync_period=2),
+}
+
+
+@pytest.mark.parametrize(
+    "name", slow_but_for(("L2 decay before", "centered", "normalized", "a mask that reads ranks"), ADAM_AMONG_OTHERS)
+)
+@pytest.mark.filterwarnings("ignore:state='8bit' leaves '(acc_grads|cache)'")
+def test_adam_has_its_formats_among_other_transforms(name, rng):
+    opt_state = stored(standard(ADAM_AMONG_OTHERS[name]()), params="split8", state="8bit").init(weights(rng))
+    assert sorted({type(one).__name__ for one in formats_of(opt_state).values()}) == ["Log", "Ratio"]
+
+
+def test_an_optimizer_that_cannot_be_tried(rng):
+    """It takes more than Optax's arguments."""
+    inner = optax.adam(RATE)
+    picky = optax.GradientTransformationExtraArgs(inner.init, lambda updates, state, params, *, own: None)
+    opt_state = stored(picky, params="split8", state="8bit").init(weights(rng))
+    assert {type(one) for one in formats_of(opt_state).values()} == {SignedLog, Log}
+
+
 def test_formats_by_pattern(rng):
     tx = stored(optax.adam(1e-3), params="split8", state={"mu/kernel": "bfloat16", "nu": Log(highest=20)})
     opt_state = tx.init(weights(rng))
@@ -160,7 +193,31 @@ def test_resident_bytes(rng):
 
 # --- What is refused, and what is said ------------------------------------------------------------
 
+
+class OwnFormat:
+    """Of bfloat16, and what it returns instead of a step's numbers."""
+
+    dtype, relative_to, largest = jnp.dtype(jnp.bfloat16), None, ()
+
+    def __init__(self, encoded=jnp.bfloat16, decoded=jnp.float32):
+        self.encoded, self.decoded = encoded, decoded
+
+    def encode(self, value, bits, other):
+        return value.astype(self.encoded)
+
+    def decode(self, stored, other):
+        return stored.astype(self.decoded)
+
+
+class WithoutHash(OwnFormat):
+    __hash__ = None
+
+
 REFUSED = {
+    "a format that cannot be compared": (
+        lambda: stored(adam(), state={"mu": WithoutHash()}),
+        "has no hash.*frozen=True",
+    ),
     "an optimizer that was not called": (lambda: stored(optax.adam), "takes an Optax optimizer, got the function adam"),
     "a class": (lambda: stored(adam(), state={"nu": Log}), "is not a format of a moment"),
     "a key": (lambda: stored(adam(), state={1: "log"}), "patterns, such as 'mu', got 1"),
@@ -188,6 +245,11 @@ def test_refused_at_once(name):
 
 
 REFUSED_AT_INIT = {
+    "a format that encodes to another dtype": (
+        {"state": {"mu": OwnFormat(encoded=jnp.float32)}},
+        jnp.bfloat16,
+        r"encode of .*OwnFormat.* returned float32\[8\], and must return bfloat16 of the shape \[8\]",
+    ),
     "a pattern that matches nothing": (
         {"state": {"mew": "slog"}},
         jnp.bfloat16,
@@ -208,6 +270,12 @@ def test_refused_at_init(name, rng):
     tx = stored(adam(), **{"params": "split8", **options})
     with pytest.raises(jmp.errors.InvalidStorageError, match=message):
         tx.init(weights(rng, dtype))
+
+
+def test_a_format_that_decodes_to_another_dtype(rng):
+    tx = stored(adam(), params="split8", state={"mu": OwnFormat(decoded=jnp.bfloat16)})
+    with pytest.raises(jmp.errors.InvalidStorageError, match=r"decode of .* returned bfloat16.* must return float32"):
+        tx.update(gradients(rng), tx.init(weights(rng)), weights(rng))
 
 
 def test_update_without_parameters(rng):

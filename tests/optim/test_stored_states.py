@@ -166,6 +166,7 @@ LEAVES = {"w": jnp.ones(3, jnp.bfloat16)}
 GRADS = {"w": jnp.ones(3)}
 TX = stored(adam(), params="split8")
 STATE = TX.init(LEAVES)
+EIGHT_BIT = stored(adam(), **KEPT).init(LEAVES)
 WRONG = {
     "gradients and state swapped": (lambda: TX.update(STATE, GRADS, LEAVES), "must be a StoredState, got dict"),
     "state of the bare optimizer": (lambda: TX.update(GRADS, adam().init(LEAVES), LEAVES), "StoredState, got tuple"),
@@ -173,7 +174,18 @@ WRONG = {
     "another tree": (lambda: TX.update({"v": jnp.ones(3)}, STATE, LEAVES), "different trees.*update.updates, state"),
     "another shape": (lambda: TX.update({"w": jnp.ones(4)}, STATE, LEAVES), r"'w' is float32\[4\], but the parameter"),
     "whole numbers": (lambda: TX.update({"w": jnp.ones(3, jnp.int32)}, STATE, LEAVES), r"'w' is int32\[3\]"),
-    "parameters of 32 bits": (lambda: TX.update(GRADS, STATE, GRADS), r"\['w'\] was bfloat16 and is not one"),
+    "parameters of 32 bits": (
+        lambda: TX.update(GRADS, STATE, GRADS),
+        r"\['w'\] was bfloat16 and is not one.*optax\.apply_updates, which keeps dtypes",
+    ),
+    "moments in float32": (
+        lambda: TX.update(GRADS, optax.tree.set(EIGHT_BIT, mu=GRADS), LEAVES),
+        r"moment \[0\]\.mu\['w'\] of the state is float32\[3\].*Ratio.*opt_state=",
+    ),
+    "a moment less": (
+        lambda: TX.update(GRADS, optax.tree.set(EIGHT_BIT, mu={"w": None}), LEAVES),
+        r"no moment \[0\]\.mu\['w'\] any more",
+    ),
     "of another dtype": (
         lambda: TX.update(GRADS, STATE, {"w": jnp.ones(3, jnp.float16)}),
         r"\['w'\] was bfloat16 and is float16",

@@ -29,7 +29,7 @@ from support.storage import (
 )
 
 import jmp_lite as jmp
-from jmp_lite.optim import Log, Ratio, SignedLog, stored
+from jmp_lite.optim import Log, Ratio, stored
 from jmp_lite.optim._stored import decoded
 
 # Compiled at once: one by one, their operations take seconds to compile.
@@ -210,6 +210,30 @@ def test_going_on_from_float32(rng):
         jmp.optim.from_full_precision(tx, params, opt_state=other)
 
 
+FORMATS = [("split16", "float32", "bfloat16"), ("stochastic", "bfloat16", "float16"), ("float32", "float32", "float32")]
+
+
+@pytest.mark.parametrize(("params", "state", "dtype"), FORMATS, ids=lambda value: value)
+def test_going_on_in_other_formats(params, state, dtype, rng):
+    """Back to float32 too, where the state inside is Optax's own: moments are those that were stored."""
+    inner = standard(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2)))
+    before, after = (jmp.loss_scaled(stored(inner, **kept)) for kept in (KEPT, {"params": params, "state": state}))
+    seen, opt_state = from_full_precision(before)(weights(rng, jnp.float32))
+    seen, opt_state = jax.jit(fused(before))(seen, opt_state, jax.tree.map(lambda g: g * 2.0**15, gradients(rng)))
+    full = full_precision_params(opt_state, seen)
+    seen, found = jmp.optim.from_full_precision(after, full, dtype, opt_state=opt_state)
+    old, new = (decoded(s.inner_state.inner_state, s.inner_state.layout)[1][0] for s in (opt_state, found))
+    assert new.count == 1
+    for name in SHAPES:
+        assert {seen[name].dtype} == {jnp.dtype(dtype)}
+        for moment in ("mu", "nu"):
+            value, back = (getattr(one, moment)[name] for one in (old, new))
+            assert np.all(np.abs(back - value) <= moment_bound(jmp.optim.Float(state), value, None)), moment
+    if state == "float32":
+        assert_identical(new, old)
+        assert_identical(full_precision_params(found, seen), full)
+
+
 def test_saturated_moments_are_counted(rng):
     tx = stored(adam(), **KEPT)
     leaves = weights(rng)
@@ -271,21 +295,6 @@ def test_paths_that_print_alike(rng):
     full = {"a/b": weights(rng, jnp.float32)["bias"], "a": {"b": weights(rng, jnp.float32)["bias"]}}
     seen, opt_state = jmp.optim.from_full_precision(stored(optax.sgd(0.0), params="split16"), full)
     assert_identical(jmp.optim.full_precision_params(opt_state, seen), full)
-
-
-@pytest.mark.parametrize(
-    "inner",
-    [
-        optax.chain(optax.add_noise(0.1, 0.5, key=0), optax.adam(1e-3)),
-        optax.chain(optax.adam(1e-3), optax.scale_by_backtracking_linesearch(10)),
-    ],
-    ids=["noise, and keys in the state", "a line search"],
-)
-@pytest.mark.filterwarnings("ignore:state='8bit' leaves")
-def test_optimizers_that_are_hard_to_try_out(inner, rng):
-    """The format for any moment does."""
-    opt_state = stored(standard(inner), **KEPT).init(weights(rng))
-    assert {type(kept.format) for kept in opt_state.layout.kept} <= {Ratio, SignedLog, Log}
 
 
 def test_rate_that_is_traced(rng):
