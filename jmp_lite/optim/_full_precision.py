@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jmp_lite._dtypes import FLOAT32
+from jmp_lite._dtypes import FLOAT32, dtype_or_none
 from jmp_lite._messages import described, first_few, quote
 from jmp_lite._policy import PolicyLike, get_policy
 from jmp_lite._tree import is_narrow, leaf_key
@@ -60,7 +60,11 @@ def full_precision_params(opt_state: Any, params: Any) -> Any:
 
 
 def from_full_precision(
-    tx: optax.GradientTransformation, params: Any, policy: PolicyLike = "bfloat16", *, opt_state: Any = None
+    tx: optax.GradientTransformation,
+    params: Any,
+    policy: PolicyLike | jax.typing.DTypeLike = "bfloat16",
+    *,
+    opt_state: Any = None,
 ) -> tuple[Any, Any]:
     """Starts training from float32 weights: returns the parameters for the model, and a state with the remaining bits.
 
@@ -90,7 +94,9 @@ def from_full_precision(
         {'dense': {'kernel': dtype(bfloat16)}, 'norm': {'scale': dtype('float32')}}
     """
     check_optimizer(tx, "from_full_precision")
-    seen = get_policy(policy).cast_to_param(params)
+    given: Any = policy
+    dtype = None if isinstance(given, str) else dtype_or_none(given)
+    seen = get_policy(given if dtype is None else dtype.name).cast_to_param(params)
     state = tx.init(seen)
     low_bits = _low_bits(state)
     if opt_state is not None:

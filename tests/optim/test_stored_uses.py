@@ -154,6 +154,13 @@ def test_a_step_writes_in_place(rng):
 # --- Full precision -------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.dtype(jnp.bfloat16), "bf16", jmp.get_policy("params=bfloat16")])
+def test_dtypes_and_policies_say_what_the_model_sees(dtype, rng):
+    full = {"w": weights(rng, jnp.float32)["bias"]}
+    expected = jmp.optim.from_full_precision(stored(optax.sgd(0.1), params="split8"), full)
+    assert_identical(jmp.optim.from_full_precision(stored(optax.sgd(0.1), params="split8"), full, dtype), expected)
+
+
 @pytest.mark.parametrize("params", WEIGHTS)
 @dtypes
 def test_full_precision_comes_back(params, dtype, rng):
