@@ -28,7 +28,7 @@ EIGHT_BIT: dict[str, dict[str, StateFormat]] = {
     "MuonState": {"mu": Float()},  # orthogonal in the end, so noise counts in all directions
     "ScaleByAdamState": {"mu": Ratio(), "nu": Log()},
     "ScaleByAdanState": {"m": SignedLog(), "v": SignedLog(), "n": Log()},
-    "ScaleByAdemamixState": {"m1": SignedLog(), "m2": SignedLog(), "nu": Log()},
+    "ScaleByAdemamixState": {"m1": SignedLog(), "m2": Float(), "nu": Log()},  # m2 moves by a ten-thousandth a step
     "ScaleByAmsgradState": {"mu": Ratio()},
     "ScaleByBeliefState": {"nu": Log()},
     "ScaleByLionState": {"mu": Float()},  # of which only signs are used

@@ -107,6 +107,7 @@ def formats_of(opt_state):
         (optax.adabelief(RATE), {"nu": Log}),
         (optax.lion(RATE), {"mu": Float}),
         (optax.contrib.muon(RATE), {"mu": Float}),
+        (optax.contrib.ademamix(RATE), {"m1": SignedLog, "m2": Float, "nu": Log}),
         (optax.sgd(RATE, momentum=0.9), {"trace": SignedLog}),
         (optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(RATE)), {"mu": Ratio, "nu": Log}),
         (optax.contrib.schedule_free_adamw(RATE), {"nu": Log}),

@@ -141,6 +141,27 @@ def test_second_moments_are_right_on_average(source, rng):
     assert np.max(longest) <= 2 * np.max(longest_full)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("decay", "name", "limit"),
+    [(0.9, "slog", 0.22), (0.99, "slog", 0.65), (0.999, "bfloat16", 0.07), (0.9999, "bfloat16", 0.25)],
+)
+def test_noise_of_averages(decay, name, limit):
+    """Of gradients without a mean, relative to the average itself."""
+    inner, params = optax.ema(decay, debias=False), jnp.zeros(SIZE, BFLOAT16)
+    tx = stored(inner, params="split8", state={"ema": name})
+
+    def step(carry, key):
+        state, full_state = carry
+        grads = 1e-3 * jax.random.normal(key, (SIZE,))
+        return (tx.update(grads, state, params)[1], inner.update(grads, full_state)[1]), None
+
+    keys = jax.random.split(jax.random.key(0), min(round(6 / (1 - decay)), 20_000))
+    (state, full_state), _ = scanned(step, (tx.init(params), inner.init(jnp.zeros(SIZE))), keys)
+    noise = decoded(state.inner_state, state.layout).ema - full_state.ema
+    assert jnp.std(noise) < limit * jnp.std(full_state.ema)
+
+
 # --- A long run -----------------------------------------------------------------------------------
 
 
