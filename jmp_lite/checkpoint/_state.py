@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import jax
@@ -229,25 +229,34 @@ def check_loss_scales(header: Header, template: Any) -> None:
 def check_structure(header: Header, template: Any, *, migrate: bool) -> None:
     """Raises CheckpointMismatchError, naming the first paths, unless the template fits the checkpoint."""
     saved, wanted = header["leaves"], named_leaves(template)
-    missing = [repr(name) for name in saved if name not in wanted]
-    extra = [repr(name) for name in wanted if name not in saved]
+    missing = [name for name in saved if name not in wanted]
+    extra = [name for name in wanted if name not in saved]
     if missing or extra:
-        only = [f"only the checkpoint has {first_few(missing)}"] if missing else []
-        only += [f"only the template has {first_few(extra)}"] if extra else []
+        only = [f"only the checkpoint has {first_few([*map(repr, missing)])}"] if missing else []
+        only += [f"only the template has {first_few([*map(repr, extra)])}"] if extra else []
         raise CheckpointMismatchError(
             f"Checkpoint and template differ in structure: {'; '.join(only)}. Restore into a state made by the same "
-            "program."
+            f"program.{_hint(header, template, missing + extra)}"
         )
-    differing = [
-        f"{name!r} is {_say_type(saved[name])} in the checkpoint and {_say_type(_type_of(leaf))} in the template"
+    differing = {
+        name: f"{name!r} is {_say_type(saved[name])} in the checkpoint and {_say_type(_type_of(leaf))} in the template"
         for name, leaf in wanted.items()
         if not _fits(saved[name], leaf, migrate=migrate)
-    ]
+    }
     if differing:
         raise CheckpointMismatchError(
-            f"Checkpoint and template differ: {first_few(differing)}. Restore into a state of the same shapes and "
-            f"dtypes{'' if migrate else '; migrate=True casts from one floating dtype to another'}."
+            f"Checkpoint and template differ: {first_few([*differing.values()])}. Restore into a state of the same "
+            f"shapes and dtypes{'' if migrate else '; migrate=True casts from one floating dtype to another'}."
+            f"{_hint(header, template, differing)}"
         )
+
+
+def _hint(header: Header, template: Any, names: Iterable[str]) -> str:
+    """What to do where low bits of parameters differ."""
+    known = header["formats"] | formats_of(template)
+    if any(str(known.get(name, {}).get("format")).startswith("low bits") for name in names):
+        return " To store parameters in another format, restore them in this one and call optim.from_full_precision."
+    return ""
 
 
 def agree(header: Header, template: Any, policy: PolicyLike, *, migrate: bool) -> tuple[Any, Callable[[Any], Any]]:

@@ -121,6 +121,16 @@ def test_low_bits_complete_numbers_of_one_dtype(migrate, rng):
         restore({"params": params, "opt": tx.init(params), "step": 0}, migrate=migrate)
 
 
+@pytest.mark.parametrize("migrate", [False, True])
+@pytest.mark.parametrize("params", ["split16", "stochastic"])
+def test_another_format_of_parameters_has_a_way(params, migrate, rng):
+    """From there `from_full_precision` changes it."""
+    restore = through_bytes(trained("8bit", rng), None)
+    tx, seen = optimizer("8bit", params), weights(rng)
+    with pytest.raises(jmp.errors.CheckpointMismatchError, match=r"in this one and call optim\.from_full_precision"):
+        restore({"params": seen, "opt": tx.init(seen), "step": 0}, migrate=migrate)
+
+
 def other_header(data, edit):
     parts = serialization.msgpack_restore(data)
     header = {name: value for name, value in parts["header"].items() if name != "checksum"}
