@@ -42,6 +42,8 @@ EIGHT_BIT: dict[str, dict[str, StateFormat]] = {
 _ATTRIBUTES = ("encode", "decode", "dtype", "relative_to", "largest")
 #: Formats that ``stored`` takes for all moments.
 PRESETS = ("8bit", "bfloat16", "float32")
+#: The format that holds any moment, by format for all moments.
+_ANY_MOMENT = {"8bit": "slog", "bfloat16": "bfloat16"}
 #: Of a parameter on which an optimizer is tried, the most numbers.
 _SAMPLE = 2**16
 #: Steps that it is tried for: ``optax.MultiSteps`` inside takes the first one late.
@@ -208,7 +210,7 @@ def choose(inner: Any, inner_state: Any, params: Any, formats: Formats) -> tuple
         return _kept(_by_pattern(formats, found), inner_state)
     chosen = [] if formats == "float32" else _preset(formats, found, inner, params)
     if formats != "float32":
-        _warn_of_the_rest(formats, chosen, inner_state, params)
+        _warn_of_the_rest(formats, chosen, set(found), inner_state, params)
     return _kept(chosen, inner_state)
 
 
@@ -260,7 +262,9 @@ def _adams(slot: Slot, one: StateFormat, powers: tuple[float, float] | None) -> 
     return one if is_square else FORMATS["slog"]  # of normalized gradients in ADOPT
 
 
-def _warn_of_the_rest(name: str, chosen: list[tuple[Slot, StateFormat]], inner_state: Any, params: Any) -> None:
+def _warn_of_the_rest(
+    name: str, chosen: list[tuple[Slot, StateFormat]], moments: set[Path], inner_state: Any, params: Any
+) -> None:
     """Warns about state that stays in float32, if it is large enough to matter."""
     paths = {slot.path for slot, _ in chosen}
     rest = [
@@ -274,12 +278,23 @@ def _warn_of_the_rest(name: str, chosen: list[tuple[Slot, StateFormat]], inner_s
         fields = [path for path in itertools.accumulate((entry,) for entry in largest) if _is_field(path[-1])]
         field = fields[-1] if fields else largest
         node = type(_node_at(inner_state, field[:-1])).__name__
+        named = {slot.kind: one for slot, one in chosen} | {path_string(field[-1:]): FORMATS[_ANY_MOMENT[name]]}
+        formats = ", ".join(f"{kind!r}: {_say(one)}" for kind, one in named.items())
+        remedy = (
+            f"If it would, name all formats: state={{{formats}}}."
+            if largest in moments
+            else "Formats are for state in the shape of its parameter."
+        )
         warn(
             f"state={name!r} leaves {path_string(field)!r} of {node} as the optimizer made it: no moment of Optax that "
-            "would train as well in fewer bits. If it would, name a format: "
-            f"state={{{path_string(field[-1:])!r}: 'slog'}}.",
+            f"would train as well in fewer bits. {remedy}",
             UncompressedStateWarning,
         )
+
+
+def _say(one: StateFormat) -> str:
+    """How to write a format."""
+    return next((repr(name) for name, known in FORMATS.items() if known == one), f"optim.{one!r}")
 
 
 def _is_field(entry: Any) -> bool:

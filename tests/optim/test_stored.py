@@ -302,10 +302,17 @@ def own_optimizer():
 
 LEFT = {
     "of another library": (own_optimizer(), "leaves 'trace' of OwnState"),
-    "a maximum": (optax.amsgrad(1e-3), "leaves '0/nu(_max)?' of ScaleByAmsgradState"),
+    "a maximum": (
+        optax.amsgrad(1e-3),
+        "leaves '0/nu(_max)?' of ScaleByAmsgradState.*state={'mu': 'ratio', 'nu(_max)?': 'slog'}",
+    ),
+    "factored": (optax.adafactor(1e-3, min_dim_size_to_factor=8), "'0/v_(row|col)' of Fact.*in the shape of its param"),
     "a sum": (optax.adagrad(1e-3), "leaves '0/sum_of_squares' of ScaleByRssState"),
     "a copy": (optax.contrib.schedule_free_sgd(1e-3), "leaves 'z' of ScheduleFreeState"),
-    "what is subtracted": (optax.rmsprop(1e-3, centered=True), "leaves '0/[mn]u' of ScaleByRStdDevState"),
+    "what is subtracted": (
+        optax.rmsprop(1e-3, centered=True, momentum=0.9),
+        r"leaves '0/[mn]u' of ScaleByRStdDevState.*'trace': optim.SignedLog\(highest=8\), '[mn]u': 'slog'}",
+    ),
     "flattened": (optax.flatten(optax.adam(1e-3)), "leaves '0/[mn]u' of ScaleByAdamState"),
 }
 
