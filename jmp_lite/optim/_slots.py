@@ -362,7 +362,13 @@ def _powers(inner: Any, params: Any, nodes: Mapping[Path, Path]) -> dict[Path, t
     for others, extra in itertools.product((False, True), (True, False)):
         sample = jax.tree_util.tree_map_with_path(functools.partial(small, others=others), params)
         try:
-            with jax.ensure_compile_time_eval(), jax.numpy_dtype_promotion("standard"), np.errstate(all="ignore"):
+            with (
+                jax.ensure_compile_time_eval(),
+                jax.numpy_dtype_promotion("standard"),
+                jax.transfer_guard("allow"),
+                jax.debug_nans(False),
+                np.errstate(all="ignore"),
+            ):
                 powers = np.log2(np.abs(tried(sample, 2.0, extra) / tried(sample, 1.0, extra)))
         except Exception:  # noqa: BLE001, S112 (in code that is not ours)
             continue

@@ -147,6 +147,13 @@ def test_adam_has_its_formats_among_other_transforms(name, rng):
     assert sorted({type(one).__name__ for one in formats_of(opt_state).values()}) == ["Log", "Ratio"]
 
 
+def test_formats_do_not_depend_on_how_a_program_is_debugged(rng):
+    leaves = jax.device_put(weights(rng))
+    with jax.transfer_guard("disallow"), jax.debug_nans(True):
+        opt_state = jax.jit(stored(standard(optax.adam(RATE)), params="split8", state="8bit").init)(leaves)
+    assert {type(one) for one in formats_of(opt_state).values()} == {Ratio, Log}
+
+
 def test_an_optimizer_that_cannot_be_tried(rng):
     """It takes more than Optax's arguments."""
     inner = optax.adam(RATE)
