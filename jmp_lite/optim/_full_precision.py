@@ -15,8 +15,9 @@ from jmp_lite._tree import is_narrow, leaf_key
 from jmp_lite.errors import InvalidStorageError
 from jmp_lite.optim._stored import decoded, encoded_at_first, stored_states
 from jmp_lite.optim._weights import WeightFormat, format_of
-from jmp_lite.scaling._in_state import is_stored
-from jmp_lite.scaling._loss_scaled import check_optimizer
+from jmp_lite.scaling._in_state import is_stored, nodes, stored_params
+from jmp_lite.scaling._loss_scaled import LossScaledState, check_optimizer, trainable
+from jmp_lite.scaling._lost_updates import warn_of_lost_updates
 
 
 def _low_bits(opt_state: Any) -> dict[str, Any]:
@@ -84,6 +85,9 @@ def from_full_precision(
         InvalidStorageError: If ``tx`` contains no ``stored``, or ``opt_state`` belongs to another optimizer; otherwise
             as its ``init``.
 
+    Warns:
+        LostUpdatesWarning: For 16-bit parameters that an optimizer outside of ``stored`` trains.
+
     Example:
         >>> params = {"norm": {"scale": jnp.ones(4)}, "dense": {"kernel": jnp.ones((4, 4))}}
         >>> float32_state = optax.adam(1e-3).init(params)
@@ -99,6 +103,7 @@ def from_full_precision(
     seen = get_policy(given if dtype is None else dtype.name).cast_to_param(params)
     state = tx.init(seen)
     low_bits = _low_bits(state)
+    _warn_of_the_rest(tx, state, seen)
     if opt_state is not None:
         state = _filled(state, opt_state)
 
@@ -116,6 +121,13 @@ def from_full_precision(
         return node._replace(low=jax.tree_util.tree_map_with_path(lambda path, _: given[leaf_key(path)], node.low))
 
     return seen, jax.tree.map(fill, state, is_leaf=is_stored)
+
+
+def _warn_of_the_rest(tx: optax.GradientTransformation, state: Any, params: Any) -> None:
+    """Warns about 16-bit parameters that only another optimizer updates, as ``loss_scaled`` does in its ``init``."""
+    if not nodes(state, lambda node: isinstance(node, LossScaledState)):
+        known = trainable(params)
+        warn_of_lost_updates(lambda grads: tx.update(grads, state, known)[0], known, stored_params(state))
 
 
 @jax.jit

@@ -298,6 +298,15 @@ def test_parameters_beside_those_that_are_stored():
     assert opt_state.total_nonfinite_updates == 1
 
 
+def test_weights_that_another_optimizer_would_round_are_said():
+    """Not those that it leaves alone."""
+    groups = {"a": stored(optax.sgd(1.0), params="split16"), "b": optax.sgd(1.0), "c": optax.set_to_zero()}
+    tx = optax.multi_transform(groups, {name: name for name in groups})
+    with pytest.warns(jmp.errors.LostUpdatesWarning, match=r"16 bits, 'b' \(bfloat16\), lose") as caught:
+        jmp.optim.from_full_precision(tx, {name: jnp.ones(4) for name in groups})
+    assert len(caught) == 1
+
+
 def test_paths_that_print_alike(rng):
     full = {"a/b": weights(rng, jnp.float32)["bias"], "a": {"b": weights(rng, jnp.float32)["bias"]}}
     seen, opt_state = jmp.optim.from_full_precision(stored(optax.sgd(0.0), params="split16"), full)
