@@ -46,10 +46,11 @@ def full_precision_params(opt_state: Any, params: Any) -> Any:
         [0.100098 0.200195] [0.1 0.2]
     """
     low_bits = _low_bits(opt_state)
-    unknown = sorted(low_bits.keys() - {leaf_key(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)})
+    shapes = {leaf_key(path): np.shape(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    unknown = sorted(path for path, low in low_bits.items() if shapes.get(path) != low.shape)
     if unknown:
         raise InvalidStorageError(
-            f"The state has low bits of {first_few(unknown)}, which the parameters do not have. Pass "
+            f"The state has low bits of {first_few(unknown)}, which the parameters do not have in that shape. Pass "
             "the parameters of this state, in the tree that init was called with."
         )
 

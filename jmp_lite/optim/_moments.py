@@ -202,6 +202,8 @@ class Ratio:
     def __post_init__(self) -> None:
         if not isinstance(self.bound, (int, float)) or not 0 < self.bound < _MOST:
             raise InvalidStorageError(f"bound must be a number between 0 and 2**40, got {quote(self.bound)}.")
+        if not isinstance(self.relative_to, str):
+            raise InvalidStorageError(f"relative_to must name a moment, such as 'nu', got {quote(self.relative_to)}.")
 
     def encode(self, value: jax.Array, bits: jax.Array, other: jax.Array | None) -> jax.Array:
         """Rounds float32 to the stored form."""

@@ -122,6 +122,7 @@ class _Stored:
         self, updates: Any, state: StoredState, params: Any = None, **extra_args: Any
     ) -> tuple[Any, StoredState]:
         _check_step(updates, state, params)
+        self._check_low(state.low)
         bits = self._bits(state.step, params)
         _refuse_forgotten_specs(params, bits)
         full = self._full(params, state.low)
@@ -178,6 +179,17 @@ class _Stored:
             raise InvalidStorageError(
                 f"Parameter {name!r} is {quote(leaf)}, and params={self.name!r} takes bfloat16, float16 and "
                 "float32. Cast it, or keep it out with optax.masked."
+            )
+
+    def _check_low(self, low: Any) -> None:
+        """Raises for the state of another format of parameters, of whose low bits this one would make other numbers."""
+        wanted = self.weights.low_dtype
+        others = [leaf for leaf in jax.tree.leaves(low) if leaf.dtype != wanted]
+        if others or (low is None) != (wanted is None):
+            raise InvalidStorageError(
+                f"The state has {'no low bits' if low is None else f'low bits in {quote((others or [low])[0])}'} of "
+                f"parameters, and params={self.name!r} keeps {wanted or 'none'}. Convert it: from_full_precision(tx, "
+                "full_precision_params(opt_state, params), opt_state=opt_state)."
             )
 
 

@@ -229,6 +229,7 @@ REFUSED = {
     "an optimizer that was not called": (lambda: stored(optax.adam), "takes an Optax optimizer, got the function adam"),
     "a class": (lambda: stored(adam(), state={"nu": Log}), "is not a format of a moment"),
     "a key": (lambda: stored(adam(), state={1: "log"}), "patterns, such as 'mu', got 1"),
+    "a number for a name": (lambda: Ratio(relative_to=3), "relative_to must name a moment.*got 3"),
     "a text for a bound": (lambda: Ratio(bound="8"), "bound must be .* got '8'"),
     "an unknown name": (lambda: Float("bf17"), "got 'bf17'"),
     "whole numbers": (lambda: Float(np.dtype(np.int8)), "got dtype.'int8'"),

@@ -182,6 +182,18 @@ WRONG = {
         lambda: TX.update(GRADS, optax.tree.set(EIGHT_BIT, mu=GRADS), LEAVES),
         r"moment \[0\]\.mu\['w'\] of the state is float32\[3\].*Ratio.*opt_state=",
     ),
+    "low bits of another format": (
+        lambda: TX.update(GRADS, stored(adam(), params="split16").init(LEAVES), LEAVES),
+        r"low bits in int16\[3\].*params='split8' keeps int8.*from_full_precision\(tx, full_precision_params",
+    ),
+    "no low bits": (
+        lambda: TX.update(GRADS, stored(adam(), params="stochastic").init(LEAVES), LEAVES),
+        "has no low bits of parameters, and params='split8' keeps int8",
+    ),
+    "low bits for nothing": (
+        lambda: stored(adam(), params="stochastic").update(GRADS, STATE, LEAVES),
+        r"low bits in int8\[3\] of parameters, and params='stochastic' keeps none",
+    ),
     "a moment less": (
         lambda: TX.update(GRADS, optax.tree.set(EIGHT_BIT, mu={"w": None}), LEAVES),
         r"no moment \[0\]\.mu\['w'\] any more",
@@ -201,6 +213,10 @@ WRONG = {
     "weights of another model": (
         lambda: jmp.optim.full_precision_params(STATE, {"v": GRADS["w"]}),
         r"low bits of \['w'\]",
+    ),
+    "weights of another shape": (
+        lambda: jmp.optim.full_precision_params(STATE, {"w": jnp.ones(4, jnp.bfloat16)}),
+        r"low bits of \['w'\], which the parameters do not have in that shape",
     ),
 }
 
