@@ -95,7 +95,7 @@ def _held_in_float32(inner_state: Any, params: Any) -> tuple[Any, Any]:
 def _like_old(new: Any, old: Any) -> Any:
     """Keeps the dtype that a state leaf had, so that a step never changes the type of the state."""
     dtype = getattr(old, "dtype", None)
-    return new if dtype is None or getattr(new, "dtype", None) == dtype else jnp.asarray(new, dtype)
+    return new if getattr(new, "dtype", None) == dtype else jnp.asarray(new, dtype)
 
 
 def _shapes(tree: Any) -> list[Any]:
