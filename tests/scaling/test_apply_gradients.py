@@ -163,17 +163,29 @@ def test_no_element_is_overlooked(platform, rng):
             assert not bool(check({**grads, name: leaf})), (good.shape, position)
 
 
-@pytest.mark.parametrize(("platform", "reductions"), [("cpu", 41), ("cuda", 4), ("tpu", 41)])
+@pytest.mark.parametrize(("platform", "reductions"), [("cpu", 42), ("cuda", 4), ("tpu", 41)])
 def test_a_gpu_checks_large_leaves_of_one_size_together(platform, reductions):
-    """34 of one size, more than a kernel reads, 6 of another shape and size, and one of another dtype."""
+    """34 of one size, more than a kernel reads, 6 of another shape and size, one of another dtype, and a small one."""
     wide, other, half = jnp.ones((256, 300)), jnp.ones((300, 257)), jnp.ones((256, 300), jnp.bfloat16)
-    grads = {"wide": [wide, wide.T] * 17, "other": [other] * 6, "half": half}
+    grads = {"wide": [wide, wide.T] * 17, "other": [other] * 6, "half": half, "small": jnp.ones(3)}
     tx = jmp.loss_scaled(optax.identity(), jmp.NoOpLossScale())
     check = jax.shard_map(
         lambda grads: tx.update(grads, tx.init(None))[1].last_finite, mesh=mesh(), in_specs=P(), out_specs=P()
     )
     program = jax.jit(check).trace(grads).lower(lowering_platforms=(platform,)).as_text()
     assert program.count("call @_are_below") == reductions
+
+
+@pytest.mark.parametrize("is_stored", [False, True], ids=["plain", "stored"])
+@pytest.mark.parametrize("form", [fused, two_calls])
+def test_a_tpu_branches_only_where_it_would_decode_and_encode_for_nothing(form, is_stored):
+    """A CPU always branches, a GPU never does."""
+    inner, params = optax.sgd(0.5), {"w": jnp.ones(3, jnp.bfloat16)}
+    tx = jmp.loss_scaled(jmp.optim.stored(inner, params="split16") if is_stored else inner)
+    traced = jax.jit(form(tx)).trace(params, tx.init(params), params)
+    branches = {name: traced.lower(lowering_platforms=(name,)).as_text().count("stablehlo.case") for name in PLATFORMS}
+    assert branches["cpu"] > branches["cuda"]
+    assert branches["tpu"] == branches["cpu" if is_stored else "cuda"]
 
 
 # --- Two forms of a skip ---
