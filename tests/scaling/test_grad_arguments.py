@@ -241,6 +241,13 @@ def test_two_scales_need_a_name():
         jmp.scaled_value_and_grad(lambda p: p, name="c", loss_scale=state)(1.0)
 
 
+def test_a_retry_lowers_the_named_scale_alone():
+    state = {"a": jmp.DynamicLossScale(8.0), "b": jmp.DynamicLossScale(8.0)}
+    grad_fn = jmp.scaled_value_and_grad(lambda p: p * jnp.inf, name="a", loss_scale=state, max_retries=1)
+    _, _, lowered = grad_fn(1.0)
+    assert [float(lowered[name].loss_scale) for name in "ab"] == [4, 8]
+
+
 def test_no_scale_in_the_state():
     """A state without a scale is named, with the remedy."""
     with pytest.raises(
