@@ -8,9 +8,11 @@ import numpy as np
 import optax
 import pytest
 from flax.training.train_state import TrainState
+from support.checkpoints import sharding
 
 import jmp_lite as jmp
 from jmp_lite import checkpoint
+from jmp_lite.checkpoint._state import target
 
 SCALES = {
     "dynamic": jmp.DynamicLossScale(2.0**10, period=3),
@@ -128,12 +130,16 @@ def test_flax_train_state_survives(trip, key, tmp_path):
 @trips
 def test_restored_arrays_take_the_sharding_of_the_template(trip, tmp_path):
     """A state saved from one device is restored onto eight."""
-    mesh = jax.make_mesh((8,), ("data",))
-    sharding = jax.sharding.NamedSharding(mesh, jax.P("data"))
-    template = {"w": jax.device_put(jnp.zeros(16), sharding)}
+    template = {"w": jax.device_put(jnp.zeros(16), sharding(8, "data"))}
     restored = trip({"w": jnp.arange(16.0)}, template, tmp_path)
-    assert restored["w"].sharding == sharding
+    assert restored["w"].sharding == sharding(8, "data")
     assert jnp.array_equal(restored["w"], jnp.arange(16.0))
+
+
+def test_a_sharded_leaf_is_read_onto_its_devices():
+    """No process holds all of it."""
+    leaf = jax.ShapeDtypeStruct((8,), jnp.float32, sharding=sharding(8, "data"))
+    assert target({"dtype": "bfloat16", "number": False}, leaf).sharding == leaf.sharding
 
 
 @trips

@@ -236,6 +236,8 @@ def test_damaged_checkpoint_makes_room_for_the_next(copied, key):
     directory, states = copied
     shutil.rmtree(directory / "3" / "state" / "d")
     (directory / "4.orbax-checkpoint-tmp").mkdir()
+    for of_an_earlier_run in ("3.corrupt", "3.corrupt.1"):
+        (directory / of_an_earlier_run).mkdir()
     with manage(directory) as manager:
         with pytest.warns(jmp.errors.CorruptCheckpointWarning) as warned:
             step, _ = manager.restore(make_state(key))
@@ -244,7 +246,7 @@ def test_damaged_checkpoint_makes_room_for_the_next(copied, key):
         assert manager.save(3, states[3])
         assert 3 == manager.latest_step()
         assert_identical(manager.restore(make_state(key)), (3, states[3]))
-    assert {"1", "2", "3", "3.corrupt"} == {path.name for path in directory.iterdir()}
+    assert {"1", "2", "3", "3.corrupt", "3.corrupt.1", "3.corrupt.2"} == {path.name for path in directory.iterdir()}
 
 
 @damages
