@@ -149,6 +149,21 @@ def test_nothing_is_kept_alive(holders, rng):
     assert [pair for pair, refs in alive.items() if any(ref() is not None for ref in refs)] == []
 
 
+def test_what_no_later_equation_reads_is_let_go():
+    """Outside of jit, too, memory holds one step of a chain."""
+    made, alive = [], []
+
+    def step(x, **_):
+        alive.append(sum(result() is not None for result in made))
+        result = jnp.tanh(x)
+        made.append(weakref.ref(result))
+        return result
+
+    chain = lambda x: jnp.tanh(jnp.tanh(jnp.tanh(jnp.tanh(x))))  # noqa: E731
+    jmp.autocast(chain, "mixed_bfloat16", ops={"tanh": step})(jnp.ones(3))
+    assert alive == [0, 1, 1, 1]
+
+
 @pytest.mark.slow
 def test_no_tracer_leaks(rng):
     with jax.checking_leaks():
