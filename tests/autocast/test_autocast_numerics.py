@@ -10,6 +10,7 @@ from jax import lax
 from support.comparisons import assert_identical, jit_as_written
 
 import jmp_lite as jmp
+from jmp_lite.autocast._ops import ACTIVATIONS
 
 LIMIT = 5e-3  # about the rounding of a single number to bfloat16, 2**-8: long sums and steep functions add nothing
 ULP = 2.0**-8
@@ -210,6 +211,17 @@ def test_a_gelu_of_large_activations_has_a_gradient(gelu):
     x = jnp.linspace(-300, 300, 256).reshape(16, 16)
     found = jax.jit(jax.grad(jmp.autocast(loss, "mixed_float16")))(x)
     np.testing.assert_allclose(found, jax.grad(loss)(x), atol=2e-2)
+
+
+# --- Activations of a bounded slope ---
+
+
+@pytest.mark.parametrize("name", sorted(ACTIVATIONS))
+def test_the_slope_of_an_activation_is_that_of_float32_rounded(name, rng):
+    h, w = normal(rng, 16, 16).astype(jnp.bfloat16).astype(jnp.float32), jnp.eye(16)
+    loss = lambda h: jnp.sum(getattr(jax.nn, name)(h @ w) @ w)  # noqa: E731
+    assert {record.in_dtypes for record in jmp.explain(loss, "mixed_bfloat16")(h) if "slope" in record.reason}
+    np.testing.assert_allclose(jax.grad(low(loss))(h), jax.grad(loss)(h), rtol=ULP)
 
 
 # --- Logarithms whose results nobody uses: only their derivatives are left ---
