@@ -236,6 +236,15 @@ def test_what_cannot_stand_for_a_primitive_is_refused(op):
         jmp.autocast(jnp.tanh, "mixed_bfloat16", ops={"tanh": op})
 
 
+def test_a_linear_call_keeps_its_own_transpose():
+    """Here twice the transpose, to tell it from JAX's."""
+    w = jnp.eye(16)
+    fun = lambda x: jnp.sum(linear_call(lambda w, x: x @ w, lambda w, g: 2 * (g @ w.T), w, x) @ w)  # noqa: E731
+    slope = jax.grad(jmp.autocast(fun, "mixed_bfloat16"))(jnp.ones((16, 16)))
+    assert jnp.array_equal(slope, jax.grad(fun)(jnp.ones((16, 16))))
+    assert float(slope[0, 0]) == 2
+
+
 def test_ops_are_given_by_name():
     with pytest.raises(jmp.errors.InvalidOpError, match="ops must map names"):
         jmp.autocast(jnp.tanh, "mixed_bfloat16", ops=[("tanh", jmp.OpClass.DENY)])
