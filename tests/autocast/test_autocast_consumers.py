@@ -401,6 +401,12 @@ def test_gradients_of_a_weight_used_often_add_up_in_float32(order, name):
     np.testing.assert_array_equal(gradient(jnp.ones(shape), jnp.ones((257, 16))), USES * each)
 
 
+def test_what_a_rule_takes_in_16_bits_is_rounded():
+    table, order = draw(17, 4, 16), jnp.array([3, 1, 1])
+    low = jmp.autocast(lambda x: x[order], "mixed_bfloat16", rules=jmp.Rule(primitive="gather", precision="low"))
+    np.testing.assert_array_equal(low(table), table.astype(jnp.bfloat16).astype(jnp.float32)[order])
+
+
 HEADS = {
     "log_softmax": lambda logits, y: -jnp.take_along_axis(jax.nn.log_softmax(logits), y[:, None], 1).mean(),
     "logsumexp": lambda logits, y: jax.nn.logsumexp(logits, axis=-1).mean(),
