@@ -93,7 +93,7 @@ class Explanation(Sequence[Record]):
         for record in products:
             counts[record.group] += record.trips
             work[record.group] += record.flops * record.trips
-        total = max(sum(work.values()), 1)
+        total = _flops(products)
         products.sort(key=lambda record: -record.flops * record.trips)
         return Summary(
             {group: (counts[group], work[group] / total) for group in _GROUPS},
@@ -123,8 +123,13 @@ class Explanation(Sequence[Record]):
     __repr__ = __str__
 
 
+def _flops(records: Sequence[Record]) -> int:
+    """Counts the FLOPs of all matmuls, and 1 if there are none, to divide by."""
+    return max(sum(record.flops * record.trips for record in records), 1)
+
+
 def _summarized(summary: Summary, records: Sequence[Record]) -> str:
-    total = max(sum(record.flops * record.trips for record in records), 1)
+    total = _flops(records)
 
     def line(record: Record, *what: str) -> str:
         share = f"{record.flops * record.trips / total:.1%}"
