@@ -15,6 +15,7 @@ from jmp_lite.scaling._loss_scaled import (
     check_trees,
     is_hidden,
     loss_scaled_states,
+    nothing,
 )
 from jmp_lite.scaling._verdict import step_or_skip, watched
 
@@ -41,10 +42,14 @@ def _apply(params: P, updates: Any, stored: frozenset[str]) -> tuple[P, jax.Arra
             return None
         param, update = jnp.asarray(leaf), jnp.asarray(update)
         is_stored = leaf_key(path) in stored
+        if is_stored:  # What ``stored`` makes of a finite update is finite.
+            is_good = is_finite(update)
+            seen.append((FLOAT32, is_good))
+            # The update is selected and not the sum, which XLA on TPU would make in its own kernel.
+            return _sum(param, jnp.where(is_good, update, nothing(update)))
         new = _sum(param, update)
-        # What ``stored`` makes of a finite update is finite.
-        is_good = is_finite(update) if is_stored else is_finite(new)
-        seen.append((FLOAT32 if is_stored else param.dtype, is_good | ~is_finite(param)))
+        is_good = is_finite(new)
+        seen.append((param.dtype, is_good | ~is_finite(param)))
         return jnp.where(is_good, new, param)
 
     applied: P = jax.tree_util.tree_map_with_path(apply, params, updates)
