@@ -41,9 +41,8 @@ def _apply(params: P, updates: Any, stored: frozenset[str]) -> tuple[P, jax.Arra
         if is_hidden(update) or not is_number(update):
             return None
         param, update = jnp.asarray(leaf), jnp.asarray(update)
-        is_stored = leaf_key(path) in stored
-        if is_stored:  # What ``stored`` makes of a finite update is finite.
-            is_good = is_finite(update)
+        if leaf_key(path) in stored:
+            is_good = is_finite(update)  # and so is what ``stored`` makes of it
             seen.append((FLOAT32, is_good))
             # The update is selected and not the sum, which XLA on TPU would make in its own kernel.
             return _sum(param, jnp.where(is_good, update, nothing(update)))
