@@ -31,7 +31,7 @@ def fake_quant(x: Any, scale: Any, dtype: Any = jnp.int8) -> jax.Array:
         times the largest number. Second derivatives are zero.
 
     Raises:
-        InvalidRecipeError: If the format is unknown, or the shapes do not match.
+        InvalidRecipeError: If the format is unknown, the array is not floating, or the shapes do not match.
 
     Example:
         >>> x = jnp.array([0.26, -1.0, 300.0])
@@ -49,6 +49,8 @@ def fake_quant(x: Any, scale: Any, dtype: Any = jnp.int8) -> jax.Array:
             f"scale is {quote(scale)}, and must be a number. Write fake_quant(x, scale, {scale!r})."
         )
     x, scale = jnp.asarray(x), jnp.asarray(scale, FLOAT32)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise InvalidRecipeError(f"fake_quant takes a floating array, got {quote(x)}. Cast it to a floating dtype.")
     fits = scale.ndim == 0 or (
         scale.ndim == x.ndim and all(n in (1, size) for n, size in zip(scale.shape, x.shape, strict=True))
     )
@@ -70,17 +72,31 @@ def _fake_quant(x: Any, scale: Any, dtype: DType) -> jax.Array:
 
 def _jvp(dtype: DType, primals: Any, tangents: Any) -> tuple[Any, Any]:
     x, scale = primals
-    scaled, limit = jax.lax.stop_gradient(x.astype(FLOAT32) / scale), largest(dtype)
-    is_inside = jnp.abs(scaled) <= limit
+    is_inside = _is_inside(_scaled(x, scale), dtype)
+    # Between the passes only the named arrays are kept: no slopes in float32, and no zeros.
+    of_x = jax.checkpoint(functools.partial(_of_x, is_inside), prevent_cse=False)
+    of_scale = jax.checkpoint(functools.partial(_of_scale, dtype, x, scale), prevent_cse=False)
+    return _fake_quant(x, scale, dtype), add_terms(tangents, of_x, of_scale)
 
-    def of_scale(tangent: Any) -> Any:
-        error = dequantize(quantize(scaled, dtype, 1.0), 1.0) - scaled
-        slope = jnp.where(is_inside, error, jnp.sign(scaled) * limit)
-        sharing = max(x.size // max(scale.size, 1), 1)
-        return (slope * (tangent / math.sqrt(sharing * limit))).astype(x.dtype)
 
-    tangent = add_terms(tangents, lambda tangent: jnp.where(is_inside, tangent, 0), of_scale)
-    return _fake_quant(*primals, dtype), tangent
+def _of_x(is_inside: Any, tangent: Any) -> jax.Array:
+    return jnp.where(is_inside, tangent, 0)
+
+
+def _of_scale(dtype: DType, x: Any, scale: Any, tangent: Any) -> jax.Array:
+    scaled, limit = _scaled(x, scale), largest(dtype)
+    error = dequantize(quantize(scaled, dtype, 1.0), 1.0) - scaled
+    slope = jnp.where(_is_inside(scaled, dtype), error, jnp.sign(scaled) * limit)
+    sharing = max(x.size // max(scale.size, 1), 1)
+    return (slope * (tangent / math.sqrt(sharing * limit))).astype(x.dtype)
+
+
+def _scaled(x: Any, scale: Any) -> jax.Array:
+    return jax.lax.stop_gradient(x.astype(FLOAT32) / scale)
+
+
+def _is_inside(scaled: Any, dtype: DType) -> jax.Array:
+    return jnp.abs(scaled) <= largest(dtype)
 
 
 _fake_quant.defjvp(_jvp, symbolic_zeros=True)

@@ -316,9 +316,27 @@ def test_fake_quant_has_one_derivative_forward_and_backward(name, rng):
     assert not jnp.any(jax.jvp(slope, (x,), (dx,))[1])
 
 
-def test_a_format_in_place_of_a_scale():
-    with pytest.raises(errors.InvalidRecipeError, match=r"scale is 'int8'.*Write fake_quant\(x, scale, 'int8'\)"):
-        quant.fake_quant(jnp.ones(3), "int8")
+@pytest.mark.parametrize(("learns_scale", "most"), [(False, 1), (True, 3)])
+def test_bytes_per_number_that_fake_quant_keeps_for_the_backward_pass(learns_scale, most, rng):
+    x, scale = normal(rng, 8, 16, dtype="bfloat16"), jnp.float32(0.5)
+    of = (x, scale) if learns_scale else (x,)
+    _, pull = jax.vjp(lambda x, s=scale: quant.fake_quant(x, s), *of)
+    kept = {(leaf.dtype, leaf.shape): leaf.nbytes for leaf in jax.tree.leaves(pull) if leaf.ndim}
+    assert sum(kept.values()) <= most * x.size, kept
+
+
+@pytest.mark.parametrize(
+    ("x", "scale", "said"),
+    [
+        (np.ones(3, np.float32), "int8", r"scale is 'int8'.*Write fake_quant\(x, scale, 'int8'\)"),
+        (np.ones(3, np.int32), 0.3, r"floating array, got int32\[3\]"),
+        (np.ones(3, np.complex64), 0.3, r"floating array, got complex64\[3\]"),
+    ],
+    ids=["a format as the scale", "integers", "complex"],
+)
+def test_what_fake_quant_refuses(x, scale, said):
+    with pytest.raises(errors.InvalidRecipeError, match=said):
+        quant.fake_quant(x, scale)
 
 
 @formats
