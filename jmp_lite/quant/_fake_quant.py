@@ -88,10 +88,11 @@ def _of_scale(dtype: DType, x: Any, scale: Any, tangent: Any) -> jax.Array:
     error = dequantize(quantize(scaled, dtype, 1.0), 1.0) - scaled
     slope = jnp.where(_is_inside(scaled, dtype), error, jnp.sign(scaled) * limit)
     sharing = max(x.size // max(scale.size, 1), 1)
-    return (slope * (tangent / math.sqrt(sharing * limit))).astype(x.dtype)
+    change: jax.Array = (slope * (tangent / math.sqrt(sharing * limit))).astype(x.dtype)
+    return change
 
 
-def _scaled(x: Any, scale: Any) -> jax.Array:
+def _scaled(x: Any, scale: Any) -> Any:
     return jax.lax.stop_gradient(x.astype(FLOAT32) / scale)
 
 
