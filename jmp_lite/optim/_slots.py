@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jmp_lite._messages import first_few, nearest, quote, warn
+from jmp_lite._messages import described, first_few, nearest, quote, warn
 from jmp_lite._patterns import compile_pattern, matches
 from jmp_lite._tree import Path, is_array, is_inexact, leaf_key, path_string
 from jmp_lite.errors import InvalidStorageError, UncompressedStateWarning
@@ -180,11 +180,13 @@ def check_formats(formats: Any) -> None:
 def _format(key: str, value: Any) -> StateFormat:
     found = FORMATS.get(value) if isinstance(value, str) else value
     if not isinstance(found, type) and all(hasattr(found, name) for name in _ATTRIBUTES):
-        if type(found).__hash__ is None:
+        try:
+            hash(found)
+        except TypeError as error:
             raise InvalidStorageError(
-                f"The format {quote(found)} of {key!r} has no hash, by which steps are compiled once. Make its class a "
-                "dataclass with frozen=True."
-            )
+                f"The format {quote(found)} of {key!r} has no hash, by which steps are compiled once: "
+                f"{described(error)} Make its class a dataclass with frozen=True, of fields that have one."
+            ) from error
         made: StateFormat = found  # type: ignore[assignment]
         return made
     meant = nearest(value, FORMATS, 3) if isinstance(value, str) else []

@@ -1,5 +1,7 @@
 """What `stored` does in a step: the arithmetic of float32, and an encoding that is off by one step at most."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -221,10 +223,19 @@ class WithoutHash(OwnFormat):
     __hash__ = None
 
 
+@dataclasses.dataclass(frozen=True)
+class OfFields(OwnFormat):
+    table: list
+
+
 REFUSED = {
     "a format that cannot be compared": (
         lambda: stored(adam(), state={"mu": WithoutHash()}),
         "has no hash.*frozen=True",
+    ),
+    "a format of a list": (
+        lambda: stored(adam(), state={"mu": OfFields([1])}),
+        "has no hash.*unhashable type: 'list'.*frozen=True, of fields that have one",
     ),
     "an optimizer that was not called": (lambda: stored(optax.adam), "takes an Optax optimizer, got the function adam"),
     "a class": (lambda: stored(adam(), state={"nu": Log}), "is not a format of a moment"),
