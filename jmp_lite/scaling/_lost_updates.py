@@ -43,7 +43,7 @@ def _changes(step: Callable[[Any], Any], params: Any, count: int) -> list[bool]:
     """Whether the update of each parameter depends on gradients; that of a frozen one is zero whatever they are."""
     try:
         jaxpr = jax.make_jaxpr(step)(params).jaxpr
-    except (TypeError, ValueError):  # it takes more arguments, or fails: its first step will say why
+    except Exception:  # noqa: BLE001 (it takes more arguments, needs a mesh, or fails: its first step will say why)
         return [True] * count
     reached = set(jaxpr.invars)
     for eqn in jaxpr.eqns:

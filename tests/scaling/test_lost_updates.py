@@ -1,5 +1,6 @@
 """Who is warned at `init` that an optimizer loses updates of parameters of 16 bits, and who is not."""
 
+import jax
 import jax.numpy as jnp
 import optax
 import pytest
@@ -49,7 +50,17 @@ def test_parameters_that_never_change_lose_no_updates(tx, frozen, rng):
         assert "'bias'" not in str(caught[0].message)
 
 
-@pytest.mark.parametrize("tx", [optax.masked(optax.sgd(0.1), TRAINED), optax.polyak_sgd()], ids=["left alone", "value"])
+MAY_CHANGE = {
+    "left alone": optax.masked(optax.sgd(0.1), TRAINED),
+    "value": optax.polyak_sgd(),
+    "a mean over devices": optax.stateless(lambda grads, _: jax.lax.pmean(grads, "batch")),
+    "an argument of its own": optax.GradientTransformationExtraArgs(
+        lambda _: optax.EmptyState(), lambda grads, state, _=None, **extra_args: (extra_args["own"], state)
+    ),
+}
+
+
+@pytest.mark.parametrize("tx", MAY_CHANGE.values(), ids=MAY_CHANGE)
 def test_parameters_that_may_change_are_said(tx, rng):
     """Gradients pass `masked` as they are; an optimizer that takes more than gradients is not looked into."""
     with pytest.warns(jmp.errors.LostUpdatesWarning, match="'bias'"):
