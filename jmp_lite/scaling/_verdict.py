@@ -70,8 +70,9 @@ def _are_below(leaves: list[jax.Array], scale: jax.Array, elements: int, holds: 
     return holds(all_of(below))
 
 
+@functools.partial(jax.jit, static_argnames="elements")
 def _are_small_below(leaves: list[jax.Array], scale: jax.Array, elements: int) -> jax.Array:
-    """Checks leaves of one dtype in one kernel."""
+    """Checks leaves of one dtype in one kernel; traced once for all groups of the same shapes."""
     flat = jnp.concatenate([x.ravel() for x in leaves])
     parts = PARTS if flat.size >= PARTS else 1
     whole, rest = jnp.split(flat, [flat.size // parts * parts])
@@ -96,7 +97,7 @@ def judge(grads: Any, loss_scale: LossScale, axis_name: Any) -> jax.Array:
     def in_few_kernels(most_small: int, most_large: int) -> jax.Array:
         small = _grouped([x for x in leaves if x.size <= SMALL_LEAF], lambda x: x.dtype, most_small)
         large = _grouped([x for x in leaves if x.size > SMALL_LEAF], lambda x: (x.size, x.dtype), most_large)
-        return all_of([*each(large), *(_are_small_below(group, scale, elements) for group in small)])
+        return all_of([*each(large), *(_are_small_below(group, scale, elements=elements) for group in small)])
 
     def on_tpu() -> jax.Array:
         return in_few_kernels(*TOGETHER_ON_TPU)
