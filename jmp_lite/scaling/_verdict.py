@@ -43,7 +43,10 @@ def unscale(grads: T, loss_scale: LossScale) -> T:
 
 @functools.partial(jax.jit, static_argnames="elements", inline=INLINE)
 def _is_below(leaf: jax.Array, scale: jax.Array, elements: int) -> jax.Array:
-    """Returns, for each element of a leaf, whether its unscaled magnitude leaves room for ``elements`` squares."""
+    """Returns, for each element of a leaf, whether its unscaled magnitude leaves room for ``elements`` squares.
+
+    It is traced once per shape, however many leaves have it.
+    """
     wide = cast_to_at_least_float32(leaf)
     largest = float(jnp.finfo(wide.dtype).max)  # type: ignore[no-untyped-call]
     limit = math.sqrt(largest) / math.sqrt(2 * elements)
@@ -65,7 +68,7 @@ def _all_as_bytes(elementwise: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames=("elements", "holds"))
 def _are_below(leaves: list[jax.Array], scale: jax.Array, elements: int, holds: Callable[..., jax.Array]) -> jax.Array:
-    """Checks leaves of one size; traced once per shape, however many leaves have it."""
+    """Checks leaves of one size in one kernel."""
     below = [_is_below(x.reshape(leaves[0].shape), scale, elements=elements) for x in leaves]
     return holds(all_of(below))
 
@@ -99,12 +102,7 @@ def judge(grads: Any, loss_scale: LossScale, axis_name: Any) -> jax.Array:
         large = _grouped([x for x in leaves if x.size > SMALL_LEAF], lambda x: (x.size, x.dtype), most_large)
         return all_of([*each(large), *(_are_small_below(group, scale, elements=elements) for group in small)])
 
-    def on_tpu() -> jax.Array:
-        return in_few_kernels(*TOGETHER_ON_TPU)
-
-    def on_gpu() -> jax.Array:
-        return in_few_kernels(*TOGETHER_ON_GPU)
-
+    on_tpu, on_gpu = (functools.partial(in_few_kernels, *most) for most in (TOGETHER_ON_TPU, TOGETHER_ON_GPU))
     # Parts of sharded leaves would have to move, and eager calls would compile the choice each time.
     choose = leaves_are_local() and any(isinstance(x, jax.core.Tracer) for x in leaves)
     below = jax.lax.platform_dependent(cpu=on_cpu, tpu=on_tpu, default=on_gpu) if choose else all_of(each(one_by_one))
