@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jmp_lite._compat import INLINE, leaves_are_local, varying_axes
-from jmp_lite._dtypes import FLOAT32
+from jmp_lite._compat import leaves_are_local, varying_axes
+from jmp_lite._dtypes import FLOAT32, at_least_float32
 from jmp_lite._tree import agree, cast_to_at_least_float32, cast_to_full, is_inexact, mapped_axes, select_tree
 from jmp_lite.errors import MissingAxisError
 from jmp_lite.scaling._loss_scale import LARGEST_SCALE, SMALLEST_SCALE, LossScale
@@ -41,16 +41,14 @@ def unscale(grads: T, loss_scale: LossScale) -> T:
     return cast_to_full(loss_scale.unscale(grads))
 
 
-@functools.partial(jax.jit, static_argnames="elements", inline=INLINE)
-def _is_below(leaf: jax.Array, scale: jax.Array, elements: int) -> jax.Array:
-    """Returns, for each element of a leaf, whether its unscaled magnitude leaves room for ``elements`` squares.
+def _bound(scale: jax.Array, dtype: Any, elements: int) -> jax.Array:
+    """Returns the scaled magnitude below which the squares of so many unscaled elements can be added up."""
+    wide = jnp.finfo(at_least_float32(dtype))  # type: ignore[no-untyped-call]
+    return scale.astype(wide.dtype) * (math.sqrt(float(wide.max)) / math.sqrt(2 * elements))
 
-    It is traced once per shape, however many leaves have it.
-    """
-    wide = cast_to_at_least_float32(leaf)
-    largest = float(jnp.finfo(wide.dtype).max)  # type: ignore[no-untyped-call]
-    limit = math.sqrt(largest) / math.sqrt(2 * elements)
-    return jnp.abs(wide * (1 / scale).astype(wide.dtype)) < limit
+
+def _is_below(leaf: jax.Array, bound: jax.Array) -> jax.Array:
+    return jnp.abs(cast_to_at_least_float32(leaf)) < bound
 
 
 def _grouped(leaves: list[jax.Array], key: Callable[[jax.Array], Any], most: int) -> list[list[jax.Array]]:
@@ -66,21 +64,20 @@ def _all_as_bytes(elementwise: jax.Array) -> jax.Array:
     return elementwise.astype(jnp.int8).min(initial=1) > 0
 
 
-@functools.partial(jax.jit, static_argnames=("elements", "holds"))
-def _are_below(leaves: list[jax.Array], scale: jax.Array, elements: int, holds: Callable[..., jax.Array]) -> jax.Array:
-    """Checks leaves of one size in one kernel."""
-    below = [_is_below(x.reshape(leaves[0].shape), scale, elements=elements) for x in leaves]
-    return holds(all_of(below))
+@functools.partial(jax.jit, static_argnames="holds")
+def _are_below(leaves: list[jax.Array], bound: jax.Array, holds: Callable[..., jax.Array]) -> jax.Array:
+    """Checks leaves of one size in one kernel; traced once for all groups of the same shapes."""
+    return holds(all_of([_is_below(x.reshape(leaves[0].shape), bound) for x in leaves]))
 
 
-@functools.partial(jax.jit, static_argnames="elements")
-def _are_small_below(leaves: list[jax.Array], scale: jax.Array, elements: int) -> jax.Array:
-    """Checks leaves of one dtype in one kernel; traced once for all groups of the same shapes."""
+@jax.jit
+def _are_small_below(leaves: list[jax.Array], bound: jax.Array) -> jax.Array:
+    """Checks leaves of one dtype in one kernel."""
     flat = jnp.concatenate([x.ravel() for x in leaves])
     parts = PARTS if flat.size >= PARTS else 1
     whole, rest = jnp.split(flat, [flat.size // parts * parts])
-    below = all_of([_is_below(part, scale, elements=elements) for part in jnp.split(whole, parts)])
-    return all_of([below.all(), _is_below(rest, scale, elements=elements).all()])
+    below = all_of([_is_below(part, bound) for part in jnp.split(whole, parts)])
+    return all_of([below.all(), _is_below(rest, bound).all()])
 
 
 def judge(grads: Any, loss_scale: LossScale, axis_name: Any) -> jax.Array:
@@ -89,10 +86,11 @@ def judge(grads: Any, loss_scale: LossScale, axis_name: Any) -> jax.Array:
     scale = jnp.asarray(loss_scale.loss_scale, jnp.float32)
     replicas = 1 if axis_name is None else jax.lax.axis_size(mapped_axes(axis_name))
     elements = max(1, replicas * sum(x.size for x in leaves))
+    bounds = {dtype: _bound(scale, dtype, elements) for dtype in dict.fromkeys(x.dtype for x in leaves)}
     one_by_one = [[x] for x in leaves]
 
     def each(groups: list[list[jax.Array]], holds: Callable[..., jax.Array] = jnp.all) -> list[jax.Array]:
-        return [_are_below(group, scale, elements=elements, holds=holds) for group in groups]
+        return [_are_below(group, bounds[group[0].dtype], holds=holds) for group in groups]
 
     def on_cpu() -> jax.Array:
         return all_of(each(one_by_one, _all_as_bytes))
@@ -100,7 +98,7 @@ def judge(grads: Any, loss_scale: LossScale, axis_name: Any) -> jax.Array:
     def in_few_kernels(most_small: int, most_large: int) -> jax.Array:
         small = _grouped([x for x in leaves if x.size <= SMALL_LEAF], lambda x: x.dtype, most_small)
         large = _grouped([x for x in leaves if x.size > SMALL_LEAF], lambda x: (x.size, x.dtype), most_large)
-        return all_of([*each(large), *(_are_small_below(group, scale, elements=elements) for group in small)])
+        return all_of([*each(large), *(_are_small_below(group, bounds[group[0].dtype]) for group in small)])
 
     on_tpu, on_gpu = (functools.partial(in_few_kernels, *most) for most in (TOGETHER_ON_TPU, TOGETHER_ON_GPU))
     # Parts of sharded leaves would have to move, and eager calls would compile the choice each time.
