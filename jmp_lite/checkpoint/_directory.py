@@ -37,6 +37,8 @@ from jmp_lite.errors import (
 T = TypeVar("T")
 
 _UNWRITTEN = (jnp.uint4, jnp.int2, jnp.uint2)
+#: What only checkpoints have, those of old versions of Orbax too.
+_SIGNS = ("header", "state", "_CHECKPOINT_METADATA", "_METADATA", "checkpoint", "*/_METADATA", "*/checkpoint")
 
 
 def absolute(path: str | Path) -> epath.Path:
@@ -113,8 +115,8 @@ def _together(path: epath.Path, act: Callable[[], T]) -> T:
 
 def _check_origin(path: epath.Path) -> None:
     """Raises unless ``save`` wrote the checkpoint, whole or damaged; a collective."""
-    if first_failure(None if path.exists() else "missing"):
-        raise CheckpointNotFoundError(f"There is no checkpoint in {path}. Check the path, or start from the beginning.")
+    if remedy := first_failure(_if_absent(path)):
+        raise CheckpointNotFoundError(f"There is no checkpoint in {path}. {remedy}")
     if first_failure("file" if path.is_file() else None):
         raise ForeignCheckpointError(
             f"{path} is a file, and save makes directories. What to_bytes returned goes to from_bytes, and what Flax "
@@ -125,6 +127,16 @@ def _check_origin(path: epath.Path) -> None:
             f"{path} is a plain Orbax checkpoint: it has no header of jmp_lite. Read it with orbax.checkpoint, and "
             "write it again with jmp_lite.checkpoint to have its policy and its values checked."
         )
+
+
+def _if_absent(path: epath.Path) -> str | None:
+    """Returns what to do about a path that holds nothing of a checkpoint."""
+    if path.is_file() or any(any(path.glob(sign)) for sign in _SIGNS):
+        return None
+    steps = [int(step.parent.name) for step in path.glob("*/header") if step.parent.name.isdigit()]
+    if steps:
+        return f"It holds one for each step: restore {path / str(max(steps))}, or use CheckpointManager."
+    return "Check the path, or start from the beginning."
 
 
 def _is_plain_orbax(path: epath.Path) -> bool:

@@ -8,7 +8,8 @@ import optax
 
 from jmp_lite._dtypes import FLOAT32, at_least_float32
 from jmp_lite._tree import is_finite, is_number, leaf_key
-from jmp_lite.scaling._in_state import stored_params
+from jmp_lite.errors import InvalidStepError
+from jmp_lite.scaling._in_state import is_loss_scale, nodes, stored_params
 from jmp_lite.scaling._loss_scaled import (
     LossScaledUpdate,
     check_optimizer,
@@ -16,6 +17,7 @@ from jmp_lite.scaling._loss_scaled import (
     is_hidden,
     loss_scaled_states,
     nothing,
+    trainable,
 )
 from jmp_lite.scaling._verdict import step_or_skip, watched
 
@@ -60,6 +62,26 @@ def _merged(params: P, applied: P) -> P:
     return merged
 
 
+def _update_around(
+    tx: optax.GradientTransformation, grads: Any, opt_state: Any, params: Any, extra_args: dict[str, Any]
+) -> tuple[Any, Any]:
+    """``tx.update``, where the loss scale is that of an optimizer inside ``tx``."""
+    before = loss_scaled_states(opt_state)
+    foreign = InvalidStepError(
+        "The state is that of a loss_scaled optimizer, which is not in tx: gradients would stay scaled. Pass the tx "
+        "whose init made the state."
+    )
+    try:
+        updates, new_state = optax.with_extra_args_support(tx).update(grads, opt_state, params, **extra_args)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if nodes(jax.eval_shape(tx.init, trainable(params)), is_loss_scale):
+            raise
+        raise foreign from error
+    if any(old is new for _, old in before for _, new in loss_scaled_states(new_state)):
+        raise foreign
+    return updates, new_state
+
+
 def apply_gradients(
     tx: optax.GradientTransformation, grads: Any, opt_state: Any, params: P, **extra_args: Any
 ) -> tuple[P, Any]:
@@ -86,7 +108,8 @@ def apply_gradients(
         ``(params, opt_state)``. After a skipped step ``params`` and the inner state are bit-identical to before.
 
     Raises:
-        InvalidStepError: If ``tx`` is not an optimizer, or ``grads`` and ``params`` are different trees.
+        InvalidStepError: If ``tx`` is not an optimizer or not the one of the state, or ``grads`` and ``params`` are
+            different trees.
         LossScaleNotFoundError: If ``opt_state`` holds no loss scale: the scaled gradients would reach the parameters.
         MissingAxisError: As ``loss_scaled``.
 
@@ -101,8 +124,7 @@ def apply_gradients(
     check_trees(grads, params, "apply_gradients(tx, grads, opt_state, params)")
     update, stored = tx.update, stored_params(opt_state)
     if not isinstance(update, LossScaledUpdate):
-        loss_scaled_states(opt_state)
-        updates, opt_state = optax.with_extra_args_support(tx).update(grads, opt_state, params, **extra_args)
+        updates, opt_state = _update_around(tx, grads, opt_state, params, extra_args)
         return _merged(params, _apply(params, updates, stored)[0]), opt_state
 
     def step() -> tuple[tuple[P, Any], jax.Array]:

@@ -193,6 +193,21 @@ def test_plain_orbax_checkpoint_is_called_that(save, tmp_path):
         assert manager.restore(STATE, step=1)[0] == 1
 
 
+FOLDERS = {
+    "nothing": ([], r"no checkpoint in .*here\. Check the path"),
+    "other files": (["notes.txt", "logs/events"], r"no checkpoint in .*here\. Check the path"),
+    "the steps of a manager": (["9/header/x", "10/header/x", "best/header/x"], r"restore .*here/10, or use"),
+}
+
+
+@pytest.mark.parametrize(("files", "message"), FOLDERS.values(), ids=FOLDERS)
+def test_a_folder_that_is_no_checkpoint_is_not_called_damaged(files, message, tmp_path):
+    for name in ["", *files]:
+        (tmp_path / "here" / name).mkdir(parents=True)
+    with pytest.raises(jmp.errors.CheckpointNotFoundError, match=message):
+        checkpoint.restore(tmp_path / "here", STATE, policy="full")
+
+
 @pytest.mark.parametrize("data", [checkpoint.to_bytes(STATE, policy="full"), serialization.to_bytes(STATE), b"?"])
 def test_a_file_is_no_directory(data, tmp_path):
     (tmp_path / "state").write_bytes(data)

@@ -167,6 +167,15 @@ def test_scaled_gradients_reach_no_plain_optimizer(tx):
         jmp.apply_gradients(tx, PARAMS, tx.init(PARAMS), PARAMS)
 
 
+@pytest.mark.parametrize("state", [lambda state: state, lambda state: (state,)], ids=["alone", "in a tuple"])
+@pytest.mark.parametrize("tx", [*BARE.values(), optax.scale(-0.1)], ids=[*BARE, "stateless"])
+def test_the_state_of_a_scaled_optimizer_does_for_no_plain_one(tx, state):
+    """One that keeps no state would take scaled gradients as they are, and hand the loss scale on."""
+    opt_state = state(jmp.loss_scaled(optax.adam(1e-3)).init(PARAMS))
+    with pytest.raises(errors.InvalidStepError, match=r"is not in tx: .* Pass the tx whose init made the state"):
+        jmp.apply_gradients(tx, PARAMS, opt_state, PARAMS)
+
+
 @pytest.mark.parametrize("around", [lambda tx: tx, optax.chain, lambda tx: optax.MultiSteps(tx, 1)])
 def test_an_optimizer_around_a_scaled_one_is_taken(around):
     tx = around(sgd())
