@@ -368,7 +368,8 @@ def classify(eqn: Equation, ops: Mapping[str, Op]) -> tuple[Op, str]:
 def asked_precision(eqn: Equation) -> str:
     """Returns the name of the precision if a matmul asks for more than 16-bit operands give."""
     precision = eqn.params.get("precision")
-    for asked in precision if isinstance(precision, tuple) else (precision,):
+    is_pair = isinstance(precision, tuple) and not isinstance(precision, jax.lax.DotAlgorithm)
+    for asked in precision if is_pair else (precision,):
         if asked in (jax.lax.Precision.HIGH, jax.lax.Precision.HIGHEST):
             return str(asked.name)
         if isinstance(asked, jax.lax.DotAlgorithmPreset):

@@ -129,7 +129,7 @@ def as_dtype(number: Any, dtype: Any) -> Any:
 @functools.lru_cache(maxsize=4096)
 def is_in_range(number: float, dtype: DType) -> bool:
     """Whether a dtype holds a number to within its rounding error, neither as infinity nor as zero."""
-    if number == 0 or not math.isfinite(number):
+    if not math.isfinite(number):
         return True
     held = float(as_dtype(number, dtype))
     return abs(held - number) <= abs(number) * float(jnp.finfo(dtype).eps)  # type: ignore[no-untyped-call]

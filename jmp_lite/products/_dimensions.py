@@ -71,14 +71,14 @@ def transposed(dims: Dimensions, ndims: Sequence[int], side: int) -> Transposed:
     return Transposed(swapped, (*dims.batched[side], *summed, *kept), side)
 
 
-def mapped(dims: Dimensions, ndims: Sequence[int], is_mapped: Sequence[bool]) -> tuple[Dimensions, int]:
+def mapped(dims: Dimensions, lhs_ndim: int, is_mapped: Sequence[bool]) -> tuple[Dimensions, int]:
     """Returns the dimension numbers of a matmul whose mapped operands have one more axis, the first.
 
     Two mapped operands are batched over it; one alone has one more axis that is kept.
 
     Args:
         dims: Of the matmul for one index of the mapped axis.
-        ndims: Ranks of the operands without the mapped axis.
+        lhs_ndim: Rank of the left operand.
         is_mapped: Which operands are mapped.
 
     Returns:
@@ -92,5 +92,5 @@ def mapped(dims: Dimensions, ndims: Sequence[int], is_mapped: Sequence[bool]) ->
     batched = moved(dims.batched[0], 0), moved(dims.batched[1], 1)
     if all(is_mapped):
         return Dimensions(contracted, ((0, *batched[0]), (0, *batched[1]))), 0
-    lhs_kept = 0 if is_mapped[0] else len(dims.kept(0, ndims[0]))
+    lhs_kept = 0 if is_mapped[0] else len(dims.kept(0, lhs_ndim))
     return Dimensions(contracted, batched), len(dims.batched[0]) + lhs_kept

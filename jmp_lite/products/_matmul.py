@@ -248,6 +248,5 @@ def _batch(operands: Any, positions: Any, *, dimension_numbers: Any, **params: A
     lhs, rhs = (
         x if position is None else jnp.moveaxis(x, position, 0) for x, position in zip(operands, positions, strict=True)
     )
-    ndims = lhs.ndim - is_mapped[0], rhs.ndim - is_mapped[1]
-    dims, axis = mapped(dimensions(dimension_numbers), ndims, is_mapped)
+    dims, axis = mapped(dimensions(dimension_numbers), lhs.ndim, is_mapped)
     return _primitive().bind(lhs, rhs, dimension_numbers=dims, **params), axis

@@ -73,11 +73,10 @@ def _batch(operands: Any, positions: Any, *, side: int, call: Call) -> tuple[Any
         scale = scale.reshape(-1, *[1] * (values.ndim - 1))
     elif values_mapped and not scale_mapped and scale.ndim:
         scale = scale[None]
-    is_mapped = (tangent_mapped, values_mapped)
-    ndims = tangent.ndim - tangent_mapped, values.ndim - values_mapped
+    is_mapped, lhs = (tangent_mapped, values_mapped), tangent
     if side == 1:
-        ndims, is_mapped = ndims[::-1], is_mapped[::-1]
-    dims, axis = mapped(call.dims, ndims, is_mapped)
+        is_mapped, lhs = is_mapped[::-1], values
+    dims, axis = mapped(call.dims, lhs.ndim, is_mapped)
     call = call._replace(dims=dims, out_sharding=_with_axis(call.out_sharding, axis))
     return _primitive().bind(tangent, values, scale, side=side, call=call), axis
 

@@ -1,5 +1,6 @@
 """What takes the place of lax.dot_general under autocast: the user's matmuls, and sums of matmuls in float32."""
 
+import copy
 import functools
 
 import jax
@@ -12,6 +13,7 @@ from support.autocast_cases_common import normal, x_and_w
 from support.comparisons import assert_identical, compiled_as_on, slow_but_for
 
 import jmp_lite as jmp
+from jmp_lite.products._matmul import RoundsOperands
 
 LOW = "mixed_bfloat16"
 X, W = jax.ShapeDtypeStruct((8, 16), jnp.float32), jax.ShapeDtypeStruct((16, 16), jnp.float32)
@@ -97,6 +99,166 @@ def test_the_result_of_a_product_is_what_comes_out(rng):
     half = lambda *args, **params: lax.dot_general(*args, **params) * jnp.bfloat16(0.5)  # noqa: E731
     expected = (x.astype(jnp.bfloat16) @ w.astype(jnp.bfloat16)).astype(jnp.float32)
     assert_identical(jmp.autocast(jnp.matmul, LOW, dot=half)(x, w), 0.5 * expected)
+
+
+class Recipe(RoundsOperands):
+    """A recipe that writes down what it is asked, and what it multiplies."""
+
+    depends_on_scope = True
+
+    def __init__(self, *, only_weights=False):
+        self.only_weights, self.scope, self.turns, self.seen = only_weights, "", [], []
+
+    def __call__(self, lhs, rhs, *others, **params):
+        result = params["preferred_element_type"]
+        self.seen.append((self.scope, str(lhs.dtype), str(rhs.dtype), str(result)))
+        return self.multiply(lhs.astype(result), rhs.astype(result), *others, **params)
+
+    multiply = staticmethod(lax.dot_general)
+
+    def instead_of(self, primitive):
+        found = {"dot_general": None, "conv_general_dilated": lax.conv_general_dilated_p.bind}
+        if primitive == "dot_general":
+            return self
+        if primitive not in found:
+            return None
+        other = copy.copy(self)
+        other.multiply = found[primitive]
+        return other
+
+    def takes(self, *, has_weight):
+        return has_weight or not self.only_weights
+
+    def turned(self, are_weights):
+        self.turns.append(tuple(are_weights))
+        return self
+
+    def at(self, scope):
+        other = copy.copy(self)
+        other.scope = scope
+        return other
+
+
+IMAGE, KERNEL = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, 3, 8, 8), (4, 3, 2, 2)))
+
+
+def convolution(x, w):
+    return lax.conv_general_dilated(x, w, (1, 1), "VALID")
+
+
+def groups(x, w):
+    return lax.ragged_dot(x, jnp.stack([w, w]), jnp.array([4, 4], jnp.int32))
+
+
+def in_scope(x, w):
+    with jax.named_scope("here"):
+        return jnp.tanh(x @ w)
+
+
+#: Functions, and for each matmul which operands are weights, and the operands and the result that a recipe sees.
+ASKED = {
+    "a weight": (in_scope, (X, W), [(True, True)], [("here", BF16, F32, F32)]),
+    "an activation": (
+        lambda x, w: in_scope(jnp.tanh(x), w),
+        (X, W),
+        [(False, True)],
+        [("here", BF16, F32, F32)],
+    ),
+    "a weight on both sides, for a matmul": (
+        lambda x, w: in_scope(x, w) @ w[:, :4],
+        (X, W),
+        [(True, True), (False, True)],
+        [("here", F32, F32, BF16), ("", BF16, F32, F32)],
+    ),
+    "layers": (
+        lambda x, w: in_scope(in_scope(x, w), w),
+        (X, W),
+        [(True, True), (False, True)],
+        [("here", F32, F32, BF16), ("here", BF16, F32, F32)],
+    ),
+    "a convolution": (
+        lambda x, w: jnp.tanh(convolution(x, w)),
+        (IMAGE, KERNEL),
+        [(True, True)],
+        [("", F32, F32, BF16)],
+    ),
+    "a convolution for a loss": (convolution, (IMAGE, KERNEL), [(True, True)], [("", F32, F32, BF16)]),
+    "groups": (lambda x, w: jnp.tanh(groups(x, jnp.tanh(w))), (X, W), [(True, False)], []),
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+@pytest.mark.filterwarnings("ignore:dot= changes no matmul")
+def test_what_a_recipe_is_asked(name):
+    """It knows the scope and which operands are weights, and rounds these itself."""
+    fun, args, turns, seen = ASKED[name]
+    recipe = Recipe()
+    jax.eval_shape(jmp.autocast(fun, LOW, dot=recipe), *args)
+    assert recipe.seen == seen
+    assert [turn for turn in recipe.turns if turn] == turns
+
+
+def test_a_recipe_for_weights_is_not_asked_for_matmuls_without():
+    found = {}
+    for only_weights in (False, True):
+        recipe = Recipe(only_weights=only_weights)
+        fun = lambda x, w: jnp.tanh(x @ w) @ jnp.tanh(w + 1)  # noqa: E731
+        jax.eval_shape(jmp.autocast(fun, LOW, dot=recipe), X, W)
+        found[only_weights] = len(recipe.seen)
+    assert found == {False: 2, True: 1}
+
+
+@jax.custom_jvp
+def affine(x, w):
+    return x @ w
+
+
+affine.defjvp(lambda primals, tangents: (affine(*primals), tangents[0] @ primals[1] + primals[0] @ tangents[1]))
+
+
+def rounding(lhs, rhs, dimension_numbers, **params):
+    """Multiplies whole numbers; its derivative is that of a matmul."""
+    lhs, rhs = (x + lax.stop_gradient(jnp.round(x) - x) for x in (lhs, rhs))
+    return lax.dot_general(lhs, rhs, dimension_numbers, **params)
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_in_a_tangent_a_product_that_rounds_is_linear(side):
+    """A small tangent is not rounded away, on either side."""
+    args, tangents = (jnp.ones((8, 8)), jnp.ones((8, 8))), [jnp.zeros((8, 8))] * 2
+    tangents[side] = jnp.full((8, 8), 2.0**-6)
+    slope = jax.jvp(jmp.autocast(affine, LOW, dot=rounding), args, tuple(tangents))[1]
+    assert jnp.array_equal(slope, jnp.full((8, 8), 2.0**-3))
+
+
+WRONG = {
+    "no array": (lambda *operands, **params: 1.0, "returned 1.0"),
+    "another shape": (lambda *operands, **params: jnp.ones(3, jnp.bfloat16), r"returned bfloat16\[3\]"),
+    "integers": (lambda *operands, **params: jnp.ones((8, 16), jnp.int32), r"returned int32\[8,16\]"),
+    "none": (lambda *operands, **params: None, "returned None"),
+}
+
+
+@pytest.mark.parametrize(("op", "found"), WRONG.values(), ids=WRONG)
+def test_a_function_that_returns_something_else_than_the_primitive_is_refused(op, found):
+    with pytest.raises(jmp.errors.InvalidOpError, match=rf"'tanh' {found}.*must return float32\[8,16\]; any floating"):
+        jax.eval_shape(jmp.autocast(jnp.tanh, LOW, ops={"tanh": op}), X)
+
+
+SEVERAL = {
+    "too few": (lambda x, **params: [x], r"returned bfloat16\[8,16\]\. It"),
+    "too many": (lambda x, **params: [x, x, x], "returned"),
+    "floats for integers": (lambda x, **params: [x[:, :2], x[:, :2]], "returned"),
+}
+
+
+@pytest.mark.parametrize(("op", "found"), SEVERAL.values(), ids=SEVERAL)
+def test_a_function_in_place_of_a_primitive_with_several_results_returns_all(op, found):
+    with pytest.raises(jmp.errors.InvalidOpError, match=rf"'top_k' {found}.*float32\[8,2\], int32\[8,2\]; any"):
+        jax.eval_shape(jmp.autocast(lambda x: lax.top_k(x, 2), LOW, ops={"top_k": op}), X)
+    right = lambda x, **params: [x[:, :2], jnp.ones((8, 2), jnp.int32)]  # noqa: E731
+    found = jax.eval_shape(jmp.autocast(lambda x: lax.top_k(x, 2), LOW, ops={"top_k": right}), X)
+    assert [leaf.dtype for leaf in jax.tree.leaves(found)] == [jnp.float32, jnp.int32]
 
 
 # --- Sums of matmuls in float32 ---

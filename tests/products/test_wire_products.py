@@ -107,11 +107,18 @@ def test_it_is_dot_general(case, transform, rng):
 @pytest.mark.covering(1)
 @cases
 @dtypes
-def test_operands_are_narrow_and_the_weight_gradient_is_not(case, dtype, rng):
-    """All three matmuls take 16-bit operands; that which makes the gradient of the weight returns float32."""
+@pytest.mark.parametrize("axes", [None, (0, None), (None, 0), (0, 0)])
+def test_operands_are_narrow_and_the_weight_gradient_is_not(case, dtype, axes, rng):
+    """All three matmuls take 16-bit operands; that which makes the gradient of the weight returns float32.
+
+    So they do for each of many examples or weights.
+    """
     product, _ = functions(case, dtype)
     x, w = operands(case, dtype, rng)
     grad = jax.grad(total(product), (0, 1))
+    if axes:
+        grad = jax.vmap(grad, axes)
+        x, w = (array if axis is None else array[None] for array, axis in zip((x, w), axes, strict=True))
     operands_of = [{v.aval.dtype.name for v in eqn.invars} for eqn in equations("dot_general", grad, x, w)]
     assert operands_of == [{dtype}] * 3
     results = [eqn.outvars[0].aval.dtype.name for eqn in equations("dot_general", grad, x, w)]
