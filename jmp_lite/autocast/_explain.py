@@ -87,14 +87,13 @@ class Explanation(Sequence[Record]):
     @property
     def summary(self) -> Summary:
         """The totals that are printed first."""
-        products = [record for record in self._records if record.group in _GROUPS]
         counts = collections.Counter[str]()
         work = collections.Counter[str]()
-        for record in products:
+        for record in self._records:
             counts[record.group] += record.trips
             work[record.group] += record.flops * record.trips
-        total = _flops(products)
-        products.sort(key=lambda record: -record.flops * record.trips)
+        total = _flops(self._records)
+        products = sorted(self._records, key=lambda record: -record.flops * record.trips)
         return Summary(
             {group: (counts[group], work[group] / total) for group in _GROUPS},
             tuple(record for record in self._records if record.group == "kernel"),

@@ -114,6 +114,16 @@ FOLLOWING = {
     "weight times an exponential, for a product": (lambda x, w: x @ (w * jnp.exp(x.T @ x @ w)), "mul", [HIGH]),
     "argument plus a product": (lambda x, w: jnp.tanh(jax.nn.relu(x) + x @ w) @ w, "add", [LOW]),
     "argument itself plus a product": (lambda x, w: jnp.tanh(x + x @ w) @ w, "add", [HIGH]),
+    "argument joined to a smaller product": (
+        lambda x, w: jnp.tanh(jnp.concatenate([x, x.T @ x])) @ w,
+        "concatenate",
+        [HIGH],
+    ),
+    "argument joined to a larger product": (
+        lambda x, w: jnp.tanh(jnp.concatenate([w, x @ w])) @ w,
+        "concatenate",
+        [LOW],
+    ),
     "norm for a product": (lambda x, w: rms_norm(x @ w) @ w, "mul", [HIGH, WIDE]),
     "norm for a matmul and more": (lambda x, w: ((h := rms_norm(x @ w)) @ w, jnp.exp(h)), "mul", [HIGH, HIGH]),
     "norm for a function": (lambda x, w: jnp.tanh(rms_norm(x @ w)) @ w, "mul", [HIGH, HIGH]),
@@ -141,6 +151,21 @@ FOLLOWING = {
         [LOW, HIGH, LOW],
     ),
     "few terms": (lambda x, w: (x[:, :4] @ w[:4]) @ w, "dot_general", [HIGH, LOW]),
+    "positions, a row of them, added to a matmul": (
+        lambda x, w: jnp.tanh(x.T @ x + jnp.arange(16.0)[None]) @ w,
+        "add",
+        [LOW],
+    ),
+    "positions times an exponential, for a matmul": (
+        lambda x, w: (jnp.exp((x @ w).sum(0)) * lax.iota("float32", 16)).reshape(1, 16) @ w,
+        "mul",
+        [WIDE],
+    ),
+    "a copied position times an exponential, for a matmul": (
+        lambda x, w: (jnp.exp(x @ w) * lax.broadcasted_iota("float32", (64, 16), 1)) @ w,
+        "mul",
+        [HIGH],
+    ),
     "comparison of what feeds it alone": (lambda x, w: jnp.tanh(x @ w + w[:1]) > 0.5, "add", [LOW]),
     "in front of a barrier and an exponential": (
         beside_a_product(lambda h, w: jnp.exp(lax.optimization_barrier(h + w[:1]))),
@@ -158,6 +183,37 @@ FOLLOWING = {
 @pytest.mark.parametrize(("fun", "primitive", "expected"), (DENIED | FOLLOWING).values(), ids=DENIED | FOLLOWING)
 def test_each_equation_runs_where_its_row_says(fun, primitive, expected):
     assert decisions(fun, primitive) == expected
+
+
+# --- Activations that are computed in float32 ---
+
+
+def softplus(of, then=lambda x: x):
+    """A layer behind the softplus of something."""
+    return lambda x, w: then(jax.nn.softplus(of(x, w))) @ w
+
+
+#: Where the logarithm in it runs; nowhere if value and slope are computed as one.
+ACTIVATIONS = {
+    "of a matmul": (softplus(jnp.matmul), []),
+    "of a norm": (softplus(lambda x, w: rms_norm(x @ w)), []),
+    "of an exponential": (softplus(lambda x, w: jnp.exp(x @ w)), [HIGH]),
+    "of an argument": (softplus(lambda x, w: x), [HIGH]),
+    "of 16 bits that the program wrote": (
+        softplus(lambda x, w: (x @ w).astype(F16), lambda y: y.astype(F32)),
+        [(F16, F16)],
+    ),
+    "for an exponential": (softplus(jnp.matmul, jnp.exp), [HIGH]),
+    "in full precision": (softplus(jnp.matmul, jmp.full_precision(jnp.tanh)), []),
+    "all in full precision": (jmp.full_precision(softplus(jnp.matmul)), [HIGH]),
+    "in low precision": (jmp.low_precision(softplus(jnp.matmul)), [LOW]),
+}
+
+
+@pytest.mark.parametrize(("fun", "expected"), ACTIVATIONS.values(), ids=ACTIVATIONS)
+def test_activations_of_low_arrays_are_entered_only_for_float32(fun, expected):
+    assert decisions(fun, "log1p") == expected
+    assert decisions(fun, "log1p", "full") == [(F16, F16) if (F16, F16) in expected else HIGH]
 
 
 # --- Numbers that the compute dtype cannot hold ---
@@ -215,6 +271,21 @@ THROUGH = {
         lambda x, w: lax.scan(lambda c, _: (jnp.tanh(c), None), x @ w, None, length=2)[0] @ w,
         "scan",
         [LOW],
+    ),
+    "what takes a carry that stays low": (
+        lambda x, w: jnp.tanh(lax.scan(lambda c, _: (jnp.sign(c), None), x @ w, None, length=2)[0]) @ w,
+        "tanh",
+        [LOW],
+    ),
+    "what takes a carry that ends float32": (
+        lambda x, w: jnp.tanh(lax.scan(lambda c, _: (jnp.exp(c), None), x @ w, None, length=2)[0]) @ w,
+        "tanh",
+        [HIGH],
+    ),
+    "what takes what a scan stacks for a matmul": (
+        lambda x, w: jnp.matmul(lax.scan(lambda c, _: (c, jnp.exp(c)), x, None, length=2)[1], w),
+        "scan",
+        [WIDE],
     ),
     "a carry that adds up": (
         lambda x, w: lax.scan(lambda c, a: (c + a, None), x @ w, jnp.ones((2, 64, 16)))[0] @ w,

@@ -208,6 +208,47 @@ def test_a_recipe_for_weights_is_not_asked_for_matmuls_without():
     assert found == {False: 2, True: 1}
 
 
+#: Dtypes of the operands and of the result that the program wrote, and whether a function takes the matmul's place.
+WRITTEN = {
+    "bfloat16": (BF16, BF16, BF16, True),
+    "float16": (F16, F16, F16, True),
+    "bfloat16 into float32": (BF16, BF16, F32, True),
+    "float32 into bfloat16": (F32, F32, BF16, True),
+    "integers": ("int32", "int32", "int32", False),
+    "small integers": ("int16", "int16", "int16", False),
+    "8 bits": ("float8_e4m3fn", "float8_e4m3fn", F32, False),
+    "complex": ("complex64", "complex64", "complex64", False),
+}
+
+
+@pytest.mark.parametrize(("lhs", "rhs", "result", "replaced"), WRITTEN.values(), ids=WRITTEN)
+@pytest.mark.filterwarnings("ignore:dot= changes no matmul")
+def test_a_matmul_of_other_dtypes_keeps_them_though_its_function_is_the_users(lhs, rhs, result, replaced):
+    """Floats of 16 and 32 bits; its operands are given as they are."""
+    seen = []
+
+    def dot(lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None):
+        seen.append((str(lhs.dtype), str(rhs.dtype), str(preferred_element_type)))
+        return lax.dot_general(lhs, rhs, dimension_numbers, preferred_element_type=preferred_element_type)
+
+    fun = lambda x, w: lax.dot_general(x, w, (((1,), (0,)), ((), ())), preferred_element_type=result)  # noqa: E731
+    args = jax.ShapeDtypeStruct((8, 16), lhs), jax.ShapeDtypeStruct((16, 16), rhs)
+    run = jmp.autocast(fun, LOW, dot=dot)
+    assert jax.eval_shape(run, *args).dtype == result
+    assert seen == [(lhs, rhs, result)] * replaced
+    [record] = jmp.explain(fun, LOW, dot=dot)(*args)
+    assert (record.in_dtypes, record.out_dtypes) == ((lhs, rhs), (result,))
+    assert record.reason == ("replaced by dot" if replaced else "not a matmul of float32 arrays")
+    [record] = jmp.explain(fun, LOW)(*args)
+    assert (record.reason, record.tag) == ("not a matmul of float32 arrays", "HIGH" if result == F32 else "NEUTRAL")
+
+
+def test_why_a_matmul_of_other_dtypes_is_not_replaced():
+    image, kernel = (jax.ShapeDtypeStruct(array.shape, BF16) for array in (IMAGE, KERNEL))
+    [record] = jmp.explain(convolution, LOW, dot=rounding)(image, kernel)
+    assert record.reason == "not a matmul of float32 arrays; dot= replaces only dot_general"
+
+
 @jax.custom_jvp
 def affine(x, w):
     return x @ w

@@ -294,6 +294,32 @@ def test_what_acts_is_not_named():
     jax.eval_shape(jmp.autocast(jax.grad(lambda x, w: in_scopes(x, w).sum()), LOW, rules=rules[1:2]), X, W)
 
 
+def test_rules_that_say_the_same_are_equal():
+    assert Rule("a", precision="f32") == Rule("a", precision=jnp.float32) == Rule("a", precision="full")
+    assert Rule("a", precision="bf16") == Rule("a", precision=jnp.bfloat16)
+    assert Rule("a", result="f32") == Rule("a", None, "auto", result=jnp.float32)
+    assert Rule("a", dot=no_dot) == Rule("a", precision="auto", dot=no_dot) != Rule("a", precision="auto")
+
+
+@pytest.mark.parametrize("policy", ["full", LOW])
+@pytest.mark.parametrize("precision", ["auto", "low", None])
+def test_a_rule_under_float32_changes_nothing_but_the_matmul_that_it_gives(precision, policy):
+    """Its name is in the reason where it changes something."""
+    dot = lambda *args, **how: lax.dot_general(*args, **how)  # noqa: E731
+    for given in ({"dot": dot}, {}) if precision else ({"dot": dot},):
+        rule = Rule("a", precision=precision, **given)
+        [product, exponential] = jmp.explain(in_scopes, policy, rules=rule)(X, W)
+        of_policy = "compute dtype of the policy is float32"
+        if policy == "full" and not given:
+            assert (product.reason, exponential.reason) == (of_policy,) * 2
+        elif given:
+            assert product.reason == "replaced by <lambda>"
+        if policy == "full":
+            assert (product.in_dtypes[0], exponential.in_dtypes[0]) == (F32, F32)
+        else:
+            assert (product.in_dtypes[0], exponential.in_dtypes[0]) == (BF16, BF16 if precision == "low" else F32)
+
+
 POLICIES = {
     "map": ({"a": "full"}, LOW, [], F32, F32),
     "map, inner": ({"b": "full"}, LOW, [], F32, F32),
@@ -608,6 +634,28 @@ INVALID = {
         jmp.errors.InvalidPatternError,
         "Pattern '(a+)+' would search path 'aaaa",
     ),
+    "a number for a scope": (lambda: Rule(3, precision="full"), jmp.errors.InvalidRuleError, "scope must be a regular"),
+    "a number for a primitive": (
+        lambda: Rule("a", 3, "full"),
+        jmp.errors.InvalidRuleError,
+        "primitive must be a regular expression or None, got 3",
+    ),
+    "a matmul that is no function": (lambda: Rule("a", dot="fp8"), jmp.errors.InvalidRuleError, "got 'fp8'"),
+    "a general one that is none": (
+        lambda: jmp.explain(in_scopes, LOW, dot="fp8"),
+        jmp.errors.InvalidRuleError,
+        "dot must be a function",
+    ),
+    "a matmul of what is autocast already": (
+        lambda: jmp.autocast(jmp.autocast(jnp.matmul, LOW, accumulation_dtype=jnp.float32), LOW, dot=FP8)(
+            jnp.ones((8, 16)), jnp.ones((16, 16))
+        ),
+        jmp.errors.InvalidRuleError,
+        "is autocast already. Give dot=",
+    ),
+    "no rules": (lambda: jmp.autocast(in_scopes, LOW, rules=None), jmp.errors.InvalidRuleError, "got None"),
+    "no function": (lambda: jmp.autocast(3, LOW), TypeError, "3"),
+    "no function to explain": (lambda: jmp.explain(3, LOW), TypeError, "3"),
     "not a rule": (
         lambda: jmp.autocast(in_scopes, LOW, rules=[("a", "full")]),
         jmp.errors.InvalidRuleError,

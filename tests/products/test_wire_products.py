@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 from jax import lax
 from support.comparisons import assert_identical, slow_but_for
-from support.jaxprs import equations
+from support.jaxprs import contractions, equations
 
 import jmp_lite as jmp
 from jmp_lite.products import _matmul
@@ -284,6 +284,7 @@ EXPLICIT_CASES = {
     "weights split": (lambda x, w: x @ w, jax.P(None, "model"), None),
     "per example": (lambda x, w: x @ w, None, (0, None)),
     "per example, weights split": (lambda x, w: x @ w, jax.P(None, "model"), (0, None)),
+    "many weights": (lambda x, w: x @ w.reshape(16, 1), None, (None, 0)),
     "bias": (lambda x, w: (x @ w) * w[:1] + w[:1], None, None),
 }
 
@@ -292,7 +293,7 @@ EXPLICIT_CASES = {
 def test_explicit_meshes(case, rng):
     """Where shardings are in types, gradients have the types and the values that plain JAX gives them."""
     fun, spec, axes = EXPLICIT_CASES[case]
-    x, w = (jnp.asarray(rng.integers(-3, 4, shape), jnp.float32) for shape in ((8, 4), (4, 4)))
+    x, w = (jnp.asarray(rng.integers(-3, 4, shape), jnp.float32) for shape in ((8, 16), (16, 16)))
     with jax.set_mesh(EXPLICIT):
         x = jax.device_put(x, jax.P("data", None))
         w = w if spec is None else jax.device_put(w, spec)
@@ -301,6 +302,8 @@ def test_explicit_meshes(case, rng):
             loss = jax.grad(lambda x, w: (fun(x, w).astype(jnp.float32) ** 2).sum(), 1)
             return jax.jit(jax.vmap(loss, axes) if axes else loss)(x, w)
 
-        found, plain = grad(jmp.autocast(fun, "mixed_bfloat16")), grad(fun)
+        low = jmp.autocast(fun, "mixed_bfloat16")
+        assert axes or contractions(low, x, w) == [("", {"bfloat16"})]
+        found, plain = grad(low), grad(fun)
         assert jax.typeof(found) == jax.typeof(plain)
         np.testing.assert_allclose(found, plain, atol=0.05 * float(jnp.max(jnp.abs(plain))))
