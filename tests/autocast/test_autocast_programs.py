@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
+from jax.sharding import PartitionSpec as P
+from support import jaxprs
 
 import jmp_lite as jmp
 
@@ -52,3 +54,65 @@ def test_float32_in_one_part_of_a_program_decides_for_its_results(primitive, fun
     equations = jax.make_jaxpr(jmp.autocast(lambda x, w: fun(x, w) @ w.T, "mixed_bfloat16"))(X, W).eqns
     [found] = [eqn for eqn in equations if eqn.primitive.name == primitive]
     assert {v.aval.dtype.name for v in found.outvars if v.aval.ndim} == {"float32"}
+
+
+# --- Over devices ---
+
+MESH = jax.make_mesh((4, 2), ("d", "m"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+MAPS = {
+    "all axes": {"in_specs": (P("d"), P(None, "m")), "out_specs": P("d", "m")},
+    "one axis": {"in_specs": (P("d"), P()), "out_specs": P("d"), "axis_names": {"d"}},
+    "types unchecked": {"in_specs": (P("d"), P()), "out_specs": P("d"), "check_vma": False},
+}
+
+
+@pytest.mark.parametrize("settings", MAPS.values(), ids=MAPS)
+def test_a_map_over_devices_is_rebuilt_as_it_was(settings):
+    """With the same mesh, specifications, axes and checks; one matmul in it is in 16 bits."""
+    fun = jax.shard_map(lambda x, w: jnp.tanh(x @ w), mesh=MESH, **settings)
+    found, plain = (jax.make_jaxpr(run)(X, W).eqns for run in (jmp.autocast(fun, "mixed_bfloat16"), fun))
+    [found], [plain] = ([eqn.params for eqn in eqns if eqn.primitive.name == "shard_map"] for eqns in (found, plain))
+    same = plain.keys() - {"jaxpr"}
+    assert found.keys() == plain.keys()
+    assert {name: found[name] for name in same} == {name: plain[name] for name in same}
+    assert "bf16" in str(found["jaxpr"])
+
+
+def policy(compute, reduce):
+    return jmp.Policy("float32", compute, "float32", reduce_dtype=reduce)
+
+
+#: The dtypes that a weight travels in, there, and its gradient, back.
+WIRES = {
+    "float32 back": ("mixed_bfloat16", "bfloat16", "float32"),
+    "16 bits back": (policy("bfloat16", "bfloat16"), "bfloat16", "bfloat16"),
+    "other 16 bits back": (policy("float16", "bfloat16"), "float16", "bfloat16"),
+    "float32": ("full", "float32", "float32"),
+}
+
+
+@pytest.mark.parametrize(("policy", "there", "back"), WIRES.values(), ids=WIRES)
+def test_weights_are_gathered_in_16_bits_and_their_gradients_as_the_policy_says(policy, there, back):
+    fun = lambda x, w: jnp.tanh(x @ lax.all_gather(w, "d", axis=0, tiled=True)).sum()  # noqa: E731
+    grad = jax.shard_map(
+        jax.grad(jmp.autocast(fun, policy), 1), mesh=MESH, in_specs=(P(), P("d")), out_specs=P("d"), check_vma=False
+    )
+    for name, expected in (("all_gather", there), ("reduce_scatter", back)):
+        [eqn] = jaxprs.equations(name, grad, X, W)
+        assert [v.aval.dtype for v in (*eqn.invars, *eqn.outvars)] == [expected] * 2
+
+
+# --- What a scan keeps for the backward pass ---
+
+
+def test_with_low_residuals_a_scan_keeps_no_float32_of_its_iterations():
+    def fun(weights, x):
+        return jnp.sum(lax.scan(lambda x, w: (x + jax.nn.softmax(x @ w), None), x, weights)[0])
+
+    weights, x, kept = jnp.ones((3, 64, 64)), jnp.ones((128, 64)), {}
+    for residuals in ("all", "low"):
+        run = jmp.autocast(fun, "mixed_bfloat16", residuals=residuals)
+        leaves = jax.tree.leaves(jax.eval_shape(lambda w, run=run: jax.vjp(lambda w: run(w, x), w)[1], weights))
+        kept[residuals] = [leaf.dtype.name for leaf in leaves if leaf.shape == (3, 128, 64)]
+    assert kept["low"].count("float32") == 0 < kept["all"].count("float32")
+    assert "bfloat16" in kept["low"]
