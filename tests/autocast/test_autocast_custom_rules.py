@@ -1,4 +1,4 @@
-"""Functions with rules of their own: each rule is the user's, in the dtypes it was written for, and sees what it saw."""
+"""Functions with rules of their own: each rule is the user's, in the dtypes it was written for."""
 
 import jax
 import jax.numpy as jnp
