@@ -186,7 +186,7 @@ def _custom_vmap(interpreter: Interpreter, call: Call) -> list[Value]:
     @function.def_vmap
     def rule(axis_size: int, in_batched: Sequence[bool], *arrays: Any) -> tuple[list[Any], list[bool]]:
         axes = [0 if batched else None for batched in in_batched]
-        batched = jax.vmap(parts.original, in_axes=axes, axis_size=axis_size)
+        batched = jax.vmap(parts.original, in_axes=axes)
         avals = [
             jax.ShapeDtypeStruct((axis_size, *aval.shape) if is_batched else aval.shape, aval.dtype)
             for aval, is_batched in zip(parts.avals, in_batched, strict=True)

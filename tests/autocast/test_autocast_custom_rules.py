@@ -192,3 +192,18 @@ def test_a_transpose_is_that_of_the_user(closes_over):
     np.testing.assert_allclose(found, expected, rtol=2**-6)
     assert jax.typeof(found) == jax.typeof(expected)
     assert float(expected[0, 0]) == (8 if closes_over else 5)
+
+
+# --- Tracers ---
+
+
+def test_rules_keep_no_tracers():
+    """They outlive the call: JAX may apply them later, or never."""
+    jvp, vjp = differentiated([]), pulled_back([])
+
+    def loss(x, w):
+        y = jvp(x @ w, w, 2)[0] @ vjp(x @ w, w)[1]
+        return jnp.sum(linear_call(lambda w, y: y @ w, lambda w, g: g @ w.T, w, y))
+
+    with jax.checking_leaks():
+        jax.make_jaxpr(jax.grad(low(loss)))(X, W)

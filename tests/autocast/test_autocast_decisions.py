@@ -292,6 +292,18 @@ THROUGH = {
         "scan",
         [(f"{BF16}/{F32}", F32)],
     ),
+    "a carry that adds up what matmuls make": (
+        lambda x, w: lax.scan(lambda c, a: (c + a @ w, None), x @ w, jnp.ones((2, 64, 16)))[0],
+        "scan",
+        [(f"{BF16}/{F32}", F32)],
+    ),
+    "a carry that adds up, beside one that does not": (
+        lambda x, w: lax.scan(lambda c, _: ((c[0] + c[1], jnp.tanh(c[1] @ w)), None), (x @ w, x @ w), None, length=2)[
+            0
+        ],
+        "scan",
+        [(f"{BF16}/{F32}", F32)],
+    ),
     "what takes the steps of a search again": (
         lambda x, w: lax.while_loop(
             lambda c: c[0] < 3,

@@ -83,6 +83,8 @@ CONSUMERS = {
 THROUGH = {
     "a call": (jax.jit(lambda h: h @ W), {"LOW"}),
     "a branch of two": (lambda h: lax.cond(True, jnp.exp, lambda h: h @ W, h), {"HIGH", "LOW"}),
+    "branches that leave it": (lambda h: lax.cond(True, lambda h: 1.0, lambda h: 2.0, h), set()),
+    "a call that leaves it": (lambda h: jax.jit(lambda h, x: x)(h, ROW), set()),
     "what chooses a branch": (lambda h: lax.cond(h[0, 0] > 0, lambda: 1.0, lambda: 2.0), set()),
     "a branch for a solver": (
         lambda h: jnp.linalg.qr(lax.cond(True, lambda h: h @ W, lambda h: -h, h)),

@@ -193,7 +193,7 @@ def test_what_a_recipe_is_asked(name):
     """It knows the scope and which operands are weights, and rounds these itself."""
     fun, args, turns, seen = ASKED[name]
     recipe = Recipe()
-    jax.eval_shape(jmp.autocast(fun, LOW, dot=recipe), *args)
+    assert jax.eval_shape(jmp.autocast(fun, LOW, dot=recipe), *args) == jax.eval_shape(fun, *args)
     assert recipe.seen == seen
     assert [turn for turn in recipe.turns if turn] == turns
 

@@ -12,6 +12,7 @@ from support import jaxprs
 import jmp_lite as jmp
 from jmp_lite.autocast import _demand, _ops
 from jmp_lite.autocast._api import settings_from
+from jmp_lite.autocast._control_flow import _left
 from jmp_lite.autocast._residuals import saves_low
 from jmp_lite.autocast._rules import Precision
 from jmp_lite.autocast._values import (
@@ -96,6 +97,13 @@ def test_what_a_value_is():
     assert {tag for tag in Tag if tag.is_rounded} == {Tag.LOW, Tag.SOFT}
     assert list(Tag) == sorted(Tag) == [Tag.NEUTRAL, Tag.LOW, Tag.SOFT, Tag.HIGH]
     assert [tag.value for tag in Tag] == [0, 1, 2, 3]
+
+
+def test_what_leaves_a_loop_is_computed_unless_a_search_found_it_or_it_is_a_tangent():
+    kept = {Origin.FOUND, Origin.TANGENT}
+    assert {origin: _left(origin) for origin in Origin} == {
+        origin: origin if origin in kept else Origin.COMPUTED for origin in Origin
+    }
 
 
 def test_only_float32_arrays_are_held_otherwise():

@@ -91,6 +91,13 @@ def test_matmuls_in_what_runs_as_written_have_their_line_or_that_of_the_call():
     assert {record.skips_dot for record in records(left_alone, primitive="dot_general")} == {False}
 
 
+def test_what_is_replaced_holds_nothing():
+    twice = lambda x, w: lax.scan(lambda x, _: (x @ w, None), x, None, length=2)[0]  # noqa: E731
+    op = lambda w, x, **params: [x.astype(jnp.float32)]  # noqa: E731
+    assert [r.primitive for r in records(twice, ops={"scan": op})] == ["scan"]
+    assert [r.primitive for r in records(twice)] == ["scan", "dot_general"]
+
+
 # --- Reasons ---
 
 LOOPS = {
