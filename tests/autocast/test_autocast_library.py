@@ -4,6 +4,7 @@ import functools
 import importlib
 import itertools
 import pkgutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from support.library_calls import ARRAYS, CALLS, LEFT_OUT
 from support.library_calls_common import N, spread
 
 import jmp_lite as jmp
+from jmp_lite.autocast._library import library_of
 
 POLICIES = ("mixed_bfloat16", "mixed_float16")
 ULP = 2.0**-8  # of bfloat16
@@ -82,6 +84,59 @@ def test_every_function_of_numpy_with_a_product_is_in_the_table():
     found = {name for name, function in functions.items() if any(has_product(function, args) for args in tries)}
     assert found <= TABLE | REASONS
     assert {"jax.numpy.cov", "jax.numpy.convolve", "jax.numpy.matmul"} <= found
+
+
+# --- Places ---
+
+#: Frames, the innermost first, and whether their matmul is a library's, and whether that is linear algebra.
+JAX, SITE = "/site/jax/_src/", "/site/"
+ALGEBRA = [
+    *(
+        f"{JAX}{path}"
+        for path in ("numpy/linalg.py", "numpy/polynomial.py", "scipy/linalg.py", "scipy/sparse/linalg.py")
+    ),
+    *(f"{JAX}{path}" for path in ("scipy/optimize/bfgs.py", "third_party/scipy/linalg.py", "lax/linalg.py")),
+    *(f"{JAX}{path}" for path in ("tpu/linalg/eigh.py",)),
+    *(f"{SITE}{path}" for path in ("flax/linen/normalization.py", "flax/nnx/nn/normalization.py")),
+    *(f"{SITE}{path}" for path in ("haiku/_src/spectral_norm.py", "equinox/nn/_spectral_norm.py")),
+]
+DATA = [
+    *(f"{JAX}{path}" for path in ("scipy/signal.py", "scipy/stats/kde.py", "third_party/scipy/betaln.py")),
+    *(f"{JAX}{path}" for path in ("image/scale.py", "random.py", "random/core.py")),
+    f"{SITE}optax/losses/_classification.py",
+]
+USER = ("/home/model.py", "layer")
+
+
+def found(*frames):
+    """The library of an equation with such frames; ``None`` for no traceback."""
+    named = [types.SimpleNamespace(file_name=file, function_name=name) for file, name in frames]
+    traceback = types.SimpleNamespace(frames=named) if frames else None
+    library = library_of(types.SimpleNamespace(source_info=types.SimpleNamespace(traceback=traceback)))
+    return library and ("algebra" if library.is_algebra else "data")
+
+
+@pytest.mark.parametrize(
+    ("file", "kind"), [*((file, "algebra") for file in ALGEBRA), *((file, "data") for file in DATA)]
+)
+def test_the_place_of_a_matmul_says_whose_it_is(file, kind):
+    """Behind what else JAX has, on every system; a request for a matmul is the user's."""
+    tensordot = (f"{JAX}numpy/tensor_contractions.py", "tensordot")
+    assert found((file, "f"), USER) == found(tensordot, (file, "a.<locals>.f"), USER) == kind
+    assert found((file.replace("/", "\\"), "f")) == kind
+    assert found((file, "matmul"), USER) is found((file, "A.multi_dot"), USER) is None
+    assert found((file, "matmul"), (file, "f"), USER) == (kind if "/jax/" in file else None)
+    assert found(USER, (file, "f")) is None
+
+
+def test_of_some_files_only_some_functions_are_a_library():
+    file = f"{JAX}numpy/lax_numpy.py"
+    for name in ("cov", "corrcoef", "convolve", "correlate", "_conv"):
+        assert found((file, name), USER) == "data"
+    for name in ("where", "covs", "matmul"):
+        assert found((file, name), USER) is None
+    assert found((file, "where"), (f"{JAX}scipy/linalg.py", "expm"), USER) == "algebra"
+    assert found() is found((f"{JAX}lax/lax.py", "dot")) is found(USER) is None
 
 
 # --- Values ---
