@@ -286,10 +286,13 @@ def test_a_function_that_returns_something_else_than_the_primitive_is_refused(op
         jax.eval_shape(jmp.autocast(jnp.tanh, LOW, ops={"tanh": op}), X)
 
 
+PLACES = np.zeros((8, 2), np.int32)
 SEVERAL = {
-    "too few": (lambda x, **params: [x], r"returned bfloat16\[8,16\]\. It"),
-    "too many": (lambda x, **params: [x, x, x], "returned"),
+    "too few": (lambda x, **params: [x[:, :2]], r"returned bfloat16\[8,2\]\. It"),
+    "too many": (lambda x, **params: [x[:, :2], jnp.asarray(PLACES), jnp.asarray(PLACES)], "returned"),
     "floats for integers": (lambda x, **params: [x[:, :2], x[:, :2]], "returned"),
+    "other integers": (lambda x, **params: [x[:, :2], jnp.asarray(PLACES, jnp.uint8)], "returned"),
+    "a number": (lambda x, **params: [x[:, :2], 3], r"returned bfloat16\[8,2\], 3\. It"),
 }
 
 
@@ -297,7 +300,7 @@ SEVERAL = {
 def test_a_function_in_place_of_a_primitive_with_several_results_returns_all(op, found):
     with pytest.raises(jmp.errors.InvalidOpError, match=rf"'top_k' {found}.*float32\[8,2\], int32\[8,2\]; any"):
         jax.eval_shape(jmp.autocast(lambda x: lax.top_k(x, 2), LOW, ops={"top_k": op}), X)
-    right = lambda x, **params: [x[:, :2], jnp.ones((8, 2), jnp.int32)]  # noqa: E731
+    right = lambda x, **params: [x[:, :2], jnp.asarray(PLACES)]  # noqa: E731
     found = jax.eval_shape(jmp.autocast(lambda x: lax.top_k(x, 2), LOW, ops={"top_k": right}), X)
     assert [leaf.dtype for leaf in jax.tree.leaves(found)] == [jnp.float32, jnp.int32]
 
