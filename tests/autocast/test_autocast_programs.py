@@ -106,13 +106,18 @@ def test_weights_are_gathered_in_16_bits_and_their_gradients_as_the_policy_says(
 
 
 def test_with_low_residuals_a_scan_keeps_no_float32_of_its_iterations():
+    """Neither between the passes nor within the backward pass, which recomputes one iteration at a time."""
+
     def fun(weights, x):
         return jnp.sum(lax.scan(lambda x, w: (x + jax.nn.softmax(x @ w), None), x, weights)[0])
 
-    weights, x, kept = jnp.ones((3, 64, 64)), jnp.ones((128, 64)), {}
+    weights, x, kept, made = jnp.ones((3, 64, 64)), jnp.ones((128, 64)), {}, {}
     for residuals in ("all", "low"):
         run = jmp.autocast(fun, "mixed_bfloat16", residuals=residuals)
         leaves = jax.tree.leaves(jax.eval_shape(lambda w, run=run: jax.vjp(lambda w: run(w, x), w)[1], weights))
         kept[residuals] = [leaf.dtype.name for leaf in leaves if leaf.shape == (3, 128, 64)]
+        loops = jaxprs.equations("scan", jax.grad(run), weights, x)
+        made[residuals] = {v.aval.dtype.name for eqn in loops for v in eqn.outvars if v.aval.shape == (3, 128, 64)}
     assert kept["low"].count("float32") == 0 < kept["all"].count("float32")
     assert "bfloat16" in kept["low"]
+    assert made == {"all": {"bfloat16", "float32"}, "low": {"bfloat16"}}
