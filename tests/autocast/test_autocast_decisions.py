@@ -371,6 +371,20 @@ THROUGH = {
         "add",
         [LOW],
     ),
+    "a matmul that a loop takes in every iteration": (
+        lambda x, w: lax.while_loop(
+            lambda c: c[0] < 3, lambda c, h=x @ w: (c[0] + 1, jnp.exp(c[1]) + jnp.tanh(h) @ w), (0, x)
+        )[1],
+        "tanh",
+        [LOW],
+    ),
+    "an exponential that a loop takes in every iteration": (
+        lambda x, w: lax.while_loop(
+            lambda c: c[0] < 3, lambda c, h=jnp.exp(x @ w): (c[0] + 1, jnp.exp(c[1]) + jnp.tanh(h) @ w), (0, x)
+        )[1],
+        "tanh",
+        [HIGH],
+    ),
     "before the loop of a test": (
         lambda x, w: lax.while_loop(is_large, lambda c: (c[0] * 0.5,), (x @ w,)),
         "dot_general",
