@@ -263,11 +263,13 @@ def rounding(lhs, rhs, dimension_numbers, **params):
     return lax.dot_general(lhs, rhs, dimension_numbers, **params)
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("side", [0, 1])
-def test_in_a_tangent_a_product_that_rounds_is_linear(side):
-    """A small tangent is not rounded away, on either side."""
-    args, tangents = (jnp.ones((8, 8)), jnp.ones((8, 8))), [jnp.zeros((8, 8))] * 2
-    tangents[side] = jnp.full((8, 8), 2.0**-6)
+def test_in_a_tangent_a_product_that_rounds_is_linear(side, dtype):
+    """A small tangent is not rounded away, on either side, and in a model of 16 bits neither."""
+    ones = jnp.ones((8, 8), dtype)
+    args, tangents = (ones, ones), [0 * ones, 0 * ones]
+    tangents[side] = ones * 2.0**-6
     slope = jax.jvp(jmp.autocast(affine, LOW, dot=rounding), args, tuple(tangents))[1]
     assert jnp.array_equal(slope, jnp.full((8, 8), 2.0**-3))
 
