@@ -245,8 +245,10 @@ def test_a_matmul_of_other_dtypes_keeps_them_though_its_function_is_the_users(lh
 
 def test_why_a_matmul_of_other_dtypes_is_not_replaced():
     image, kernel = (jax.ShapeDtypeStruct(array.shape, BF16) for array in (IMAGE, KERNEL))
-    [record] = jmp.explain(convolution, LOW, dot=rounding)(image, kernel)
-    assert record.reason == "not a matmul of float32 arrays; dot= replaces only dot_general"
+    x, w = (jax.ShapeDtypeStruct(array.shape, BF16) for array in (X, W))
+    for fun, args in ((convolution, (image, kernel)), (groups, (x, w))):
+        *_, record = jmp.explain(fun, LOW, dot=rounding)(*args)
+        assert record.reason == "not a matmul of float32 arrays; dot= replaces only dot_general"
 
 
 @jax.custom_jvp
