@@ -159,7 +159,7 @@ class Traced(NamedTuple):
 def is_traced(leaf: Any) -> bool:
     """Whether a leaf of the arguments is an array that JAX can trace."""
     if isinstance(leaf, (np.ndarray, np.generic)):
-        return leaf.dtype.kind not in "OSUmM"
+        return leaf.dtype.kind not in "OSUmM" and leaf.dtype.names is None
     return is_array(leaf) or hasattr(leaf, "aval")
 
 

@@ -4,6 +4,7 @@ import collections
 import functools
 import gc
 import itertools
+import warnings
 import weakref
 
 import flax.linen as nn
@@ -12,6 +13,7 @@ import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -21,6 +23,7 @@ from support.comparisons import assert_identical, compilations, raw, slow_but_fo
 
 import jmp_lite as jmp
 from jmp_lite._compat import source_line
+from jmp_lite.autocast import _api
 from jmp_lite.autocast._interpreter import Interpreter
 
 LOW = "mixed_bfloat16"
@@ -241,6 +244,60 @@ def test_what_is_no_array_passes_through(rng):
         assert raw(found["i"]) == raw(jnp.int32(3))
         assert found["y"].dtype == jnp.float32
         assert jax.tree.structure(found) == jax.tree.structure(fun(tree, flag, *args[2:], **kwargs))
+
+
+NO_ARRAYS = {
+    "strings": np.array(["a", "b"]),
+    "bytes": np.array([b"a"]),
+    "objects": np.array([None, 3], object),
+    "dates": np.array(["2026-01-01"], "datetime64[D]"),
+    "durations": np.array([3], "timedelta64[s]"),
+    "a record": np.zeros(2, [("a", "f4")]),
+}
+
+
+@pytest.mark.parametrize("array", NO_ARRAYS.values(), ids=NO_ARRAYS)
+def test_arrays_that_are_none_of_jax_pass_through(array):
+    found = jmp.autocast(lambda x, array: (x @ x, array), LOW)(jnp.ones((8, 8)), array)
+    assert found[1] is array
+    assert len(jmp.explain(lambda x, array: x @ x, LOW)(jax.ShapeDtypeStruct((8, 8), jnp.float32), array)) == 1
+
+
+@pytest.mark.parametrize("name", ["bool", "int8", "uint4", "float16", "bfloat16", "float8_e4m3fn", "complex64"])
+def test_arrays_of_numpy_are_traced(name):
+    array, seen = np.zeros(2, jnp.dtype(name)), []
+    jmp.autocast(lambda array: seen.append(type(array)), LOW)(array)
+    assert issubclass(seen[0], jax.core.Tracer)
+
+
+def test_a_module_among_the_arguments_is_refused():
+    model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+    run = jmp.autocast(lambda model, x: model(x), LOW)
+    for call in (lambda: run(model, jnp.ones((2, 2))), lambda: run(x=jnp.ones((2, 2)), model=model)):
+        with pytest.raises(jmp.errors.InvalidFunctionError, match="autocast"):
+            call()
+
+
+def test_slow_dtypes_are_warned_about_when_a_function_is_called(monkeypatch):
+    """Each that the settings name, and none before."""
+    asked = []
+    monkeypatch.setattr(_api, "warn_if_slow", lambda dtype: asked.append(str(dtype)))
+    policy = jmp.PolicyMap({"a": "mixed_float16", "b": "full"}, default=LOW)
+    run = jmp.autocast(jnp.matmul, policy)
+    assert not asked
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", jmp.errors.UnmatchedRuleWarning)
+        jax.eval_shape(run, jnp.ones((8, 8)), jnp.ones((8, 8)))
+    assert sorted(asked) == ["bfloat16", "float16"]
+
+
+def test_what_is_returned_has_the_name_and_the_signature_of_the_function():
+    def layer(x, w):
+        """A layer."""
+        return x @ w
+
+    run = jmp.autocast(layer, LOW)
+    assert (run.__name__, run.__doc__, run.__wrapped__) == ("layer", "A layer.", layer)
 
 
 KINDS = {

@@ -166,6 +166,11 @@ def test_a_cast_of_float32_to_float32_keeps_what_is_known(fun, tag):
 # --- Figures ---
 
 
+def test_what_is_explained_is_a_function():
+    with pytest.raises(TypeError, match="explain takes a function"):
+        _explain.explained(3, None, (), {})
+
+
 def test_a_record_has_no_figures_but_those_of_its_matmul():
     [record] = records(jnp.exp, X)
     assert (record.group, record.flops, record.trips, record.casts, record.skips_dot) == ("", 0, 1, 0, False)
