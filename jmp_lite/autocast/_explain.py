@@ -152,7 +152,7 @@ def _summarized(summary: Summary, records: Sequence[Record]) -> str:
 
 def _where(record: Record) -> str:
     """Returns the source line and the scope: a library's line serves many layers."""
-    return " in ".join(filter(None, (_place(record), record.scope and _tail(record.scope)))) or "somewhere"
+    return " in ".join(filter(None, (_place(record), _tail(record.scope)))) or "somewhere"
 
 
 def _place(record: Record) -> str:

@@ -244,6 +244,8 @@ UNDER = {
         (transposed, ["input"], "LOW", "LOWERED LOW", "moved"),
         (lax.add, ["low", "weight"], "EITHER", "LOWERED LOW", "follows its operands"),
         (matmul, ["low", "input"], "EITHER", "LOWERED LOW", "matmuls"),
+        (matmul, ["low", "input"], "HIGH", "PRODUCT HIGH", "all consumers want float32, which is free"),
+        (lax.mul, ["low", "half"], "HIGH", "LOWERED LOW", "as precise"),
     ],
     "low": [
         (lax.exp, ["low"], "HIGH", "LOWERED LOW", "asked"),
@@ -421,3 +423,5 @@ def test_dtypes_that_operands_are_cast_to():
     assert (found.dtype, found.result_dtype, found.takes_weights) == (BF16, BF16, False)
     assert decided(lax.add, "low", "weight").takes_weights
     assert not decided(lax.tanh, "low").takes_weights
+    assert decided(lax.add, "low", "weight", precision=HALF["low"]).takes_weights
+    assert not decided(lax.exp, "low", precision=HALF["low"]).takes_weights

@@ -150,6 +150,40 @@ def test_ops_of_the_user_decide():
     assert sine(jmp.OpClass.FOLLOW) == sine(jmp.OpClass.AS_WRITTEN) == {"EITHER"}
 
 
+# --- Searches ---
+
+
+def looped(step, test=lambda c: c[1][0, 0] < 3):
+    """A loop that looks at what its steps make."""
+    return counted(step, test)
+
+
+SEARCHES = {
+    "a matmul that a test looks at": (looped(lambda h: h @ W), True),
+    "in a call": (jax.jit(looped(lambda h: h @ W)), True),
+    "a call in it": (looped(jax.jit(lambda h: h @ W)), True),
+    "in a scan": (lambda h: lax.scan(lambda c, _: (looped(lambda h: h @ W)(c), None), h, None, length=2), True),
+    "a matmul that no test looks at": (counted(lambda h: h @ W), False),
+    "a function that a test looks at": (looped(jnp.tanh), False),
+    "a matmul outside": (lambda h: looped(jnp.tanh)(h @ W) @ W, False),
+    "a matmul that asks for more": (looped(lambda h: jnp.matmul(h, W, precision="highest")), False),
+}
+
+
+@pytest.mark.parametrize(("fun", "expected"), SEARCHES.values(), ids=SEARCHES)
+def test_loops_that_search_for_what_matmuls_make(fun, expected):
+    demands = Demands({}, lambda scope, primitive: True)
+    assert demands.has_search(jax.make_jaxpr(fun)(H), "") is expected
+
+
+def test_a_program_that_a_test_looks_at_is_a_search():
+    """What is wanted of its results reaches its matmuls."""
+    demands, jaxpr = Demands({}, lambda scope, primitive: True), jax.make_jaxpr(lambda h: (h @ W, jnp.exp(h)))(H)
+    assert demands.has_search(jaxpr, "", (_demand.TESTED, _demand.EITHER))
+    assert not demands.has_search(jaxpr, "", (_demand.EITHER, _demand.TESTED))
+    assert not demands.has_search(jaxpr, "")
+
+
 # --- Sums of layers ---
 
 

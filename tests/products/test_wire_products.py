@@ -73,10 +73,10 @@ TRANSFORMS = {
         lambda x, w: jax.vmap(jax.grad(total(fun), 1), (0, None))(jnp.stack([x, -x, 2 * x]), w)
     ),
     "gradient of vmap over x": lambda fun: (
-        lambda x, w: jax.grad(total(jax.vmap(fun, (0, None))), (0, 1))(jnp.stack([x, -x]), w)
+        lambda x, w: jax.grad(total(jax.vmap(fun, (-1, None))), (0, 1))(jnp.stack([x, -x], -1), w)
     ),
     "gradient of vmap over w": lambda fun: (
-        lambda x, w: jax.grad(total(jax.vmap(fun, (None, 0))), (0, 1))(x, jnp.stack([w, 2 * w]))
+        lambda x, w: jax.grad(total(jax.vmap(fun, (None, 1))), (0, 1))(x, jnp.stack([w, 2 * w], 1))
     ),
 }
 
