@@ -91,6 +91,20 @@ def test_matmuls_in_what_runs_as_written_have_their_line_or_that_of_the_call():
     assert {record.skips_dot for record in records(left_alone, primitive="dot_general")} == {False}
 
 
+@jax.jit
+def elsewhere(x):
+    """A user's function, with lines of its own."""
+    return jnp.tanh(jnp.exp(x))
+
+
+def test_what_the_user_wrote_in_a_call_has_its_own_line():
+    found = {record.primitive: record.source for record in records(lambda x: elsewhere(x) + 1, X)}
+    assert len({found["jit"], found["exp"]}) == 2
+    assert all("test_autocast_records.py" in source for source in found.values())
+    assert "(elsewhere)" in found["exp"]
+    assert "(elsewhere)" not in found["jit"]
+
+
 def test_what_is_replaced_holds_nothing():
     twice = lambda x, w: lax.scan(lambda x, _: (x @ w, None), x, None, length=2)[0]  # noqa: E731
     op = lambda w, x, **params: [x.astype(jnp.float32)]  # noqa: E731
