@@ -278,6 +278,28 @@ def test_float32_gradients_of_weights_keep_no_more_for_the_backward_pass(rng):
     assert residuals("mixed_bfloat16") <= residuals(narrow)
 
 
+IN_LOW_PRECISION = {
+    "scaled": lambda x, w: w * 0.5,
+    "shifted": lambda x, w: w + 0.5,
+    "two weights": lambda x, w: w - x[:1] * w,
+    "a row": lambda x, w: w * x[:1],
+    "a row, first": lambda x, w: x[:1] * w,
+    "a row, added": lambda x, w: x[:1] + w,
+    "a column": lambda x, w: w * x[:, :1],
+}
+
+
+@pytest.mark.parametrize("name", IN_LOW_PRECISION)
+def test_in_low_precision_weights_are_rounded_and_their_gradients_are_not(name):
+    """Whatever else takes part: numbers, rows, columns, other weights. The sum of 300 ones is no number of bfloat16."""
+    fun, x, w = IN_LOW_PRECISION[name], jnp.full((300, 300), 1.0), jnp.full((300, 300), 1.0)
+    low = jmp.autocast(jmp.low_precision(fun), "mixed_bfloat16")
+    found, expected = (jax.vjp(run, x, w) for run in (low, fun))
+    assert_identical(found[0], expected[0])
+    for cotangents in zip(*(pullback(jnp.ones((300, 300))) for _, pullback in (found, expected)), strict=True):
+        np.testing.assert_allclose(*cotangents, rtol=2**-12)
+
+
 EXPLICIT = jax.make_mesh((4, 2), ("data", "model"), (jax.sharding.AxisType.Explicit,) * 2)
 EXPLICIT_CASES = {
     "weights off the mesh": (lambda x, w: x @ w, None, None),
