@@ -272,6 +272,21 @@ THROUGH = {
         "scan",
         [LOW],
     ),
+    "a carry beside what a matmul made": (
+        lambda x, w: lax.scan(lambda c, _, h=x.T @ x: (jnp.tanh(c) + c @ h, None), x @ w, None, length=2)[0] @ w,
+        "scan",
+        [LOW],
+    ),
+    "a carry beside a weight": (
+        lambda x, w: lax.scan(lambda c, _: (jnp.tanh(c) + c @ w, None), x @ w, None, length=2)[0] @ w,
+        "scan",
+        [(f"{BF16}/{F32}", F32)],
+    ),
+    "a carry beside a weight that more than a matmul takes": (
+        lambda x, w: lax.scan(lambda c, _: (jnp.tanh(c) + c @ w + w[:1], None), x @ w, None, length=2)[0] @ w,
+        "scan",
+        [(f"{BF16}/{F32}", BF16)],
+    ),
     "what takes a carry that stays low": (
         lambda x, w: jnp.tanh(lax.scan(lambda c, _: (jnp.sign(c), None), x @ w, None, length=2)[0]) @ w,
         "tanh",

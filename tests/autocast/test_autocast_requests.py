@@ -19,6 +19,7 @@ DECIDES_NOTHING = (
     "decides nothing: wherever it matches, an earlier rule or a region decides. Put it first, or delete it."
 )
 UNMATCHED = "matched no equation of the program and does nothing."
+UNITS = "their units take 16-bit operands and accumulate in float32"
 NEAREST = "The nearest name scopes"
 SHOWS = "jmp.explain shows the scopes of all equations."
 DECISIONS = "jmp.explain shows all decisions."
@@ -26,6 +27,11 @@ DECISIONS = "jmp.explain shows all decisions."
 
 def dot(*args, **params):
     return lax.dot_general(*args, **params)
+
+
+def convolution(x, w):
+    """Along the rows."""
+    return lax.conv_general_dilated(x[:, None], w[:, None, :1], (1,), "SAME").sum(1, keepdims=True)[:, 0] * w[:1, :1]
 
 
 def scoped(x, w):
@@ -132,6 +138,14 @@ SAID = {
         [
             "dot= changes no matmul: dot_general does not run as it asks: "
             'REASON; dot= replaces only matmuls with a weight: its products="weights". ' + DECISIONS
+        ],
+    ),
+    "a matmul of a rule for a convolution": (
+        lambda x, w: jax.named_scope("aa")(convolution)(x, w) + jnp.exp(x),
+        {"rules": Rule("aa", dot=dot)},
+        [
+            "The rule for scope 'aa' changes no matmul: conv_general_dilated does not run as it asks: matmuls and "
+            f"convolutions: {UNITS}; dot= replaces only dot_general. {DECISIONS}",
         ],
     ),
     "a matmul for none": (
