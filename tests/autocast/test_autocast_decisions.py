@@ -250,6 +250,10 @@ def is_large(c):
     return jnp.max(c[0]) > 1e-3
 
 
+def in_every_iteration(h, x, w):
+    return lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, jnp.exp(c[1]) + jnp.tanh(h) @ w), (0, x))[1]
+
+
 THROUGH = {
     "a branch that needs float32": (
         lambda x, w: lax.cond(x[0, 0] > 0, jnp.exp, lambda h: h * 2, x @ w) @ w,
@@ -386,17 +390,9 @@ THROUGH = {
         "add",
         [LOW],
     ),
-    "a matmul that a loop takes in every iteration": (
-        lambda x, w: lax.while_loop(
-            lambda c: c[0] < 3, lambda c, h=x @ w: (c[0] + 1, jnp.exp(c[1]) + jnp.tanh(h) @ w), (0, x)
-        )[1],
-        "tanh",
-        [LOW],
-    ),
+    "a matmul that a loop takes in every iteration": (lambda x, w: in_every_iteration(x @ w, x, w), "tanh", [LOW]),
     "an exponential that a loop takes in every iteration": (
-        lambda x, w: lax.while_loop(
-            lambda c: c[0] < 3, lambda c, h=jnp.exp(x @ w): (c[0] + 1, jnp.exp(c[1]) + jnp.tanh(h) @ w), (0, x)
-        )[1],
+        lambda x, w: in_every_iteration(jnp.exp(x @ w), x, w),
         "tanh",
         [HIGH],
     ),

@@ -1,4 +1,4 @@
-"""How the variables of a program are held while it is evaluated: constants, literals, casts, and when they are let go."""
+"""How the variables of a program are held while it is evaluated: constants, literals, casts, and when they go."""
 
 import jax
 import jax.numpy as jnp

@@ -144,8 +144,10 @@ SAID = {
         lambda x, w: jax.named_scope("aa")(convolution)(x, w) + jnp.exp(x),
         {"rules": Rule("aa", dot=dot)},
         [
-            "The rule for scope 'aa' changes no matmul: conv_general_dilated does not run as it asks: matmuls and "
-            f"convolutions: {UNITS}; dot= replaces only dot_general. {DECISIONS}",
+            (
+                "The rule for scope 'aa' changes no matmul: conv_general_dilated does not run as it asks: matmuls and "
+                f"convolutions: {UNITS}; dot= replaces only dot_general. {DECISIONS}"
+            ),
         ],
     ),
     "a matmul for none": (
