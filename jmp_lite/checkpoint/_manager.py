@@ -301,7 +301,7 @@ class CheckpointManager:
             for step in self._damaged:
                 if (directory / str(step)).exists():
                     (directory / str(step)).rename(_free(directory, f"{step}.corrupt"))
-            for path in [] if self._tidy else list(directory.iterdir()):
+            for path in list(directory.iterdir()):
                 if _UNFINISHED.fullmatch(path.name):
                     path.rmtree()
 

@@ -72,3 +72,67 @@ def test_replicas_that_drifted_apart_are_not_saved(where, tmp_path):
         pytest.raises(jmp.errors.CheckpointMismatchError, match="copies of 'w' on different"),
     ):
         manager.save(1, {"w": drifted})
+
+
+#: Of ``arange(6).reshape(2, 3)``, as earlier versions wrote them into checkpoints.
+WRITTEN = {
+    "float32": "3ae09e2d9456fdd1",
+    "bfloat16": "b4c4f621774cfebd",
+    "float16": "7f7e44745fbbf4a5",
+    "float8_e4m3fn": "9a5c762a0c520344",
+    "int8": "e8428c157c587647",
+    "uint16": "e8428c157c587647",
+    "int4": "e8428c157c587647",
+    "bool": "18b3091a02266323",
+    "complex64": "154cda2ffa7f3b18",
+    "float64": "aa7fc76f921e3bf7",
+    "int64": "d79747de1b9c7a3f",
+    "complex128": "4905387df994a744",
+}
+
+
+@pytest.mark.parametrize("dtype", WRITTEN)
+def test_digests_are_as_earlier_versions_wrote_them(dtype, where):
+    """Or every checkpoint would be damaged."""
+    x = np.arange(6).reshape(2, 3).astype(jnp.dtype(dtype))
+    assert digests([x])[0] == [WRITTEN[dtype]]
+    if x.dtype == jax.dtypes.canonicalize_dtype(x.dtype) and dtype in ("float32", "bool", "complex64"):
+        assert digests([jax.device_put(x, sharding(2, "data"))])[0] == [WRITTEN[dtype]]
+
+
+def test_digests_of_numbers_are_as_earlier_versions_wrote_them():
+    found = digests([3, 2.5, True, 1j, np.arange(1 << 14, dtype=np.float32)])[0]
+    expected = ["c14420ed459a3a5f", "5fa9d03b3d22b0f4", "688990c0688990c0", "b3f2bc382329d474", "d214deb0f8dd2374"]
+    assert found == expected
+
+
+def test_places_beyond_32_bits_wrap_around():
+    """As sums and hashes do: a stride is known modulo 2**32."""
+    shape = (7, 2**20, 2**11, 3)
+    assert _digest._strides(shape, 2).tolist() == [2**31 * 3 * 2 % 2**32, 3 * 2**12, 6, 2]
+    assert _digest._strides((2**16, 2**16, 3), 1).tolist() == [3 * 2**16, 3, 1]
+    assert _digest._strides((), 1).tolist() == []
+
+
+@pytest.mark.parametrize(("more", "calls"), [(0, 0), (1, 1)])
+def test_small_shards_need_no_program(more, calls, monkeypatch):
+    """Up to 64 KiB on a device."""
+    hashed = []
+    on_devices = _digest._hash_on_devices
+    monkeypatch.setattr(_digest, "_hash_on_devices", lambda *given: hashed.append(given) or on_devices(*given))
+    x = np.zeros((8, (1 << 16) + more), np.int8)
+    digests([jax.device_put(x, sharding(8, "data"))])
+    assert len(hashed) == calls
+
+
+def test_whole_pieces_leave_nothing_to_numpy(monkeypatch):
+    """The largest pieces first: each length is hashed by few programs."""
+    pieces, left = [], []
+    sums, of_piece = _digest._line_sums, _digest._piece_sums
+    monkeypatch.setattr(_digest, "_line_sums", lambda words, *rest: left.append(len(words)) or sums(words, *rest))
+    monkeypatch.setattr(
+        _digest, "_piece_sums", lambda words, start: pieces.append((len(words), int(start))) or of_piece(words, start)
+    )
+    digests([np.zeros((1 << 18) + 2 * (1 << 14), np.int8)])
+    assert pieces == [(1 << 18, 0), (1 << 14, 1 << 18), (1 << 14, (1 << 18) + (1 << 14))]
+    assert left == [0]

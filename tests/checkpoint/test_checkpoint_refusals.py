@@ -1,9 +1,11 @@
 """What a checkpoint cannot be: arguments that lose states, directories of others, and a second writer."""
 
 import errno
+import fcntl
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -18,6 +20,7 @@ from support.checkpoints import manage
 
 import jmp_lite as jmp
 from jmp_lite import checkpoint
+from jmp_lite.checkpoint import _lock
 from jmp_lite.checkpoint._lock import WriterLock
 
 STATE = {"w": jnp.ones(2)}
@@ -358,6 +361,105 @@ def test_the_file_of_another_user_is_a_lock(tmp_path, monkeypatch):
     with pytest.raises(jmp.errors.CheckpointLockedError):
         WriterLock(str(tmp_path))
     theirs.release()
+
+
+@pytest.mark.parametrize("held", ["", "  \n", "Process 7 on node"])
+def test_the_holder_of_a_lock_is_named_if_it_is_known(held, tmp_path, monkeypatch):
+    """Between taking the lock and writing its name a job is not."""
+    (tmp_path / ".writer").write_text(held)
+
+    def refuse(*args):
+        raise BlockingIOError(errno.EAGAIN, "try again")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(jmp.errors.CheckpointLockedError, match=f"^{held.strip() or 'Another process'} writes"):
+        WriterLock(str(tmp_path))
+
+
+def test_the_name_of_a_dead_holder_is_replaced(tmp_path):
+    (tmp_path / ".writer").write_text("x" * 500)
+    lock = WriterLock(str(tmp_path))
+    assert (tmp_path / ".writer").read_text() == f"Process {os.getpid()} on {socket.gethostname()}"
+    lock.release()
+    lock.release()
+
+
+def test_a_lock_on_a_file_that_was_removed_meanwhile_is_taken_again(tmp_path, monkeypatch):
+    """Between opening the file and locking it."""
+    real, removed = fcntl.flock, []
+
+    def remove_first(file, how):
+        if not removed:
+            removed.append((tmp_path / ".writer").unlink())
+        real(file, how)
+
+    monkeypatch.setattr("fcntl.flock", remove_first)
+    lock = WriterLock(str(tmp_path))
+    assert removed
+    with pytest.raises(jmp.errors.CheckpointLockedError):
+        WriterLock(str(tmp_path))
+    lock.release()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.ESTALE, errno.EACCES, errno.EIO])
+def test_a_file_that_is_gone_is_not_that_of_the_lock(number, tmp_path, monkeypatch):
+    """Network file systems say so in their own way; what says something else is an error."""
+    lock = WriterLock(str(tmp_path))
+    file = lock._file
+
+    def fail(*args):
+        raise OSError(number, "of the file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pathlib.Path, "stat", fail)
+        if number in (errno.ENOENT, errno.ESTALE):
+            lock.release()
+        else:
+            with pytest.raises(OSError, match="of the file system"):
+                lock.release()
+    assert file.closed == (number in (errno.ENOENT, errno.ESTALE))
+    lock.let_go()
+
+
+def test_a_lock_is_given_back_where_files_may_not_be_removed(tmp_path, monkeypatch):
+    """As those of another user in a directory such as /tmp."""
+    lock = WriterLock(str(tmp_path))
+
+    def refuse(*args, **settings):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pathlib.Path, "unlink", refuse)
+        lock.release()
+    WriterLock(str(tmp_path)).release()
+
+
+def test_a_place_that_cannot_be_written_to_is_no_lock(tmp_path, monkeypatch):
+    def refuse(*args):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(pathlib.Path, "open", refuse)
+    with pytest.raises(PermissionError):
+        WriterLock(str(tmp_path))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOLCK])
+def test_what_file_systems_without_locks_answer(number, tmp_path, monkeypatch):
+    """Every writer gets one."""
+
+    def refuse(*args):
+        raise OSError(number, "not here")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    assert WriterLock(str(tmp_path))._file is None
+
+
+def test_a_forked_process_lets_go(tmp_path):
+    """Of all locks of its parent, whose file it has open."""
+    locks = [WriterLock(str(tmp_path / name)) for name in ("a", "b") if not (tmp_path / name).mkdir()]
+    _lock._let_go()
+    assert [lock._file for lock in locks] == [None, None]
 
 
 def test_places_without_locks_are_written_to(tmp_path, monkeypatch):
