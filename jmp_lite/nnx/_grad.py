@@ -162,7 +162,7 @@ def accumulate_gradients(
         ``jmp_lite.accumulate_gradients``.
     """
     _check(fn, "nnx.accumulate_gradients")
-    _accumulate.check_settings(num_microbatches, on_nonfinite)
+    num_microbatches = _accumulate.checked_number(num_microbatches, on_nonfinite)
     value_and_grad = scaled_value_and_grad(fn, argnums, has_aux, loss_scale=loss_scale, name=name)
     _, scale = find_loss_scale(loss_scale, name)
     leave_out = on_nonfinite == _accumulate.SKIP_MICROBATCH

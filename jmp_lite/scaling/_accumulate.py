@@ -27,7 +27,8 @@ from jmp_lite.scaling._loss_scale import LossScale
 SKIP_WINDOW, SKIP_MICROBATCH = "skip_window", "skip_microbatch"
 
 
-def check_settings(parts: Any, on_nonfinite: Any) -> None:
+def checked_number(parts: Any, on_nonfinite: Any) -> int:
+    """Returns how many microbatches there are, once both settings are checked."""
     if not isinstance(parts, (int, np.integer)) or isinstance(parts, bool) or parts < 1:
         raise InvalidMicrobatchError(
             f"num_microbatches must be a whole number, at least 1, got {parts!r}. It is part of the program and not "
@@ -38,6 +39,7 @@ def check_settings(parts: Any, on_nonfinite: Any) -> None:
             f"on_nonfinite must be 'skip_window' or 'skip_microbatch', got {on_nonfinite!r}. The first skips a whole "
             "window for one bad microbatch, the second leaves the bad one out of the mean."
         )
+    return int(parts)
 
 
 def batch_positions(args: tuple[Any, ...], differentiated: tuple[int, ...], batch_argnums: Any) -> tuple[int, ...]:
@@ -257,7 +259,7 @@ def accumulate_gradients(
         Gradient accumulation in torch.amp's examples and ``optax.MultiSteps``; Megatron-LM and DeepSpeed also skip
         whole windows.
     """
-    check_settings(num_microbatches, on_nonfinite)
+    num_microbatches = checked_number(num_microbatches, on_nonfinite)
     check_function(fun, "accumulate_gradients")
     _, scale = find_loss_scale(loss_scale, name)
     leave_out = on_nonfinite == SKIP_MICROBATCH

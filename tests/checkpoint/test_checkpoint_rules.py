@@ -452,6 +452,24 @@ def test_a_step_damaged_after_a_save_makes_room_too(tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"1", "2", "3", "3.corrupt"}
 
 
+@pytest.mark.parametrize(
+    ("there", "free"),
+    [
+        ([], "a"),
+        (["a"], "a.1"),
+        (["a", "a.1"], "a.2"),
+        (["a", "a.2"], "a.1"),
+        (["a.1"], "a"),
+        (["a", "a.1", "a.2"], "a.3"),
+    ],
+)
+def test_damaged_steps_are_numbered(there, free, tmp_path):
+    """From 1 on, and none over another."""
+    for name in there:
+        (tmp_path / name).mkdir()
+    assert _manager._free(tmp_path, "a") == tmp_path / free
+
+
 def test_an_error_in_the_background_is_raised_by_the_next_save(tmp_path):
     broken = RuntimeError("no space left")
 
