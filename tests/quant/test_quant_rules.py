@@ -1,0 +1,649 @@
+"""The rules of quantization, one setting, text, format or leaf at a time: what is taken, refused, written, chosen."""
+
+import dataclasses
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from support.comparisons import DEVICES, assert_identical, mesh, raw
+from support.jaxprs import equations
+from support.lowbit import MATMUL
+
+from jmp_lite import errors, quant
+from jmp_lite.quant import DotRecipe, QuantSpec, _array, _batches, _calibrate, _operands, _scale, _tiles
+from jmp_lite.quant._spec import parse_spec
+
+# --- Specs ----------------------------------------------------------------------------------------
+
+LARGEST = float(np.finfo(np.float32).max)
+#: Texts, and the settings that they stand for.
+TEXTS = {
+    "e4m3": {},
+    "e5m2:pow2": {"pow2": True},
+    "int8:channel": {"granularity": "channel"},
+    "int8:margin64": {"margin": 64},
+    "int8:margin-64:stochastic": {"margin": -64, "stochastic": True},
+    "int4:tile128": {"tile": 128},
+    "e2m1:tile16:margin1:scale_e4m3": {"tile": 16, "margin": 1, "scale_dtype": "e4m3"},
+    "int8:channel:margin-1:stochastic": {"granularity": "channel", "margin": -1, "stochastic": True},
+    f"e4m3:amax{2.0**-126}": {"amax": 2.0**-126},
+    f"e4m3:amax{LARGEST}": {"amax": LARGEST},
+}
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_texts_of_specs(text):
+    spec = QuantSpec(text.partition(":")[0], **TEXTS[text])
+    assert str(spec) == text
+    assert parse_spec(text) == spec
+    assert parse_spec(f"{text}:tensor" if "granularity" not in TEXTS[text] else text) == spec
+    assert spec.granularity == ("channel" if "tile" in text or "channel" in text else "tensor")
+
+
+MAGNITUDES = [2, 2.0, np.float16(2), np.int32(2), np.array(2.0), jnp.float32(2)]
+
+
+@pytest.mark.parametrize("amax", MAGNITUDES, ids=repr)
+def test_a_magnitude_may_be_a_number_of_any_kind(amax):
+    spec = QuantSpec("e4m3", amax=amax)
+    assert type(spec.amax) is float
+    assert spec.amax == 2
+
+
+NO_SPECS = {
+    "margin": ({"margin": 65}, "at most 64, got 65"),
+    "negative margin": ({"margin": -65}, "at most 64, got -65"),
+    "margin of a bool": ({"margin": True}, "at most 64, got True"),
+    "tiny magnitude": ({"amax": 2.0**-127}, "positive number, got 5.87747175"),
+    "large magnitude": ({"amax": 2.0**128}, "positive number, got 3.40282366"),
+    "magnitudes": ({"amax": np.ones(1)}, "positive number, got array"),
+    "a magnitude for a tile": ({"amax": 2.0, "tile": 8}, "amax=2.0 is one number, and 'tile8' asks for several"),
+    "a scale dtype without a tile": ({"scale_dtype": "e4m3"}, "scale_dtype='e4m3' must be 'e4m3', with a tile"),
+    "a scale dtype of e5m2": ({"scale_dtype": "e5m2", "tile": 8}, "scale_dtype='e5m2' must be 'e4m3', with a tile"),
+}
+
+
+@pytest.mark.parametrize("case", NO_SPECS)
+def test_settings_of_specs_beyond_the_limits(case):
+    settings, message = NO_SPECS[case]
+    with pytest.raises(errors.InvalidRecipeError, match=re.escape(message)):
+        QuantSpec("e4m3", **settings)
+
+
+# --- Recipes --------------------------------------------------------------------------------------
+
+E4M3, INT8 = "lhs=e4m3,rhs=e4m3", "lhs=int8,rhs=int8"
+READ = {
+    E4M3: DotRecipe("e4m3", "e4m3"),
+    f" lhs = e4m3 , rhs = e4m3 ": DotRecipe("e4m3", "e4m3"),  # noqa: F541
+    "rhs=int8,lhs=none": DotRecipe(None, "int8"),
+    f"{E4M3},grad=e5m2": DotRecipe("e4m3", "e4m3", "e5m2"),
+    f"{E4M3},axis_name=data": DotRecipe("e4m3", "e4m3", axis_name="data"),
+    f"{E4M3},axis_name=data+model": DotRecipe("e4m3", "e4m3", axis_name=("data", "model")),
+    f"{E4M3},products=all": DotRecipe("e4m3", "e4m3", products="all"),
+    f'{E4M3},sites={{"a/b": "{INT8}"}}': DotRecipe("e4m3", "e4m3", sites=(("a/b", DotRecipe("int8", "int8")),)),
+    f'{E4M3},sites={{"a": "fp8"}}': DotRecipe("e4m3", "e4m3", sites=(("a", quant.FP8),)),
+}
+
+
+@pytest.mark.parametrize("text", READ)
+def test_texts_of_recipes_are_read(text):
+    assert quant.get_recipe(text) == READ[text]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(f"{E4M3},axis_name=", f"{E4M3},products=", "lhs=,rhs=e4m3", "rhs=e4m3", "lhs=e4m3,grad=e4m3", f"{E4M3},"),
+        *(f"{E4M3},sites={{", f"{E4M3},sites=3", f"{E4M3},lhs=e4m3", "   ", "=e4m3,rhs=e4m3"),
+    ],
+)
+def test_what_is_nearly_the_text_of_a_recipe_is_unknown(text):
+    with pytest.raises(errors.InvalidRecipeError, match=r"^Unknown recipe "):
+        quant.get_recipe(text)
+
+
+TURNED = {
+    "the weight on the right": (quant.W8A8_STATIC, (False, True), False),
+    "the weight on the left": (quant.W8A8_STATIC, (True, False), True),
+    "two weights": (quant.W8A8_STATIC, (True, True), False),
+    "no weight": (quant.W8A8_STATIC, (False, False), False),
+    "one spec, the weight on the right": (quant.W8A16, (False, True), False),
+    "one spec, the weight on the left": (quant.W8A16, (True, False), True),
+    "the only spec on the left": (DotRecipe("int8:channel", None), (True, False), False),
+    "the only spec on the left, and the weight not": (DotRecipe("int8:channel", None), (False, True), True),
+}
+
+
+@pytest.mark.parametrize("case", TURNED)
+def test_the_spec_of_the_weight_is_for_the_weight(case):
+    recipe, are_weights, is_turned = TURNED[case]
+    expected = dataclasses.replace(recipe, lhs=recipe.rhs, rhs=recipe.lhs) if is_turned else recipe
+    assert recipe.turned(are_weights) == expected
+
+
+@pytest.mark.parametrize(("products", "has_weight", "takes"), [("weights", 1, 1), ("weights", 0, 0), ("all", 0, 1)])
+def test_which_products_a_recipe_takes(products, has_weight, takes):
+    assert DotRecipe("int8", "int8", products=products).takes(has_weight=bool(has_weight)) == bool(takes)
+
+
+def test_sites_have_recipes_of_their_own():
+    plain, own = DotRecipe("int8", "int8:channel"), DotRecipe("int8:amax3", "int8:channel")
+    recipe = dataclasses.replace(plain, sites=(("a", own), ("b/c", plain)))
+    assert [plain.depends_on_scope, recipe.depends_on_scope] == [False, True]
+    assert [plain.scopes, recipe.scopes] == [frozenset(), {"a", "b/c"}]
+    assert [recipe.at(scope) for scope in ("a", "b/c", "c", "")] == [own, plain, plain, plain]
+    assert plain.at("a") is plain
+    changed = recipe.replace(products="all")
+    assert [site.products for site in (changed, changed.at("a"), changed.at("c"))] == ["all"] * 3
+    assert changed.at("a").lhs == own.lhs
+    assert recipe.replace(sites=()) == plain
+    assert recipe.static(lhs=2.0) == DotRecipe("int8:amax2.0", "int8:channel")
+    assert recipe.static() == plain
+
+
+@pytest.mark.parametrize("side", ["lhs", "rhs", "grad"])
+def test_one_magnitude_is_fixed_at_a_time(side):
+    recipe = DotRecipe("int8", "int8", "int8").static(**{side: 3})
+    assert {name: getattr(recipe, name).amax for name in ("lhs", "rhs", "grad")} == {
+        **dict.fromkeys(("lhs", "rhs", "grad")),
+        side: 3.0,
+    }
+    with pytest.raises(errors.InvalidRecipeError, match=f"{side}=3 was given, and recipe .* does not quantize it"):
+        DotRecipe(*[None if side == name else "int8" for name in ("lhs", "rhs")]).static(**{side: 3})
+
+
+SPEEDS = {
+    "tiles of Blackwell": (quant.MXFP8, "dot_general", ", at the speed of the compute dtype, but on NVIDIA Blackwell"),
+    "other tiles": (quant.W4A16, "dot_general", ", at the speed of the compute dtype"),
+    "no tiles": (quant.FP8, "dot_general", DotRecipe("e4m3", "e4m3").speed("dot_general")),
+    "a convolution": (quant.FP8, "conv_general_dilated", ", at the speed of the compute dtype"),
+}
+
+
+@pytest.mark.parametrize("case", SPEEDS)
+def test_how_fast_a_replacement_is(case):
+    recipe, primitive, note = SPEEDS[case]
+    assert recipe.speed(primitive) == note
+    assert (", but on" in note) == (case == "tiles of Blackwell")
+
+
+def spec(text):
+    return parse_spec(text)
+
+
+MX, NV = "e4m3:tile32:pow2", "e2m1:tile16:scale_e4m3"
+KERNELS = {
+    (MX, MX): True,
+    (MX, "e5m2:tile32:pow2"): True,
+    (NV, NV): True,
+    (MX, "none"): False,
+    ("none", NV): False,
+    (MX, NV): False,
+    (MX, "e4m3:tile32"): False,
+    (MX, "e4m3:tile16:pow2"): False,
+    ("e4m3:tile16:pow2", "e4m3:tile16:pow2"): False,
+    (MX, "int8:tile32:pow2"): False,
+    (NV, "e4m3:tile16:scale_e4m3"): False,
+    ("e4m3:tile16:scale_e4m3",) * 2: False,
+    ("e2m1:tile32:scale_e4m3",) * 2: False,
+    ("e2m1:tile16",) * 2: False,
+    ("e2m1:tile32:pow2",) * 2: False,
+}
+
+
+@pytest.mark.parametrize("specs", KERNELS, ids=" by ".join)
+def test_which_tiles_a_device_multiplies(specs):
+    assert _tiles.has_kernel(*map(spec, specs)) == KERNELS[specs]
+
+
+@pytest.mark.parametrize("capability", [None, "", "x", "10", "100.0"])
+def test_a_device_says_its_capability_or_has_no_units(capability, monkeypatch):
+    device = type(
+        "Device", (), {"platform": "gpu"} | ({} if capability is None else {"compute_capability": capability})
+    )
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    assert _tiles.has_units() == (capability in ("10", "100.0"))
+
+
+#: Which operands of a matmul are quantized, by their dtypes and that of the result.
+QUANTIZED = [
+    ("float32", "float32", None, 2),
+    ("bfloat16", "float16", "float32", 2),
+    ("float16", "float32", None, 2),
+    ("float32", "float32", "bfloat16", 2),
+    ("float8_e4m3fn", "bfloat16", None, 0),
+    ("bfloat16", "float8_e5m2", None, 0),
+    ("int32", "float32", "float32", 0),
+    ("float32", "int8", "float32", 0),
+    ("float32", "float32", "int32", 0),
+    ("complex64", "complex64", None, 0),
+    ("float64", "float32", None, 0),
+    ("float32", "float64", None, 0),
+    ("float32", "float32", "float64", 2),
+]
+
+
+@pytest.mark.parametrize(("lhs", "rhs", "preferred", "count"), QUANTIZED)
+def test_which_operands_are_quantized(lhs, rhs, preferred, count):
+    """Real floating ones of 16 and 32 bits, if the result is floating."""
+    arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in (((4, 8), lhs), ((8, 3), rhs))]
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        dot = functools.partial(quant.FP8, dimension_numbers=MATMUL, preferred_element_type=preferred)
+        assert len(equations("quantize_to_bits", dot, *arrays)) == count
+
+
+# --- Formats --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", _scale.FORMATS)
+def test_every_number_goes_through_bits(name):
+    """To the bit, but for signs of zeros and NaN payloads."""
+    dtype = _scale.FORMATS[name]
+    width = 4 if dtype.name in ("int4", "float4_e2m1fn") else 8
+    values = np.arange(2**width, dtype=np.uint8).view(dtype)
+    bits = _scale.as_bits(jnp.asarray(values))
+    assert bits.dtype == (dtype if name in ("int8", "int4") else jnp.int8)
+    back = _scale.from_bits(bits, dtype)
+    assert back.dtype == dtype
+    np.testing.assert_array_equal(np.asarray(back).astype(np.float32), values.astype(np.float32))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_wide_numbers_are_their_own_bits(dtype):
+    x = jnp.ones(3, dtype)
+    assert _scale.as_bits(x) is x
+    assert _scale.from_bits(x, x.dtype) is x
+
+
+#: The largest number of each format, and what it rounds some numbers to.
+EDGES = {
+    "e4m3": (448.0, {449.0: 448, 2.0**-10: 0, 1.5 * 2.0**-9: 2.0**-8, 1.0625: 1, 1.1: 1.125}),
+    "e5m2": (57344.0, {60000.0: 57344, 1.1: 1, 1.13: 1.25}),
+    "int8": (127.0, {127.4: 127, 128.0: 127, -128.0: -127, 0.5: 0, 1.5: 2}),
+    "e2m1": (6.0, {7.0: 6, 0.2: 0, 0.25: 0, 0.3: 0.5, 5.1: 6, 5.0: 4, -2.6: -3}),
+    "int4": (7.0, {7.4: 7, 8.0: 7, -8.0: -7, 2.5: 2}),
+}
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_what_formats_round_to(name):
+    limit, rounded = EDGES[name]
+    assert _scale.largest(_scale.FORMATS[name]) == limit
+    found = quant.quantize(jnp.asarray(list(rounded), jnp.float32), name, jnp.float32(1))
+    np.testing.assert_array_equal(np.asarray(found).astype(np.float32), np.float32(list(rounded.values())))
+
+
+REPEATED = {
+    "a scalar": ((), (4, 6), ()),
+    "channels": ((1, 6), (4, 6), (1, 6)),
+    "each number": ((4, 6), (4, 6), (4, 6)),
+    "tiles": ((2, 6), (4, 6), (4, 6)),
+    "tiles of the last axis": ((1, 3), (4, 6), (1, 6)),
+    "tiles of two axes": ((2, 2), (4, 6), (4, 6)),
+    "another rank": ((6,), (4, 6), (6,)),
+}
+
+
+@pytest.mark.parametrize("case", REPEATED)
+def test_scales_are_repeated_for_the_numbers_of_a_tile(case):
+    of_scale, shape, expected = REPEATED[case]
+    scale = np.arange(math.prod(of_scale), dtype=np.float32).reshape(of_scale)
+    found = _scale.repeated(scale, shape)
+    assert np.shape(found) == expected
+    for axis, (tiles, size) in enumerate(zip(of_scale, expected, strict=True)):
+        scale = np.repeat(scale, size // tiles, axis)
+    np.testing.assert_array_equal(found, scale)
+
+
+#: Shape, axes that share a scale, tile; how many neighbors share one along each axis.
+LENGTHS = [
+    ((8, 4), (0,), None, (8, 1)),
+    ((8, 4), (0,), 8, (8, 1)),
+    ((8, 4), (0,), 16, (8, 1)),
+    ((8, 4), (0,), 4, (4, 1)),
+    ((8, 4), (0,), 3, None),
+    ((8, 4), (0, 1), None, (8, 4)),
+    ((8, 4), (0, 1), 4, (1, 4)),
+    ((8, 4), (0, 1), 2, (1, 2)),
+    ((8, 4), (0, 1), 8, (2, 4)),
+    ((8, 4), (1, 0), 8, (2, 4)),
+    ((8, 4), (0, 1), 6, None),
+    ((8, 4), (0, 1), 12, None),
+    ((8, 4), (), 4, (1, 1)),
+    ((8, 4), (), None, (1, 1)),
+    ((0, 4), (0,), 4, (1, 1)),
+    ((), (), None, ()),
+]
+
+
+@pytest.mark.parametrize(("shape", "shared", "tile", "lengths"), LENGTHS)
+def test_how_many_neighbors_share_a_scale(shape, shared, tile, lengths):
+    assert _tiles.tile_lengths(shape, shared, tile) == lengths
+    if lengths is not None:
+        amax = jax.eval_shape(lambda x: _tiles.amax_of_tiles(x, lengths, np.dtype("int8")), np.zeros(shape))
+        assert amax.shape == tuple(-(-n // length) or 1 for n, length in zip(shape, lengths, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("text", "amax", "scale"),
+    [
+        ("e4m3", 448 * 2.0**-70, 2.0**-63),
+        ("e4m3", 448 * 2.0**-62, 2.0**-62),
+        ("e4m3:channel", 448 * 2.0**-70, 2.0**-70),
+        ("int8", 127 * 2.0**-70, 2.0**-70),
+    ],
+)
+def test_the_least_scale_of_a_whole_float8_array(text, amax, scale):
+    """Two of them are multiplied, and the product is to be a normal number."""
+    found = _operands.prepared(jnp.full((1, 2), amax, jnp.float32), spec(text), (0, 1), None)
+    np.testing.assert_array_equal(np.ravel(found.scale), scale)
+
+
+FIXED = {
+    "int8": ("int8:amax2", [1.0, 3.0], 2.0),
+    "int8, not finite": ("int8:amax2", [1.0, np.inf], np.nan),
+    "float8": ("e4m3:amax2", [1.0, 3.0], 2.0),
+    "float8, not finite": ("e4m3:amax2", [1.0, np.nan], 2.0),
+}
+
+
+@pytest.mark.parametrize("case", FIXED)
+def test_a_fixed_magnitude_hides_nothing(case):
+    """Integers cannot show what is not finite."""
+    text, x, expected = FIXED[case]
+    np.testing.assert_array_equal(_operands._amax(jnp.float32(x), spec(text), (0,), None), np.float32(expected))
+
+
+# --- Fake quantization ----------------------------------------------------------------------------
+
+SCALES = {(): True, (1, 4): True, (8, 1): True, (8, 4): True, (1, 1): True}
+NO_SCALES = {(4,): False, (2, 4): False, (8, 2): False, (1, 8, 4): False, (4, 8): False}
+
+
+@pytest.mark.parametrize("shape", SCALES | NO_SCALES, ids=str)
+def test_which_scales_fit_an_array(shape):
+    call = functools.partial(jax.eval_shape, quant.fake_quant, np.ones((8, 4), np.float32), np.ones(shape, np.float32))
+    if (SCALES | NO_SCALES)[shape]:
+        assert call().shape == (8, 4)
+        return
+    message = f"size 1 along shared axes: got float32{list(shape)} for an array [8, 4]."
+    with pytest.raises(errors.InvalidRecipeError, match=re.escape(message)):
+        call()
+
+
+@pytest.mark.parametrize(("shape", "of_scale"), [((0, 4), ()), ((0, 4), (1, 4)), ((0, 4), (0, 1))], ids=str)
+def test_arrays_without_elements_have_gradients(shape, of_scale):
+    """Of the scale zero: nothing was rounded."""
+    x, scale = jnp.zeros(shape), jnp.ones(of_scale)
+    of_x, of_s = jax.grad(lambda x, s: jnp.sum(quant.fake_quant(x, s)), (0, 1))(x, scale)
+    assert (of_x.shape, of_s.shape) == (shape, of_scale)
+    assert not np.any(of_s)
+
+
+def test_gradients_of_a_scale_are_added_up_over_devices():
+    """Under the checks of `shard_map`, an array varies over devices and its scale does not."""
+    x, scale = np.linspace(-80, 90, 4 * DEVICES, dtype=np.float32), jnp.float32(0.5)
+
+    def total(x, scale):
+        return jnp.sum(quant.fake_quant(x, scale)[None])
+
+    def each(x, scale):
+        return jax.lax.psum(total(x, scale), "batch")
+
+    mapped = jax.shard_map(each, mesh=mesh(), in_specs=(P("batch"), P()), out_specs=P())
+    found = jax.jit(jax.grad(lambda s: mapped(x, s)))(scale)
+    # Each device divides by the root of its own number of elements.
+    np.testing.assert_allclose(found, jax.grad(total, 1)(x, scale) * np.sqrt(DEVICES), rtol=1e-5)
+
+
+# --- Arrays ---------------------------------------------------------------------------------------
+
+W = np.ones((4, 3), np.float32)
+HELD = quant.quantize_array(jnp.asarray(np.arange(12.0, dtype=np.float32).reshape(4, 3) + 1), axes=[0])
+
+
+@pytest.mark.parametrize("name", _array._OPERATORS)
+def test_operators_are_those_of_the_array_it_stands_for(name):
+    full = HELD.dequantize()
+    others = {"getitem": (1,), "matmul": (full.T,), "rmatmul": (full.T,)}.get(name, (2.0,))
+    others = () if name in ("iter", "neg", "pos", "abs") else others
+    found, expected = (getattr(array, f"__{name}__")(*others) for array in (HELD, full))
+    found, expected = (list(found), list(expected)) if name == "iter" else (found, expected)
+    assert jax.tree.map(raw, found) == jax.tree.map(raw, expected)
+
+
+@pytest.mark.parametrize("name", sorted(_array._OF_ARRAYS))
+def test_attributes_are_those_of_the_array_it_stands_for(name):
+    found, expected = (getattr(array, name) for array in (HELD, HELD.dequantize()))
+    assert type(found) is type(expected)
+
+
+def test_it_becomes_an_array_of_any_dtype():
+    full = HELD.dequantize()
+    assert raw(np.asarray(HELD)) == raw(np.asarray(full))
+    assert raw(np.asarray(HELD, np.float64)) == raw(np.asarray(full, np.float64))
+    assert raw(np.array(HELD, copy=True)) == raw(np.asarray(full))
+    assert raw(HELD.astype("bfloat16")) == raw(full.astype("bfloat16"))
+    half = dataclasses.replace(HELD, dtype="bfloat16")
+    assert half.dtype == jnp.bfloat16
+    assert raw(half.dequantize()) == raw(full.astype("bfloat16"))
+    assert raw(half.dequantize(jnp.float32)) == raw(full)
+    assert (HELD.shape, HELD.ndim, HELD.size, HELD.nbytes, len(HELD)) == ((4, 3), 2, 12, 24, 4)
+
+
+SIZES = [("int4", (3,), 2), ("uint4", (3, 3), 5), ("float4_e2m1fn", (2,), 1), ("int8", (3,), 3), ("float32", (3,), 12)]
+
+
+@pytest.mark.parametrize(("dtype", "shape", "size"), [*SIZES, ("int4", (0,), 0), ("float64", (), 8)])
+def test_bytes_of_arrays_and_of_shapes(dtype, shape, size):
+    """Two numbers of 4 bits in a byte."""
+    assert quant.nbytes({"a": jax.ShapeDtypeStruct(shape, dtype), "b": 3}) == {"a": size, "b": None}
+
+
+PATHS = {
+    "dense/kernel": True,
+    "kernel": True,
+    "": True,
+    "bias": False,
+    "dense/Bias": False,
+    "dense/b": False,
+    "norm/scale": False,
+    "norm/OFFSET": False,
+    "bias/kernel": True,
+    "scale_kernel": True,
+    "Embed_0/table": False,
+    "posEMBEDding": False,
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_which_paths_are_those_of_kernels(path):
+    assert _array._is_kernel(path, W) == PATHS[path]
+    assert not _array._is_kernel(path, W[0])
+    assert not _array._is_kernel(path, W.astype(int))
+    assert not _array._is_kernel(path, "text")
+    assert _array._is_kernel(path, HELD) == PATHS[path]
+    assert [_array.kernels_of(axes)(path, W) for axes in (None, (0,), ())] == [False, PATHS[path], PATHS[path]]
+
+
+@pytest.mark.parametrize(("ndim", "axes"), [(1, ()), (2, (0,)), (3, (1,)), (4, (1, 2)), (5, (1, 2, 3))])
+def test_which_axes_share_a_scale_by_default(ndim, axes):
+    assert _array._inner("kernel", np.ones((2,) * ndim)) == axes
+
+
+SHARED = {
+    "all": (None, (0, 1, 2)),
+    "none": ([], ()),
+    "from the end": ([-1, 0], (2, 0)),
+    "of NumPy": (np.array([1, 2]), (1, 2)),
+    "too large": ([3], None),
+    "too small": ([-4], None),
+    "twice": ([1, 1], None),
+    "twice, from both ends": ([0, -3], None),
+    "a number": (1, None),
+    "floats": ([0.0], None),
+    "texts": (["0"], None),
+}
+
+
+@pytest.mark.parametrize("case", SHARED)
+def test_axes_are_numbers_of_axes(case):
+    axes, expected = SHARED[case]
+    if expected is not None:
+        assert _array._shared_axes(axes, 3, "x") == expected
+        return
+    with pytest.raises(errors.InvalidRecipeError, match=f"^axes={re.escape(repr(axes))} of x with 3 axes must be"):
+        _array._shared_axes(axes, 3, "x")
+
+
+AXES = {
+    "a list": ([0], {"a": (1, 3), "c": (1, 3)}),
+    "numbers of NumPy": ([np.int64(0)], {"a": (1, 3), "c": (1, 3)}),
+    "nothing": ([], {"a": (4, 3), "c": (4, 3)}),
+    "None": (None, {"a": (1, 1), "c": (1, 1)}),
+    "a function": (lambda path, leaf: [0] if path == "a" else None, {"a": (1, 3), "c": (1, 1)}),
+    "a tree": ({"a": (1,), "c": None}, {"a": (4, 1), "c": None}),
+    "a tree of nothing": ({"a": (), "c": (0, 1)}, {"a": (4, 3), "c": (1, 1)}),
+}
+
+
+@pytest.mark.parametrize("case", AXES)
+def test_axes_of_a_tree(case):
+    axes, expected = AXES[case]
+    held = quant.quantize_tree({"a": W, "c": W}, axes=axes)
+    assert {name: node.scale.shape if node is not W else None for name, node in held.items()} == expected
+
+
+def test_a_spec_of_one_scale_takes_the_axes_that_are_given():
+    assert quant.quantize_tree(W, "int8:tensor").scale.shape == (1, 1)
+    assert quant.quantize_tree(W, "int8:tensor", axes=[0]).scale.shape == (1, 3)
+    assert quant.quantize_tree(W, "int8").scale.shape == (1, 3)
+
+
+def test_a_tree_of_which_nothing_is_chosen():
+    """An empty one, and one without parameters, hold nothing to choose."""
+    assert quant.quantize_tree({}) == {}
+    with pytest.raises(errors.InvalidRecipeError, match=r"^Nothing of a, b, c and 1 more is quantized"):
+        quant.quantize_tree(dict.fromkeys("abcd", W[0]))
+    with pytest.raises(errors.InvalidRecipeError, match=r"^Nothing of the array is quantized"):
+        quant.quantize_tree(W[0])
+
+
+SPECS = {
+    "a format": ("e5m2", "e5m2:channel"),
+    "a text": ("e5m2:pow2", "e5m2:pow2"),
+    "a spec": (QuantSpec("int4", tile=8), "int4:tile8"),
+    "a recipe": (quant.W8A8_STATIC, "int8:channel"),
+    "a recipe of the left alone": (DotRecipe("e5m2:pow2", None), "e5m2:pow2"),
+}
+
+
+@pytest.mark.parametrize("case", SPECS)
+def test_what_stands_for_the_spec_of_an_array(case):
+    given, text = SPECS[case]
+    assert str(_array._checked_spec(given)) == text
+
+
+@pytest.mark.parametrize("given", ["int8:channel:stochastic", DotRecipe("int8", "int8:stochastic")], ids=str)
+def test_arrays_are_not_rounded_at_random(given):
+    with pytest.raises(errors.InvalidRecipeError, match="held rounded to nearest, got int8:"):
+        quant.quantize_array(W, given)
+
+
+STATES = {
+    "the same": ({"values": HELD.values, "scale": HELD.scale}, True),
+    "other numbers": ({"values": HELD.values.astype(jnp.float8_e5m2), "scale": HELD.scale}, False),
+    "values alone": ({"values": HELD.values}, False),
+    "more": ({"values": HELD.values, "scale": HELD.scale, "zero": 0}, False),
+    "an array": (HELD.values, False),
+}
+
+
+@pytest.mark.parametrize("case", STATES)
+def test_what_is_restored_into_a_quantized_array(case):
+    state, fits = STATES[case]
+    if fits:
+        assert_identical(_array._from_state_dict(HELD, state), HELD)
+        assert _array._state_dict(HELD) == state
+        return
+    with pytest.raises(errors.InvalidRecipeError, match=r"^The template has QuantizedArray\(int8.*was saved\. Quant"):
+        _array._from_state_dict(HELD, state)
+
+
+# --- Data -----------------------------------------------------------------------------------------
+
+BATCHES = {
+    "tuples": ([(1,), (2, 3)], None),
+    "lists": ([[1], [2]], None),
+    "none": ([], "step was given no batches"),
+    "an array": ([np.ones(2)], r"step takes a tuple of arguments for each batch, such as \(x,\), got float64\[2\]"),
+    "a later dict": ([(1,), {"x": 2}], "step takes a tuple of arguments"),
+}
+
+
+@pytest.mark.parametrize("case", BATCHES)
+def test_batches_are_tuples_of_arguments(case):
+    batches, message = BATCHES[case]
+    if message is None:
+        assert list(_batches.checked(iter(batches), "step", {"w": W})) == batches
+        return
+    with pytest.raises(errors.InvalidRecipeError, match=message):
+        list(_batches.checked(iter(batches), "step", {"w": W}))
+
+
+@pytest.mark.parametrize("where", ["parameters", "batch"])
+def test_numbers_that_are_traced_are_none(where):
+    def run(x):
+        list(_batches.checked([(x if where == "batch" else 1,)], "step", x if where == "parameters" else 1))
+
+    with pytest.raises(errors.InvalidRecipeError, match="step looks at numbers, and there are none while JAX traces"):
+        jax.eval_shape(run, W)
+
+
+def test_magnitudes_fall_into_buckets():
+    """128 between two powers of two; signs do not count, and nothing is lost."""
+    x = np.float32([0.0, 1.0, -1.0, 1.004, 1.0079, 1.99999, 2.0, -0.0, np.inf])
+    counts = np.asarray(_calibrate._histogram(jnp.asarray(x).reshape(3, 3)))
+    one = int(np.float32(1).view(np.uint32) >> 16)
+    assert {int(i): int(counts[i]) for i in np.flatnonzero(counts)} == {
+        0: 2,
+        one: 3,
+        one + 1: 1,
+        one + 127: 1,
+        one + 128: 1,
+        _calibrate._NOT_FINITE: 1,
+    }
+    ends = _calibrate._upper_ends()
+    assert ends.dtype == np.float64
+    assert len(ends) == _calibrate._NOT_FINITE
+    np.testing.assert_array_equal(ends[[one, one + 127]], np.nextafter(np.float32([1 + 2**-7, 2]), np.float32(0)))
+
+
+def test_a_journal_keeps_the_largest_of_each_side_and_scope():
+    journal = _calibrate._Journal("absmax", 1.0)
+    for scope, side, amax in (("a", "lhs", 2.0), ("a", "lhs", 1.0), ("a", "rhs", 5.0), ("b", "lhs", 3.0)):
+        journal.add(scope, side, (np.float32(amax), 0))
+    found = {(s, side): journal.amax(s, side, QuantSpec("int8")) for s, sides in journal.seen.items() for side in sides}
+    assert found == {("a", "lhs"): 2.0, ("a", "rhs"): 5.0, ("b", "lhs"): 3.0}
+    amax, counts = journal.measured(jnp.float32([1, -3]))
+    assert (float(amax), counts) == (3.0, 0)
+    assert np.isnan(journal.measured(jnp.float32([1, np.nan]))[0])
+
+
+PERCENTILES = {1e-9: True, 100: True, np.float32(99.9): True, 100.1: False, 0: False, -1: False, "99": False}
+
+
+@pytest.mark.parametrize("percentile", PERCENTILES, ids=repr)
+def test_percentiles_are_percents(percentile):
+    check = functools.partial(_calibrate._check, quant.W8A8_STATIC, "percentile", percentile)
+    if PERCENTILES[percentile]:
+        check()
+        return
+    with pytest.raises(errors.InvalidRecipeError, match=re.escape(f"such as 99.9, got {percentile!r}.")):
+        check()
