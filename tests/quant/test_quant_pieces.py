@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from support.jaxprs import equations
 from support.lowbit import EXACT, MATMUL, PRODUCTS, normal, relative
 
 from jmp_lite import quant
-from jmp_lite.products._dimensions import dimensions
-from jmp_lite.quant import _axes, _linear, _operands, _product, _smooth, _tiles
+from jmp_lite.products._dimensions import dimensions, transposed
+from jmp_lite.quant import _axes, _emulated, _linear, _operands, _product, _smooth, _tiles
 from jmp_lite.quant._product import Call
 from jmp_lite.quant._sites import Site, _placed
 from jmp_lite.quant._spec import parse_spec
@@ -251,6 +252,29 @@ def test_mapped_arrays_are_rounded_each_for_itself(positions, text, rng):
     np.testing.assert_array_equal(np.float32(found), np.float32(expected))
 
 
+@pytest.mark.parametrize("position", [0, 1, 2])
+@pytest.mark.parametrize("features", [0, 1])
+def test_mapped_cotangents_are_rounded_each_for_itself(position, features, rng):
+    """With a scale for each feature, in whatever axis that is."""
+    specs = quant.DotRecipe("int8", "int8", "int8:channel")
+    bind = functools.partial(_emulated._primitive().bind, specs=specs, features=features)
+
+    def pulled(tangent, cotangent):
+        out, pull = jax.vjp(bind, tangent)
+        return out, pull(cotangent)[0]
+
+    tangent, cotangent = (normal(rng, *np.insert((4, 5), position, 3)) for _ in range(2))
+    found = jax.vmap(pulled, position)(tangent, cotangent)
+    each = [pulled(*(jnp.take(x, i, position) for x in (tangent, cotangent))) for i in range(3)]
+    np.testing.assert_array_equal(found[0], jnp.stack([out for out, _ in each]))
+    np.testing.assert_array_equal(found[0], jnp.moveaxis(tangent, position, 0))
+    amax = np.abs(cotangent).max(tuple(axis for axis in range(3) if axis != (features + (position <= features))))
+    step = np.expand_dims(amax, 1 - features) / 127
+    errors = np.abs(found[1] - jnp.moveaxis(cotangent, position, 0))
+    assert np.all(errors <= step / 2 * (1 + 1e-5))
+    assert np.any(errors > 0)
+
+
 def test_shardings_of_mapped_results_have_an_axis_more():
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
     spec = jax.P("a", "b")
@@ -277,6 +301,51 @@ def test_scales_lie_along_the_axes_of_the_result(case, rng):
         scaled = [x * scale if i == side else arrays[i] for i in (0, 1)]
         along = _product._along_result(jnp.asarray(scale), out.ndim, dims, side)
         np.testing.assert_array_equal(out * along, exact(*scaled))
+
+
+@pytest.mark.parametrize("case", PRODUCTS)
+@pytest.mark.parametrize("side", [0, 1])
+def test_scales_along_what_is_added_up_go_to_the_cotangent(case, side, rng):
+    """As to the other operand: of a matmul of whole numbers, nothing is rounded."""
+    shapes, dims = PRODUCTS[case][:2], dimensions(PRODUCTS[case][2])
+    out = jax.eval_shape(functools.partial(lax.dot_general, dimension_numbers=dims), *map(np.zeros, shapes))
+    found = transposed(dims, tuple(map(len, shapes)), side)
+    shape = shapes[1 - side]
+    scale = 2.0 ** rng.integers(-3, 4, [1 if axis in dims.contracted[1 - side] else n for axis, n in enumerate(shape)])
+    other, cotangent, scale = (
+        jnp.asarray(x, jnp.float32) for x in (rng.integers(-3, 4, shape), rng.integers(-3, 4, out.shape), scale)
+    )
+    product = functools.partial(lax.dot_general, dimension_numbers=found.dims)
+    folded = product(*found.ordered(_product.folded(cotangent, scale, found), other))
+    np.testing.assert_array_equal(folded, product(*found.ordered(cotangent, other * scale)))
+
+
+#: Recipe, precision that is asked for; those of the matmuls forward and backward.
+HIGHEST = lax.Precision.HIGHEST
+PRECISIONS = {
+    "quantized": ("fp8", HIGHEST, {None}, {HIGHEST}),
+    "quantized, none asked for": ("fp8", None, {None}, {HIGHEST}),
+    "a weight alone": ("w8a16", HIGHEST, {HIGHEST}, {HIGHEST}),
+    "a weight alone, none asked for": ("w8a16", None, {None}, {None}),
+    "straight-through": ("w8a8", HIGHEST, {None}, {HIGHEST}),
+    "tiles": ("mxfp8", HIGHEST, {HIGHEST}, {None}),
+    "tiles of a weight": ("w4a16", HIGHEST, {HIGHEST}, {HIGHEST}),
+}
+
+
+@pytest.mark.parametrize("case", PRECISIONS)
+def test_precisions_are_for_what_is_not_quantized(case):
+    recipe, asked, forward, backward = PRECISIONS[case]
+    x, w = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((4, 128), (128, 3)))
+    dot = functools.partial(quant.get_recipe(recipe), dimension_numbers=MATMUL, precision=asked)
+
+    def precisions(fun, *args):
+        given = [eqn.params["precision"] for eqn in equations("dot_general", fun, *args)]
+        return [precision[0] if isinstance(precision, tuple) else precision for precision in given]
+
+    assert set(precisions(dot, x, w)) == forward
+    both = precisions(lambda x, w, g: jax.vjp(dot, x, w)[1](g), x, w, jax.ShapeDtypeStruct((4, 3), jnp.float32))
+    assert set(both[1:]) == backward
 
 
 # --- JAX's matmul of tiles ------------------------------------------------------------------------
@@ -322,6 +391,33 @@ def test_the_matmul_of_tiles_gets_matrices_and_scales(name, rng, monkeypatch):
     assert (lhs.shape, rhs.shape, dtype) == ((1, 8, 64), (1, 32, 64), jnp.float32)
     assert (of_lhs.shape, of_rhs.shape) == ((1, 8, 64 // tile), (1, 32, 64 // tile))
     assert of_lhs.dtype == of_rhs.dtype == (jnp.float8_e8m0fnu if name == "mxfp8" else jnp.float8_e4m3fn)
+
+
+def test_scales_in_e4m3_are_relative_to_one_of_all_devices(rng):
+    amax = jnp.abs(normal(rng, 3, 4, 1))
+    spec = parse_spec("e2m1:tile16:scale_e4m3")
+    alone, together = (
+        jax.vmap(functools.partial(_tiles.tile_scale, spec=spec, axis_name=name), axis_name="i")(amax)
+        for name in (None, "i")
+    )
+    np.testing.assert_array_equal(together[1], np.full(3, alone[1].max()))
+    assert len(set(alone[1].tolist())) == 3
+    np.testing.assert_allclose(together[0] * together[1][:, None, None], amax / 6, rtol=2**-3)
+
+
+def test_tiles_lie_on_one_device():
+    """Along the axes of tiles an array is gathered, along others it stays."""
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        for spec, axes, expected in (
+            (jax.P("a", "b"), (1,), jax.P("a", None)),
+            (jax.P("a", "b"), (0,), jax.P(None, "b")),
+            (jax.P("a", "b"), (0, 1), jax.P(None, None)),
+            (jax.P("a", None), (1,), jax.P("a", None)),
+        ):
+            x = jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=jax.NamedSharding(mesh, spec))
+            found = equations("reshard", lambda x, axes=axes: _tiles._gathered(x, axes), x)
+            assert [eqn.outvars[0].aval.sharding.spec for eqn in found] == [expected] * (spec != expected)
 
 
 def test_tiles_of_results_that_are_sharded_are_multiplied_as_what_they_stand_for(monkeypatch):

@@ -11,6 +11,7 @@ from support.lowbit import normal, relative
 
 import jmp_lite as jmp
 from jmp_lite import quant
+from jmp_lite.quant import _sites
 
 JITTED = jax.jit(lambda w, x: jnp.tanh(x @ w))
 
@@ -84,6 +85,24 @@ QUICK = {
 }
 #: Cases in which compensated rounding does what it does in others, once it has found the weights.
 ALIKE = {"two layers", "one program, two weights", "while", "vmap", "looked up too"}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_which_weights_are_found(case):
+    """Traced alone: with the axes that they are contracted over; others that matmuls take have other uses."""
+    fun, shapes, expected = CASES[case]
+    params, x = [jnp.ones(shape) for shape in shapes], jnp.ones((8, 16))
+    found = _sites.call(fun, (params, x), {})
+    axes = quant.contracted_axes(fun)(params, x)
+    reached = range(2) if case == "cond" else expected  # in some branch
+    assert found.contracted == {str(number): axes[number] for number in reached}
+    assert not found.refused & found.contracted.keys()
+    sites = [site for site in found.places.values() if site]
+    assert {site.weight for site in sites} == found.contracted.keys()
+    for site in sites:
+        assert site.shape == shapes[int(site.weight)]
+        assert tuple(sorted(site.order)) == site.contracted == found.contracted[site.weight]
+        assert np.prod([site.shape[axis] for axis in site.order]) == 16 or case in ("two layers", "attention")
 
 
 @pytest.mark.parametrize("case", slow_but_for(QUICK, CASES))
