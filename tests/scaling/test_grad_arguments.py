@@ -1,10 +1,12 @@
 """Gradients of a scaled loss: every kind of argument and output, a scale found in any state, what is refused."""
 
+import functools
 import inspect
 import re
 from typing import NamedTuple
 
 import flax.linen
+import flax.nnx
 import flax.training.train_state
 import jax
 import jax.numpy as jnp
@@ -273,3 +275,28 @@ def test_what_holds_no_scale_is_refused_when_the_gradient_is_made(make, said, gi
     pattern = f"{re.escape(said)}.*Pass a loss scale, or the state of an optimizer"
     with pytest.raises(jmp.errors.LossScaleNotFoundError, match=pattern):
         make(lambda w: w * w, **given)
+
+
+@both_makers
+@pytest.mark.parametrize("fun", [None, "mixed_float16", 3.0, {"w": 1.0}], ids=repr)
+def test_what_is_no_function_is_refused_when_the_gradient_is_made(make, fun):
+    with pytest.raises(jmp.errors.InvalidFunctionError, match=r"takes a function, got "):
+        make(fun, loss_scale=jmp.NoOpLossScale())
+
+
+MODEL = flax.nnx.Linear(2, 2, rngs=flax.nnx.Rngs(0))
+MODULES = {
+    "an argument": lambda make: make(lambda w, m: w)(1.0, MODEL),
+    "among arguments": lambda make: make(lambda w, x: w)(1.0, {"m": [MODEL]}),
+    "a keyword": lambda make: make(lambda w, x, m: w)(1.0, jnp.ones(4), m=MODEL),
+    "the function": lambda make: make(MODEL)(jnp.ones((2, 2)), jnp.ones(4)),
+    "a method": lambda make: make(MODEL.__call__)(jnp.ones((2, 2)), jnp.ones(4)),
+}
+
+
+@both_makers
+@pytest.mark.parametrize("case", MODULES)
+def test_modules_of_nnx_have_functions_of_their_own(make, case):
+    """Their statistics and random counts would stay as they are."""
+    with pytest.raises(jmp.errors.InvalidFunctionError, match=r"with the NNX module Linear.*Use jmp_lite\.nnx\."):
+        MODULES[case](functools.partial(make, loss_scale=jmp.NoOpLossScale()))
