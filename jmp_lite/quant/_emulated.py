@@ -74,9 +74,11 @@ def quantized_ragged_dot(
     lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)
     multiply = _with_params(lax.ragged_dot_general, ragged_dot_dimension_numbers=ragged_dot_dimension_numbers, **params)
     dtype = result_dtype(lhs, rhs, preferred_element_type)
-    shared = dimensions(ragged_dot_dimension_numbers.dot_dimension_numbers).contracted
+    shared, batched = dimensions(ragged_dot_dimension_numbers.dot_dimension_numbers)
     groups = tuple(ragged_dot_dimension_numbers.rhs_group_dimensions)
-    ndim = lhs.ndim + rhs.ndim - 2 * len(shared[0]) - 2 * len(groups) + (not groups)
+    [ragged] = ragged_dot_dimension_numbers.lhs_ragged_dimensions
+    is_summed = ragged in shared[0]  # into one result per group
+    ndim = lhs.ndim + rhs.ndim - 2 * len(shared[0]) - len(batched[0]) - len(groups) + is_summed
     call = _Call(multiply, specs, dtype, shared, ndim - 1, groups[0] if groups else None)
     return _called(lhs, rhs, (group_sizes,), call)
 

@@ -152,6 +152,10 @@ def experts(rng):
     return normal(rng, 64, 32), normal(rng, len(SIZES), 32, 16) * jnp.asarray(EXPERTS, jnp.float32), normal(rng, 64, 16)
 
 
+#: Scales that are no powers of two tell which axes share them.
+ROWWISE = quant.get_recipe("lhs=int8:channel,rhs=int8:channel,grad=int8:channel")
+
+
 def rounded_experts(x, w, by, recipe):
     """The operands as they are quantized: experts one by one."""
     rows = rounded(x, recipe.lhs, 0)
@@ -179,6 +183,13 @@ def test_every_expert_is_quantized_for_itself(name, policy, experts):
         rows, weights, cotangent = rounded_experts(x, w, by, RECIPES[name])
         expected, pull0 = jax.vjp(ragged, rows, weights)
         assert_same((out, of_x, of_w), (expected, *pull0(cotangent)))
+
+
+def test_scales_of_experts_are_those_of_rows_and_of_output_channels(experts):
+    x, w, by = experts
+    (out, pull), rows = jax.vjp(jmp.autocast(ragged, "full", dot=ROWWISE), x, w), rounded_experts(x, w, by, ROWWISE)
+    expected, pull0 = jax.vjp(ragged, *rows[:2])
+    assert_same((out, *pull(by)), (expected, *pull0(rows[2])))
 
 
 def test_recipes_stand_in_for_ragged_dot_general(experts):

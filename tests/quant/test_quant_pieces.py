@@ -348,6 +348,80 @@ def test_precisions_are_for_what_is_not_quantized(case):
     assert set(both[1:]) == backward
 
 
+# --- Convolutions and ragged matmuls --------------------------------------------------------------
+
+#: Dimension numbers; axes that share a scale, of the left and of the right operand; the axis of features.
+LAYOUTS = {
+    "NCHW": (("NCHW", "OIHW", "NCHW"), ((1, 2, 3), (1, 2, 3)), 1),
+    "NHWC": (("NHWC", "HWIO", "NHWC"), ((1, 2, 3), (0, 1, 2)), 3),
+    "CNHW": (("CNHW", "IHWO", "HNWC"), ((0, 2, 3), (0, 1, 2)), 3),
+}
+#: Shapes of the operands, contracted axes, axes of groups; the shared axes, the axis of features, that of groups.
+RAGGED = {
+    "rows": ((8, 4), (3, 4, 5), ((1,), (1,)), ([0], [0]), ((1,), (1,)), 1, 0),
+    "rows, groups in the middle": ((8, 4), (4, 3, 5), ((1,), (0,)), ([0], [1]), ((1,), (0,)), 1, 1),
+    "what is added up": ((5, 8), (8, 4), ((1,), (0,)), ([1], []), ((1,), (0,)), 2, None),
+    "batches": ((8, 2, 4), (8, 4, 5), ((2,), (1,)), ([0], []), ((2,), (1,)), 2, None, ((0,), (0,))),
+    "rows of batches": ((2, 8, 4), (3, 2, 4, 5), ((2,), (2,)), ([1], [0]), ((2,), (2,)), 2, 0, ((0,), (1,))),
+}
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The calls of what is quantized, which are not made."""
+    made = []
+    monkeypatch.setattr(_emulated, "_emulated", lambda lhs, rhs, sizes, call: made.append(call) or lhs)
+    return made
+
+
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_axes_of_convolutions_that_share_a_scale(case, calls):
+    """One scale per sample, per output feature of the kernel, and per feature of cotangents."""
+    layout, shared, features = LAYOUTS[case]
+    x, w = np.ones((4,) * 4, np.float32), np.ones((4,) * 4, np.float32)
+    quant.FP8_ROWWISE.conv(x, w, (1, 1), "SAME", dimension_numbers=layout)
+    [call] = calls
+    assert (call.shared, call.features, call.group, call.dtype) == (shared, features, None, jnp.float32)
+
+
+@pytest.mark.parametrize("case", RAGGED)
+def test_axes_of_ragged_matmuls_that_share_a_scale(case, calls):
+    """Per row, and per output channel of each group."""
+    lhs, rhs, contracted, (ragged, groups), shared, features, group, *batched = RAGGED[case]
+    dims = lax.RaggedDotDimensionNumbers((contracted, *(batched or [((), ())])), ragged, groups)
+    quant.FP8_ROWWISE.ragged_dot(np.ones(lhs, np.float32), np.ones(rhs, np.float32), np.array([3, 4, 1]), dims)
+    [call] = calls
+    assert (call.shared, call.features, call.group) == (shared, features, group)
+    out = jax.eval_shape(call.multiply, *map(jnp.ones, (lhs, rhs)), jnp.array([3, 4, 1]))
+    assert out.ndim == call.features + 1
+
+
+def test_parameters_that_are_not_given_are_not_passed_on():
+    """JAX versions have different ones."""
+    passed = _emulated._with_params(dict, precision=None, padding="SAME", group_offset=None, stride=0)
+    assert passed() == {"padding": "SAME", "stride": 0}
+
+
+#: Dtypes of both operands and of the result, and whether they are quantized.
+EMULATED = [
+    ("float32", "float32", None, True),
+    ("bfloat16", "float16", None, True),
+    ("bfloat16", "bfloat16", "float32", True),
+    ("float64", "float64", None, False),
+    ("int32", "int32", None, False),
+    ("float32", "float32", "float64", False),
+]
+
+
+@pytest.mark.parametrize(("lhs", "rhs", "dtype", "is_quantized"), EMULATED)
+def test_which_convolutions_are_quantized(lhs, rhs, dtype, is_quantized, calls):
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        x, w = jnp.ones((1, 1, 4, 4), lhs), jnp.ones((1, 1, 2, 2), rhs)
+        convolve = functools.partial(quant.FP8.conv, preferred_element_type=dtype)
+        jax.eval_shape(lambda x, w: convolve(x, w, (1, 1), "SAME"), x, w)
+    assert len(calls) == is_quantized
+
+
 # --- JAX's matmul of tiles ------------------------------------------------------------------------
 
 

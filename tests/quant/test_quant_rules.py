@@ -158,6 +158,54 @@ def test_one_magnitude_is_fixed_at_a_time(side):
         DotRecipe(*[None if side == name else "int8" for name in ("lhs", "rhs")]).static(**{side: 3})
 
 
+ALLOWED = {
+    "lhs=e5m2,rhs=e4m3": (False, "e5m2", "e4m3"),
+    "lhs=e4m3,rhs=e5m2": (False, "e4m3", "e5m2"),
+    "lhs=e5m2,rhs=e4m3,grad=e4m3": (False, "e5m2", "e4m3"),
+    "lhs=e4m3,rhs=e4m3,grad=e5m2": (False, "e4m3", "e4m3"),
+    "lhs=none,rhs=e5m2": (False, "none", "e5m2"),
+    "lhs=int8,rhs=none": (False, "int8", "none"),
+    "lhs=int8:tile8,rhs=e4m3": (True, "none", "none"),
+    "lhs=e4m3,rhs=e4m3,grad=e4m3:tile8": (True, "none", "none"),
+    "lhs=none,rhs=int4:tile8": (True, "none", "none"),
+}
+
+
+@pytest.mark.parametrize("text", ALLOWED)
+def test_which_formats_go_together(text):
+    """And what residuals are kept in: with tiles, they are not quantized."""
+    recipe = quant.get_recipe(text)
+    found = recipe.is_tiled, *(str(recipe.kept(side) or "none") for side in (0, 1))
+    assert found == ALLOWED[text]
+    assert [recipe.spec(0), recipe.spec(1)] == [recipe.lhs, recipe.rhs] == list(recipe.operands)
+    assert recipe.of_gradients == recipe.grad
+
+
+REFUSED = {
+    "two of e5m2": ("lhs=e5m2,rhs=e5m2,grad=none", "No device multiplies e5m2 by e5m2"),
+    "e5m2 in the backward pass": ("lhs=e4m3,rhs=e5m2,grad=e5m2", "No device multiplies e5m2 by e5m2"),
+    "gradients beside one operand": ("lhs=e4m3,rhs=none,grad=e4m3", "only if both operands are"),
+    "gradients of a tiled operand": ("lhs=none,rhs=int4:tile8,grad=int8:tile8", "only if both operands are"),
+    "formats": ("lhs=int8,rhs=int8,grad=e4m3", "int8 and float8 cannot be multiplied"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_which_formats_do_not_go_together(case):
+    text, message = REFUSED[case]
+    with pytest.raises(errors.InvalidRecipeError, match=message):
+        quant.get_recipe(text)
+
+
+def test_what_stands_for_a_primitive():
+    """Tiles are for matmuls only."""
+    for recipe, others in ((quant.FP8, True), (quant.MXFP8, False), (quant.W4A16, False)):
+        assert recipe.instead_of("dot_general") is recipe
+        assert recipe.instead_of("conv_general_dilated") == (recipe.conv if others else None)
+        assert recipe.instead_of("ragged_dot_general") == (recipe.ragged_dot if others else None)
+        assert recipe.instead_of("add") is None
+
+
 SPEEDS = {
     "tiles of Blackwell": (quant.MXFP8, "dot_general", ", at the speed of the compute dtype, but on NVIDIA Blackwell"),
     "other tiles": (quant.W4A16, "dot_general", ", at the speed of the compute dtype"),
@@ -647,3 +695,37 @@ def test_percentiles_are_percents(percentile):
         return
     with pytest.raises(errors.InvalidRecipeError, match=re.escape(f"such as 99.9, got {percentile!r}.")):
         check()
+
+
+def least_error(counts, ends, steps_of):
+    """The definition: of each candidate, number by number."""
+    best = None
+    for candidate in ends[ends > ends[-1] / 256]:
+        step = float(steps_of(candidate))
+        error = 0.0
+        for count, end in zip(counts, ends, strict=True):
+            beyond = max(end - step * 127, 0)
+            error += count * (end**2 if end <= step / 2 else beyond**2 or step**2 / 12)
+        best = min(best or (error, candidate), (error, candidate))
+    return best[1]
+
+
+def test_the_least_error_is_that_of_its_definition(rng):
+    """Rounded to zero, rounded to a step, or clipped; of magnitudes over ten octaves."""
+    ends = 2.0 ** (np.arange(-40, 1) / 4)
+    spec = QuantSpec("int8")
+    steps = dict(zip(ends, np.float64(quant.absmax_scale(jnp.asarray(ends), "int8")), strict=True))
+    for _ in range(40):
+        counts = rng.integers(1, 10 ** rng.integers(1, 9, ends.size))
+        assert _calibrate._least_error(counts, ends, spec, 1.0) == least_error(counts, ends, steps.get)
+
+
+def test_calibration_waits_for_what_watches(monkeypatch):
+    """Of each batch before the next, and of the last before it reads the journal."""
+    waited = []
+    for name in ("block_until_ready", "effects_barrier"):
+        real = getattr(jax, name)
+        monkeypatch.setattr(jax, name, lambda *args, n=name, r=real: waited.append(n) or r(*args))
+    batches = [(np.ones((1, 4), np.float32),)] * 2
+    quant.calibrate(lambda dot: lambda x: dot(x, np.ones((4, 2), np.float32), MATMUL), "w8a8_static", batches)
+    assert waited == ["block_until_ready"] * 2 + ["effects_barrier"]

@@ -280,7 +280,7 @@ def lsq(x, scale, cotangent, name):
 
 @pytest.mark.covering(1)
 @formats
-@pytest.mark.parametrize("shape", [(), (1, 16), (64, 1)], ids=["scalar", "per column", "per row"])
+@pytest.mark.parametrize("shape", [(), (1, 16), (64, 1), (64, 16)], ids=["scalar", "per column", "per row", "each"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_gradients_of_fake_quant_follow_lsq(name, shape, dtype, rng):
     x = np.asarray(normal(rng, 64, 16, dtype=dtype))

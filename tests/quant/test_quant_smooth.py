@@ -311,6 +311,17 @@ def test_activations_of_any_size(size, rng):
     )
 
 
+def test_activations_of_zeros_say_nothing(rng):
+    """Nothing that was lost would show; and batches are added up."""
+    w, x = normal(rng, 16, 4), correlated(rng, 16, 64)
+    fun = lambda w, x: x @ w  # noqa: E731
+    assert_identical(quant.gptq(fun, w, [(0 * x,)], "int8").values, quant.quantize_tree(w).values)
+    whole, parts = (
+        quant.gptq(fun, w, batches, "int4:tile16") for batches in ([(x,)], [(0 * x,), (x[:40],), (x[40:],)])
+    )
+    assert np.mean(np.asarray(whole.values) == np.asarray(parts.values)) > 0.95
+
+
 def test_weights_that_no_batch_reached_are_rounded_to_nearest(rng):
     w, x = normal(rng, 16, 4), wide(rng)
     never = quant.gptq(lambda w, x: lax.cond(x.sum() > 1e9, lambda: x @ w, lambda: x[:, :4]), w, [(x,)], "int8")
