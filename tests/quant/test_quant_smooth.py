@@ -311,6 +311,33 @@ def test_activations_of_any_size(size, rng):
     )
 
 
+def test_other_leaves_stand_among_weights(rng):
+    """Functions, texts, numbers, integers and what has no elements, before and behind them."""
+    w = {"body": normal(rng, 16, 16), "head": normal(rng, 16, 4)}
+    others = {
+        "a": jnp.tanh,
+        "a2": "text",
+        "a3": jnp.arange(3),
+        "a4": jnp.zeros((0, 16)),
+        "g": 0.5,
+        "none": None,
+        "z": 2,
+    }
+
+    def fun(p, x):
+        return p["a"](x @ p["body"]) @ p["head"] * p["g"] + p["a3"].sum().astype(jnp.float32)
+
+    params, x = {**w, **others}, wide(rng)
+    assert _sites.call(fun, (params, x), {}).contracted == {"body": (0,), "head": (0,)}
+    run, smoothed = quant.smooth(fun, params, [(x,)])
+    compensated = quant.gptq(fun, params, [(x,)], "int8")
+    for found in (smoothed, compensated):
+        assert all(found[name] is leaf for name, leaf in others.items())
+        assert all(np.any(np.asarray(found[name]) != leaf) for name, leaf in w.items())
+    assert_identical(run(smoothed, x), fun(params, x))
+    assert relative(fun(compensated, x), fun(params, x)) < 0.03
+
+
 def test_activations_of_zeros_say_nothing(rng):
     """Nothing that was lost would show; and batches are added up."""
     w, x = normal(rng, 16, 4), correlated(rng, 16, 64)
