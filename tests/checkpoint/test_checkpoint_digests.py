@@ -136,3 +136,16 @@ def test_whole_pieces_leave_nothing_to_numpy(monkeypatch):
     digests([np.zeros((1 << 18) + 2 * (1 << 14), np.int8)])
     assert pieces == [(1 << 18, 0), (1 << 14, 1 << 18), (1 << 14, (1 << 18) + (1 << 14))]
     assert left == [0]
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_what_is_in_the_memory_of_the_host_is_hashed_there(devices, monkeypatch):
+    """A whole array of a CPU, whatever its size; none of its shards goes through a program of its mesh."""
+    hashed = []
+    on_devices = _digest._hash_on_devices
+    monkeypatch.setattr(_digest, "_hash_on_devices", lambda *given: hashed.append(given) or on_devices(*given))
+    x = np.arange(4 * (1 << 16), dtype=np.uint8).reshape(4, -1)
+    placed = jax.device_put(x, sharding(devices, "data"))
+    assert _digest._is_in_host_memory(placed) == (devices == 1)
+    assert digests([placed]) == digests([x])
+    assert len(hashed) == (devices > 1)

@@ -58,6 +58,21 @@ CASES = {
         [(16, 8)] * 2,
         [1],
     ),
+    "out of a branch": (
+        lambda p, x: x @ p[0] + x @ lax.cond(x[0, 0] > 0, lambda: p[0], lambda: p[0].T) + x @ p[1],
+        [(16, 16)] * 2,
+        [1],
+    ),
+    "out of a loop": (
+        lambda p, x: x @ p[0] + x @ lax.scan(lambda _, i: (None, p[0]), None, jnp.arange(2))[1][0] + x @ p[1],
+        [(16, 8)] * 2,
+        [1],
+    ),
+    "slices out of a loop": (
+        lambda p, x: x @ p[0][0] + x @ lax.scan(lambda _, w: (None, w.T), None, p[0])[1][1].T + x @ p[1],
+        [(2, 16, 8), (16, 8)],
+        [1],
+    ),
     "returned": (lambda p, x: (x @ p[0], p[0], x @ p[1]), [(16, 8)] * 2, [1]),
     "convolution": (
         lambda p, x: (
