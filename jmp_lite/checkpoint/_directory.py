@@ -133,7 +133,7 @@ def _if_absent(path: epath.Path) -> str | None:
     """Returns what to do about a path that holds nothing of a checkpoint."""
     if path.is_file() or any(any(path.glob(sign)) for sign in _SIGNS):
         return None
-    steps = [int(step.parent.name) for step in path.glob("*/header") if step.parent.name.isdigit()]
+    steps = [int(step.parent.name) for step in path.glob("*/header") if step.parent.name.isdecimal()]
     if steps:
         return f"It holds one for each step: restore {path / str(max(steps))}, or use CheckpointManager."
     return "Check the path, or start from the beginning."

@@ -168,11 +168,32 @@ ORIGINS = {
 def test_what_one_process_sees_of_the_origin_stops_all(case, job, tmp_path):
     make, kind, message = ORIGINS[case]
     places = [_directory.absolute(tmp_path / name) for name in ("good", "bad")]
-    places[0].mkdir()
+    (tmp_path / "good" / "header").mkdir(parents=True)
     make(tmp_path / "bad")
     found = job(*(lambda place=place: _directory._check_origin(place) for place in places))
     assert [type(outcome) for outcome in found] == [kind] * 2
     assert all(message in str(outcome) for outcome in found)
+
+
+SIGNS = ("header", "state", "_CHECKPOINT_METADATA", "_METADATA", "checkpoint", "item/_METADATA", "item/checkpoint")
+#: What stands in a folder, and what is said of it.
+FOLDERS = {
+    **{sign: ([sign], None) for sign in SIGNS},
+    "nothing": ([], "Check the path, or start from the beginning."),
+    "a part of a name": (["headers", "my_state", "a/b/_METADATA"], "Check the path, or start from the beginning."),
+    "steps": (["9/header", "10/header", "2.corrupt/header", "11/state"], "It holds one for each step: restore 10, or "),
+    "no number": (["\N{SUPERSCRIPT TWO}/header"], "Check the path, or start from the beginning."),
+}
+
+
+@pytest.mark.parametrize("case", FOLDERS)
+def test_a_sign_of_a_checkpoint_is_enough(case, tmp_path):
+    """What is there may be damaged; without any sign nothing was."""
+    names, said = FOLDERS[case]
+    for name in names:
+        (tmp_path / name).mkdir(parents=True)
+    found = _directory._if_absent(_directory.absolute(tmp_path))
+    assert found is None if said is None else found.replace(f"{tmp_path}/", "").startswith(said)
 
 
 def test_copies_that_differ_after_reading_are_damage(monkeypatch):

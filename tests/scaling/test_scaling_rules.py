@@ -513,7 +513,7 @@ def test_which_leaves_a_kernel_checks_together(platform, monkeypatch):
     narrow, wide, expected = KERNELS[platform]
     seen = []
 
-    def record(leaves, scale, elements, holds=None):
+    def record(leaves, bound, holds=None):
         seen.append([x.size for x in leaves])
         return jnp.array(True)
 
@@ -530,11 +530,25 @@ def test_which_leaves_a_kernel_checks_together(platform, monkeypatch):
 def test_every_element_of_small_leaves_counts(size):
     """However they are folded."""
     good = np.ones(size, np.float32)
-    assert bool(_verdict._are_small_below([good], jnp.float32(1), elements=100))
+    assert bool(_verdict._are_small_below([good], jnp.float32(2)))
     for at in range(size):
         bad = good.copy()
-        bad[at] = np.inf
-        assert not bool(_verdict._are_small_below([bad], jnp.float32(1), elements=100))
+        bad[at] = 2
+        assert not bool(_verdict._are_small_below([bad], jnp.float32(2)))
+
+
+#: A dtype of gradients, and half of the largest number of what their squares are added up in.
+BOUNDED = dict.fromkeys(("float32", "bfloat16", "float16", "complex64"), 2.0**127) | {"float64": 2.0**1023}
+
+
+@pytest.mark.parametrize("dtype", BOUNDED)
+@pytest.mark.parametrize("elements", [1, 2, 1000])
+def test_gradients_are_bounded_in_the_dtype_that_they_are_judged_in(dtype, elements):
+    """Scaled as they are."""
+    with jax.enable_x64(True):
+        bound = _verdict._bound(jnp.float32(8), jnp.dtype(dtype), elements)
+    assert bound.dtype == (jnp.float64 if dtype == "float64" else jnp.float32)
+    np.testing.assert_allclose(float(bound), 8 * BOUNDED[dtype] ** 0.5 / elements**0.5, rtol=1e-6)
 
 
 AXES = {
