@@ -105,6 +105,15 @@ def test_what_is_nearly_the_text_of_a_recipe_is_unknown(text):
         quant.get_recipe(text)
 
 
+@pytest.mark.parametrize("name", ["json", "DotRecipe", "scaled_conv", "__name__"])
+def test_other_names_of_the_module_are_no_recipes(name):
+    """The message lists the names that are."""
+    with pytest.raises(errors.InvalidRecipeError) as caught:
+        quant.get_recipe(name)
+    listed = str(caught.value).partition("Accepted: ")[2].partition(", or a text")[0].split(", ")
+    assert set(listed) == {name.lower() for name in quant.__all__ if isinstance(getattr(quant, name), DotRecipe)}
+
+
 TURNED = {
     "the weight on the right": (quant.W8A8_STATIC, (False, True), False),
     "the weight on the left": (quant.W8A8_STATIC, (True, False), True),
