@@ -322,6 +322,42 @@ def test_a_line_search_without_a_gradient_gets_none():
     assert_identical(seen[1]["grad"], {"w": jnp.full(2, 0.25), "n": None})
 
 
+PARAMS = {"w": jnp.ones(2)}
+SCALED = jmp.loss_scaled(optax.sgd(0.1), jmp.StaticLossScale(4.0))
+#: Optimizers that have no loss scale, and some that have; whether the state of one fits, in a chain or alone.
+AROUND = {
+    "one without a state": (optax.sgd(0.1), SCALED, False),
+    "one with a state": (optax.adam(0.1), SCALED, False),
+    "a chain of none": (optax.chain(optax.sgd(0.1)), optax.chain(SCALED), False),
+    "a chain": (optax.chain(SCALED), optax.chain(SCALED), True),
+    "a named chain": (optax.named_chain(("a", SCALED)), optax.named_chain(("a", SCALED)), True),
+}
+
+
+@pytest.mark.parametrize("case", AROUND)
+def test_a_state_with_a_scale_is_for_an_optimizer_with_one(case):
+    """Any other would apply gradients that are still scaled."""
+    tx, of_state, fits = AROUND[case]
+    state = of_state.init(PARAMS)
+    if fits:
+        params, new = jmp.apply_gradients(tx, {"w": jnp.full(2, 4.0)}, state, PARAMS)
+        np.testing.assert_allclose(params["w"], 0.9)
+        assert jax.tree.structure(new) == jax.tree.structure(state)
+        return
+    with pytest.raises(errors.InvalidStepError, match="which is not in tx: gradients would stay scaled"):
+        jmp.apply_gradients(tx, PARAMS, state, PARAMS)
+
+
+@pytest.mark.parametrize("kind", [AttributeError, KeyError, TypeError, ValueError, RuntimeError])
+def test_what_an_optimizer_around_raises_is_its_own(kind):
+    def fail(updates, state, params=None):
+        raise kind("its own")
+
+    tx = optax.chain(SCALED, optax.GradientTransformation(lambda _: optax.EmptyState(), fail))
+    with pytest.raises(kind, match="its own"):
+        jmp.apply_gradients(tx, PARAMS, tx.init(PARAMS), PARAMS)
+
+
 # --- Lost updates ---------------------------------------------------------------------------------
 
 HALF = {"a": jnp.ones(2, jnp.bfloat16), "b": jnp.ones(2, jnp.bfloat16)}
