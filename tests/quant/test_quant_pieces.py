@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from support.comparisons import slow_but_for
 from support.jaxprs import equations
 from support.lowbit import EXACT, MATMUL, PRODUCTS, normal, relative
 
@@ -284,10 +285,13 @@ def test_shardings_of_mapped_results_have_an_axis_more():
         assert _linear._with_axis(jax.NamedSharding(mesh, spec), axis) == jax.NamedSharding(mesh, expected)
 
 
+#: Products with axes of every kind, in another order on each side.
+LAYERED = ("batched, second axis", "two contracted, two batched")
+
 # --- Scales of results ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", PRODUCTS)
+@pytest.mark.parametrize("case", slow_but_for(LAYERED, PRODUCTS))
 def test_scales_lie_along_the_axes_of_the_result(case, rng):
     """Those of an operand with a scale per channel, in every layout; and along the axes that a cotangent shares."""
     lhs_shape, rhs_shape, dimension_numbers = PRODUCTS[case]
@@ -303,7 +307,7 @@ def test_scales_lie_along_the_axes_of_the_result(case, rng):
         np.testing.assert_array_equal(out * along, exact(*scaled))
 
 
-@pytest.mark.parametrize("case", PRODUCTS)
+@pytest.mark.parametrize("case", slow_but_for(LAYERED, PRODUCTS))
 @pytest.mark.parametrize("side", [0, 1])
 def test_scales_along_what_is_added_up_go_to_the_cotangent(case, side, rng):
     """As to the other operand: of a matmul of whole numbers, nothing is rounded."""
@@ -445,7 +449,7 @@ def test_the_matmul_of_tiles_gets_matrices_and_scales(name, rng, monkeypatch):
 
     monkeypatch.setattr(jax.nn, "scaled_matmul", record)
     recipe = quant.get_recipe(name)
-    cases = ("matrices", "batched, second axis", "two contracted, two batched", "vector")
+    cases = ("matrices", *LAYERED)
     arrays = [[normal(rng, *shape) for shape in PRODUCTS[case][:2]] for case in cases]
 
     @jax.jit
