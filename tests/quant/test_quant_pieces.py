@@ -352,6 +352,20 @@ def test_precisions_are_for_what_is_not_quantized(case):
     assert set(both[1:]) == backward
 
 
+#: Text of a spec, and how often it looks for NaN.
+LOOKS = {"e4m3": 0, "e5m2:channel": 0, "e4m3:tile32": 0, "int8": 1, "int8:channel": 1, "int4:tile32": 1}
+
+
+@pytest.mark.parametrize("text", LOOKS)
+def test_only_numbers_that_cannot_show_nan_are_searched_for_it(text):
+    """Floats of 8 bits show it themselves, and save a pass over memory, in matmuls and in arrays that are held."""
+    x, w = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((4, 64), (64, 3)))
+    recipe = quant.get_recipe(f"lhs={text},rhs=none")
+    assert len(equations("reduce_or", functools.partial(recipe, dimension_numbers=MATMUL), x, w)) == LOOKS[text]
+    held = functools.partial(quant.quantize_array, dtype=text if ":" in text else f"{text}:tensor", axes=[1])
+    assert len(equations("reduce_or", held, x)) == LOOKS[text]
+
+
 # --- Convolutions and ragged matmuls --------------------------------------------------------------
 
 #: Dimension numbers; axes that share a scale, of the left and of the right operand; the axis of features.
