@@ -399,6 +399,8 @@ BAD, YES, NO = np.float32([1, np.nan]), np.array(True), np.array(False)
 NAMED = {
     "gradients": ({"a": BAD, "b": W, "n": N, "c": BAD}, "a, c"),
     "finite gradients": ({"a": W}, ""),
+    "leaves without gradients": ({"a": FLOAT0, "b": jax.random.key(0), "c": jnp.tanh, "d": "text", "e": BAD}, "e"),
+    "Python numbers": ({"a": 1.0, "b": float("nan"), "c": 3, "d": True}, "b"),
     "none": (None, ""),
     "flags": ({"a": YES, "b": NO}, "a"),
     "one replica": ({"a": np.array([False, True, False])}, "a on replica 1"),
