@@ -513,18 +513,27 @@ def test_tiles_lie_on_one_device():
 
 
 def test_tiles_of_results_that_are_sharded_are_multiplied_as_what_they_stand_for(monkeypatch):
-    """JAX's matmul of them takes no sharding."""
+    """And so are those on explicit meshes, and in `shard_map`: JAX's matmul of them takes no sharding."""
     calls = []
     monkeypatch.setattr(_tiles, "has_units", lambda: True)
     monkeypatch.setattr(_tiles, "kernel_product", lambda lhs, rhs, call, specs: calls.append(call) or lhs @ rhs)
     x, w = jnp.ones((4, 32)), jnp.ones((32, 4))
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
-    for recipe, sharding, expected in (
-        (quant.MXFP8, None, 1),
-        (quant.W4A16, None, 0),
-        (quant.MXFP8, jax.NamedSharding(mesh, jax.P()), 0),
+    none, shared = jax.sharding.Mesh(np.empty((), object), ()), jax.NamedSharding(mesh, jax.P())
+    for recipe, own, sharding, expected in (
+        (quant.MXFP8, none, None, 1),
+        (quant.W4A16, none, None, 0),
+        (quant.MXFP8, mesh, shared, 0),
+        (quant.MXFP8, mesh, None, 0),
     ):
         calls.clear()
-        with jax.set_mesh(mesh) if sharding else jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ())):
+        with jax.set_mesh(own):
             jax.eval_shape(lambda x, w, r=recipe, s=sharding: r(x, w, MATMUL, out_sharding=s), x, w)
+        assert len(calls) == expected
+    auto = jax.make_mesh((2,), ("a",), axis_types=(jax.sharding.AxisType.Auto,))
+    for specs, expected in (((jax.P("a"), jax.P()), 0), ((jax.P(), jax.P(None, "a")), 0), ((jax.P(), jax.P()), 1)):
+        calls.clear()
+        product = functools.partial(quant.MXFP8, dimension_numbers=MATMUL)
+        out = jax.P("a") if specs[0] else jax.P(None, "a") if specs[1] else jax.P()
+        jax.eval_shape(jax.shard_map(product, mesh=auto, in_specs=specs, out_specs=out), x, w)
         assert len(calls) == expected

@@ -358,6 +358,18 @@ def test_what_an_optimizer_around_raises_is_its_own(kind):
         jmp.apply_gradients(tx, PARAMS, tx.init(PARAMS), PARAMS)
 
 
+@pytest.mark.parametrize("value", [0.25, np.nan, np.inf])
+@pytest.mark.parametrize("params", ["nearest", "stochastic", "split8"])
+def test_parameters_that_are_stored_are_updated_or_stay(params, value):
+    """Element by element; and what is not finite is counted."""
+    inner = optax.stateless(lambda updates, _: jax.tree.map(lambda u: u.at[0].set(value), updates))
+    tx = jmp.loss_scaled(jmp.optim.stored(inner, params=params), jmp.StaticLossScale(4.0))
+    half = {"w": jnp.ones(2, jnp.bfloat16)}
+    new, state = jmp.apply_gradients(tx, {"w": jnp.full(2, 2.0)}, tx.init(half), half)
+    assert new["w"].tolist() == [1.25 if np.isfinite(value) else 1.0, 1.5]
+    assert int(state.nonfinite_updates) == (not np.isfinite(value))
+
+
 # --- Lost updates ---------------------------------------------------------------------------------
 
 HALF = {"a": jnp.ones(2, jnp.bfloat16), "b": jnp.ones(2, jnp.bfloat16)}
