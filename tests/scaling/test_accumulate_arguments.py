@@ -1,5 +1,7 @@
 """accumulate_gradients: which arguments are split and how, what may stand around it, and what is refused."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from support.jaxprs import equations
 from support.microbatches import SCALE, both_policies, linear, rows_of
 
 import jmp_lite as jmp
+from jmp_lite import errors
 
 # --- Arguments ---
 
@@ -228,3 +231,45 @@ def test_other_errors_are_those_of_one_step():
         jmp.accumulate_gradients(linear, 2, 5, loss_scale=jmp.NoOpLossScale())({"w": jnp.ones(2)}, X)
     with pytest.raises(TypeError, match=r"^batch_argnums=\(1, 1\) names an argument twice"):
         jmp.accumulate_gradients(linear, 2, batch_argnums=(1, 1), loss_scale=jmp.NoOpLossScale())({"w": jnp.ones(2)}, X)
+
+
+# --- Microbatches ---
+
+
+def accumulate(parts, *batch, **options):
+    scale = options.pop("loss_scale", jmp.StaticLossScale(4.0))
+    return jmp.accumulate_gradients(lambda w, x: jnp.mean(w * x), parts, loss_scale=scale, **options)(2.0, *batch)
+
+
+REFUSED = {
+    "a boolean": (True, 4, "num_microbatches must be a whole number, at least 1, got True."),
+    "a negative number": (-2, 4, "num_microbatches must be a whole number, at least 1, got -2."),
+    "more than rows": (3, 2, "2 rows do not divide into num_microbatches=3. Take num_microbatches from 1, 2."),
+    "twice the rows": (8, 4, "4 rows do not divide into num_microbatches=8. Take num_microbatches from 1, 2, 4."),
+    "a rest": (
+        4,
+        6,
+        "6 rows do not divide into num_microbatches=4. Drop 2 of them, or take num_microbatches from 1, 2, 3, 6.",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_how_many_microbatches_there_may_be(case):
+    parts, rows, message = REFUSED[case]
+    with pytest.raises(errors.InvalidMicrobatchError, match=re.escape(message)):
+        accumulate(parts, np.ones(rows, np.float32))
+
+
+@pytest.mark.parametrize("parts", [1, 4, np.int64(2), np.uint8(4)], ids=repr)
+def test_numbers_of_microbatches_may_be_integers_of_any_kind(parts):
+    loss, grad = accumulate(parts, np.float32([1, 2, 3, 6]))
+    assert (float(loss), float(grad)) == (6, 12)
+
+
+def test_the_scale_of_a_name_is_used_for_microbatches():
+    scales = {"a": jmp.StaticLossScale(2.0), "b": jmp.StaticLossScale(8.0)}
+    _, grad = accumulate(2, np.ones(4, np.float32), loss_scale=scales, name="b")
+    assert float(grad) == 8
+    with pytest.raises(errors.LossScaleNotFoundError, match="2 loss scales"):
+        accumulate(2, np.ones(4, np.float32), loss_scale=scales)

@@ -7,7 +7,9 @@ import pytest
 from support.storage import WEIGHTS, adam, dtypes, weights
 
 import jmp_lite as jmp
+from jmp_lite import errors
 from jmp_lite.optim import stored
+from jmp_lite.scaling import _lost_updates
 
 
 @dtypes
@@ -65,3 +67,35 @@ def test_parameters_that_may_change_are_said(tx, rng):
     """Gradients pass `masked` as they are; an optimizer that takes more than gradients is not looked into."""
     with pytest.warns(jmp.errors.LostUpdatesWarning, match="'bias'"):
         jmp.loss_scaled(tx).init(weights(rng, "bfloat16"))
+
+
+HALF = {"a": jnp.ones(2, jnp.bfloat16), "b": jnp.ones(2, jnp.bfloat16)}
+#: A step, and which of two parameters may lose updates.
+STEPS = {
+    "both": (lambda grads: grads, "ab"),
+    "one": (lambda grads: {"a": grads["a"] * 2, "b": jnp.zeros(2)}, "a"),
+    "one, by way of the other": (lambda grads: {"a": jnp.zeros(2), "b": grads["a"] + 1}, "b"),
+    "one that is passed on": (lambda grads: {"a": jnp.zeros(2), "b": grads["a"]}, "b"),
+    "a constant": (lambda grads: {"a": jnp.zeros(2), "b": 0.0}, ""),
+    "another number of updates": (lambda grads: {"a": jnp.zeros(2)}, "ab"),
+    "more updates": (lambda grads: [jnp.zeros(2)] * 3, "ab"),
+    "one that fails": (lambda grads: grads["c"], "ab"),
+}
+
+
+@pytest.mark.parametrize("case", STEPS)
+def test_which_parameters_lose_updates(case, recwarn):
+    """Those that gradients reach, and all where that cannot be known."""
+    step, lose = STEPS[case]
+    _lost_updates.warn_of_lost_updates(step, HALF, ())
+    text = " ".join(str(warning.message) for warning in recwarn.list)
+    assert [name for name in HALF if f"{name!r} (bfloat16)" in text] == list(lose)
+
+
+def test_parameters_that_are_stored_or_wide_lose_nothing(recwarn):
+    params = {"a": jnp.ones(2), "b": jnp.ones(2, jnp.float16), "n": None}
+    _lost_updates.warn_of_lost_updates(lambda grads: grads, params, {"['b']"})
+    assert not recwarn.list
+    many = dict.fromkeys("abcde", params["b"])
+    with pytest.warns(errors.LostUpdatesWarning, match=r"'a' \(float16\), 'b' \(float16\), 'c' \(float16\) and 2 more"):
+        _lost_updates.warn_of_lost_updates(lambda grads: grads, many, ())

@@ -1,4 +1,4 @@
-"""The rules of loss scaling, one setting, leaf or count at a time: what is accepted, refused, named and kept."""
+"""Which gradients, parameters and states belong together, and what a loop is told of them."""
 
 import dataclasses
 import functools
@@ -10,11 +10,11 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
-from support.comparisons import DEVICES, assert_identical, compiled_as_on, mesh, raw
+from support.comparisons import DEVICES, assert_identical, mesh, raw
 
 import jmp_lite as jmp
 from jmp_lite import errors
-from jmp_lite.scaling import _loss_scale, _loss_scaled, _lost_updates, _monitor, _verdict
+from jmp_lite.scaling import _loss_scaled, _monitor
 
 FLOAT0 = np.zeros(2, jax.dtypes.float0)
 
@@ -23,130 +23,7 @@ def like(shape, dtype=jnp.float32):
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-# --- Settings -------------------------------------------------------------------------------------
-
-DEFAULTS = {
-    "loss_scale": 2.0**15,
-    "counter": 0,
-    "period": 2000,
-    "factor": 2,
-    "min_loss_scale": 1.0,
-    "backoff_factor": None,
-    "max_loss_scale": 2.0**24,
-    "hysteresis": 1,
-    "consecutive_hysteresis": False,
-    "grace_steps": 0,
-    "hysteresis_left": None,
-}
-UNBOUNDED = {"min_loss_scale": 0.0, "max_loss_scale": 2.0**126}
-TOLERANT = {"period": 1000, "max_loss_scale": 2.0**126, "hysteresis": 2, "hysteresis_left": 2}
-SYSTEMS = {
-    "torch": {"loss_scale": 2.0**16, **UNBOUNDED},
-    "flax": {"loss_scale": 2.0**16, "period": 2001, **UNBOUNDED},
-    "keras": UNBOUNDED,
-    "jmp": {"max_loss_scale": 2.0**126},
-    "megatron": TOLERANT | {"loss_scale": 2.0**32},
-    "deepspeed": TOLERANT | {"loss_scale": 2.0**16, "counter": -1, "grace_steps": 1},
-}
-
-
-def settings(scale):
-    return {field.name: getattr(scale, field.name) for field in dataclasses.fields(scale)}
-
-
-@pytest.mark.parametrize("system", [None, *SYSTEMS])
-def test_settings_of_systems(system):
-    scale = jmp.DynamicLossScale() if system is None else jmp.DynamicLossScale.like(system)
-    assert settings(scale) == DEFAULTS | SYSTEMS.get(system, {})
-    assert jmp.DynamicLossScale.like("torch", period=7).period == 7
-
-
-LIMITS = {
-    "the lowest scale": {"loss_scale": 2.0**-126},
-    "the highest scale": {"loss_scale": 2.0**126},
-    "scales of an ensemble": {"loss_scale": np.float32([2.0**-126, 2.0**126])},
-    "growth at each step": {"period": 1},
-    "no growth": {"factor": 1},
-    "no back-off": {"backoff_factor": 1},
-    "a small back-off": {"backoff_factor": 2.0**-20},
-    "no minimum": {"min_loss_scale": 0},
-    "the highest maximum": {"max_loss_scale": 2.0**126},
-    "one scale only": {"min_loss_scale": 4.0, "max_loss_scale": 4.0},
-    "whole numbers as floats": {"period": 2.0, "hysteresis": 2.0, "grace_steps": 3.0},
-    "arrays of one number": {"period": np.ones(1), "factor": np.full((1, 1), 2.0)},
-}
-
-
-@pytest.mark.parametrize("case", LIMITS)
-def test_settings_at_the_limits_are_taken(case):
-    scale = jmp.DynamicLossScale(**LIMITS[case])
-    for name, value in LIMITS[case].items():
-        np.testing.assert_array_equal(getattr(scale, name), np.squeeze(value))
-
-
-BEYOND = {
-    "below the lowest scale": ({"loss_scale": 2.0**-127}, "loss_scale must be at least 2**-126, got "),
-    "one of an ensemble too low": ({"loss_scale": np.float32([1.0, 2.0**-127])}, "loss_scale must be at least 2**-126"),
-    "one too high": ({"loss_scale": np.float32([2.0**127, 1.0])}, "loss_scale must be at most 2**126"),
-    "one that is NaN": ({"loss_scale": np.float32([1.0, np.nan])}, "loss_scale must be positive and finite"),
-    "one that is zero": ({"loss_scale": np.float32([1.0, 0.0])}, "loss_scale must be positive and finite"),
-    "half a period": ({"period": 1.5}, "period must be a whole number, at least 1, got 1.5"),
-    "factor just below 1": ({"factor": 1 - 2.0**-20}, "factor must be at least 1 and finite"),
-    "back-off just above 1": ({"backoff_factor": 1 + 2.0**-20}, "backoff_factor must be in (0, 1]"),
-    "infinite minimum": ({"min_loss_scale": np.inf}, "min_loss_scale must be at least 0 and finite"),
-    "maximum just too high": ({"max_loss_scale": 2.0**127}, "max_loss_scale must be in [min_loss_scale=1.0, 2**126]"),
-    "a counter of a kind": ({"counter": None}, "counter must be a whole number, got None"),
-    "two numbers": ({"period": np.ones(2)}, "period must be a number, got float64[2]"),
-}
-
-
-@pytest.mark.parametrize("case", BEYOND)
-def test_settings_beyond_the_limits_are_refused(case):
-    given, message = BEYOND[case]
-    with pytest.raises(errors.InvalidLossScaleError, match=f"^{re.escape(message)}"):
-        jmp.DynamicLossScale(**given)
-
-
-@pytest.mark.parametrize("value", [2.0**-126, 2.0**126, 8, np.float16(8), np.ones(1), jnp.ones((1, 1))], ids=repr)
-def test_static_scales_up_to_the_limits_are_taken(value):
-    scale = jmp.StaticLossScale(value)
-    assert type(scale.loss_scale) is float
-    expected = np.float32(np.asarray(value).item())
-    assert scale.scale(jnp.float32(1)) == expected
-    assert scale.unscale(jnp.float32(1)) == 1 / expected
-
-
-def test_a_retry_restarts_the_count_and_uses_no_tolerance():
-    scale = jmp.DynamicLossScale(8.0, 5, grace_steps=3, hysteresis=2)
-    lowered = scale.back_off()
-    assert (float(lowered.loss_scale), int(lowered.counter), int(lowered.hysteresis_left)) == (4, -3, 2)
-    assert lowered.counter.dtype == jnp.int32
-    assert settings(lowered) | {"loss_scale": 8.0, "counter": 5} == settings(scale)
-
-
-SAVED = {
-    "none": (jmp.NoOpLossScale(), {}),
-    "static": (jmp.StaticLossScale(8.0), {}),
-    "dynamic": (jmp.DynamicLossScale(8.0), {"loss_scale": 8.0, "counter": 0}),
-    "tolerant": (jmp.DynamicLossScale(8.0, hysteresis=2), {"loss_scale": 8.0, "counter": 0, "hysteresis_left": 2}),
-}
-
-
-@pytest.mark.parametrize("there", SAVED)
-@pytest.mark.parametrize("here", SAVED)
-def test_flax_saves_the_numbers_and_restores_them_into_a_scale_that_has_them(here, there):
-    (scale, fields), saved = SAVED[here], SAVED[there][1]
-    assert _loss_scale._state_dict(scale) == fields
-    if fields.keys() == saved.keys():
-        restored = _loss_scale._from_state_dict(scale, {name: value + 1 for name, value in saved.items()})
-        assert settings(restored) == settings(scale) | {name: value + 1 for name, value in saved.items()}
-    else:
-        message = f"has the fields {sorted(saved)}, but {type(scale).__name__} here has {sorted(fields)}."
-        with pytest.raises(errors.InvalidLossScaleError, match=re.escape(message)):
-            _loss_scale._from_state_dict(scale, saved)
-
-
-# --- Gradients, parameters and states -------------------------------------------------------------
+# --- Gradients, parameters and states ---
 
 W, N = np.ones(2, np.float32), np.ones(2, np.int32)
 #: A parameter, its gradient, and what is wrong.
@@ -370,41 +247,7 @@ def test_parameters_that_are_stored_are_updated_or_stay(params, value):
     assert int(state.nonfinite_updates) == (not np.isfinite(value))
 
 
-# --- Lost updates ---------------------------------------------------------------------------------
-
-HALF = {"a": jnp.ones(2, jnp.bfloat16), "b": jnp.ones(2, jnp.bfloat16)}
-#: A step, and which of two parameters may lose updates.
-STEPS = {
-    "both": (lambda grads: grads, "ab"),
-    "one": (lambda grads: {"a": grads["a"] * 2, "b": jnp.zeros(2)}, "a"),
-    "one, by way of the other": (lambda grads: {"a": jnp.zeros(2), "b": grads["a"] + 1}, "b"),
-    "one that is passed on": (lambda grads: {"a": jnp.zeros(2), "b": grads["a"]}, "b"),
-    "a constant": (lambda grads: {"a": jnp.zeros(2), "b": 0.0}, ""),
-    "another number of updates": (lambda grads: {"a": jnp.zeros(2)}, "ab"),
-    "more updates": (lambda grads: [jnp.zeros(2)] * 3, "ab"),
-    "one that fails": (lambda grads: grads["c"], "ab"),
-}
-
-
-@pytest.mark.parametrize("case", STEPS)
-def test_which_parameters_lose_updates(case, recwarn):
-    """Those that gradients reach, and all where that cannot be known."""
-    step, lose = STEPS[case]
-    _lost_updates.warn_of_lost_updates(step, HALF, ())
-    text = " ".join(str(warning.message) for warning in recwarn.list)
-    assert [name for name in HALF if f"{name!r} (bfloat16)" in text] == list(lose)
-
-
-def test_parameters_that_are_stored_or_wide_lose_nothing(recwarn):
-    params = {"a": jnp.ones(2), "b": jnp.ones(2, jnp.float16), "n": None}
-    _lost_updates.warn_of_lost_updates(lambda grads: grads, params, {"['b']"})
-    assert not recwarn.list
-    many = dict.fromkeys("abcde", params["b"])
-    with pytest.warns(errors.LostUpdatesWarning, match=r"'a' \(float16\), 'b' \(float16\), 'c' \(float16\) and 2 more"):
-        _lost_updates.warn_of_lost_updates(lambda grads: grads, many, ())
-
-
-# --- What a loop is told --------------------------------------------------------------------------
+# --- What a loop is told ---
 
 BAD, YES, NO = np.float32([1, np.nan]), np.array(True), np.array(False)
 #: Gradients or flags of replicas, and how they are named.
@@ -489,134 +332,3 @@ def test_limits_may_be_integers_of_any_kind(max_skips):
 def test_what_is_no_limit_is_quoted(max_skips):
     with pytest.raises(errors.InvalidStepError, match=re.escape(f"at least 1, got {max_skips!r}.")):
         jmp.check_loss_scale(counted(), max_skips=max_skips)
-
-
-# --- Microbatches ---------------------------------------------------------------------------------
-
-
-def accumulate(parts, *batch, **options):
-    scale = options.pop("loss_scale", jmp.StaticLossScale(4.0))
-    return jmp.accumulate_gradients(lambda w, x: jnp.mean(w * x), parts, loss_scale=scale, **options)(2.0, *batch)
-
-
-REFUSED = {
-    "a boolean": (True, 4, "num_microbatches must be a whole number, at least 1, got True."),
-    "a negative number": (-2, 4, "num_microbatches must be a whole number, at least 1, got -2."),
-    "more than rows": (3, 2, "2 rows do not divide into num_microbatches=3. Take num_microbatches from 1, 2."),
-    "twice the rows": (8, 4, "4 rows do not divide into num_microbatches=8. Take num_microbatches from 1, 2, 4."),
-    "a rest": (
-        4,
-        6,
-        "6 rows do not divide into num_microbatches=4. Drop 2 of them, or take num_microbatches from 1, 2, 3, 6.",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_how_many_microbatches_there_may_be(case):
-    parts, rows, message = REFUSED[case]
-    with pytest.raises(errors.InvalidMicrobatchError, match=re.escape(message)):
-        accumulate(parts, np.ones(rows, np.float32))
-
-
-@pytest.mark.parametrize("parts", [1, 4, np.int64(2), np.uint8(4)], ids=repr)
-def test_numbers_of_microbatches_may_be_integers_of_any_kind(parts):
-    loss, grad = accumulate(parts, np.float32([1, 2, 3, 6]))
-    assert (float(loss), float(grad)) == (6, 12)
-
-
-def test_the_scale_of_a_name_is_used_for_microbatches():
-    scales = {"a": jmp.StaticLossScale(2.0), "b": jmp.StaticLossScale(8.0)}
-    _, grad = accumulate(2, np.ones(4, np.float32), loss_scale=scales, name="b")
-    assert float(grad) == 8
-    with pytest.raises(errors.LossScaleNotFoundError, match="2 loss scales"):
-        accumulate(2, np.ones(4, np.float32), loss_scale=scales)
-
-
-# --- Verdicts -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("most", [1, 2, 3, 5, 6])
-def test_groups_are_of_one_kind_and_no_larger_than_they_may_be(most):
-    kinds = "abcabaaa"
-    groups = _verdict._grouped(list(kinds), str, most)
-    assert sorted("".join(group) for group in groups) == sorted(
-        kind * n
-        for kind, count in (("a", 5), ("b", 2), ("c", 1))
-        for n in [most] * (count // most) + [count % most] * (count % most > 0)
-    )
-    assert "".join(groups[0]) == "a" * min(most, 5)
-
-
-LIMIT = _verdict.SMALL_LEAF
-#: Sizes of the leaves of bfloat16 and of float32, and how many elements each kernel reads of each leaf.
-KERNELS = {
-    "tpu": ([1], [1] * 17 + [LIMIT, LIMIT + 1, LIMIT + 1], [[1], [1] * 16, [1, LIMIT], [LIMIT + 1], [LIMIT + 1]]),
-    "cuda": ([LIMIT + 1], [1] * 1025 + [LIMIT + 1] * 33, [[LIMIT + 1], [1] * 1024, [1], [LIMIT + 1] * 32, [LIMIT + 1]]),
-    "cpu": ([1], [1, LIMIT + 1, LIMIT + 1], [[1], [1], [LIMIT + 1], [LIMIT + 1]]),
-}
-
-
-@pytest.mark.parametrize("platform", KERNELS)
-def test_which_leaves_a_kernel_checks_together(platform, monkeypatch):
-    """Each leaf is read once."""
-    narrow, wide, expected = KERNELS[platform]
-    seen = []
-
-    def record(leaves, bound, holds=None):
-        seen.append([x.size for x in leaves])
-        return jnp.array(True)
-
-    monkeypatch.setattr(_verdict, "_are_below", record)
-    monkeypatch.setattr(_verdict, "_are_small_below", record)
-    grads = [like((n,), jnp.bfloat16) for n in narrow] + [like((n,)) for n in wide]
-    judge = lambda grads: _verdict.judge(grads, jmp.NoOpLossScale(), None)  # noqa: E731
-    with compiled_as_on(platform):
-        jax.eval_shape(jax.shard_map(judge, mesh=mesh(), in_specs=P(), out_specs=P()), grads)
-    assert sorted(seen) == sorted(expected)
-
-
-@pytest.mark.parametrize("size", [0, 1, 31, 32, 33, 64, 65])
-def test_every_element_of_small_leaves_counts(size):
-    """However they are folded."""
-    good = np.ones(size, np.float32)
-    assert bool(_verdict._are_small_below([good], jnp.float32(2)))
-    for at in range(size):
-        bad = good.copy()
-        bad[at] = 2
-        assert not bool(_verdict._are_small_below([bad], jnp.float32(2)))
-
-
-#: A dtype of gradients, and half of the largest number of what their squares are added up in.
-BOUNDED = dict.fromkeys(("float32", "bfloat16", "float16", "complex64"), 2.0**127) | {"float64": 2.0**1023}
-
-
-@pytest.mark.parametrize("dtype", BOUNDED)
-@pytest.mark.parametrize("elements", [1, 2, 1000])
-def test_gradients_are_bounded_in_the_dtype_that_they_are_judged_in(dtype, elements):
-    """Scaled as they are."""
-    with jax.enable_x64(True):
-        bound = _verdict._bound(jnp.float32(8), jnp.dtype(dtype), elements)
-    assert bound.dtype == (jnp.float64 if dtype == "float64" else jnp.float32)
-    np.testing.assert_allclose(float(bound), 8 * BOUNDED[dtype] ** 0.5 / elements**0.5, rtol=1e-6)
-
-
-AXES = {
-    "none": ((), (), None),
-    "that of an ensemble": (("a",), ("a",), None),
-    "one": (("data",), (), r"Devices along 'data' see .* to jump\. Write step\('data'\)\.$"),
-    "two": (("b", "a"), (), r"Devices along 'a' and 'b' see .* to jump\. Write step\(\('a', 'b'\)\)\.$"),
-    "another than that of an ensemble": (("a", "b"), ("a",), r"Devices along 'b' see .* Write step\('b'\)\.$"),
-}
-
-
-@pytest.mark.parametrize("case", AXES)
-def test_axes_that_were_forgotten_are_named(case, monkeypatch):
-    of_verdict, of_scale, message = AXES[case]
-    verdict, scale = jnp.array(True), jnp.float32(8)
-    monkeypatch.setattr(_verdict, "varying_axes", lambda x: frozenset(of_verdict if x.dtype == jnp.bool_ else of_scale))
-    if message is None:
-        _verdict.refuse_forgotten_axes(verdict, scale, "jump", "step({})")
-        return
-    with pytest.raises(errors.MissingAxisError, match=message):
-        _verdict.refuse_forgotten_axes(verdict, scale, "jump", "step({})")
