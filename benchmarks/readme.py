@@ -197,13 +197,15 @@ def loss_scaling(found: Mapping[str, Section]) -> Iterator[Claim]:
     text = "time of a loss-scaled AdamW step on a CPU, over AdamW alone"
     yield Claim(text, _of_trees(step, [OURS], "time / bare"), step.command)
     yield Claim("the same for jmp, mpx, Flax and Optax", _of_trees(step, PEERS, "time / bare"), step.command)
-    h100 = found["Loss-scaled AdamW step compiled for NVIDIA H100 80GB HBM3"]
-    for text, column in {
-        "bytes that it moves on an H100, over the least possible": "/ ideal",
-        "kernels that it launches there, over AdamW alone": "kernels / bare",
-        "its compile time for an H100, over AdamW alone": "compile / bare",
-    }.items():
-        yield Claim(text, _of_trees(h100, [OURS], column), h100.command)
+    compiled = "Loss-scaled AdamW step compiled for"
+    h100, v5e = found[f"{compiled} NVIDIA H100 80GB HBM3"], found[f"{compiled} TPU v5e"]
+    for text, section, column in (
+        ("bytes that it moves on an H100, over the least possible", h100, "/ ideal"),
+        ("kernels that it launches there, over AdamW alone", h100, "kernels / bare"),
+        ("kernels on a TPU v5e, over AdamW alone", v5e, "kernels / bare"),
+        ("its compile time for an H100, over AdamW alone", h100, "compile / bare"),
+    ):
+        yield Claim(text, _of_trees(section, [OURS], column), section.command)
 
 
 def _of_trees(section: Section, designs: Iterable[str], column: str) -> dict[str, float]:
