@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jmp_lite._compat import Jaxpr, manual_axes, open_jaxpr, program, run, scan_counts
 from jmp_lite._dtypes import FLOAT32, DType
@@ -144,7 +145,7 @@ def _scan(interpreter: Interpreter, call: Call) -> list[Value]:
             want if value.tag is Tag.LOW else _kept_in_float32(want)
             for want, value in zip(of_results[:n_carry], operands[carried], strict=True)
         ]
-        forced = (*map(_dtype, operands[carried]), *stacked)
+        forced = (*map(_float_dtype, operands[carried]), *stacked)
         inner = interpreter.retype(body, operands, call.scope, (*asked, *of_results[n_carry:]), forced)
         too_low = [
             n_consts + index
@@ -185,9 +186,9 @@ def _kept_in_float32(want: Want) -> Want:
     return want & AS_WRITTEN | KEPT
 
 
-def _dtype(value: Value) -> DType | None:
-    dtype: DType | None = getattr(value.array, "dtype", None)
-    return dtype
+def _float_dtype(value: Value) -> DType | None:
+    dtype = getattr(value.array, "dtype", None)
+    return dtype if dtype is not None and jnp.issubdtype(dtype, jnp.floating) else None
 
 
 def _constant(value: Value) -> Value:
@@ -228,7 +229,7 @@ def _while(interpreter: Interpreter, call: Call) -> list[Value]:
     operands[n_cond : n_cond + n_body] = call.operands[n_cond : n_cond + n_body]
     carries = operands[n_cond + n_body :]
     asked = tuple(map(_kept_in_float32, of_results))
-    inner = interpreter.retype(body.jaxpr, operands[n_cond:], call.scope, asked, tuple(map(_dtype, carries)))
+    inner = interpreter.retype(body.jaxpr, operands[n_cond:], call.scope, asked, tuple(map(_float_dtype, carries)))
     interpreter.records.extend(inner.records)
     results = _in_float32(call, rebuilt(call.eqn, [value.array for value in operands], [test.jaxpr, inner.jaxpr]))
     if not interpreter.is_search(call):

@@ -77,6 +77,31 @@ MAPS = {
 }
 
 
+#: Programs whose results are not all computed in them: constants of other dtypes, and what goes in, as it is.
+CONSTANT_RESULTS = {
+    "while": lambda step, x: lax.while_loop(
+        lambda c: c[1] < 2, lambda c: (step(c[0]), c[1] + 1, True, 3), (x, 0, False, 0)
+    ),
+    "fori_loop": lambda step, x: lax.fori_loop(0, 2, lambda i, c: (step(c[0]), 5, False), (x, 0, True)),
+    "scan": lambda step, x: lax.scan(lambda c, _: ((step(c[0]), True, 7), 2.0), (x, False, 0), None, length=2),
+    "cond": lambda step, x: lax.cond(x[0, 0] > 0, lambda: (step(x), True, 1), lambda: (x, False, 2)),
+    "jit": lambda step, x: jax.jit(lambda x: (step(x), True, 1, 2.0))(x),
+    "checkpoint": lambda step, x: jax.checkpoint(lambda x: (step(x), True, 1, x))(x),
+}
+
+
+@pytest.mark.parametrize("program", CONSTANT_RESULTS.values(), ids=CONSTANT_RESULTS)
+def test_results_that_are_constants_keep_their_dtype(program):
+    x = jnp.full((16, 16), 0.125)
+
+    def fun(x):
+        return program(lambda h: jnp.tanh(h @ h), x)
+
+    plain, cast = jax.tree.leaves(jax.jit(fun)(x)), jax.tree.leaves(jmp.autocast(fun, "mixed_bfloat16")(x))
+    assert [(leaf.dtype, leaf.shape) for leaf in cast] == [(leaf.dtype, leaf.shape) for leaf in plain]
+    assert [bool(leaf) for leaf in cast[1:] if not leaf.ndim] == [bool(leaf) for leaf in plain[1:] if not leaf.ndim]
+
+
 @pytest.mark.parametrize("settings", MAPS.values(), ids=MAPS)
 def test_a_map_over_devices_is_rebuilt_as_it_was(settings):
     """With the same mesh, specifications, axes and checks; one matmul in it is in 16 bits."""
