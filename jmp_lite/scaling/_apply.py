@@ -71,13 +71,17 @@ def _update_around(
         "The state is that of a loss_scaled optimizer, which is not in tx: gradients would stay scaled. Pass the tx "
         "whose init made the state."
     )
+
+    def is_scaled() -> bool:
+        return bool(nodes(jax.eval_shape(tx.init, trainable(params)), is_loss_scale))
+
     try:
         updates, new_state = optax.with_extra_args_support(tx).update(grads, opt_state, params, **extra_args)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        if nodes(jax.eval_shape(tx.init, trainable(params)), is_loss_scale):
+        if is_scaled():
             raise
         raise foreign from error
-    if any(old is new for _, old in before for _, new in loss_scaled_states(new_state)):
+    if any(old is new for _, old in before for _, new in loss_scaled_states(new_state)) and not is_scaled():
         raise foreign
     return updates, new_state
 

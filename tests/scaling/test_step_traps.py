@@ -184,6 +184,15 @@ def test_an_optimizer_around_a_scaled_one_is_taken(around):
     assert_identical(params["a"], jnp.full((2, 3), 0.5))
 
 
+def test_an_optimizer_around_a_scaled_one_may_leave_a_step_out():
+    tx = sgd()
+    idle = optax.GradientTransformation(
+        tx.init, lambda grads, state, params=None: (jax.tree.map(jnp.zeros_like, grads), state)
+    )
+    params, state = jmp.apply_gradients(idle, PARAMS, tx.init(PARAMS), PARAMS)
+    assert_identical((params, state), (PARAMS, tx.init(PARAMS)))
+
+
 # --- Steps that are skipped ---
 
 
