@@ -93,13 +93,13 @@ class Explanation(Sequence[Record]):
             counts[record.group] += record.trips
             work[record.group] += record.flops * record.trips
         total = _flops(self._records)
-        products = sorted(self._records, key=lambda record: -record.flops * record.trips)
+        costliest = sorted(self._records, key=lambda record: -record.flops * record.trips)
         return Summary(
             {group: (counts[group], work[group] / total) for group in _GROUPS},
             tuple(record for record in self._records if record.group == "kernel"),
             sum(record.casts for record in self._records),
-            tuple(record for record in products if record.group == "float32"),
-            tuple(record for record in products if record.skips_dot),
+            tuple(record for record in costliest if record.group == "float32"),
+            tuple(record for record in costliest if record.skips_dot),
         )
 
     def table(self, *, all: bool = False) -> str:  # noqa: A002  # the word that a reader would look for

@@ -340,7 +340,7 @@ class Interpreter:
 
     def _reason_of_call(self, call: Call, why: str) -> str:
         """Says for a loop that the floats its condition depends on run as written, if there are any."""
-        if call.eqn.primitive.name != "while":
+        if not self.keeps_records or call.eqn.primitive.name != "while":
             return why
         _, results = self.through(call)
         is_tested = any(

@@ -135,8 +135,10 @@ def programs_of(eqn: Equation) -> Programs:
 
 def rebuilt(eqn: Equation, arrays: Sequence[Any], jaxprs: Sequence[Jaxpr]) -> list[Any]:
     """Applies an equation to other operands, with other programs in place of those it holds, in their order."""
-    rebuild: Any = PROGRAMS[eqn.primitive.name].rebuild
-    return list(rebuild(eqn, arrays, jaxprs))
+    rebuild = PROGRAMS[eqn.primitive.name].rebuild
+    if rebuild is None:
+        raise NotImplementedError(eqn.primitive.name)
+    return rebuild(eqn, arrays, jaxprs)
 
 
 def inputs(body: Body) -> list[Any]:

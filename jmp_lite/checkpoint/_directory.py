@@ -37,8 +37,9 @@ from jmp_lite.errors import (
 T = TypeVar("T")
 
 _UNWRITTEN = (jnp.uint4, jnp.int2, jnp.uint2)
-#: What only checkpoints have, those of old versions of Orbax too.
-_SIGNS = ("header", "state", "_CHECKPOINT_METADATA", "_METADATA", "checkpoint", "*/_METADATA", "*/checkpoint")
+#: What only checkpoints have: those of old versions of Orbax, and any.
+_OLD_SIGNS = ("_METADATA", "checkpoint", "*/_METADATA", "*/checkpoint")
+_SIGNS = ("header", "state", "_CHECKPOINT_METADATA", *_OLD_SIGNS)
 
 
 def absolute(path: str | Path) -> epath.Path:
@@ -146,8 +147,7 @@ def _is_plain_orbax(path: epath.Path) -> bool:
     try:
         return "header" not in json.loads((path / "_CHECKPOINT_METADATA").read_text())["item_handlers"]
     except (OSError, ValueError, TypeError, KeyError):  # as old versions of Orbax wrote it, whole or in parts
-        old = (path / "_METADATA", path / "checkpoint", *path.glob("*/_METADATA"), *path.glob("*/checkpoint"))
-        return any(file.exists() for file in old if file.parent.name != "state")
+        return any(file.parent.name != "state" for sign in _OLD_SIGNS for file in path.glob(sign))
 
 
 def _reader() -> ocp.Checkpointer:

@@ -78,7 +78,7 @@ def mapped(dims: Dimensions, lhs_ndim: int, is_mapped: Sequence[bool]) -> tuple[
 
     Args:
         dims: Of the matmul for one index of the mapped axis.
-        lhs_ndim: Rank of the left operand.
+        lhs_ndim: Rank of the left operand; it counts only if that one is not mapped.
         is_mapped: Which operands are mapped.
 
     Returns:
